@@ -1,0 +1,46 @@
+"""Typed errors. Each says what was found, what was expected and what to do; each also derives from the builtin a
+caller would have caught anyway, so `except ValueError` keeps working."""
+
+
+class SparrowError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class DraftConfigError(SparrowError, ValueError):
+    """A `SparrowDraftConfig` field is out of range, or two fields contradict each other."""
+
+
+class DraftLoadError(SparrowError, OSError):
+    """A draft checkpoint is truncated, incomplete, altered or not stored as safetensors."""
+
+
+class BindingError(SparrowError, ValueError):
+    """The draft does not fit this target: another hidden size, vocabulary, layer count or token ids."""
+
+
+class UnsupportedTargetError(SparrowError, ValueError):
+    """The target is of an architecture the package cannot speculate for (unknown block, stateful, sliding window)."""
+
+
+class UnsupportedGenerationError(SparrowError, ValueError):
+    """`generate()` was asked for something that cannot be combined with a Sparrow draft; raised before the prefill."""
+
+
+class HiddenStateCaptureError(SparrowError, RuntimeError):
+    """The output hooks did not see the rows they were asked for (a target compiled before it was bound, say)."""
+
+
+class TransformersContractError(SparrowError, ImportError):
+    """The installed transformers lacks, or has changed, an internal this package builds on."""
+
+
+class MissingDependencyError(SparrowError, ImportError):
+    """An optional dependency is absent; the message holds the exact install line."""
+
+
+class VideoError(SparrowError, ValueError):
+    """A video is missing, unreadable, empty or cut short."""
+
+
+class TrainingDataError(SparrowError, ValueError):
+    """A training row cannot be trained on: no answer, placeholders without pixels, or a field of the wrong type."""
