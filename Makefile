@@ -1,0 +1,45 @@
+# Every target creates what it needs: a virtual environment with the package and its tools, re-made when
+# pyproject.toml changes. `make test VENV=/some/where PYTHON=python3.12` uses another place or interpreter.
+
+VENV ?= .venv
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+
+# Nothing below may depend on the network once the environment is installed.
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-full quality style
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+# uv installs the several GB of torch much faster than pip; without one on the PATH, the environment gets its own.
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@command -v uv >/dev/null || test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	@PATH="$$PATH:$(BIN)" uv pip install --python $(BIN)/python -e ".[dev]"
+	@touch $@
+
+install: $(STAMP)  ## Install the package and its development tools into VENV
+
+demo: $(STAMP)  ## Caption an unseen clip, plain and with the draft, and compare
+	@$(BIN)/sparrow demo
+
+test: $(STAMP)  ## Fast tier of the tests
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-full: $(STAMP)  ## Every test, the long ones included
+	@$(BIN)/python -m pytest -m "" --timeout 3600 $(PYTEST_ARGS)
+
+quality: $(STAMP)  ## Lint, formatting and types, nothing changed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy src
+
+style: $(STAMP)  ## Fix lint and formatting in place
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
