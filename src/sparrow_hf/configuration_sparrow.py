@@ -1,0 +1,252 @@
+"""`SparrowDraftConfig`: the shape of a draft, the target it was made for, and how it proposes."""
+
+from typing import Any, Literal, NamedTuple
+
+from transformers import PreTrainedConfig
+
+from .errors import DraftConfigError, UnsupportedTargetError
+
+
+class TreeShape(NamedTuple):
+    """A draft tree: nodes verified per round (root included), draft forwards per round, candidates per forward."""
+
+    num_tree_nodes: int
+    num_draft_levels: int
+    beam_width: int
+
+
+#: The trees of the paper (written there as nodes-levels-beam) and the chain this project's figures start from.
+TREE_PRESETS: dict[str, TreeShape] = {
+    "chain-5": TreeShape(6, 5, 1),
+    "30-4-8": TreeShape(30, 4, 8),
+    "48-5-10": TreeShape(48, 5, 10),
+}
+
+#: Text decoder of the target → the plain-text decoder layer of transformers that has its exact shape.
+_BLOCK_OF_TEXT_MODEL: dict[str, str] = {
+    "qwen2": "qwen2",
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_vl_text": "qwen3",
+    "llama": "llama",
+    "mistral": "llama",
+}
+
+#: Names under which the families keep the ids of their visual placeholders.
+_PLACEHOLDER_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+
+
+class SparrowDraftConfig(PreTrainedConfig):
+    r"""Configuration of a [`SparrowDraftModel`].
+
+    Make one with [`SparrowDraftConfig.from_target_config`]; the fields of the decoder layer (`hidden_size` …
+    `rope_parameters`) then follow the target's text decoder.
+
+    Args:
+        target_name_or_path, target_revision (`str`, *optional*): Where the target came from. Another name or revision
+            of the same shape only warns when the draft is bound: local copies and fine-tunes are normal.
+        target_model_type (`str`): `model_type` of the target.
+        target_num_hidden_layers (`int`): Decoder layers of the target; layer ids below count in these.
+        visual_token_ids (`list[int]`): The target's image and video placeholder ids. Never drafted; rows that carry
+            them are visual rows.
+        block_type (`"qwen2"`, `"qwen3"` or `"llama"`): Which decoder layer of transformers the draft is made of.
+        num_hidden_layers (`int`): Decoder layers of the draft (paper, section 3.1: one).
+        feature_layers (`list[int]`): Target layers whose text states the draft reads, in the `hidden_states`
+            convention: k = output after k layers, −1 = post-norm. Several are fused by one more linear map.
+        visual_bridge_layer (`int`): Layer m whose visual states serve as the bridge (IVSB) and the glimpse; the paper
+            takes half of the depth.
+        num_glimpse_tokens (`int`): Visual rows (evenly strided) kept in the draft's window at inference; 0 = the
+            paper's VATA.
+        num_mtp_steps (`int`): Passes of the draft over a training row (MTP); 2 in the paper.
+        sliding_window (`int`, *optional*): Only the last so many text rows stay visible to the draft; glimpse rows
+            always do. `None`: all text rows.
+        position_mode (`"compact"` or `"original"`): RoPE position of a draft row: its index among the draft's rows, or
+            its index in the prompt (EAGLE-family checkpoints).
+        input_norm, output_norm, fc_bias, project_visual (`bool`): Layer 0 keeps its input norm; the draft ends with a
+            norm; FC has a bias; visual rows go through FC's hidden-state half instead of entering raw (paper: raw).
+        num_tree_nodes, num_draft_levels, beam_width (`int`): Shape of the tree (see [`TreeShape`]). `beam_width=1` is
+            a chain of `num_draft_levels` tokens. Without `num_tree_nodes`, one root plus a beam per level.
+
+    Raises:
+        DraftConfigError: A field is out of range or two fields contradict each other.
+    """
+
+    model_type = "sparrow_draft"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    target_name_or_path: str | None = None
+    target_revision: str | None = None
+    target_model_type: str | None = None
+    target_num_hidden_layers: int = 28
+    visual_token_ids: list[int] | None = None
+
+    block_type: Literal["qwen2", "qwen3", "llama"] = "qwen2"
+    vocab_size: int = 152064
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 28
+    num_key_value_heads: int = 4
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float = 0.0
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    feature_layers: list[int] | None = None
+    visual_bridge_layer: int | None = None
+    num_glimpse_tokens: int = 64
+    num_mtp_steps: int = 4
+    sliding_window: int | None = None
+    position_mode: Literal["compact", "original"] = "compact"
+    input_norm: bool = True
+    output_norm: bool = True
+    fc_bias: bool = False
+    project_visual: bool = False
+
+    num_tree_nodes: int | None = None
+    num_draft_levels: int = 5
+    beam_width: int = 1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.visual_token_ids is None:
+            self.visual_token_ids = []
+        if self.feature_layers is None:
+            self.feature_layers = [-1]
+        if self.visual_bridge_layer is None:
+            self.visual_bridge_layer = self.target_num_hidden_layers // 2
+        if self.num_tree_nodes is None:
+            self.num_tree_nodes = self.num_draft_levels * self.beam_width + 1
+        super().__post_init__(**kwargs)
+        self.check()
+
+    @classmethod
+    def from_target_config(cls, target_config: PreTrainedConfig, **overrides: Any) -> "SparrowDraftConfig":
+        """The configuration of a draft that fits a target with this configuration.
+
+        Args:
+            target_config: Configuration of the (multimodal) target.
+            overrides: Any field of this class.
+
+        Raises:
+            UnsupportedTargetError: The text decoder has no plain-text sibling here, or mixes attention types.
+        """
+        text = target_config.get_text_config()
+        block_type = _BLOCK_OF_TEXT_MODEL.get(text.model_type)
+        if block_type is None:
+            raise UnsupportedTargetError(
+                f"no decoder layer is known for text model type {text.model_type!r}; supported: "
+                f"{', '.join(sorted(_BLOCK_OF_TEXT_MODEL))}"
+            )
+        # Text rows have one position each, so the multimodal sections of the target's RoPE do not apply.
+        rope = {key: value for key, value in (text.rope_parameters or {}).items() if not key.startswith("mrope")}
+        if rope.get("rope_type") == "mrope":
+            rope["rope_type"] = "default"
+        fields: dict[str, Any] = {
+            "target_name_or_path": target_config._name_or_path or None,
+            "target_model_type": target_config.model_type,
+            "target_num_hidden_layers": text.num_hidden_layers,
+            "visual_token_ids": visual_token_ids(target_config),
+            "block_type": block_type,
+            "rope_parameters": rope,
+            # Qwen2 attention has its bias hard-wired and no field for it.
+            "attention_bias": getattr(text, "attention_bias", block_type == "qwen2"),
+            "mlp_bias": getattr(text, "mlp_bias", False),
+            "head_dim": getattr(text, "head_dim", None),
+        }
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "hidden_act",
+            "max_position_embeddings",
+            "initializer_range",
+            "rms_norm_eps",
+        ):
+            fields[name] = getattr(text, name)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            # `pipeline(assistant_model=)` compares these three between draft and target.
+            fields[name] = getattr(target_config, name, None)
+            if fields[name] is None:
+                fields[name] = getattr(text, name, None)
+        return cls(**(fields | overrides))
+
+    def set_tree_shape(self, shape: TreeShape | tuple[int, int, int] | str) -> None:
+        """Sets the three tree fields at once, from a [`TreeShape`] or the name of a preset (`"48-5-10"`)."""
+        if isinstance(shape, str):
+            if shape not in TREE_PRESETS:
+                raise DraftConfigError(f"unknown tree preset {shape!r}; known: {', '.join(TREE_PRESETS)}")
+            shape = TREE_PRESETS[shape]
+        shape = TreeShape(*shape)
+        check_tree_shape(shape)
+        self.num_tree_nodes, self.num_draft_levels, self.beam_width = shape
+
+    @property
+    def tree_shape(self) -> TreeShape:
+        """The three tree fields, checked, as one value."""
+        shape = TreeShape(self.num_tree_nodes or 0, self.num_draft_levels, self.beam_width)
+        check_tree_shape(shape)
+        return shape
+
+    @property
+    def feature_layer_ids(self) -> tuple[int, ...]:
+        """`feature_layers` with −1 written as the number of target layers (= the post-norm state)."""
+        return tuple(self.target_num_hidden_layers if layer == -1 else layer for layer in self.feature_layers or [-1])
+
+    def check(self) -> None:
+        """Raises [`DraftConfigError`] if a field is out of range; runs on construction."""
+        depth = self.target_num_hidden_layers
+        layers = [("feature_layers", layer) for layer in self.feature_layer_ids]
+        layers.append(("visual_bridge_layer", self.visual_bridge_layer))
+        for name, layer in layers:
+            if not 1 <= layer <= depth:
+                raise DraftConfigError(f"{name} holds {layer}, but the target has layers 1 … {depth} (or −1)")
+        for name in ("num_hidden_layers", "num_mtp_steps", "vocab_size", "hidden_size", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise DraftConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.num_glimpse_tokens < 0:
+            raise DraftConfigError(f"num_glimpse_tokens must not be negative, found {self.num_glimpse_tokens}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise DraftConfigError(f"sliding_window must be positive or None, found {self.sliding_window}")
+        if self.position_mode not in ("compact", "original"):
+            raise DraftConfigError(f"position_mode must be 'compact' or 'original', found {self.position_mode!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise DraftConfigError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+        check_tree_shape(TreeShape(self.num_tree_nodes or 0, self.num_draft_levels, self.beam_width))
+
+
+def check_tree_shape(shape: TreeShape) -> None:
+    """Raises [`DraftConfigError`] unless a tree of this shape can be grown."""
+    nodes, levels, beam = shape
+    if min(shape) < 1:
+        raise DraftConfigError(f"a tree needs at least one node, one level and a beam of one, found {tuple(shape)}")
+    if nodes < 2:
+        raise DraftConfigError("num_tree_nodes counts the root: 2 is the smallest tree that drafts anything")
+    if beam == 1 and nodes != levels + 1:
+        raise DraftConfigError(
+            f"a chain (beam_width=1) of {levels} levels has {levels + 1} nodes with its root, found "
+            f"num_tree_nodes={nodes}"
+        )
+
+
+def visual_token_ids(target_config: PreTrainedConfig) -> list[int]:
+    """Sorted placeholder ids of images and videos in a target's configuration."""
+    ids = {getattr(target_config, name, None) for name in _PLACEHOLDER_FIELDS}
+    return sorted(token_id for token_id in ids if token_id is not None)

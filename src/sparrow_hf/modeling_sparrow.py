@@ -1,0 +1,201 @@
+"""`SparrowDraftModel`: fuse, decoder layer, head. No decoding loop and no target code live here."""
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from .configuration_sparrow import SparrowDraftConfig
+from .errors import BindingError
+
+if TYPE_CHECKING:
+    from .generation.stats import GenerationStats
+    from .targets import TargetView
+
+_BLOCKS = {"qwen2": Qwen2DecoderLayer, "qwen3": Qwen3DecoderLayer, "llama": LlamaDecoderLayer}
+
+
+class SparrowDraftModel(PreTrainedModel):
+    """The draft of Sparrow (paper, section 3): one decoder layer over the target's own text states.
+
+    A draft row `t` holds the embedding of token `t + 1` and the target's state of token `t`, fused by one linear map,
+    and predicts the target's state of token `t + 1`, hence token `t + 2`. Embedding and head are the target's: they
+    are borrowed by [`~SparrowDraftModel.bind`], never registered and never saved.
+
+    Use it as `target.generate(**inputs, assistant_model=draft)`; `draft.last_generation` then holds the
+    [`GenerationStats`] of this thread's last call.
+    """
+
+    config_class = SparrowDraftConfig
+    config: SparrowDraftConfig
+    base_model_prefix = "draft"
+    main_input_name = "inputs_embeds"
+    _no_split_modules = ["Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: SparrowDraftConfig):
+        super().__init__(config)
+        hidden = config.hidden_size
+        num_features = len(config.feature_layer_ids)
+        self.feature_fc = nn.Linear(num_features * hidden, hidden, bias=False) if num_features > 1 else nn.Identity()
+        self.fc = nn.Linear(2 * hidden, hidden, bias=config.fc_bias)
+        block = _BLOCKS[config.block_type]
+        self.layers = nn.ModuleList([block(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        if not config.input_norm:
+            self.layers[0].input_layernorm = nn.Identity()
+        self.norm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps) if config.output_norm else nn.Identity()
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self._set_unregistered(None)
+        self.post_init()
+
+    def _set_unregistered(self, target: "TargetView | None") -> None:
+        # `nn.Module.__setattr__` would register the target's modules as the draft's own.
+        object.__setattr__(self, "_target", target)
+        object.__setattr__(self, "_thread", threading.local())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and worker processes start unbound: the target is not the draft's to copy, thread state no one's.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_target", "_thread")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._set_unregistered(None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SparrowDraftModel":
+        twin = type(self)(self.config.__class__.from_dict(self.config.to_dict()))
+        twin.load_state_dict(self.state_dict())
+        twin.to(device=self.device, dtype=self.dtype).train(self.training)
+        memo[id(self)] = twin
+        return twin
+
+    # -- what one forward does ---------------------------------------------------------------------------------------
+
+    def reduce_features(self, features: Tensor) -> Tensor:
+        """`(…, n·H)` concatenated states of the `n` feature layers → `(…, H)`; identity for one layer."""
+        return self.feature_fc(features)
+
+    def fuse(self, token_embeds: Tensor, hidden_states: Tensor) -> Tensor:
+        """`FC(e ⊕ h)` (paper, equation of HSR): `(…, H)`, `(…, H)` → `(…, H)`."""
+        return self.fc(torch.cat((token_embeds, hidden_states), dim=-1))
+
+    def fuse_visual(self, bridge_states: Tensor) -> Tensor:
+        """Rows that carry the target's middle-layer visual states: raw (paper, IVSB), or through FC's second half."""
+        if self.config.project_visual:
+            return self.fuse(torch.zeros_like(bridge_states), bridge_states)
+        return bridge_states
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Runs the draft's decoder layers over fused rows.
+
+        Args:
+            inputs_embeds: `(B, R, H)` rows made by [`~SparrowDraftModel.fuse`] and
+                [`~SparrowDraftModel.fuse_visual`].
+            position_ids: `(B, R)` RoPE positions.
+            attention_mask: `(B, 1, R, past + R)` additive mask, or `None` when every key is visible to every row.
+            past_key_values: Cache of the draft, extended in place.
+
+        Returns:
+            `last_hidden_state` `(B, R, H)`: predictions of the target's post-norm states.
+        """
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                # With no mask every key is visible; sdpa would otherwise take a missing mask for a causal one.
+                is_causal=False,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    # -- what it borrows ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_target(cls, target: PreTrainedModel, *, copy_last_layer: bool = False, **overrides: Any):
+        """A fresh draft for `target`, on its device, in its dtype, bound to it.
+
+        Args:
+            target: The video LLM to draft for.
+            copy_last_layer: Start the draft's decoder layers from the target's last ones instead of at random.
+            overrides: Fields of [`SparrowDraftConfig`].
+
+        Raises:
+            UnsupportedTargetError: The package has no decoder layer for the target's text model.
+            DraftConfigError: An override is out of range.
+        """
+        from .targets import TargetView
+
+        view = TargetView(target)
+        config = SparrowDraftConfig.from_target_config(view.model.config, **overrides)
+        with torch.device(view.device):
+            draft = cls(config)
+        draft = draft.to(dtype=view.dtype).eval()
+        if copy_last_layer:
+            for layer, source in zip(draft.layers, view.layers[-config.num_hidden_layers :], strict=True):
+                # `strict=False`: a draft without input norm has no place for the target's.
+                layer.load_state_dict(source.state_dict(), strict=False)
+        draft.bind(target)
+        return draft
+
+    def bind(self, target: PreTrainedModel) -> "TargetView":
+        """Checks that this draft fits `target`, borrows its embedding and head, and installs the output hooks.
+
+        Called by `generate()` on first use; calling it again with the same target costs nothing.
+
+        Raises:
+            BindingError: Another hidden size, vocabulary, layer count or set of placeholder ids.
+        """
+        from .targets import bind
+
+        if self._target is None or not self._target.is_view_of(target):
+            object.__setattr__(self, "_target", bind(self.config, target))
+        return self._target
+
+    @property
+    def target(self) -> "TargetView":
+        """The target this draft is bound to.
+
+        Raises:
+            BindingError: It is not bound yet.
+        """
+        if self._target is None:
+            raise BindingError("the draft is not bound to a target: call draft.bind(target), or generate once")
+        return self._target
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """`(B, R)` ids → `(B, R, H)` embeddings, the target's, in this draft's dtype and on its device."""
+        return self.target.embed(token_ids).to(dtype=self.dtype, device=self.device)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """`(…, H)` predicted states → `(…, V)` logits of the target's head, placeholders excluded, in fp32."""
+        logits = self.target.head(hidden_states).float()
+        # A drafted placeholder would be taken for visual input by the target.
+        logits[..., self.config.visual_token_ids] = float("-inf")
+        return logits
+
+    @property
+    def last_generation(self) -> "GenerationStats | None":
+        """Statistics of the last `generate()` call of the calling thread that used this draft, while it runs too."""
+        return getattr(self._thread, "stats", None)
+
+    @last_generation.setter
+    def last_generation(self, stats: "GenerationStats") -> None:
+        self._thread.stats = stats

@@ -1,0 +1,108 @@
+"""All the package asks of a target: decoder, embedding, head, device. Families differ in configuration only."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .configuration_sparrow import SparrowDraftConfig, visual_token_ids
+from .errors import BindingError, UnsupportedTargetError
+from .hidden_states import install_hooks
+
+
+class TargetView:
+    """Uniform access to the parts of a target. Holds references only; nothing is copied and nothing registered.
+
+    Args:
+        target: A video LLM of transformers, bare or wrapped by peft.
+
+    Raises:
+        UnsupportedTargetError: It has no decoder, embedding or head of the usual shape, or mixes attention types.
+    """
+
+    def __init__(self, target: PreTrainedModel):
+        self.model = unwrap(target)
+        try:
+            self.decoder: Any = self.model.get_decoder()
+            self.layers: nn.ModuleList = self.decoder.layers
+            self.norm: nn.Module = self.decoder.norm
+        except AttributeError as error:
+            raise UnsupportedTargetError(
+                f"{type(self.model).__name__} has no decoder with `layers` and `norm`; Sparrow needs a decoder-only "
+                "video LLM of transformers"
+            ) from error
+        self.embedding: nn.Module = self.model.get_input_embeddings()
+        self.head: nn.Module = self.model.get_output_embeddings()
+        if self.embedding is None or self.head is None:
+            raise UnsupportedTargetError(
+                f"{type(self.model).__name__} has no input embedding or no language-model head"
+            )
+        text = self.model.config.get_text_config()
+        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise UnsupportedTargetError(
+                f"the target's layers are {', '.join(sorted(kinds))}; tree verification needs full attention in every "
+                "layer (for Qwen-VL, set use_sliding_window=False)"
+            )
+        self.text_config = text
+
+    def is_view_of(self, target: PreTrainedModel) -> bool:
+        """Whether this view still shows `target`, with the embedding and head it has now."""
+        model = unwrap(target)
+        return (
+            model is self.model
+            and model.get_input_embeddings() is self.embedding
+            and model.get_output_embeddings() is self.head
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the decoder's states (a quantised target's weights have another)."""
+        return self.norm.weight.dtype if isinstance(self.norm.weight, Tensor) else self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head is: the draft works beside it."""
+        return next(iter(self.norm.parameters())).device
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Embeddings of `(B, R)` ids: `(B, R, H)`."""
+        return self.embedding(token_ids)
+
+
+def unwrap(target: Any) -> PreTrainedModel:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    return target.get_base_model() if hasattr(target, "get_base_model") else target
+
+
+def bind(config: SparrowDraftConfig, target: PreTrainedModel) -> TargetView:
+    """Checks a draft configuration against a target and installs the output hooks the draft needs.
+
+    Raises:
+        BindingError: A shape, the vocabulary, the layer count or the placeholder ids differ. All differences are named.
+    """
+    view = TargetView(target)
+    found: dict[str, tuple[Any, Any]] = {
+        "hidden_size": (config.hidden_size, view.text_config.hidden_size),
+        "vocab_size": (config.vocab_size, view.text_config.vocab_size),
+        "num_hidden_layers": (config.target_num_hidden_layers, len(view.layers)),
+        "visual_token_ids": (sorted(config.visual_token_ids or []), visual_token_ids(view.model.config)),
+    }
+    wrong = [f"{name}: draft {ours}, target {theirs}" for name, (ours, theirs) in found.items() if ours != theirs]
+    if wrong:
+        raise BindingError(
+            f"this draft was made for another target ({config.target_model_type}, "
+            f"{config.target_name_or_path or 'unnamed'}): {'; '.join(wrong)}. Use the draft of "
+            f"{view.model.config._name_or_path or view.model.config.model_type}, or train one."
+        )
+    name = view.model.config._name_or_path
+    if config.target_name_or_path and name and name != config.target_name_or_path:
+        warnings.warn(
+            f"the draft was trained for {config.target_name_or_path!r} and is used with {name!r}: the output stays the "
+            "target's own, the acceptance may be lower",
+            stacklevel=4,
+        )
+    install_hooks(view.layers, view.norm, {*config.feature_layer_ids, int(config.visual_bridge_layer or 0)})
+    return view
