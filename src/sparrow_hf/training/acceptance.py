@@ -1,0 +1,76 @@
+"""Teacher-forced acceptance: how many drafted tokens the target would have taken, read off the exact passes."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import EvalPrediction
+
+from .passes import DraftBatch
+
+
+def count_acceptance(batch: DraftBatch, matches: Sequence[Tensor]) -> Tensor:
+    """Counts that add up over batches; [`acceptance_metrics`] reads them.
+
+    Args:
+        batch: The batch the passes ran on.
+        matches: Per pass s, `(B, J−s)` bool: the draft's most probable token in loss row u + s is the target's.
+
+    Returns:
+        `(1, 3·D + 1)` for D passes: rows with a match, rows, rounds that accepted at least 1 … D tokens; and the rounds.
+    """
+    depth = len(matches)
+    agreed = [(match & batch.has_loss(step)).sum() for step, match in enumerate(matches)]
+    rows = [batch.has_loss(step).sum() for step in range(depth)]
+    lengths = torch.stack(walk(batch, matches))
+    accepted = [(lengths >= step).sum() for step in range(1, depth + 1)]
+    return torch.stack((*agreed, *rows, *accepted, torch.tensor(len(lengths), device=lengths.device)))[None]
+
+
+def walk(batch: DraftBatch, matches: Sequence[Tensor]) -> list[Tensor]:
+    """Decodes on paper: accepted tokens of each round of a chain of D tokens, on the answers of the batch.
+
+    A chain that starts at loss row u and accepts k tokens is followed by the target's own token, so the next one starts
+    at u + k + 1. With answers that are the target's greedy text this is what decoding does.
+    """
+    # (B, J) leading matches of the chain that starts at each loss row
+    lengths = torch.zeros_like(batch.has_loss(0), dtype=torch.long)
+    alive = batch.has_loss(0).clone()
+    for step, match in enumerate(matches):
+        alive[:, match.shape[1] :] = False
+        alive[:, : match.shape[1]] &= match & batch.has_loss(step)
+        lengths += alive
+    rounds = []
+    for sample, num_rows in zip(lengths.cpu(), batch.num_loss_rows.tolist(), strict=True):
+        start = 0
+        while start < num_rows:
+            rounds.append(sample[start])
+            start += int(sample[start]) + 1
+    return rounds
+
+
+def acceptance_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """`compute_metrics` of a [`SparrowTrainer`]: figures of an evaluation set, pooled over its rounds.
+
+    Returns:
+        `k` accepted drafts per round, `tau` = k + 1 tokens per target forward, `accepted_j` = P(k ≥ j), and
+        `agreement_s`, the share of all rows of pass s (from 1) whose token is the target's.
+    """
+    counts = np.asarray(prediction.predictions).sum(axis=0)
+    depth = (len(counts) - 1) // 3
+    agreed, rows, accepted, (rounds,) = np.split(counts, [depth, 2 * depth, 3 * depth])
+    return summarize(agreed, rows) | {
+        "k": float(accepted.sum() / rounds),
+        "tau": float(accepted.sum() / rounds + 1),
+        **{f"accepted_{step}": float(count / rounds) for step, count in enumerate(accepted, start=1)},
+    }
+
+
+def summarize(agreed: Sequence[float], rows: Sequence[float]) -> Mapping[str, float]:
+    """`agreement_s` per pass, from counts; passes that had no row are left out."""
+    return {
+        f"agreement_{step}": float(match / total)
+        for step, (match, total) in enumerate(zip(agreed, rows, strict=True), start=1)
+        if total
+    }

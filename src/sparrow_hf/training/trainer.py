@@ -1,0 +1,220 @@
+"""`SparrowTrainer`: trains a draft beside its frozen target."""
+
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer
+
+from ..modeling_sparrow import SparrowDraftModel
+from ..rows import draft_rows, visual_mask
+from .acceptance import acceptance_metrics, count_acceptance, summarize
+from .arguments import ALL_VISUAL_ROWS, SparrowTrainingArguments
+from .data import SparrowDataCollator, TrainingStates, check_sample, read_with_target
+from .losses import mixed_loss
+from .passes import DraftBatch, exact_passes, make_batch, reinput_passes
+
+
+class SparrowTrainer(Trainer):
+    """Trains a [`SparrowDraftModel`] on the states of its frozen target.
+
+    Rows of the datasets are conversations, processed conversations or recorded states (see `data.py`). Conversations
+    are read by the target during training, without gradient; recorded states give the same losses, to the last bit.
+
+    All randomness of a step (which visual rows, the noise) is a function of `args.seed`, the step and the sample, so
+    a resumed run repeats what the uninterrupted one would have drawn.
+
+    Args:
+        model: The draft. Only its own tensors are optimised and saved.
+        target: The target it drafts for; put in evaluation mode and frozen.
+        args: [`SparrowTrainingArguments`].
+        data_collator: By default a [`SparrowDataCollator`] with `processing_class`.
+        compute_metrics: By default teacher-forced acceptance, see [`acceptance_metrics`].
+        kwargs: Everything else [`~transformers.Trainer`] takes.
+
+    Raises:
+        BindingError: The draft does not fit the target.
+    """
+
+    args: SparrowTrainingArguments
+    # The loss below is divided by the loss rows of the whole accumulated batch.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: SparrowDraftModel,
+        target: PreTrainedModel,
+        args: SparrowTrainingArguments,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | Any | None = None,
+        eval_dataset: Dataset | Any | None = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = acceptance_metrics,
+        **kwargs: Any,
+    ):
+        model.bind(target)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or SparrowDataCollator(processing_class),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            **kwargs,
+        )
+        self.draft = model
+        target.eval().requires_grad_(False)
+        if getattr(target, "hf_device_map", None) is None:
+            target.to(args.device)
+        self._pass_counts: dict[int, Tensor] = {}
+
+    # -- what a step sees ---------------------------------------------------------------------------------------------
+
+    def make_batch(self, samples: list[Mapping[str, Any]], training: bool) -> DraftBatch:
+        """Reads the samples with the target where that was not done before, and pads them into the draft's batch.
+
+        Args:
+            samples: Processed conversations or rows of [`TrainingStates`].
+            training: Random visual rows and noise; otherwise the rows that decoding keeps, and no noise.
+        """
+        config = self.draft.config
+        visual_ids = config.visual_token_ids or []
+        read, noise = [], []
+        for sample in samples:
+            input_ids = sample["input_ids"] if "text_states" in sample else sample["input_ids"][0]
+            check_sample(input_ids, int(sample["answer_start"]), visual_ids)
+            generator = self._generator(input_ids) if training else None
+            budget = config.num_glimpse_tokens
+            if generator is not None:
+                budget = self._draw_budget(int(visual_mask(input_ids, visual_ids).sum()), generator)
+            rows = draft_rows(input_ids, visual_ids, budget, generator=generator)
+            if "text_states" in sample:
+                states = TrainingStates.from_row(sample)
+            else:
+                states = read_with_target(self.draft, sample, rows)
+            if generator is not None and self.args.hidden_state_noise:
+                shape = states.text_states.shape
+                scale = self.args.hidden_state_noise * 512 / len(rows.indices)
+                drawn = (torch.rand(shape, generator=generator) - 0.5) * scale
+                noise.append(drawn.to(states.text_states))
+            read.append((states, rows))
+        batch = make_batch(read, config.position_mode, noise or None)
+        for name in ("text_states", "visual_states", "target_states"):
+            setattr(batch, name, getattr(batch, name).to(self.draft.dtype))
+        return batch
+
+    def _generator(self, input_ids: Tensor) -> torch.Generator:
+        """The generator of one sample in this step, the same on every process and after every resume."""
+        fingerprint = zlib.crc32(input_ids.cpu().numpy().tobytes())
+        key = f"{self.args.seed}-{self.state.global_step}-{fingerprint}"
+        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+        return torch.Generator().manual_seed(seed)
+
+    def _draw_budget(self, num_visual_rows: int, generator: torch.Generator) -> int:
+        low, high = self.args.num_visual_rows_min, self.args.num_visual_rows_max
+        if high == ALL_VISUAL_ROWS:
+            return num_visual_rows
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    # -- the loss -----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Sum over passes of the weighted losses, summed over rows, over the number of loss rows of the first pass.
+
+        Args:
+            inputs: `{"samples": [...]}` from the collator.
+            num_items_in_batch: Loss rows of all batches this optimizer step accumulates; by default of this one.
+        """
+        training = model.training
+        batch = self.make_batch(inputs["samples"], training=training)
+        # Evaluation asks what decoding would accept, whatever the training recipe was.
+        exact = self.args.mtp_attention == "exact" or not training
+        num_passes = self.draft.config.num_mtp_steps if training else self.draft.config.num_draft_levels
+        passes = (exact_passes if exact else reinput_passes)(self.draft, batch, num_passes)
+
+        with torch.no_grad():
+            has_loss = batch.has_loss(0)
+            target_states = batch.target_states[has_loss]
+            target_logits = self.draft.compute_logits(target_states)
+            target_tokens = target_logits.argmax(-1)
+        # (B, J) → index into the (n, …) rows of the target
+        target_index = has_loss.flatten().cumsum(0).reshape(has_loss.shape) - 1
+
+        total = target_logits.new_zeros(())
+        matches = []
+        for step, hidden in enumerate(passes):
+            valid = batch.has_loss(step)
+            predicted, index = hidden[valid], target_index[:, step:][valid]
+            logits = self.draft.compute_logits(predicted)
+            losses = mixed_loss(self.args.loss_weights, predicted, target_states[index], logits, target_logits[index])
+            total = total + self.args.mtp_loss_decay**step * losses.sum()
+            match = torch.zeros_like(valid)
+            match[valid] = logits.detach().argmax(-1) == target_tokens[index]
+            matches.append(match)
+            if training:
+                counts = torch.stack((losses.detach().sum(), match.sum(), valid.sum()))
+                self._pass_counts[step] = self._pass_counts.get(step, 0) + counts
+        num_items = int(has_loss.sum()) if num_items_in_batch is None else num_items_in_batch
+        loss = total / num_items
+        if num_items_in_batch is not None:
+            # Gradients are averaged over processes, but every process has divided by the rows of all of them.
+            loss = loss * self.accelerator.num_processes
+        return (loss, count_acceptance(batch, matches)) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """As in the base class, with the number of loss rows of the accumulated batches as `num_items_in_batch`."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # One loss row per answer token but the first.
+        rows = sum(
+            sample["input_ids"].shape[-1] - int(sample["answer_start"]) - 1
+            for batch in batches
+            for sample in batch["samples"]
+        )
+        count = torch.tensor(max(rows, 1), device=device)
+        return batches, self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss and acceptance counts of one batch, the latter in the place of logits."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, counts = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        # The evaluation loop calls compute_metrics only if there are labels.
+        return loss, counts, torch.zeros_like(counts)
+
+    # -- what it reports ----------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds, per pass since the last report, the mean loss (`loss_s`) and the agreement with the target."""
+        if "loss" in logs and self._pass_counts:
+            losses, agreed, rows = torch.stack(list(self._pass_counts.values()), dim=1).tolist()
+            logs |= {
+                f"loss_{step}": loss / max(n, 1) for step, (loss, n) in enumerate(zip(losses, rows, strict=True), 1)
+            }
+            logs |= summarize(agreed, rows)
+            self._pass_counts = {}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not estimated: the cost of a step is the target's, not the draft's."""
+        return 0

@@ -1,0 +1,220 @@
+"""The trainer: both data paths agree, resume is exact, only the draft is saved, and one sample can be learned by heart."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import greedy
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf.errors import BindingError, TrainingDataError
+from sparrow_hf.training import (
+    ALL_VISUAL_ROWS,
+    SparrowDataCollator,
+    SparrowTrainer,
+    SparrowTrainingArguments,
+    TrainingStates,
+    read_with_target,
+)
+
+
+def arguments(folder, **overrides):
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 2e-3,
+        "logging_steps": 1,
+        "num_visual_rows_max": 6,
+    }
+    return SparrowTrainingArguments(**(defaults | overrides))
+
+
+def weights_of(draft):
+    return {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"hidden_state_noise": 0.2},
+        {"num_visual_rows_min": ALL_VISUAL_ROWS, "num_visual_rows_max": ALL_VISUAL_ROWS, "mtp_attention": "reinput"},
+        {"num_visual_rows_max": 0},
+    ],
+    ids=["glimpse-noise", "paper", "text-only"],
+)
+@pytest.mark.parametrize("overrides", [{}, {"feature_layers": [2, 3, -1]}], ids=["bridge-apart", "bridge-is-feature"])
+def test_recorded_states_give_the_losses_of_training_on_the_fly(
+    tmp_path, target, make_draft, samples, recorded, recipe, overrides
+):
+    draft = make_draft(**overrides)
+    recorded = [read_with_target(draft, sample).to_row() for sample in samples]
+    trainer = SparrowTrainer(draft, target, arguments(tmp_path, **recipe))
+    losses, gradients = [], []
+    for rows in (samples, recorded):
+        draft.train().zero_grad()
+        trainer.state.global_step = 3
+        loss = trainer.compute_loss(draft, trainer.data_collator(rows))
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(draft.fc.weight.grad.clone())
+    assert torch.equal(*losses) and torch.equal(*gradients)
+    trainer.state.global_step = 4
+    if recipe.get("num_visual_rows_max") not in (0, ALL_VISUAL_ROWS):
+        assert not torch.equal(losses[0], trainer.compute_loss(draft, trainer.data_collator(recorded)))
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, target, make_draft, recorded):
+    settings = {"max_steps": 6, "hidden_state_noise": 0.2, "save_strategy": "steps", "save_steps": 3}
+    whole = make_draft()
+    SparrowTrainer(whole, target, arguments(tmp_path / "a", **settings), train_dataset=recorded).train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    interrupted = make_draft()
+    SparrowTrainer(
+        interrupted, target, arguments(tmp_path / "b", **settings), train_dataset=recorded, callbacks=[Stop()]
+    ).train()
+    shutil.rmtree(tmp_path / "b" / "checkpoint-4", ignore_errors=True)
+    resumed = make_draft(seed=1)
+    trainer = SparrowTrainer(resumed, target, arguments(tmp_path / "b", **settings), train_dataset=recorded)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
+    assert trainer.state.global_step == 6
+    assert_same_weights(weights_of(resumed), weights_of(whole))
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path, target, make_draft, recorded):
+    """Samples differ in length, so a mean of means would not do."""
+    results = []
+    for size, steps in ((4, 1), (1, 4)):
+        draft = make_draft().double()
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        rows = [dict(row) for row in recorded]
+        args = arguments(tmp_path, optim="sgd", learning_rate=1.0, max_grad_norm=0, **settings)
+        trainer = SparrowTrainer(draft, target, args, train_dataset=rows)
+        trainer.train()
+        results.append((weights_of(draft), trainer.state.log_history[0]["loss"]))
+    for name, tensor in results[0][0].items():
+        torch.testing.assert_close(tensor, results[1][0][name], rtol=1e-6, atol=1e-6)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+
+
+def test_only_draft_tensors_are_saved_and_the_target_is_untouched(tmp_path, target, make_draft, recorded):
+    before = weights_of(target)
+    draft = make_draft()
+    trainer = SparrowTrainer(draft, target, arguments(tmp_path, max_steps=2), train_dataset=recorded)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(stored) == {name for name, _ in draft.named_parameters()}
+    assert not any("embed" in name or "head" in name for name in stored)
+    assert_same_weights(before, weights_of(target))
+    assert not target.training and not any(parameter.requires_grad for parameter in target.parameters())
+    loaded = SparrowDraftModel.from_pretrained(tmp_path / "out")
+    assert_same_weights(weights_of(loaded), weights_of(draft))
+    assert not torch.equal(draft.fc.weight, make_draft().fc.weight)
+
+
+def test_one_sample_can_be_learned_by_heart(tmp_path, target, make_draft, samples):
+    """Groundwork of the overfit gate: any error of shift, mask or position keeps some pass below 1."""
+    draft = make_draft(num_mtp_steps=4, num_draft_levels=4)
+    for parameter in draft.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.1)
+    row = samples[3]
+    settings = {"max_steps": 150, "per_device_train_batch_size": 1, "logging_steps": 150, "learning_rate": 5e-3}
+    args = arguments(tmp_path, num_visual_rows_min=4, num_visual_rows_max=4, **settings)
+    trainer = SparrowTrainer(draft, target, args, train_dataset=[row], eval_dataset=[row])
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert [metrics[f"eval_agreement_{step}"] for step in range(1, 5)] == [1.0] * 4
+    # 15 answer tokens: the first is the prefill's, 14 remain: rounds of 5, 5 and the last 4
+    assert metrics["eval_tau"] == pytest.approx(1 + (4 + 4 + 3) / 3) or metrics["eval_k"] > 3.5
+    assert "loss_4" in trainer.state.log_history[0] and "agreement_4" in trainer.state.log_history[0]
+
+    prompt = {name: value for name, value in row.items() if name != "answer_start"}
+    start = row["answer_start"]
+    for name, value in prompt.items():
+        if value.shape == row["input_ids"].shape:
+            prompt[name] = value[:, :start]
+    draft.config.num_tree_nodes = 5
+    output = target.generate(**prompt, assistant_model=draft, **greedy(15))
+    assert output[0, start:].tolist() == row["input_ids"][0, start:].tolist()
+    stats = draft.last_generation
+    assert stats.accepted[:2] == [4, 4], stats.accepted
+
+
+def test_a_draft_of_another_target_is_refused(tmp_path, target, make_draft):
+    from sparrow_hf import SparrowDraftConfig
+
+    config = SparrowDraftConfig.from_target_config(target.config)
+    config.vocab_size += 1
+    with pytest.raises(BindingError, match="vocab_size"):
+        SparrowTrainer(SparrowDraftModel(config), target, arguments(tmp_path))
+
+
+def test_bad_samples_are_refused(tmp_path, target, make_draft, samples):
+    trainer = SparrowTrainer(make_draft(), target, arguments(tmp_path))
+    blind = {name: value for name, value in samples[0].items() if not name.startswith("pixel_values")}
+    length = samples[0]["input_ids"].shape[1]
+    for bad, message in (
+        (blind, "no pixel values"),
+        (samples[0] | {"answer_start": length - 1}, "at least 2 tokens"),
+        (samples[0] | {"answer_start": 3}, "placeholders"),
+    ):
+        with pytest.raises(TrainingDataError, match=message):
+            trainer.make_batch([bad], training=True)
+    with pytest.raises(TrainingDataError, match="needs 'messages'"):
+        SparrowDataCollator()([{"text": "x"}])
+    with pytest.raises(TrainingDataError, match="processor"):
+        SparrowDataCollator()([{"messages": []}])
+
+
+def test_states_survive_the_collator(recorded):
+    states = TrainingStates.from_row(recorded[0])
+    (row,) = SparrowDataCollator()([states])["samples"]
+    assert row["text_states"] is states.text_states and row["answer_start"] == states.answer_start
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"num_visual_rows_min": 9, "num_visual_rows_max": 3},
+        {"num_visual_rows_min": -1, "num_visual_rows_max": 3},
+        {"soft_cross_entropy_weight": 0.0, "feature_smooth_l1_weight": 0.0},
+        {"list_mle_weight": -1.0},
+        {"mtp_attention": "other"},
+        {"remove_unused_columns": True},
+    ],
+)
+def test_contradicting_arguments_are_refused(tmp_path, bad):
+    with pytest.raises(ValueError):
+        arguments(tmp_path, **bad)
+
+
+def test_presets(tmp_path):
+    paper = SparrowTrainingArguments.from_preset("paper", output_dir=str(tmp_path), learning_rate=1e-4)
+    assert (paper.mtp_attention, paper.num_visual_rows_min, paper.num_visual_rows_max) == ("reinput", -1, -1)
+    assert paper.loss_weights == {
+        "soft_cross_entropy": 0.0,
+        "probability_l1": 10.0,
+        "list_mle": 0.1,
+        "feature_smooth_l1": 0.0,
+    }
+    assert paper.learning_rate == 1e-4 and paper.adam_beta2 == 0.95
+    with pytest.raises(ValueError, match="unknown training preset"):
+        SparrowTrainingArguments.from_preset("papers", output_dir=str(tmp_path))
