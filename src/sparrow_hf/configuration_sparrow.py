@@ -179,10 +179,8 @@ class SparrowDraftConfig(PreTrainedConfig):
         ):
             fields[name] = getattr(text, name)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            # `pipeline(assistant_model=)` compares these three between draft and target.
-            fields[name] = getattr(target_config, name, None)
-            if fields[name] is None:
-                fields[name] = getattr(text, name, None)
+            # `pipeline(assistant_model=)` compares these three with the target's text configuration.
+            fields[name] = getattr(text, name, None)
         return cls(**(fields | overrides))
 
     def set_tree_shape(self, shape: TreeShape | tuple[int, int, int] | str) -> None:
@@ -211,7 +209,7 @@ class SparrowDraftConfig(PreTrainedConfig):
         """Raises [`DraftConfigError`] if a field is out of range; runs on construction."""
         depth = self.target_num_hidden_layers
         layers = [("feature_layers", layer) for layer in self.feature_layer_ids]
-        layers.append(("visual_bridge_layer", self.visual_bridge_layer))
+        layers.append(("visual_bridge_layer", int(self.visual_bridge_layer or 0)))
         for name, layer in layers:
             if not 1 <= layer <= depth:
                 raise DraftConfigError(f"{name} holds {layer}, but the target has layers 1 … {depth} (or −1)")

@@ -1,8 +1,8 @@
 """Output hooks on the target's decoder, and the collector of one call.
 
-`output_hidden_states=True` would keep every layer of every visual row (5.2 GB for 25k tokens of a 7B target). The hooks
-here keep only the rows the draft reads. They are installed once, when a draft is bound (a hook added after a compiled
-call never fires), and do nothing unless the running thread has a collector.
+`output_hidden_states=True` would keep every layer of every visual row (5.2 GB for 25k tokens of a 7B target). The
+hooks here keep only the rows the draft reads. They are installed once, when a draft is bound (a hook added after a
+compiled call never fires), and do nothing unless the running thread has a collector.
 """
 
 from collections.abc import Iterator

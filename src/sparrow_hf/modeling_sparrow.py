@@ -98,6 +98,7 @@ class SparrowDraftModel(PreTrainedModel):
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        is_causal: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Runs the draft's decoder layers over fused rows.
@@ -108,6 +109,8 @@ class SparrowDraftModel(PreTrainedModel):
             position_ids: `(B, R)` RoPE positions.
             attention_mask: `(B, 1, R, past + R)` additive mask, or `None` when every key is visible to every row.
             past_key_values: Cache of the draft, extended in place.
+            is_causal: Without a mask and without past rows, every row sees the rows up to itself (training: no R × R
+                mask is ever built). Not understood by the eager attention.
 
         Returns:
             `last_hidden_state` `(B, R, H)`: predictions of the target's post-norm states.
@@ -121,15 +124,17 @@ class SparrowDraftModel(PreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
-                # With no mask every key is visible; sdpa would otherwise take a missing mask for a causal one.
-                is_causal=False,
+                # Said explicitly, because sdpa takes a missing mask for a causal one.
+                is_causal=is_causal,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     # -- what it borrows ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_target(cls, target: PreTrainedModel, *, copy_last_layer: bool = False, **overrides: Any):
+    def from_target(
+        cls, target: PreTrainedModel, *, copy_last_layer: bool = False, **overrides: Any
+    ) -> "SparrowDraftModel":
         """A fresh draft for `target`, on its device, in its dtype, bound to it.
 
         Args:
@@ -186,9 +191,10 @@ class SparrowDraftModel(PreTrainedModel):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """`(…, H)` predicted states → `(…, V)` logits of the target's head, placeholders excluded, in fp32."""
-        logits = self.target.head(hidden_states).float()
-        # A drafted placeholder would be taken for visual input by the target.
-        logits[..., self.config.visual_token_ids] = float("-inf")
+        logits = self.target.head(hidden_states.to(self.target.dtype)).float()
+        for token_id in self.config.visual_token_ids or []:
+            # A drafted placeholder would be taken for visual input by the target.
+            logits[..., token_id] = float("-inf")
         return logits
 
     @property

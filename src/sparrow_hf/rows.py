@@ -1,7 +1,7 @@
 """Which rows of a prompt the draft sees, and where they stand. Shared by generation and training, so that both agree.
 
-A prompt of L tokens has *visual* rows (placeholders), and *text* rows (everything else). The draft's sequence keeps all
-text rows and a fixed number of visual rows, in their original order:
+A prompt of L tokens has *visual* rows (placeholders), and *text* rows (everything else). The draft's sequence keeps
+all text rows and a fixed number of visual rows, in their original order:
 
     prompt       <s> Describe <vs> v v v v v v v v <ve> this . Answer :      a0 a1 …
     kept (M=2)    0     1      2       5       8    11   12  …              (indices into the prompt)
@@ -26,10 +26,14 @@ class DraftRows:
     Attributes:
         indices: `(R,)` positions in the prompt, ascending.
         is_visual: `(R,)` bool, true for glimpse rows.
+        prompt_positions: `(R,)` positions in the prompt without its padding.
+        prompt_length: Tokens of the prompt without its padding.
     """
 
     indices: Tensor
     is_visual: Tensor
+    prompt_positions: Tensor
+    prompt_length: int
 
     @property
     def text(self) -> Tensor:
@@ -44,8 +48,12 @@ class DraftRows:
     def positions(self, mode: str) -> Tensor:
         """`(R,)` RoPE position of each row: its index here (`"compact"`) or in the prompt (`"original"`)."""
         if mode == "original":
-            return self.indices
+            return self.prompt_positions
         return torch.arange(len(self.indices), device=self.indices.device)
+
+    def next_position(self, mode: str) -> int:
+        """RoPE position of the first row after these."""
+        return self.prompt_length if mode == "original" else len(self.indices)
 
 
 def visual_mask(input_ids: Tensor, visual_token_ids: list[int]) -> Tensor:
@@ -98,4 +106,5 @@ def draft_rows(
     keep = is_text.clone()
     keep[chosen] = True
     indices = keep.nonzero().squeeze(-1)
-    return DraftRows(indices=indices, is_visual=is_visual[indices])
+    prompt_positions = present.cumsum(0) - 1
+    return DraftRows(indices, is_visual[indices], prompt_positions[indices], int(present.sum()))

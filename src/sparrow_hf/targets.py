@@ -81,7 +81,7 @@ def bind(config: SparrowDraftConfig, target: PreTrainedModel) -> TargetView:
     """Checks a draft configuration against a target and installs the output hooks the draft needs.
 
     Raises:
-        BindingError: A shape, the vocabulary, the layer count or the placeholder ids differ. All differences are named.
+        BindingError: A shape, the vocabulary, the layer count or the placeholder ids differ; all are named.
     """
     view = TargetView(target)
     found: dict[str, tuple[Any, Any]] = {
@@ -100,8 +100,8 @@ def bind(config: SparrowDraftConfig, target: PreTrainedModel) -> TargetView:
     name = view.model.config._name_or_path
     if config.target_name_or_path and name and name != config.target_name_or_path:
         warnings.warn(
-            f"the draft was trained for {config.target_name_or_path!r} and is used with {name!r}: the output stays the "
-            "target's own, the acceptance may be lower",
+            f"the draft was trained for {config.target_name_or_path!r} and is used with {name!r}: the output stays "
+            "the target's own, the acceptance may be lower",
             stacklevel=4,
         )
     install_hooks(view.layers, view.norm, {*config.feature_layer_ids, int(config.visual_bridge_layer or 0)})

@@ -1,0 +1,1 @@
+"""Drafting, verification and the loop that joins them."""

@@ -1,0 +1,179 @@
+"""The speculative loop of one `generate()` call: prefill, then rounds of propose, verify, walk, commit."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from ..errors import UnsupportedGenerationError
+from ..hidden_states import HiddenStateCollector
+from ..modeling_sparrow import SparrowDraftModel
+from .candidate_generator import SparrowCandidateGenerator
+from .emission import TokenEmitter
+from .stats import GenerationStats, PhaseClock
+from .tree import CandidateTree
+from .verification import commit_path, tree_attention_mask, tree_position_ids, walk
+
+#: Per-token inputs that some families' forward takes; new tokens repeat the newest one (text).
+_TOKEN_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+
+
+def speculative_decode(
+    target: PreTrainedModel,
+    draft: SparrowDraftModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None,
+    model_kwargs: dict[str, Any],
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """Decodes with a bound draft; the counterpart of `GenerationMixin._sample`, with the same inputs and outputs.
+
+    Raises:
+        UnsupportedGenerationError: The call asks for something that speculation cannot serve; nothing has run yet.
+    """
+    check_inputs(input_ids, model_kwargs)
+    emitter = TokenEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    recorded: dict[str, tuple[Any, ...]] = {}
+    if generation_config.return_dict_in_generate:
+        if generation_config.output_hidden_states:
+            recorded["hidden_states"] = ()
+        if generation_config.output_attentions:
+            recorded["attentions"] = ()
+    clock = PhaseClock(draft.device)
+    stats = GenerationStats(draft.config.tree_shape.num_draft_levels, clock)
+    draft.last_generation = stats
+
+    # Prefill. Only rows that are new to the target's cache pass the hooks.
+    new = num_new_rows(input_ids, generation_config, model_kwargs)
+    mask = model_kwargs.get("attention_mask")
+    with clock.phase("draft"):
+        generator = SparrowCandidateGenerator(draft, input_ids[:, -new:], None if mask is None else mask[:, -new:])
+    with clock.phase("prefill"), HiddenStateCollector(generator.layers_to_collect).active() as collector:
+        outputs = target._prefill(input_ids, generation_config, model_kwargs)
+    # Encoded once by `generate()`; of no use after the prefill and as large as the video is long.
+    model_kwargs.pop("mm_encoder_outputs", None)
+    model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs)
+    for name in recorded:
+        recorded[name] += (outputs[name],)
+    first_token = emitter.choose(outputs.logits[:, -1])
+    stats.new_tokens = 1
+    emitter.commit(first_token)
+    del outputs
+    if not emitter.finished:
+        with clock.phase("draft"):
+            generator.prefill({layer: collector.take(layer) for layer in generator.layers_to_collect}, first_token)
+    del collector
+
+    while not emitter.finished:
+        # A round commits at most one token more than it drafts.
+        budget = generation_config.max_length - emitter.input_ids.shape[1]
+        with clock.phase("draft"):
+            tree = generator.propose(max_levels=budget - 1)
+        with clock.phase("verify"):
+            cache: DynamicCache = model_kwargs["past_key_values"]
+            past_length = cache.get_seq_length()
+            with HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids)).active() as collector:
+                outputs = target(**verification_inputs(target, tree, model_kwargs), return_dict=True)
+            stats.accepted.append(0)
+            path = accept(tree, outputs.logits, emitter, stats)
+            commit_path(cache, path, len(tree))
+            model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=len(path))
+        for name in recorded:
+            recorded[name] += tuple(emitter.recorded_step(outputs, name, past_length, path))
+        del outputs
+        if not emitter.finished:
+            with clock.phase("draft"):
+                states = [collector.take(layer)[:, path] for layer in draft.config.feature_layer_ids]
+                generator.extend(torch.cat(states, dim=-1), emitter.input_ids[0, -len(path) :].tolist())
+        stats.max_draft_cache_length = generator.max_cache_length
+        stats.failed_drafts = generator.failed_drafts
+
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return emitter.input_ids
+    return GenerateDecoderOnlyOutput(
+        sequences=emitter.input_ids,
+        scores=emitter.scores,
+        logits=emitter.logits,
+        attentions=recorded.get("attentions"),
+        hidden_states=recorded.get("hidden_states"),
+        past_key_values=model_kwargs["past_key_values"],
+    )
+
+
+def accept(tree: CandidateTree, logits: Tensor, emitter: TokenEmitter, stats: GenerationStats) -> list[int]:
+    """Walks the tree with the target's `(1, N, V)` logits, committing tokens; returns the path (see [`walk`])."""
+    logits = logits[:, -len(tree) :]
+    argmax = logits[0].float().argmax(dim=-1).tolist() if emitter.takes_argmax else None
+
+    def emit(node: int) -> tuple[int, bool]:
+        token = emitter.choose(logits[:, node], None if argmax is None else argmax[node])
+        # Counted before the token is streamed, so that a streamer can tell drafted tokens from the target's own.
+        stats.accepted[-1] += token in tree.children[node]
+        stats.new_tokens += 1
+        emitter.commit(token)
+        return token, emitter.finished
+
+    path, stats.accepted[-1] = walk(tree, emit)
+    return path
+
+
+def verification_inputs(target: PreTrainedModel, tree: CandidateTree, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of one target forward over all nodes of a tree; `model_kwargs` stand at the root, as for a plain step."""
+    past_length = model_kwargs["past_key_values"].get_seq_length()
+    step = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
+    for key in _TOKEN_TYPE_KEYS:
+        if step.get(key) is not None:
+            step[key] = step[key][..., -1:].expand(*step[key].shape[:-1], len(tree))
+    inputs = target.prepare_inputs_for_generation(
+        tree.token_ids,
+        position_ids=tree_position_ids(tree, model_kwargs["position_ids"][..., -1:]),
+        attention_mask=None,
+        is_first_iteration=False,
+        **step,
+    )
+    inputs["attention_mask"] = tree_attention_mask(
+        tree, past_length, target.get_decoder().norm.weight.dtype, model_kwargs.get("attention_mask")
+    )
+    if "logits_to_keep" in inputs:
+        inputs["logits_to_keep"] = len(tree)
+    return inputs
+
+
+def num_new_rows(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:
+    """Prompt rows the prefill will compute: all, or those a cache passed in by the caller does not hold yet.
+
+    Mirrors `GenerationMixin._prefill`: with a cache, `input_ids` is the full sequence exactly if it is as long as the
+    attention mask.
+    """
+    past_length = model_kwargs["past_key_values"].get_seq_length()
+    mask = model_kwargs.get("attention_mask")
+    mask_length = generation_config._mask_length if mask is None else mask.shape[1]
+    return input_ids.shape[1] - (past_length if mask_length == input_ids.shape[1] else 0)
+
+
+def check_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
+    """Raises [`UnsupportedGenerationError`] for inputs the loop cannot serve."""
+    if input_ids.shape[0] != 1:
+        raise UnsupportedGenerationError(
+            f"a Sparrow draft serves one sequence per call, found a batch of {input_ids.shape[0]}: call generate() "
+            "for each, or leave assistant_model out"
+        )
+    embeds = model_kwargs.get("inputs_embeds")
+    if embeds is not None and embeds.shape[1] != input_ids.shape[1]:
+        raise UnsupportedGenerationError(
+            f"inputs_embeds has {embeds.shape[1]} rows and input_ids {input_ids.shape[1]}: the draft must know which "
+            "rows are visual, so pass the input_ids of all rows as well"
+        )
+    cache = model_kwargs.get("past_key_values")
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        raise UnsupportedGenerationError(
+            f"a Sparrow draft needs the default dynamic cache, found {type(cache).__name__}: leave "
+            "cache_implementation and past_key_values at their defaults (use_cache=True)"
+        )

@@ -1,0 +1,123 @@
+"""The dynamic draft tree of EAGLE-2 (paper, section 3.6): grown level by level, reranked, laid out for one forward.
+
+Pure functions over tensors; imports torch only.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CandidateTree:
+    """Drafted tokens as a tree whose root is the last committed token. Parents precede their children.
+
+    Attributes:
+        token_ids: `(1, N)`; node 0 is the root.
+        depths: `(N,)` distance from the root.
+        ancestors: `(N, N)` bool, row i true at i and at every ancestor of i.
+        children: Per node, drafted token id → child node.
+        is_chain: Every node is the child of the one before.
+    """
+
+    token_ids: Tensor
+    depths: Tensor
+    ancestors: Tensor
+    children: list[dict[int, int]]
+    is_chain: bool
+
+    def __len__(self) -> int:
+        return self.token_ids.shape[1]
+
+
+def build_tree(token_ids: list[int], parents: list[int], device: torch.device | str = "cpu") -> CandidateTree:
+    """Lays out a tree.
+
+    Args:
+        token_ids: Token of each node, the root first.
+        parents: Parent of each node, −1 for the root; `parents[i] < i`.
+    """
+    depths = [0] * len(token_ids)
+    children: list[dict[int, int]] = [{} for _ in token_ids]
+    ancestors = torch.eye(len(token_ids), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            depths[node] = depths[parent] + 1
+            children[parent][token_ids[node]] = node
+            ancestors[node] |= ancestors[parent]
+    return CandidateTree(
+        token_ids=torch.tensor([token_ids], device=device),
+        depths=torch.tensor(depths, device=device),
+        ancestors=ancestors.to(device),
+        children=children,
+        is_chain=all(parent == node - 1 for node, parent in enumerate(parents)),
+    )
+
+
+class CandidatePool:
+    """All candidates of one round, in level order, so that a parent always stands before its children.
+
+    Args:
+        beam_width: Candidates kept per frontier node, and frontier nodes per level.
+    """
+
+    def __init__(self, beam_width: int):
+        self._beam = beam_width
+        self._scores: list[Tensor] = []
+        self._tokens: list[Tensor] = []
+        self._parents: list[Tensor] = []
+        self._size = 0
+        # Pool index and cumulative log-probability of the frontier the next level grows from; the root is −1.
+        self._frontier = torch.tensor([-1])
+        self._frontier_scores = torch.zeros(1)
+
+    def add_level(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds the best continuations of every frontier node and moves the frontier to the best of them.
+
+        Args:
+            log_probs: `(F, V)` log-probabilities after each of the F frontier nodes.
+
+        Returns:
+            tokens: `(F',)` ids of the new frontier, F' = `beam_width` at most.
+            origins: `(F',)` which node of the old frontier each one continues.
+        """
+        device = log_probs.device
+        width = min(self._beam, log_probs.shape[-1])
+        best, tokens = log_probs.topk(width, dim=-1)
+        scores = (best + self._frontier_scores.to(device)[:, None]).flatten()
+        # pool      … | f0c0 f0c1 f1c0 f1c1 |        f = frontier node, c = its continuation
+        # origins        0    0    1    1            and first = pool index of f0c0
+        first, tokens = self._size, tokens.flatten()
+        origins = torch.arange(log_probs.shape[0], device=device).repeat_interleave(width)
+        self._scores.append(scores)
+        self._tokens.append(tokens)
+        self._parents.append(self._frontier.to(device)[origins])
+        self._size += len(scores)
+
+        self._frontier_scores, chosen = scores.topk(min(self._beam, len(scores)))
+        self._frontier = first + chosen
+        return tokens[chosen], origins[chosen]
+
+    def best_tree(self, root_token: int, num_nodes: int, device: torch.device | str) -> CandidateTree | None:
+        """The `num_nodes − 1` most probable candidates under their root, or `None` if a score is not a number.
+
+        A child is never more probable than its parent and stands behind it in the pool, so a stable sort never keeps a
+        child without its parent. Impossible tokens (placeholders) are left out.
+        """
+        if not self._scores:
+            return build_tree([root_token], [-1], device)
+        scores = torch.cat(self._scores)
+        order = torch.sort(scores, descending=True, stable=True).indices[: num_nodes - 1].sort().values
+        picked = torch.stack((torch.cat(self._tokens)[order], torch.cat(self._parents)[order], order)).tolist()
+        picked_scores = scores[order].tolist()
+        if any(math.isnan(score) for score in picked_scores):
+            return None
+        tokens, parents, node_of = [root_token], [-1], {-1: 0}
+        for token, parent, index, score in zip(*picked, picked_scores, strict=True):
+            if score > -math.inf:
+                node_of[index] = len(tokens)
+                tokens.append(token)
+                parents.append(node_of[parent])
+        return build_tree(tokens, parents, device)

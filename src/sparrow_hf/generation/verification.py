@@ -1,0 +1,74 @@
+"""Verification of a draft tree: its mask and positions for one target forward, the exact walk, the commit of its KV.
+
+Pure functions over tensors; imports torch only (and the cache type they act on).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .tree import CandidateTree
+
+
+def tree_attention_mask(
+    tree: CandidateTree, past_length: int, dtype: torch.dtype, prefix_mask: Tensor | None = None
+) -> Tensor:
+    """`(1, 1, N, past + N)` additive mask: every node sees the prefix, its ancestors and itself.
+
+    Additive, since eager attention silently misreads a boolean one.
+
+    Args:
+        prefix_mask: `(1, ≥ past)`, 0 on padding; `None` without padding.
+    """
+    lowest = torch.finfo(dtype).min
+    device = tree.ancestors.device
+    mask = torch.zeros((1, 1, len(tree), past_length + len(tree)), dtype=dtype, device=device)
+    if prefix_mask is not None:
+        mask[..., :past_length].masked_fill_(prefix_mask[:, None, None, :past_length].to(device) == 0, lowest)
+    mask[..., past_length:].masked_fill_(~tree.ancestors, lowest)
+    return mask
+
+
+def tree_position_ids(tree: CandidateTree, root_position: Tensor) -> Tensor:
+    """`(…, N)` positions of the nodes: the root's `(…, 1)`, plus the depth. Holds for 1-D and M-RoPE alike."""
+    return root_position + tree.depths.to(root_position.device)
+
+
+def walk(tree: CandidateTree, emit: Callable[[int], tuple[int, bool]]) -> tuple[list[int], int]:
+    """Follows the target's own tokens down the tree (paper, section 3.6).
+
+    Args:
+        emit: Called with a node; commits the target's token after that node and returns it with whether generation
+            is finished. It is called exactly once per committed token, in order.
+
+    Returns:
+        path: Nodes whose successor was committed: the root, then the accepted nodes the walk left again. Their keys
+            and values are what the target's cache must keep.
+        num_accepted: Committed tokens that had been drafted. The token that stops generation may be one.
+    """
+    node, path = 0, [0]
+    while True:
+        token, finished = emit(node)
+        child = tree.children[node].get(token)
+        if finished or child is None:
+            return path, len(path) - (child is None)
+        node = child
+        path.append(node)
+
+
+def commit_path(cache: DynamicCache, path: list[int], num_nodes: int) -> None:
+    """Keeps the entries of `path` of the `num_nodes` newest cache entries, in place, and drops the rest.
+
+    before   … prefix | n0 n1 n2 n3 n4 |      path = [0, 2, 4]
+    after    … prefix | n0 n2 n4 |
+    """
+    if path != list(range(len(path))):
+        for layer in cache.layers:
+            start = layer.keys.shape[-2] - num_nodes
+            source = torch.tensor(path, device=layer.keys.device) + start
+            kept = slice(start, start + len(path))
+            layer.keys[:, :, kept] = layer.keys[:, :, source]
+            layer.values[:, :, kept] = layer.values[:, :, source]
+    cache.crop(len(path) - num_nodes)
