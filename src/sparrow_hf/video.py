@@ -18,7 +18,6 @@ from transformers.video_utils import VideoMetadata, load_video
 
 from .errors import MissingDependencyError, VideoError
 
-
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
@@ -108,9 +107,7 @@ def _array_metadata(frames: np.ndarray, fps: float) -> VideoMetadata:
     )
 
 
-def _load_part(
-    part: dict[str, Any], fps: float | None, max_frames: int | None
-) -> tuple[np.ndarray, VideoMetadata]:
+def _load_part(part: dict[str, Any], fps: float | None, max_frames: int | None) -> tuple[np.ndarray, VideoMetadata]:
     source = part.get("video", part.get("path"))
     if source is None:
         raise VideoError(f"A video part needs a file or an array under 'video' or 'path'; it has {sorted(part)}.")

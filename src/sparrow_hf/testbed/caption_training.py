@@ -1,0 +1,192 @@
+"""Second part of the target's training: its language model learns to caption clips, short and simple ones first.
+
+The vision tower is frozen by now, so each clip passes it once and the language model is fed with its rows. Captions of
+one clip share the rows of the prompt up to the video's end: these are computed once and every caption continues from
+their keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import (
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+)
+
+from .captions import STYLES, sample_prompt, write_caption
+from .nano import build_target
+from .scenes import Story, sample_story, sample_timeline
+from .vision_pretraining import through_codec, visual_features
+from .world import FRAMES_PER_SECOND, FRAMES_PER_STEP, TOKENS_PER_STEP, messages_for, render
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of the curriculum: a decoder of `layers`, clips of `scenes` and `visual_tokens` (lowest, highest).
+
+    A step learns from `clips` × `captions_per_clip` captions. Longer clips take fewer of them, see `clips_for`.
+    """
+
+    name: str
+    steps: int
+    layers: int
+    scenes: tuple[int, int]
+    visual_tokens: tuple[int, int]
+    clips: int
+    captions_per_clip: int
+    learning_rate: float
+
+
+POOL_GROUPS = 16
+POOL_USES = 4
+"""Clips come in groups, one group per step; `POOL_GROUPS` of them are used in turn, `POOL_USES` times, with new captions
+each time: rendering and encoding would otherwise take as long as learning."""
+
+IGNORED = -100
+
+
+class ClipGroup:
+    """A few clips of one visual length, seen through the codec and the frozen tower."""
+
+    def __init__(
+        self,
+        target: Qwen2_5_VLForConditionalGeneration,
+        processor: Qwen2_5_VLProcessor,
+        stage: Stage,
+        seed: list[int],
+    ):
+        rng = np.random.default_rng(seed)
+        low, high = (math.log(bound / TOKENS_PER_STEP) for bound in stage.visual_tokens)
+        self.num_steps = max(stage.scenes[1], round(math.exp(rng.uniform(low, high))))
+        self.stories: list[Story] = []
+        frames = []
+        for _ in range(clips_for(stage, self.num_steps)):
+            story = sample_story(rng, *stage.scenes)
+            frames.append(through_codec(render(story, sample_timeline(rng, story, self.num_steps), rng)))
+            self.stories.append(story)
+        # The tower looks at every temporal step by itself, so all clips may pass it as one.
+        with torch.no_grad():
+            features = visual_features(target, processor, np.concatenate(frames))
+        self.features = features.view(len(frames), -1, features.shape[-1])
+
+
+def clips_for(stage: Stage, num_steps: int) -> int:
+    """How many clips of `num_steps` temporal steps a training step takes: about a constant number of rows."""
+    typical = math.sqrt(stage.visual_tokens[0] * stage.visual_tokens[1])
+    caption_rows = 140 * stage.captions_per_clip
+    share = (typical + caption_rows) / (TOKENS_PER_STEP * num_steps + caption_rows)
+    return max(1, round(stage.clips * share))
+
+
+@dataclass(frozen=True)
+class CaptionBatch:
+    """Token ids of one training step.
+
+    `prefix` `(prefix,)` is the prompt up to the video's end, the same for all clips; `suffixes` `(captions, longest)` the
+    rest of each prompt with its caption, padded on the right; `labels` the same with everything but captions ignored.
+    """
+
+    prefix: torch.Tensor
+    suffixes: torch.Tensor
+    labels: torch.Tensor
+
+
+def draw_captions(
+    processor: Qwen2_5_VLProcessor, group: ClipGroup, captions_per_clip: int, rng: np.random.Generator
+) -> CaptionBatch:
+    """Writes `captions_per_clip` captions of different styles for every clip of a group."""
+    tokenizer = processor.tokenizer
+    rows, num_visible = [], []
+    for story in group.stories:
+        for style in rng.choice(len(STYLES), captions_per_clip, replace=captions_per_clip > len(STYLES)):
+            name = STYLES[int(style)]
+            prompt = processor.apply_chat_template(
+                messages_for("", sample_prompt(rng, name)), tokenize=False, add_generation_prompt=True
+            )
+            asked = tokenizer(prompt)["input_ids"]
+            told = tokenizer(write_caption(rng, story, name))["input_ids"] + [tokenizer.eos_token_id]
+            video = asked.index(processor.video_token_id)
+            prefix = asked[:video] + [processor.video_token_id] * group.features.shape[1] + [asked[video + 1]]
+            rows.append(asked[video + 2 :] + told)
+            num_visible.append(len(told))
+    suffixes = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
+    labels = torch.full_like(suffixes, IGNORED)
+    for index, (row, visible) in enumerate(zip(rows, num_visible, strict=True)):
+        suffixes[index, : len(row)] = torch.tensor(row)
+        labels[index, len(row) - visible : len(row)] = suffixes[index, len(row) - visible : len(row)]
+    return CaptionBatch(torch.tensor(prefix), suffixes, labels)
+
+
+def caption_logits(
+    target: Qwen2_5_VLForConditionalGeneration, features: torch.Tensor, batch: CaptionBatch
+) -> torch.Tensor:
+    """Logits `(captions, longest suffix, vocabulary)` of the suffixes, each after its clip.
+
+    Equal to the target's own forward on pixels and whole sequences, with the positions `generate()` uses: text goes on
+    counting after the video as if the video had the width of one picture.
+    """
+    clips, captions = len(features), len(batch.suffixes)
+    whole = torch.cat([batch.prefix, batch.suffixes[0]])[None]
+    num_steps = features.shape[1] // TOKENS_PER_STEP
+    positions, _ = target.model.get_rope_index(
+        whole,
+        (whole == target.config.video_token_id).int() * 2,
+        video_grid_thw=torch.tensor([[num_steps, 4, 4]]),
+        second_per_grid_ts=[FRAMES_PER_STEP / FRAMES_PER_SECOND],
+    )
+    prefix_positions, suffix_positions = positions.split([len(batch.prefix), batch.suffixes.shape[1]], dim=-1)
+
+    embed = target.get_input_embeddings()
+    rows = embed(batch.prefix).expand(clips, -1, -1).clone()
+    rows[:, batch.prefix == target.config.video_token_id] = features
+    decoder = target.model.language_model
+    cache = DynamicCache(config=target.config.text_config)
+    decoder(inputs_embeds=rows, position_ids=prefix_positions.expand(-1, clips, -1), past_key_values=cache)
+    cache.batch_repeat_interleave(captions // clips)
+    states = decoder(
+        inputs_embeds=embed(batch.suffixes),
+        position_ids=suffix_positions.expand(-1, captions, -1),
+        past_key_values=cache,
+    ).last_hidden_state
+    return target.lm_head(states)
+
+
+def caption_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the caption tokens."""
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+@torch.no_grad()
+def deepen(
+    target: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, num_layers: int
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A target of `num_layers` decoder layers that computes exactly what `target` does.
+
+    New layers stand evenly between the old ones and start as copies of the layer below that write nothing into the
+    residual stream. Half the depth learns the basics in half the time.
+    """
+    old_layers = target.config.text_config.num_hidden_layers
+    if num_layers % old_layers:
+        raise ValueError(f"{num_layers} layers cannot be spread evenly over {old_layers}.")
+    copies = num_layers // old_layers
+    weights = target.state_dict()
+    deeper = {name: tensor for name, tensor in weights.items() if ".language_model.layers." not in name}
+    for name, tensor in weights.items():
+        if ".language_model.layers." in name:
+            stem, rest = name.split(".layers.")
+            layer, part = rest.split(".", 1)
+            for copy in range(copies):
+                silent = copy > 0 and part in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+                deeper[f"{stem}.layers.{int(layer) * copies + copy}.{part}"] = (
+                    torch.zeros_like(tensor) if silent else tensor.clone()
+                )
+    grown = build_target(tokenizer, num_layers)
+    grown.load_state_dict(deeper)
+    return grown
