@@ -15,8 +15,10 @@ class TreeShape(NamedTuple):
     beam_width: int
 
 
-#: The trees of the paper (written there as nodes-levels-beam) and the chain this project's figures start from.
+#: The trees of the paper (written there as nodes-levels-beam), the chain this project's figures start from, and the
+#: bare root: the same loop without drafting, which tells what the loop itself costs.
 TREE_PRESETS: dict[str, TreeShape] = {
+    "none": TreeShape(1, 0, 1),
     "chain-5": TreeShape(6, 5, 1),
     "30-4-8": TreeShape(30, 4, 8),
     "48-5-10": TreeShape(48, 5, 10),
@@ -233,10 +235,12 @@ class SparrowDraftConfig(PreTrainedConfig):
 def check_tree_shape(shape: TreeShape) -> None:
     """Raises [`DraftConfigError`] unless a tree of this shape can be grown."""
     nodes, levels, beam = shape
-    if min(shape) < 1:
-        raise DraftConfigError(f"a tree needs at least one node, one level and a beam of one, found {tuple(shape)}")
-    if nodes < 2:
-        raise DraftConfigError("num_tree_nodes counts the root: 2 is the smallest tree that drafts anything")
+    if nodes < 1 or levels < 0 or beam < 1:
+        raise DraftConfigError(f"a tree needs a root and a beam of at least one, found {tuple(shape)}")
+    if (nodes == 1) != (levels == 0):
+        raise DraftConfigError(
+            f"num_tree_nodes counts the root, so one node means no draft level and the reverse, found {tuple(shape)}"
+        )
     if beam == 1 and nodes != levels + 1:
         raise DraftConfigError(
             f"a chain (beam_width=1) of {levels} levels has {levels + 1} nodes with its root, found "

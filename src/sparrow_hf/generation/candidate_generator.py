@@ -75,6 +75,9 @@ class SparrowCandidateGenerator(CandidateGenerator):
             states: What [`~SparrowCandidateGenerator.layers_to_collect`] names: layer id → `(1, n, H)`.
             first_token: The first generated token; it completes the last text row.
         """
+        self._root_token = first_token
+        if self.shape.num_draft_levels == 0:
+            return
         draft, rows = self.draft, self.rows
         device = draft.device
         is_visual = rows.is_visual.to(device)
@@ -103,7 +106,6 @@ class SparrowCandidateGenerator(CandidateGenerator):
             self._append(embeds[:, chunk], positions[chunk], text_index[chunk], is_visual[chunk])
         self._num_text_rows = len(rows.text)
         self._next_position = rows.next_position(draft.config.position_mode)
-        self._root_token = first_token
 
     def extend(self, features: Tensor, next_tokens: list[int]) -> None:
         """Appends committed rows.
@@ -112,6 +114,9 @@ class SparrowCandidateGenerator(CandidateGenerator):
             features: `(1, n, features · H)` the target's states of the newly verified tokens.
             next_tokens: The token after each of them; the last one is the root of the next tree.
         """
+        self._root_token = next_tokens[-1]
+        if self.shape.num_draft_levels == 0:
+            return
         draft = self.draft
         hidden = draft.reduce_features(features.to(device=draft.device, dtype=draft.dtype))
         embeds = draft.fuse(draft.embed(torch.tensor([next_tokens], device=draft.device)), hidden)
@@ -120,7 +125,6 @@ class SparrowCandidateGenerator(CandidateGenerator):
         self._append(embeds, self._next_position + offsets, text_index, torch.zeros_like(offsets, dtype=torch.bool))
         self._num_text_rows += len(next_tokens)
         self._next_position += len(next_tokens)
-        self._root_token = next_tokens[-1]
 
     def _append(self, embeds: Tensor, positions: Tensor, text_index: Tensor, is_visual: Tensor) -> None:
         """Runs committed rows through the draft, each seeing all rows up to itself; keeps the last one's output."""
