@@ -1,0 +1,210 @@
+"""Figures of merit over measured `generate()` calls: acceptance, target forwards and speed. Pure functions.
+
+Every figure is defined here once:
+
+* τ, tokens per target forward after the prefill, and k, accepted draft tokens per round. A round is one target forward
+  after the prefill. Both are pooled: totals over all clips, not a mean of means.
+* `a_j = P(k ≥ j)`, how often the j-th drafted token of a round was accepted, and `α_j = a_j / a_(j−1)`, how often it
+  was if the one before it was.
+* DSR, decode speed-up ratio: seconds per token after the prefill, plain over speculative. The draft's own prefill and
+  its first tree are inside the speculative time.
+* ESR, end-to-end speed-up ratio: seconds of the whole call, plain over speculative, for the same tokens.
+
+Decoding videos and the processor are outside of both.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+BOOTSTRAP_SAMPLES = 1000
+BOOTSTRAP_SEED = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured `generate()` call.
+
+    Attributes:
+        new_tokens: Tokens generated.
+        decode_tokens: Those of them that came after the prefill.
+        rounds: Target forwards after the prefill.
+        accepted: Accepted draft tokens of each round.
+        num_draft_levels: Most tokens a round could accept.
+        prefill_seconds: From the call of `generate()` to its first token: video encoder and prefill.
+        decode_seconds: From the first token to the return of `generate()`.
+        differs_at: Index of the first generated token that is not plain `generate()`'s; `None` if all are.
+        draft_seconds, verify_seconds: The draft's own account of the decode time; `None` without a Sparrow draft.
+        draft_cache_rows: Most rows the draft's cache ever held; `None` without a Sparrow draft.
+    """
+
+    new_tokens: int
+    decode_tokens: int
+    rounds: int
+    accepted: list[int]
+    num_draft_levels: int
+    prefill_seconds: float
+    decode_seconds: float
+    differs_at: int | None = None
+    draft_seconds: float | None = None
+    verify_seconds: float | None = None
+    draft_cache_rows: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The whole call."""
+        return self.prefill_seconds + self.decode_seconds
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Seconds per token after the prefill."""
+        return self.decode_seconds / self.decode_tokens if self.decode_tokens else 0.0
+
+    @property
+    def prefill_share(self) -> float:
+        """Share of the prefill in the whole call."""
+        return self.prefill_seconds / self.seconds
+
+
+class Spread(NamedTuple):
+    """A median and its quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+
+
+class Interval(NamedTuple):
+    """A 95 % confidence interval."""
+
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How much of a draft the target took, pooled over runs.
+
+    Attributes:
+        rounds: Target forwards after the prefills.
+        tau, k: See the head of this module. `tau` is `k + 1`, but for rounds that stop on a drafted token.
+        tau_interval: Confidence interval of `tau`, by resampling clips.
+        per_position: `a_1` … `a_levels`.
+        conditional: `α_1` … `α_levels`; 0 where no round got that far.
+        histogram: Share of rounds that accepted 0 … `levels` tokens.
+        forwards_per_token: Target forwards, prefills included, per generated token: 1 for plain `generate()`.
+    """
+
+    rounds: int
+    tau: float
+    k: float
+    tau_interval: Interval
+    per_position: list[float]
+    conditional: list[float]
+    histogram: list[float]
+    forwards_per_token: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How much faster an arm is than plain `generate()` on the same clips.
+
+    Attributes:
+        dsr, esr: Ratios of the paired runs.
+        dsr_interval: Confidence interval of the median DSR, by resampling clips.
+        prefill_share: Of the plain runs.
+        esr_from_dsr: `1 / (p + (1 − p) / DSR)` from the medians of prefill share p and DSR: what ESR must come to.
+        plain_ms_per_token, ms_per_token: Milliseconds per token after the prefill.
+    """
+
+    dsr: Spread
+    esr: Spread
+    dsr_interval: Interval
+    prefill_share: Spread
+    esr_from_dsr: float
+    plain_ms_per_token: Spread
+    ms_per_token: Spread
+
+
+def acceptance(runs: Sequence[Run]) -> Acceptance:
+    """Pools the acceptance of several runs of one arm.
+
+    Raises:
+        ValueError: There is no run.
+    """
+    if not runs:
+        raise ValueError("acceptance needs at least one run")
+    levels = max(run.num_draft_levels for run in runs)
+    accepted = [count for run in runs for count in run.accepted]
+    rounds = len(accepted)
+    per_position = [_ratio(sum(count >= level for count in accepted), rounds) for level in range(1, levels + 1)]
+    return Acceptance(
+        rounds=rounds,
+        tau=pooled_tau(runs),
+        k=_ratio(sum(accepted), rounds),
+        tau_interval=bootstrap(runs, pooled_tau),
+        per_position=per_position,
+        conditional=[_ratio(now, before) for before, now in zip([1.0, *per_position], per_position, strict=False)],
+        histogram=[_ratio(accepted.count(count), rounds) for count in range(levels + 1)],
+        forwards_per_token=_ratio(sum(run.rounds + 1 for run in runs), sum(run.new_tokens for run in runs)),
+    )
+
+
+def speed(plain: Sequence[Run], runs: Sequence[Run]) -> Speed:
+    """Compares the runs of an arm with the plain runs of the same clips, in the same order.
+
+    Raises:
+        ValueError: The two do not pair up, there is no run, or a run did not get past its first token.
+    """
+    if len(plain) != len(runs) or not runs:
+        raise ValueError(f"every run needs its plain twin, found {len(runs)} runs and {len(plain)} plain ones")
+    if any(run.decode_tokens == 0 for run in (*plain, *runs)):
+        raise ValueError("a run that ends with its first token has no decode speed")
+    pairs = list(zip(plain, runs, strict=True))
+    dsr = spread([base.seconds_per_token / run.seconds_per_token for base, run in pairs])
+    share = spread([base.prefill_share for base in plain])
+    return Speed(
+        dsr=dsr,
+        esr=spread([base.seconds / run.seconds for base, run in pairs]),
+        dsr_interval=bootstrap(pairs, _median_dsr),
+        prefill_share=share,
+        esr_from_dsr=end_to_end_ratio(share.median, dsr.median),
+        plain_ms_per_token=spread([1000 * base.seconds_per_token for base in plain]),
+        ms_per_token=spread([1000 * run.seconds_per_token for run in runs]),
+    )
+
+
+def end_to_end_ratio(prefill_share: float, dsr: float) -> float:
+    """`1 / (p + (1 − p) / DSR)`: ESR when only the decoding gets faster (Amdahl's law)."""
+    return 1 / (prefill_share + (1 - prefill_share) / dsr)
+
+
+def pooled_tau(runs: Sequence[Run]) -> float:
+    """τ: tokens after the prefill over target forwards after the prefill, both summed over runs."""
+    return _ratio(sum(run.decode_tokens for run in runs), sum(run.rounds for run in runs))
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles, linearly interpolated."""
+    lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75])
+    return Spread(float(median), float(lower), float(upper))
+
+
+def bootstrap(samples: Sequence[T], statistic: Callable[[Sequence[T]], float]) -> Interval:
+    """95 % interval of a statistic under resampling with replacement; the same samples always give the same one."""
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    draws = rng.integers(len(samples), size=(BOOTSTRAP_SAMPLES, len(samples)))
+    lower, upper = np.quantile([statistic([samples[index] for index in draw]) for draw in draws], [0.025, 0.975])
+    return Interval(float(lower), float(upper))
+
+
+def _median_dsr(pairs: Sequence[tuple[Run, Run]]) -> float:
+    return float(np.median([base.seconds_per_token / run.seconds_per_token for base, run in pairs]))
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 0.0
