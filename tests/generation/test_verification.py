@@ -1,0 +1,63 @@
+"""Mask, positions, walk and commit of one verification."""
+
+import torch
+from transformers import DynamicCache
+
+from sparrow_hf.generation.tree import build_tree
+from sparrow_hf.generation.verification import commit_path, tree_attention_mask, tree_position_ids, walk
+
+#        0:A
+#      1:B   2:C
+#     3:D    4:B
+TREE = build_tree([10, 11, 12, 13, 11], [-1, 0, 0, 1, 2])
+
+
+def test_mask_shows_prefix_and_ancestors_only() -> None:
+    mask = tree_attention_mask(TREE, past_length=3, dtype=torch.float32)
+    visible = (mask[0, 0] == 0).int().tolist()
+    assert visible == [[1, 1, 1, *row] for row in TREE.ancestors.int().tolist()]
+    assert set(mask.unique().tolist()) == {0.0, torch.finfo(torch.float32).min}
+
+
+def test_mask_hides_left_padding() -> None:
+    mask = tree_attention_mask(TREE, 3, torch.float32, prefix_mask=torch.tensor([[0, 1, 1, 1]]))
+    assert (mask[0, 0, :, :3] == 0).int().tolist() == [[0, 1, 1]] * 5
+
+
+def test_positions_are_the_roots_plus_depth_for_both_kinds() -> None:
+    assert tree_position_ids(TREE, torch.tensor([[7]])).tolist() == [[7, 8, 8, 9, 9]]
+    mrope = torch.tensor([[[20]], [[8]], [[8]], [[8]]])  # (4, 1, 1): text row, then t, h, w
+    assert tree_position_ids(TREE, mrope)[:, 0].tolist() == [[20, 21, 21, 22, 22]] + [[8, 9, 9, 10, 10]] * 3
+
+
+def test_walk_follows_the_targets_tokens() -> None:
+    def run(tokens: list[int], stop_after: int = 99) -> tuple[list[int], int, int]:
+        emitted = []
+
+        def emit(node: int) -> tuple[int, bool]:
+            emitted.append(tokens[len(emitted)])
+            return emitted[-1], len(emitted) >= stop_after
+
+        path, accepted = walk(TREE, emit)
+        return path, accepted, len(emitted)
+
+    assert run([99]) == ([0], 0, 1)  # nothing drafted fits
+    assert run([12, 99]) == ([0, 2], 1, 2)
+    assert run([12, 11, 99]) == ([0, 2, 4], 2, 3)  # the token B under C, not the one under the root
+    assert run([11, 13, 11]) == ([0, 1, 3], 2, 3)  # a leaf still gives the target's own token
+    assert run([12, 11, 99], stop_after=2) == ([0, 2], 2, 2)  # stopped on a drafted token: its KV is not kept
+    assert run([12, 11, 99], stop_after=1) == ([0], 1, 1)
+
+
+def test_commit_keeps_the_path_in_order() -> None:
+    for path in ([0], [0, 1], [0, 2, 4]):
+        cache = DynamicCache()
+        for layer in range(2):
+            # Row r of the prefix holds r, node n holds 100 + n.
+            rows = torch.tensor([0.0, 1.0, 2.0, 100.0, 101.0, 102.0, 103.0, 104.0]).view(1, 1, 8, 1)
+            cache.update(rows + layer, -(rows + layer), layer)
+        commit_path(cache, path, num_nodes=5)
+        for layer in range(2):
+            expected = [row + layer for row in [0.0, 1.0, 2.0] + [100.0 + node for node in path]]
+            assert cache.layers[layer].keys.flatten().tolist() == expected
+            assert cache.layers[layer].values.flatten().tolist() == [-value for value in expected]

@@ -1,0 +1,177 @@
+"""Random cases of one promise: `generate(assistant_model=draft)` gives the tokens plain `generate()` gives.
+
+A case is a function of its number: family, attention, draft, tree shape, processors, stop rule and outputs asked for.
+"""
+
+import functools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from families import FAMILIES, FAMILY_BY_NAME
+from oracles import drafting_around
+from sparrow_hf import SparrowDraftModel, TreeShape
+
+#: Processors of every kind: none, of one row, of the history, that forbid, that force.
+PROCESSORS: tuple[dict[str, Any], ...] = (
+    {},
+    {"repetition_penalty": 1.4},
+    {"no_repeat_ngram_size": 2},
+    {"bad_words_ids": [[7], [11, 12]], "suppress_tokens": [3, 5]},
+    {"min_new_tokens": 6},
+    {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "exponential_decay_length_penalty": (4, 1.1)},
+)
+SAMPLERS: tuple[dict[str, Any], ...] = (
+    {"do_sample": False},
+    {"do_sample": True},
+    {"do_sample": True, "temperature": 0.6},
+    {"do_sample": True, "top_k": 5},
+    {"do_sample": True, "top_p": 0.8, "temperature": 1.3},
+    {"do_sample": True, "min_p": 0.05, "repetition_penalty": 1.3},
+)
+
+
+class EveryNthToken(StoppingCriteria):
+    """A criterion of the user's own: stop once the newest token's id is a multiple of `n`."""
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids[:, -1] % self.n == 0
+
+
+class RecordingStreamer(BaseStreamer):
+    """Keeps what it is given, call by call."""
+
+    def __init__(self) -> None:
+        self.received: list[list[int]] = []
+
+    def put(self, value: Tensor) -> None:
+        self.received.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.received.append([-1])
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison; `generate_kwargs` holds what both arms are given."""
+
+    number: int
+    family: str
+    attn_implementation: str
+    drafter: str
+    draft_fields: dict[str, Any]
+    inputs: dict[str, int]
+    generate_kwargs: dict[str, Any]
+    stop: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.number}-{self.family}-{self.drafter}"
+
+
+def make_case(number: int, **fixed: Any) -> Case:
+    """The case of this number, with some fields fixed."""
+    rng = random.Random(number)
+    family = rng.choice([family.name for family in FAMILIES])
+    beam = rng.choice([1, 1, 2, 4, 10])
+    levels = rng.randint(1, 7)
+    shape = TreeShape(levels + 1 if beam == 1 else rng.randint(2, 48), levels, beam)
+    stop: dict[str, Any] = {"max_new_tokens": rng.randint(1, 24)}
+    match rng.choice(["length", "length", "eos", "strings", "custom"]):
+        case "eos":
+            stop["eos_token_id"] = rng.sample(range(100), k=12)
+        case "strings":
+            stop["stop_strings"] = rng.sample(["e", "th", "in", "an", "7", "Q", " ", "er"], k=3)
+        case "custom":
+            stop["custom"] = rng.randint(5, 15)
+    fields = {
+        "family": family,
+        "attn_implementation": rng.choice(["sdpa", "eager"]),
+        "drafter": rng.choice(["random", "oracle", "adversary", "adversary"]),
+        "draft_fields": {
+            **shape._asdict(),
+            "num_glimpse_tokens": rng.choice([0, 2, 5, 64]),
+            "position_mode": rng.choice(["compact", "original"]),
+            "sliding_window": rng.choice([None, None, 8]),
+            "feature_layers": rng.choice([[-1], [-1], [1, 3, -1]]),
+            "project_visual": rng.random() < 0.3,
+            "input_norm": rng.random() < 0.7,
+        },
+        "inputs": {"videos": rng.choice([0, 1, 1, 1, 2]), "num_frames": rng.choice([2, 4]), "seed": rng.randint(0, 3)},
+        "generate_kwargs": rng.choice(SAMPLERS) | rng.choice(PROCESSORS),
+        "stop": stop,
+    }
+    return Case(number, **(fields | fixed))
+
+
+@functools.cache
+def built_target(family: str, attn_implementation: str) -> PreTrainedModel:
+    """Targets are shared: a call must leave nothing behind on one."""
+    return FAMILY_BY_NAME[family].build_target(attn_implementation)
+
+
+def mismatch(case: Case) -> str | None:
+    """Runs both arms; what differed (tokens, streamed tokens, scores, logits, cache length), or `None`."""
+    family, target = FAMILY_BY_NAME[case.family], built_target(case.family, case.attn_implementation)
+    inputs = family.build_inputs(target, **case.inputs)
+    prompt_length = inputs["input_ids"].shape[1]
+
+    def run(draft: SparrowDraftModel | None) -> tuple[Any, list[list[int]]]:
+        streamer = RecordingStreamer()
+        stop = dict(case.stop)
+        if "custom" in stop:
+            stop["stopping_criteria"] = StoppingCriteriaList([EveryNthToken(stop.pop("custom"))])
+        torch.manual_seed(case.number)
+        output = target.generate(
+            **inputs,
+            **case.generate_kwargs,
+            **stop,
+            assistant_model=draft,
+            streamer=streamer,
+            tokenizer=family.tokenizer,
+            return_dict_in_generate=True,
+            output_scores=True,
+            output_logits=True,
+        )
+        return output, streamer.received
+
+    plain, plain_streamed = run(None)
+    torch.manual_seed(case.number)
+    draft = SparrowDraftModel.from_target(target, **case.draft_fields)
+    future = plain.sequences[0, prompt_length:].tolist()
+    with drafter(case, future):
+        ours, ours_streamed = run(draft)
+
+    if not torch.equal(plain.sequences, ours.sequences):
+        return f"tokens {future} became {ours.sequences[0, prompt_length:].tolist()}"
+    if plain_streamed != ours_streamed:
+        return f"the streamer got {ours_streamed}, not {plain_streamed}"
+    for name in ("scores", "logits"):
+        for step, (expected, found) in enumerate(zip(plain[name], ours[name], strict=True)):
+            # Compared as probabilities: processors put infinities in the scores.
+            if not torch.allclose(expected.softmax(-1), found.softmax(-1), atol=1e-4):
+                return f"{name} differ at step {step}"
+    lengths = plain.past_key_values.get_seq_length(), ours.past_key_values.get_seq_length()
+    if lengths[0] != lengths[1]:
+        return f"the cache holds {lengths[1]} rows, not {lengths[0]}"
+    stats = draft.last_generation
+    if stats is None or stats.new_tokens != len(future):
+        return "the statistics count other tokens than were generated"
+    return None
+
+
+@contextmanager
+def drafter(case: Case, future: list[int]) -> Iterator[None]:
+    """Replaces what the draft proposes, for the cases in which it is not the draft itself."""
+    around = drafting_around(future, adversarial=case.drafter == "adversary", seed=case.number)
+    with nullcontext() if case.drafter == "random" else around:
+        yield

@@ -1,0 +1,82 @@
+"""`SparrowDraftConfig`: what follows the target, what is refused, what survives a round trip."""
+
+import json
+
+import pytest
+from transformers import AutoConfig, Qwen2_5_VLConfig
+from transformers.models.gemma3.configuration_gemma3 import Gemma3Config
+
+from sparrow_hf import TREE_PRESETS, SparrowDraftConfig, TreeShape
+from sparrow_hf.errors import DraftConfigError, UnsupportedTargetError
+from tiny_targets import Family
+
+
+def test_follows_the_targets_text_decoder(family: Family) -> None:
+    target_config = family.build_target().config
+    text = target_config.get_text_config()
+    config = SparrowDraftConfig.from_target_config(target_config)
+    for name in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps"):
+        assert getattr(config, name) == getattr(text, name)
+    assert sorted(config.visual_token_ids) == sorted(family.visual_token_ids)
+    assert config.target_num_hidden_layers == text.num_hidden_layers
+    assert config.visual_bridge_layer == text.num_hidden_layers // 2
+    assert not any(key.startswith("mrope") for key in config.rope_parameters)
+    # What `generate()` and `pipeline()` compare between a model and its assistant.
+    assert config.get_text_config().vocab_size == text.vocab_size
+    assert [getattr(config, f"{kind}_token_id") for kind in ("bos", "eos", "pad")] == [
+        getattr(text, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
+    ]
+
+
+def test_round_trip_through_json(tmp_path) -> None:
+    config = SparrowDraftConfig.from_target_config(Qwen2_5_VLConfig(), feature_layers=[20, 40, -1], beam_width=3)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, SparrowDraftConfig)
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "sparrow_draft"
+
+
+def test_minus_one_is_the_post_norm_state() -> None:
+    config = SparrowDraftConfig(target_num_hidden_layers=28, feature_layers=[14, -1])
+    assert config.feature_layer_ids == (14, 28)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"feature_layers": [29]},
+        {"feature_layers": [0]},
+        {"visual_bridge_layer": 29},
+        {"num_glimpse_tokens": -1},
+        {"sliding_window": 0},
+        {"position_mode": "rotary"},
+        {"num_mtp_steps": 0},
+        {"num_attention_heads": 28, "num_key_value_heads": 5},
+        {"num_draft_levels": 4, "beam_width": 1, "num_tree_nodes": 30},
+        {"num_tree_nodes": 1, "num_draft_levels": 4, "beam_width": 8},
+        {"beam_width": 0},
+    ],
+)
+def test_contradictions_are_refused(fields: dict) -> None:
+    with pytest.raises(DraftConfigError):
+        SparrowDraftConfig(**fields)
+
+
+def test_unknown_text_model_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedTargetError, match="gemma3"):
+        SparrowDraftConfig.from_target_config(Gemma3Config())
+
+
+def test_tree_presets_are_the_papers() -> None:
+    config = SparrowDraftConfig()
+    assert config.tree_shape == TreeShape(num_tree_nodes=6, num_draft_levels=5, beam_width=1)
+    config.set_tree_shape("48-5-10")
+    assert config.tree_shape == (48, 5, 10) == TREE_PRESETS["48-5-10"]
+    config.set_tree_shape((3, 2, 1))
+    assert config.tree_shape == (3, 2, 1)
+    with pytest.raises(DraftConfigError, match="chain-5"):
+        config.set_tree_shape("64-9-9")
+    with pytest.raises(DraftConfigError):
+        config.set_tree_shape((30, 4, 1))
+    assert config.tree_shape == (3, 2, 1)

@@ -1,0 +1,95 @@
+"""The output hooks see what `output_hidden_states=True` would give, and keep only what was asked for."""
+
+import threading
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from families import FAMILY_BY_NAME
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf.errors import HiddenStateCaptureError
+from sparrow_hf.hidden_states import HiddenStateCollector
+from tiny_targets import Family
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    target = FAMILY_BY_NAME["qwen2_5_vl"].build_target()
+    SparrowDraftModel.from_target(target, feature_layers=[1, 3, -1], visual_bridge_layer=2)
+    return target
+
+
+def test_hooks_equal_output_hidden_states(family: Family) -> None:
+    target = family.build_target()
+    depth = target.config.get_text_config().num_hidden_layers
+    SparrowDraftModel.from_target(target, feature_layers=[1, -1], visual_bridge_layer=2)
+    inputs = family.build_inputs(target)
+    rows = torch.tensor([0, 3, 5])
+    with torch.no_grad(), HiddenStateCollector({1: None, 2: rows, depth: rows}).active() as collector:
+        expected = target(**inputs, output_hidden_states=True).hidden_states
+    assert torch.equal(collector.take(1), expected[1])
+    assert torch.equal(collector.take(2), expected[2][:, rows])
+    assert torch.equal(collector.take(depth), expected[-1][:, rows])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 100])
+def test_chunks_add_up(chunk: int) -> None:
+    states = torch.randn(1, 11, 4)
+    rows = torch.tensor([0, 4, 5, 10])
+    collector = HiddenStateCollector({7: rows, 8: None})
+    for part in states.split(chunk, dim=1):
+        collector.collect(7, part)
+        collector.collect(8, part)
+    assert torch.equal(collector.take(7), states[:, rows])
+    assert torch.equal(collector.take(8), states)
+
+
+def test_no_rows_of_a_kind_is_not_a_failure() -> None:
+    collector = HiddenStateCollector({1: torch.tensor([], dtype=torch.long)})
+    collector.collect(1, torch.randn(1, 3, 4))
+    assert collector.take(1).shape == (1, 0, 4)
+
+
+def test_a_hook_that_never_fired_is_reported() -> None:
+    with pytest.raises(HiddenStateCaptureError, match=r"draft\.bind\(target\)"):
+        HiddenStateCollector({1: None}).take(1)
+    collector = HiddenStateCollector({1: torch.tensor([9])})
+    collector.collect(1, torch.randn(1, 3, 4))
+    with pytest.raises(HiddenStateCaptureError, match="3 rows"):
+        collector.take(1)
+
+
+def test_nothing_is_kept_outside_a_collector_or_in_another_thread(target: PreTrainedModel) -> None:
+    inputs = FAMILY_BY_NAME["qwen2_5_vl"].build_inputs(target)
+    collector = HiddenStateCollector({1: None})
+    with torch.no_grad():
+        with collector.active():
+            other = threading.Thread(target=lambda: target(**inputs))
+            other.start()
+            other.join()
+        target(**inputs)
+    with pytest.raises(HiddenStateCaptureError):
+        collector.take(1)
+
+
+def test_binding_twice_installs_one_hook(target: PreTrainedModel) -> None:
+    before = len(target.get_decoder().layers[0]._forward_hooks)
+    SparrowDraftModel.from_target(target, feature_layers=[1, -1])
+    assert len(target.get_decoder().layers[0]._forward_hooks) == before
+
+
+def test_changed_pixels_change_the_captured_text_states(family: Family) -> None:
+    """The blindness gate: what the draft reads must depend on what the target saw."""
+    target = family.build_target()
+    draft = SparrowDraftModel.from_target(target)
+    depth = target.config.get_text_config().num_hidden_layers
+    captured = []
+    for seed in (0, 1):
+        inputs = family.build_inputs(target, seed=seed)
+        last_text_row = torch.tensor([inputs["input_ids"].shape[1] - 1])
+        with torch.no_grad(), HiddenStateCollector({depth: last_text_row}).active() as collector:
+            target(**inputs)
+        captured.append(collector.take(depth))
+    assert draft.config.feature_layer_ids == (depth,)
+    assert not torch.allclose(captured[0], captured[1], atol=1e-3)

@@ -1,0 +1,21 @@
+"""The promise, over random cases: same tokens, same stop, same stream, same scores as plain `generate()`."""
+
+import pytest
+
+from lossless import make_case, mismatch
+
+NUM_FAST = 210
+NUM_FULL = 2100
+
+
+@pytest.mark.parametrize("first", range(0, NUM_FAST, 30))
+def test_random_cases(first: int) -> None:
+    found = {number: mismatch(make_case(number)) for number in range(first, first + 30)}
+    assert not {number: what for number, what in found.items() if what is not None}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("first", range(NUM_FAST, NUM_FULL, 90))
+def test_many_random_cases(first: int) -> None:
+    found = {number: mismatch(make_case(number)) for number in range(first, min(first + 90, NUM_FULL))}
+    assert not {number: what for number, what in found.items() if what is not None}
