@@ -1,0 +1,326 @@
+"""The demo: captions videos plain and with a draft, shows which tokens were drafted, and measures both."""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+from ..configuration_sparrow import TREE_PRESETS, TreeShape
+from ..errors import SparrowError
+from ..modeling_sparrow import SparrowDraftModel
+from ..rows import visual_mask
+from ..video import prepare_inputs
+from .comparison import Arm, compare, warm_up
+from .metrics import Acceptance, Run, Speed, acceptance, speed
+from .provenance import provenance
+from .streaming import ProvenanceStreamer
+
+PLAIN, SPARROW, SAME_ENGINE = "plain", "sparrow", "same engine, no draft"
+DRAFTED_STYLE, OWN_STYLE = "bold green", "yellow"
+#: A single clip is measured more than once, for its median to mean something.
+SINGLE_CLIP_REPEATS = 3
+
+
+class DemoError(SparrowError, ValueError):
+    """The demo was asked for models that are not there, or do not belong together."""
+
+
+class Models(NamedTuple):
+    """What the demo runs on."""
+
+    target: PreTrainedModel
+    processor: ProcessorMixin
+    draft: SparrowDraftModel
+
+
+class Prompt(NamedTuple):
+    """A video and what is asked about it."""
+
+    name: str
+    messages: list[dict[str, Any]]
+
+
+@dataclass
+class Verdict:
+    """What a demo found out.
+
+    Attributes:
+        visual_tokens: Median over clips.
+        runs: Arm name → its runs, all arms in the same order of clips.
+    """
+
+    clips: int
+    visual_tokens: int
+    runs: dict[str, list[Run]]
+    provenance: dict[str, Any]
+
+    @property
+    def identical(self) -> bool:
+        """Whether every token of every run is plain `generate()`'s."""
+        return all(run.differs_at is None for runs in self.runs.values() for run in runs)
+
+    @property
+    def acceptance(self) -> Acceptance:
+        return acceptance(self.runs[SPARROW])
+
+    @property
+    def speed(self) -> Speed:
+        return speed(self.runs[PLAIN], self.runs[SPARROW])
+
+    @property
+    def same_engine(self) -> Speed:
+        """Our loop without a draft: what of the speed-up is not the draft's."""
+        return speed(self.runs[PLAIN], self.runs[SAME_ENGINE])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as JSON types."""
+        taken, faster, control = self.acceptance, self.speed, self.same_engine
+        return {
+            "identical": self.identical,
+            "clips": self.clips,
+            "visual_tokens": self.visual_tokens,
+            "tau": taken.tau,
+            "k": taken.k,
+            "per_position": taken.per_position,
+            "dsr": faster.dsr.median,
+            "esr": faster.esr.median,
+            "tau_interval": taken.tau_interval,
+            "per_position_conditional": taken.conditional,
+            "histogram": taken.histogram,
+            "rounds": taken.rounds,
+            "target_forwards_per_token": taken.forwards_per_token,
+            "dsr_quartiles": [faster.dsr.lower, faster.dsr.upper],
+            "esr_quartiles": [faster.esr.lower, faster.esr.upper],
+            "esr_from_dsr": faster.esr_from_dsr,
+            "prefill_share": faster.prefill_share.median,
+            "plain_ms_per_token": faster.plain_ms_per_token.median,
+            "ms_per_token": faster.ms_per_token.median,
+            "same_engine_dsr": control.dsr.median,
+            "same_engine_esr": control.esr.median,
+            "draft_cache_rows": max(run.draft_cache_rows or 0 for run in self.runs[SPARROW]),
+            "provenance": self.provenance,
+        }
+
+
+# -- models and clips -------------------------------------------------------------------------------------------------
+
+
+def load_models(
+    target: str | None, draft: str | None, processor: str | None = None, device: str | None = None
+) -> Models:
+    """Loads from folders or Hub ids; what is not named is the testbed's.
+
+    Raises:
+        DemoError: Something is not there, or is not what it should be.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from ..testbed import ASSETS
+
+    if target is None:
+        # So small that a second thread costs more than it computes.
+        torch.set_num_threads(1)
+        device = device or "cpu"
+    elif draft is None:
+        raise DemoError("A target of your own needs a draft made for it: name one with --draft.")
+    target, draft = target or str(ASSETS / "target"), draft or str(ASSETS / "draft")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Models(
+        _load(
+            "target",
+            target,
+            lambda: AutoModelForImageTextToText.from_pretrained(target, dtype="auto").to(device).eval(),
+        ),
+        _load("processor", processor or target, lambda: AutoProcessor.from_pretrained(processor or target)),
+        _load("draft", draft, lambda: SparrowDraftModel.from_pretrained(draft)).eval(),
+    )
+
+
+def _load(what: str, name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DemoError(f"The {what} {name!r} cannot be loaded: {reason}") from error
+
+
+def unseen_clips(folder: Path, seed: int, count: int, visual_tokens: int) -> Iterator[Prompt]:
+    """Writes clips of the testbed's world that its models have not seen, one at a time."""
+    from ..testbed import EVALUATION_SEEDS, make_clip
+
+    for clip_seed in EVALUATION_SEEDS[seed : seed + count]:
+        path = folder / f"clip-{clip_seed}.mp4"
+        yield Prompt(path.name, make_clip(path, clip_seed, visual_tokens).messages)
+
+
+def question_about(video: Path, question: str) -> Prompt:
+    """The prompt of a user's own video."""
+    content = [{"type": "video", "video": str(video)}, {"type": "text", "text": question}]
+    return Prompt(video.name, [{"role": "user", "content": content}])
+
+
+# -- the show ---------------------------------------------------------------------------------------------------------
+
+
+def run_demo(
+    models: Models,
+    prompts: Iterator[Prompt],
+    clips: int,
+    *,
+    tree: TreeShape,
+    max_new_tokens: int,
+    console: Console,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    **details: Any,
+) -> Verdict:
+    """Shows the first clip, then measures all of them.
+
+    Args:
+        prompts: As many as `clips`; taken one by one.
+        fps, max_frames: See [`~sparrow_hf.video.prepare_inputs`].
+        details: What else the provenance should name.
+
+    Raises:
+        VideoError: A video cannot be read.
+        BindingError: The draft was made for another target.
+    """
+    target, processor, draft = models
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    arms = [Arm(PLAIN), Arm(SPARROW, draft, tree), Arm(SAME_ENGINE, draft, TREE_PRESETS["none"])]
+    repeats = SINGLE_CLIP_REPEATS if clips == 1 else 1
+    runs: dict[str, list[Run]] = {arm.name: [] for arm in arms}
+    lengths = []
+    draft.bind(target)
+
+    def prepare(prompt: Prompt) -> BatchFeature:
+        inputs = prepare_inputs(processor, prompt.messages, fps=fps, max_frames=max_frames)
+        lengths.append(int(visual_mask(inputs["input_ids"], draft.config.visual_token_ids or []).sum()))
+        return inputs.to(target.device, target.dtype)
+
+    with console.status("Reading the video"):
+        prompt = next(prompts)
+        inputs = prepare(prompt)
+    asked = prompt.messages[0]["content"][-1]["text"]
+    console.print(Text.assemble((prompt.name, "bold"), f" · {lengths[0]} visual tokens · “{asked}”\n"))
+    _stream(models, arms[:2], inputs, settings, console)
+
+    warm_up(target, arms, inputs, settings)
+    with _progress(console) as progress:
+        task = progress.add_task("Measuring", total=clips * repeats * len(arms))
+        for turn in range(clips * repeats):
+            if turn >= repeats:
+                inputs = prepare(next(prompts))
+            for name, run in compare(target, arms, inputs, settings, turn).items():
+                runs[name].append(run)
+            progress.update(task, advance=len(arms), description=_so_far(runs))
+    return Verdict(
+        clips,
+        round(statistics.median(lengths)),
+        runs,
+        provenance(target, tree="-".join(map(str, tree)), repeats=repeats, **details),
+    )
+
+
+def _stream(
+    models: Models, arms: Sequence[Arm], inputs: dict[str, Tensor], settings: dict[str, Any], console: Console
+) -> None:
+    """Captions one clip with each arm, the text appearing as it is generated."""
+    tokenizer = getattr(models.processor, "tokenizer", models.processor)
+    for arm in arms:
+        if arm.draft is None:
+            legend = Text("plain generate()", style="bold")
+        else:
+            legend = Text("with the draft: ", style="bold")
+            legend.append("accepted draft tokens", DRAFTED_STYLE).append(", the target's own", OWN_STYLE)
+        text = Text()
+        # Drawn again with each piece, so that lines break between words.
+        with Live(Group(legend, text), console=console, auto_refresh=False, vertical_overflow="visible") as live:
+
+            def show(piece: str, drafted: bool, arm: Arm = arm, text: Text = text, live: Live = live) -> None:
+                style = "" if arm.draft is None else DRAFTED_STYLE if drafted else OWN_STYLE
+                text.append(piece, style)
+                live.refresh()
+
+            with arm.options() as options:
+                streamer = ProvenanceStreamer(tokenizer, show, arm.draft)
+                models.target.generate(**inputs, **settings, **options, streamer=streamer)
+        console.print()
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _so_far(runs: dict[str, list[Run]]) -> str:
+    same = sum(run.differs_at is None for run in runs[SPARROW])
+    return f"Measuring: {same}/{len(runs[SPARROW])} identical, τ {acceptance(runs[SPARROW]).tau:.2f}"
+
+
+def print_verdict(verdict: Verdict, console: Console) -> None:
+    """Prints the figures of a verdict, the verdict itself last."""
+    taken, faster, control = verdict.acceptance, verdict.speed, verdict.same_engine
+    positions = ", ".join(f"{share:.2f}" for share in taken.per_position)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    for row in (
+        ("τ, tokens per forward", f"{taken.tau:.2f}", f"{taken.rounds} rounds after the prefill"),
+        ("k, drafts per round", f"{taken.k:.2f}", f"accepted at position 1, 2, …: {positions}"),
+        ("forwards per token", f"{taken.forwards_per_token:.2f}", "of the target; plain generate(): 1.00"),
+        (
+            "DSR, decode speed-up",
+            f"{faster.dsr.median:.2f}×",
+            f"{faster.plain_ms_per_token.median:.1f} → {faster.ms_per_token.median:.1f} ms per token",
+        ),
+        (
+            "ESR, end to end",
+            f"{faster.esr.median:.2f}×",
+            f"the prefill is {faster.prefill_share.median:.0%} of plain generate()",
+        ),
+        ("without a draft", f"{control.dsr.median:.2f}×", "DSR of the same loop drafting nothing"),
+    ):
+        table.add_row(*row)
+    console.print(table)
+    console.print()
+    console.print(_verdict_line(verdict))
+
+
+def _verdict_line(verdict: Verdict) -> Text:
+    taken, faster = verdict.acceptance, verdict.speed
+    different = [run for runs in verdict.runs.values() for run in runs if run.differs_at is not None]
+    if different:
+        where = f"NOT IDENTICAL in {len(different)} runs, first at token {different[0].differs_at}"
+        if verdict.provenance["dtype"] != "float32":
+            where += f" (in {verdict.provenance['dtype']} two nearly equal tokens may swap; fp32 is exact)"
+        head = Text(where, style="bold red")
+    else:
+        head = Text("IDENTICAL", style="bold green")
+        head.append(f" {verdict.clips} of {verdict.clips} {'clip' if verdict.clips == 1 else 'clips'}", style="green")
+    positions = " ".join(f"{share:.2f}" for share in taken.per_position)
+    figures = (
+        f"τ {taken.tau:.2f} (k {taken.k:.2f}: {positions})",
+        f"{taken.forwards_per_token:.2f} forwards per token",
+        f"DSR {faster.dsr.median:.2f}×",
+        f"ESR {faster.esr.median:.2f}×",
+    )
+    return head.append("".join(f" · {figure}" for figure in figures), style="bold")
