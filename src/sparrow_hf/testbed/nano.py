@@ -35,6 +35,8 @@ PATCH_SIZE = 16
 MERGE_SIZE = 2
 VOCABULARY_SIZE = 384
 """Rounded up, as real checkpoints do: the last ids belong to no token."""
+MAX_CAPTION_TOKENS = 256
+"""More than any caption of the world has."""
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -206,7 +208,7 @@ def content_accuracy(
         for seed in seeds:
             clip = make_clip(Path(folder) / "clip.mp4", seed, visual_tokens)
             inputs = prepare_inputs(processor, clip.messages)
-            output = target.generate(**inputs, max_new_tokens=320)
+            output = target.generate(**inputs, max_new_tokens=MAX_CAPTION_TOKENS)
             caption = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             agreed, claimed = content_score(caption, clip.caption)
             right, total = right + agreed, total + claimed

@@ -40,13 +40,13 @@ from .vision_pretraining import ATTRIBUTES, VisionPretraining, rescale_merger
 from .world import EVALUATION_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS
 
 
-VISION_STEPS = 500
+VISION_STEPS = 800
 STAGES = (
-    Stage("1-2 scenes", 300, 12, (1, 2), (16, 40), 20, 1, 0.02),
-    Stage("1-4 scenes", 400, 12, (1, 4), (24, 64), 16, 1, 0.02),
-    Stage("2-6 scenes", 700, 12, (2, 6), (32, 128), 14, 1, 0.02),
-    Stage("full depth", 400, 24, (2, 6), (48, 320), 8, 2, 0.02),
-    Stage("long clips", 500, 24, (2, 6), (64, 1280), 4, 3, 0.015),
+    Stage("1-2 scenes", 150, 12, (1, 2), (16, 40), 20, 1, 0.02),
+    Stage("1-4 scenes", 250, 12, (1, 4), (24, 64), 16, 1, 0.02),
+    Stage("2-6 scenes", 600, 12, (2, 6), (32, 128), 14, 1, 0.02),
+    Stage("full depth", 400, 24, (2, 6), (48, 320), 7, 2, 0.02),
+    Stage("long clips", 350, 24, (2, 6), (64, 1280), 4, 3, 0.015),
 )
 FULL_DEPTH = STAGES[-1].layers
 WARMUP_STEPS = 30
@@ -55,6 +55,7 @@ COOLDOWN_SHARE = 0.3
 ADAM_SHARE = 0.12
 """Learning rate of AdamW (embeddings, head, norms, biases) as a share of Muon's (matrices)."""
 CHECKPOINT_SECONDS = 60
+VISION_VALIDATION_CLIPS = 40
 VALIDATION_CLIPS = 6
 FINAL_CHECKS = {64: 24, 400: 24, 2000: 12}
 """Evaluation clips the finished target is measured on, by visual tokens."""
@@ -126,15 +127,15 @@ class Pretraining:
     def train_vision(self) -> None:
         """First stage; short enough to be started over if it is stopped."""
         start = time.monotonic()
-        vision = VisionPretraining(self.target, self.processor, TRAIN_SEEDS, VISION_STEPS)
+        vision = VisionPretraining(self.target, self.processor, TRAIN_SEEDS, VISION_STEPS, self.seed)
         for step in tqdm(range(VISION_STEPS), desc="vision tower"):
             loss, accuracy = vision.step()
             if step % 20 == 0:
                 self.log(stage="vision tower", step=step, loss=round(loss, 4), accuracy=accuracy)
-        accuracies = dict(zip(ATTRIBUTES, vision.evaluate(VALIDATION_SEEDS[:40]), strict=True))
+        accuracies = dict(zip(ATTRIBUTES, vision.evaluate(VALIDATION_SEEDS[:VISION_VALIDATION_CLIPS]), strict=True))
         self.log(stage="vision tower", validation=accuracies)
         print(f"vision tower, validation accuracy by attribute: {accuracies}")
-        rescale_merger(self.target, self.processor, VALIDATION_SEEDS[:10])
+        rescale_merger(self.target, self.processor, VALIDATION_SEEDS[:VISION_VALIDATION_CLIPS])
         self.state["seconds"] += time.monotonic() - start
 
     def prepare_stage(self) -> None:

@@ -162,11 +162,13 @@ class VisionPretraining:
         processor: Qwen2_5_VLProcessor,
         seeds: range,
         num_steps: int,
+        seed: int = 0,
     ):
         self.target, self.processor, self.seeds = target, processor, seeds
-        self.probes = nn.Linear(
-            target.config.vision_config.out_hidden_size, sum(len(classes) + 1 for classes in ATTRIBUTES.values())
-        )
+        num_classes = sum(len(classes) + 1 for classes in ATTRIBUTES.values())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.probes = nn.Linear(target.config.vision_config.out_hidden_size, num_classes)
         matrices = [parameter for parameter in target.model.visual.parameters() if parameter.ndim == 2]
         others = [parameter for parameter in target.model.visual.parameters() if parameter.ndim != 2]
         self.optimizers = [

@@ -1,0 +1,247 @@
+"""The testbed's target: processor, architecture, training, and the weights that ship."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+from sparrow_hf.testbed import EVALUATION_SEEDS, caption_training, content_accuracy, load_target, nano, pretrain
+from sparrow_hf.testbed.caption_training import (
+    IGNORED,
+    CaptionBatch,
+    ClipGroup,
+    Stage,
+    caption_logits,
+    caption_loss,
+    clips_for,
+    deepen,
+    draw_captions,
+)
+from sparrow_hf.testbed.captions import vocabulary
+from sparrow_hf.testbed.muon import Muon, orthogonalize
+from sparrow_hf.testbed.nano import ASSETS, build_processor, build_target, num_visual_tokens
+from sparrow_hf.testbed.world import make_clip, messages_for
+from sparrow_hf.video import prepare_inputs
+
+STAGE = Stage("test", 4, 2, (2, 6), (32, 48), 2, 2, 0.02)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Qwen2_5_VLProcessor:
+    return build_processor()
+
+
+@pytest.fixture(scope="module")
+def target(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGeneration:
+    return build_target(processor.tokenizer, num_hidden_layers=2)
+
+
+def test_every_word_is_one_token_and_other_words_are_spelled(processor: Qwen2_5_VLProcessor) -> None:
+    tokenizer = processor.tokenizer
+    words = vocabulary()
+    assert [len(tokenizer(word)["input_ids"]) for word in words] == [1] * len(words)
+    assert tokenizer.decode(tokenizer("a red heart slides left , then a zebra .")["input_ids"]) == (
+        "a red heart slides left, then a zebra."
+    )
+    assert tokenizer("Describe THIS video.")["input_ids"] == tokenizer("describe this video .")["input_ids"]
+    assert tokenizer.unk_token_id not in tokenizer("qwertz123 " + " ".join(words))["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("frames", "height", "width", "tokens"),
+    [(16, 64, 64, 32), (15, 64, 64, 32), (2, 64, 64, 4), (8, 480, 480, 16), (4, 1080, 1920, 4)],
+)
+def test_visual_tokens_of_a_video(
+    processor: Qwen2_5_VLProcessor,
+    target: Qwen2_5_VLForConditionalGeneration,
+    frames: int,
+    height: int,
+    width: int,
+    tokens: int,
+) -> None:
+    video = np.zeros((frames, height, width, 3), dtype=np.uint8)
+    inputs = prepare_inputs(processor, messages_for(video, "describe this video in detail ."))
+    assert num_visual_tokens(target, inputs["input_ids"]) == tokens
+    assert inputs["pixel_values_videos"].shape == (4 * tokens, 3 * 2 * 16 * 16)
+    with torch.no_grad():
+        assert target(**inputs).logits.shape == (1, inputs["input_ids"].shape[1], 384)
+
+
+@pytest.mark.parametrize("visual_tokens", [64, 402])
+def test_a_clip_has_the_visual_tokens_it_was_asked_for(
+    processor: Qwen2_5_VLProcessor, target: Qwen2_5_VLForConditionalGeneration, tmp_path: Path, visual_tokens: int
+) -> None:
+    clip = make_clip(tmp_path / "clip.mp4", EVALUATION_SEEDS[0], visual_tokens)
+    inputs = prepare_inputs(processor, clip.messages)
+    assert num_visual_tokens(target, inputs["input_ids"]) == 4 * round(visual_tokens / 4)
+
+
+def test_the_processor_survives_saving(processor: Qwen2_5_VLProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is Qwen2_5_VLProcessor
+    clip = make_clip(tmp_path / "clip.mp4", 3, 40)
+    for name, value in prepare_inputs(processor, clip.messages).items():
+        assert torch.equal(prepare_inputs(loaded, clip.messages)[name], value), name
+
+
+def test_initial_weights_depend_on_the_seed_alone(processor: Qwen2_5_VLProcessor) -> None:
+    state = torch.get_rng_state()
+    first, again, other = (build_target(processor.tokenizer, 1, seed).lm_head.weight for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_training_sees_the_logits_that_generate_computes(
+    processor: Qwen2_5_VLProcessor, target: Qwen2_5_VLForConditionalGeneration, tmp_path: Path
+) -> None:
+    # 25 temporal steps: further than the text before and after, where M-RoPE conventions part.
+    clip = make_clip(tmp_path / "clip.mp4", 5, visual_tokens=100)
+    inputs = prepare_inputs(processor, clip.messages)
+    output = target.generate(
+        **inputs, max_new_tokens=8, min_new_tokens=8, output_logits=True, return_dict_in_generate=True
+    )
+    ids = output.sequences[0]
+    end_of_video = ids.tolist().index(target.config.vision_end_token_id) + 1
+    with torch.no_grad():
+        features = target.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+        batch = CaptionBatch(ids[:end_of_video], ids[None, end_of_video:], ids[None, end_of_video:])
+        trained = caption_logits(target, features.pooler_output[0][None], batch)[0, -9:-1]
+    torch.testing.assert_close(trained, torch.cat(output.logits), atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_shares_prefixes_and_learns_captions_only(
+    processor: Qwen2_5_VLProcessor, target: Qwen2_5_VLForConditionalGeneration
+) -> None:
+    group = ClipGroup(target, processor, STAGE, [0, 1])
+    batch = draw_captions(processor, group, 2, np.random.default_rng(0))
+    clips, visual_tokens = group.features.shape[:2]
+    assert visual_tokens == 4 * group.num_steps and clips == len(group.stories)
+    assert batch.suffixes.shape == batch.labels.shape and len(batch.suffixes) == 2 * clips
+    assert (batch.prefix == target.config.video_token_id).sum() == visual_tokens
+    for suffix, labels in zip(batch.suffixes, batch.labels, strict=True):
+        learned = processor.tokenizer.decode(suffix[labels != IGNORED])
+        assert learned.endswith("<|im_end|>") and "<|im_start|>" not in learned and "?" not in learned
+        assert torch.equal(suffix[labels != IGNORED], labels[labels != IGNORED])
+    with torch.no_grad():
+        together = caption_logits(target, group.features, batch)
+        alone = caption_logits(
+            target, group.features[1:2], CaptionBatch(batch.prefix, batch.suffixes[2:3], batch.labels[2:3])
+        )
+    torch.testing.assert_close(together[2:3], alone, atol=1e-4, rtol=1e-4)
+    flat = torch.zeros(*batch.labels.shape, 384)
+    assert caption_loss(flat, batch.labels).item() == pytest.approx(np.log(384), rel=1e-5)
+
+
+def test_deepening_changes_no_logit(
+    processor: Qwen2_5_VLProcessor, target: Qwen2_5_VLForConditionalGeneration
+) -> None:
+    group = ClipGroup(target, processor, STAGE, [0, 1])
+    batch = draw_captions(processor, group, 1, np.random.default_rng(0))
+    deeper = deepen(target, processor.tokenizer, 6)
+    assert deeper.config.text_config.num_hidden_layers == 6
+    with torch.no_grad():
+        assert torch.equal(
+            caption_logits(deeper, group.features, batch), caption_logits(target, group.features, batch)
+        )
+    with pytest.raises(ValueError, match="evenly"):
+        deepen(target, processor.tokenizer, 5)
+
+
+def test_longer_clips_come_in_smaller_groups() -> None:
+    stage = Stage("long", 1, 24, (2, 6), (64, 1024), 4, 2, 0.02)
+    assert [clips_for(stage, tokens // 4) for tokens in (64, 256, 1024)] == [6, 4, 2]
+
+
+def test_orthogonalized_matrices_have_singular_values_near_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((3, 32, 32), (2, 96, 256), (2, 256, 96)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+        assert 0.3 < values.min() and values.max() < 1.3
+
+
+def test_muon_moves_every_matrix_by_its_own_gradient() -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(8, 4), torch.randn(4, 8), torch.randn(8, 4)]
+    together = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    alone = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    for parameters, optimizers in ((together, [Muon(together)]), (alone, [Muon([each]) for each in alone])):
+        for _ in range(3):
+            sum((parameter**3).sum() for parameter in parameters).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    for first, second, before in zip(together, alone, start, strict=True):
+        torch.testing.assert_close(first, second)
+        assert not torch.equal(first, before)
+
+
+@pytest.fixture
+def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training of two vision steps and two short stages, the second one deeper."""
+    stages = (Stage("a", 3, 1, (1, 2), (8, 12), 2, 1, 0.02), Stage("b", 3, 2, (2, 2), (12, 16), 1, 2, 0.02))
+    monkeypatch.setattr(pretrain, "STAGES", stages)
+    monkeypatch.setattr(pretrain, "FULL_DEPTH", 2)
+    monkeypatch.setattr(pretrain, "VISION_STEPS", 2)
+    monkeypatch.setattr(pretrain, "FINAL_CHECKS", {24: 1})
+    monkeypatch.setattr(pretrain, "VALIDATION_CLIPS", 1)
+    monkeypatch.setattr(pretrain, "VISION_VALIDATION_CLIPS", 1)
+    monkeypatch.setattr(pretrain.VisionPretraining, "batch_size", 12)
+    monkeypatch.setattr(caption_training, "POOL_USES", 2)
+    monkeypatch.setattr(nano, "MAX_CAPTION_TOKENS", 4)
+
+
+@pytest.mark.usefixtures("short_training")
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_a_stopped_training_ends_like_an_uninterrupted_one(tmp_path: Path, stop_after: int) -> None:
+    whole = pretrain.Pretraining(tmp_path / "whole", seed=3)
+    whole.run()
+
+    class Stop(Exception):
+        pass
+
+    class Stopped(pretrain.Pretraining):
+        steps_left = stop_after
+
+        def train_step(self) -> float:
+            if self.steps_left == 0:
+                raise Stop
+            self.steps_left -= 1
+            loss = super().train_step()
+            self.state["step"] += 1
+            self.save()
+            self.state["step"] -= 1
+            return loss
+
+    with pytest.raises(Stop):
+        Stopped(tmp_path / "stopped", seed=3).run()
+    resumed = pretrain.Pretraining(tmp_path / "stopped", seed=3)
+    resumed.run()
+    for (name, weight), expected in zip(
+        resumed.target.state_dict().items(), whole.target.state_dict().values(), strict=True
+    ):
+        assert torch.equal(weight, expected), name
+
+
+@pytest.mark.usefixtures("short_training")
+def test_a_training_leaves_a_loadable_fp32_target_rounded_to_bf16_with_its_provenance(tmp_path: Path) -> None:
+    pretrain.main(["--output", str(tmp_path), "--seed", "3"])
+    target, processor = load_target(tmp_path)
+    assert target.dtype == torch.float32 and not target.training
+    weights = list(target.state_dict().values())
+    assert all(torch.equal(weight, weight.bfloat16().float()) for weight in weights)
+    provenance = json.loads((tmp_path / "PROVENANCE.json").read_text())
+    assert provenance["content_accuracy_after_bf16_rounding"].keys() == {"24"}
+    curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert [entry["stage"] for entry in curve if "validation_content_accuracy" in entry] == ["a", "b"]
+    assert processor.tokenizer.eos_token_id == target.generation_config.eos_token_id
+
+
+def test_the_shipped_target_describes_unseen_clips() -> None:
+    target, processor = load_target()
+    assert target.config.text_config.num_hidden_layers == 24 and target.dtype == torch.float32
+    assert sum(file.stat().st_size for file in (ASSETS / "target").iterdir()) < 15e6
+    assert content_accuracy(target, processor, EVALUATION_SEEDS[1000:1004], visual_tokens=64) > 0.9
