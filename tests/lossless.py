@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from sparrow_hf import SparrowDraftModel, TreeShape
+
 from families import FAMILIES, FAMILY_BY_NAME
 from oracles import drafting_around
-from sparrow_hf import SparrowDraftModel, TreeShape
 
 #: Processors of every kind: none, of one row, of the history, that forbid, that force.
 PROCESSORS: tuple[dict[str, Any], ...] = (

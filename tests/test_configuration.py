@@ -8,6 +8,7 @@ from transformers.models.gemma3.configuration_gemma3 import Gemma3Config
 
 from sparrow_hf import TREE_PRESETS, SparrowDraftConfig, TreeShape
 from sparrow_hf.errors import DraftConfigError, UnsupportedTargetError
+
 from tiny_targets import Family
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from families import FAMILY_BY_NAME
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import HiddenStateCaptureError
 from sparrow_hf.hidden_states import HiddenStateCollector
+
+from families import FAMILY_BY_NAME
 from tiny_targets import Family
 
 

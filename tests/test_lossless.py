@@ -1,7 +1,6 @@
 """The promise, over random cases: same tokens, same stop, same stream, same scores as plain `generate()`."""
 
 import pytest
-
 from lossless import make_case, mismatch
 
 NUM_FAST = 210

@@ -4,6 +4,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -12,7 +13,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from .configuration_sparrow import SparrowDraftConfig
-from .errors import BindingError
+from .errors import BindingError, DraftLoadError
 
 if TYPE_CHECKING:
     from .generation.stats import GenerationStats
@@ -128,6 +129,36 @@ class SparrowDraftModel(PreTrainedModel):
                 is_causal=is_causal,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but a checkpoint that does not hold exactly the draft's tensors is refused.
+
+        transformers would fill missing tensors at random and only log it; the draft would then quietly accept nothing.
+
+        Raises:
+            DraftLoadError: Tensors are missing, unexpected or of another shape, or the file is not readable
+                safetensors. Pickled weights (`.bin`) are never read.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True
+        try:
+            draft, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise DraftLoadError(
+                f"the weights of {pretrained_model_name_or_path} are damaged or cut short ({error}): get them again"
+            ) from error
+        wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        if any(wrong.values()):
+            raise DraftLoadError(
+                f"{pretrained_model_name_or_path} does not hold the tensors of a {cls.__name__} with this "
+                f"configuration: {'; '.join(f'{kind}: {names}' for kind, names in wrong.items() if names)}"
+            )
+        return (draft, info) if wants_info else draft
 
     # -- what it borrows ---------------------------------------------------------------------------------------------
 

@@ -1,0 +1,168 @@
+"""The draft as a model: borrowed parts stay borrowed, checkpoints hold the draft only, misfits are refused."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, PreTrainedModel
+
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf.errors import BindingError, DraftLoadError, UnsupportedTargetError
+
+from families import FAMILY_BY_NAME
+from meta_targets import META_TARGETS, MetaTarget
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return FAMILY_BY_NAME["qwen2_5_vl"].build_target()
+
+
+def run(draft: SparrowDraftModel, target: PreTrainedModel) -> torch.Tensor:
+    draft.bind(target)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 5, draft.config.hidden_size, generator=generator)
+    embeds = draft.fuse(draft.embed(torch.arange(5)[None]), hidden)
+    mask = torch.full((5, 5), torch.finfo(torch.float32).min).triu(1)[None, None]
+    return draft.compute_logits(draft(embeds, torch.arange(5)[None], mask).last_hidden_state)
+
+
+def test_checkpoint_holds_the_draft_only_and_loads_bit_equal(target: PreTrainedModel, tmp_path) -> None:
+    draft = SparrowDraftModel.from_target(target, feature_layers=[1, -1])
+    draft.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert set(stored) == {name for name, _ in draft.named_parameters()}
+    assert not any("embed" in name or "head" in name for name in stored)
+    expected = run(draft, target)
+    for loaded in (SparrowDraftModel.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        assert type(loaded) is SparrowDraftModel
+        assert torch.equal(run(loaded, target), expected)
+
+
+def test_the_target_is_neither_registered_nor_moved(target: PreTrainedModel) -> None:
+    draft = SparrowDraftModel.from_target(target)
+    names = {name for name, _ in draft.named_modules()}
+    assert names.isdisjoint({"_target", "embedding", "head"})
+    draft.to(torch.bfloat16)
+    assert target.dtype == torch.float32
+    assert (
+        draft.compute_logits(torch.randn(1, 2, draft.config.hidden_size, dtype=torch.bfloat16)).dtype == torch.float32
+    )
+
+
+def test_a_copy_is_unbound_and_equal(target: PreTrainedModel) -> None:
+    draft = SparrowDraftModel.from_target(target)
+    twin = copy.deepcopy(draft)
+    assert all(torch.equal(a, b) for a, b in zip(draft.parameters(), twin.parameters(), strict=True))
+    with pytest.raises(BindingError, match="not bound"):
+        twin.embed(torch.tensor([[1]]))
+    assert torch.equal(run(twin, target), run(draft, target))
+
+
+def test_layer_copied_from_the_target(target: PreTrainedModel) -> None:
+    draft = SparrowDraftModel.from_target(target, copy_last_layer=True)
+    for name, value in target.get_decoder().layers[-1].named_parameters():
+        assert torch.equal(draft.layers[0].get_parameter(name), value)
+
+
+def test_placeholders_are_never_drafted(target: PreTrainedModel) -> None:
+    draft = SparrowDraftModel.from_target(target)
+    logits = draft.compute_logits(torch.randn(3, draft.config.hidden_size))
+    assert (logits[:, draft.config.visual_token_ids] == float("-inf")).all()
+    assert logits.isfinite().sum() == 3 * (draft.config.vocab_size - len(draft.config.visual_token_ids))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", 64),
+        ("vocab_size", 200),
+        ("target_num_hidden_layers", 7),
+        ("visual_token_ids", [1, 2]),
+    ],
+)
+def test_another_targets_draft_is_refused(target: PreTrainedModel, field: str, value: object) -> None:
+    config = SparrowDraftModel.from_target(target).config
+    setattr(config, field, value)
+    with pytest.raises(BindingError, match=field.removeprefix("target_")):
+        SparrowDraftModel(config).bind(target)
+
+
+def test_another_name_of_the_same_shape_only_warns(target: PreTrainedModel) -> None:
+    draft = SparrowDraftModel.from_target(target)
+    draft.config.target_name_or_path = "somebody/else"
+    target.config._name_or_path = "my/fine-tune"
+    try:
+        with pytest.warns(UserWarning, match="my/fine-tune"):
+            copy.deepcopy(draft).bind(target)
+    finally:
+        target.config._name_or_path = ""
+
+
+def test_a_model_without_a_decoder_is_refused() -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = CLIPModel(CLIPConfig(text_config=tiny | {"vocab_size": 10}, vision_config=tiny | {"image_size": 32}))
+    with pytest.raises(UnsupportedTargetError):
+        SparrowDraftModel.from_target(model)
+
+
+def test_sliding_window_targets_are_refused() -> None:
+    target = FAMILY_BY_NAME["qwen2_5_vl"].build_target()
+    target.config.get_text_config().layer_types[0] = "sliding_attention"
+    with pytest.raises(UnsupportedTargetError, match="use_sliding_window=False"):
+        SparrowDraftModel.from_target(target)
+
+
+@pytest.mark.parametrize("meta_target", META_TARGETS, ids=lambda meta_target: meta_target.name)
+def test_binds_to_the_published_7b_shapes(meta_target: MetaTarget) -> None:
+    target = meta_target.build()
+    draft = SparrowDraftModel.from_target(target)
+    assert {parameter.device.type for parameter in draft.parameters()} == {"meta"}
+    assert draft.config.hidden_size == 3584
+    assert draft.config.visual_bridge_layer == 14
+    assert draft.bind(target) is draft.target
+
+
+class TestDamagedCheckpoints:
+    @pytest.fixture
+    def folder(self, target: PreTrainedModel, tmp_path):
+        SparrowDraftModel.from_target(target).save_pretrained(tmp_path / "draft")
+        return tmp_path / "draft"
+
+    def test_missing_tensor(self, folder) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["fc.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(DraftLoadError, match=r"fc\.weight"):
+            SparrowDraftModel.from_pretrained(folder)
+
+    def test_unexpected_tensor(self, folder) -> None:
+        tensors = load_file(folder / "model.safetensors") | {"lm_head.weight": torch.zeros(2, 2)}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(DraftLoadError, match=r"lm_head\.weight"):
+            SparrowDraftModel.from_pretrained(folder)
+
+    @pytest.mark.parametrize("keep", [0, 6, 0.5, 0.99])
+    def test_truncated_file(self, folder, keep: float) -> None:
+        data = (folder / "model.safetensors").read_bytes()
+        length = int(keep * len(data)) if keep < 1 else int(keep)
+        (folder / "model.safetensors").write_bytes(data[:length])
+        with pytest.raises(DraftLoadError):
+            SparrowDraftModel.from_pretrained(folder)
+
+    def test_pickled_weights_are_never_read(self, folder) -> None:
+        (folder / "model.safetensors").unlink()
+        torch.save({}, folder / "pytorch_model.bin")
+        with pytest.raises(OSError, match="safetensors"):
+            SparrowDraftModel.from_pretrained(folder)
+
+    def test_configuration_of_another_shape(self, folder, tmp_path) -> None:
+        shutil.copytree(folder, tmp_path / "other")
+        text = (folder / "config.json").read_text().replace('"intermediate_size": ', '"intermediate_size": 1')
+        (tmp_path / "other" / "config.json").write_text(text)
+        with pytest.raises((DraftLoadError, RuntimeError)):
+            SparrowDraftModel.from_pretrained(tmp_path / "other")
