@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from sparrow_hf import SparrowDraftModel
 
@@ -135,6 +136,29 @@ def test_equals_plain_generate_with_left_padding(family: Family, kind: str) -> N
     draft = random_draft(target, kind)
     with drafting_around(plain, adversarial=True, seed=5):
         assert new_tokens(target, inputs, draft, do_sample=False) == plain
+    assert max(draft.last_generation.accepted) > 0
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_equals_plain_generate_in_the_second_turn(family: Family, kind: str) -> None:
+    target = built_target(family.name, "sdpa")
+    inputs = family.build_inputs(target)
+    draft = random_draft(target, kind)
+
+    def first_turn(assistant: SparrowDraftModel | None) -> GenerateDecoderOnlyOutput:
+        return target.generate(
+            **inputs, assistant_model=assistant, max_new_tokens=6, do_sample=False, return_dict_in_generate=True
+        )
+
+    plain_turn, turn = first_turn(None), first_turn(draft)
+    assert torch.equal(turn.sequences, plain_turn.sequences)
+    follow_up = family.tokenizer("\nUser: And then?\nAssistant:", return_tensors="pt")["input_ids"]
+    input_ids = torch.cat((turn.sequences, follow_up), dim=1)
+    second = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    plain = new_tokens(target, second | {"past_key_values": plain_turn.past_key_values}, do_sample=False)
+    with drafting_around(plain, adversarial=True, seed=9):
+        tokens = new_tokens(target, second | {"past_key_values": turn.past_key_values}, draft, do_sample=False)
+    assert tokens == plain
     assert max(draft.last_generation.accepted) > 0
 
 
