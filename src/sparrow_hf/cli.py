@@ -18,20 +18,25 @@ NOT_IDENTICAL, BAD_INPUT, INTERRUPTED = 1, 2, 130
 """Exit codes besides 0."""
 
 app = typer.Typer(
-    help="Lossless speculative decoding for video LLMs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 
 
-@app.callback()
-def main(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.", is_eager=True)] = False,
-) -> None:
-    if version:
+def show_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"sparrow-hf {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Lossless speculative decoding for video LLMs."""
 
 
 @contextmanager

@@ -1,0 +1,156 @@
+"""The command line, run in this process on an untrained target of two layers, and once on what ships."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import sparrow_hf
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf.cli import app
+from sparrow_hf.generation.emission import TokenEmitter
+from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
+from sparrow_hf.testbed.nano import ASSETS, build_processor, build_target
+
+VERDICT_KEYS = {"identical", "clips", "visual_tokens", "tau", "k", "per_position", "dsr", "esr"}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """Options that name an untrained target and its draft."""
+    folder = tmp_path_factory.mktemp("models")
+    processor = build_processor()
+    target = build_target(processor.tokenizer, num_hidden_layers=2)
+    # An untrained target would now and then write a placeholder, which is no text.
+    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
+    target.save_pretrained(folder / "target")
+    processor.save_pretrained(folder / "target")
+    SparrowDraftModel.from_target(target, num_glimpse_tokens=4).save_pretrained(folder / "draft")
+    return "--target", folder / "target", "--draft", folder / "draft"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("video") / "mine.mp4"
+    make_clip(path, EVALUATION_SEEDS[7], visual_tokens=32)
+    return path
+
+
+def test_version_and_help():
+    assert run("--version").output.split() == ["sparrow-hf", sparrow_hf.__version__]
+    listing = run("demo", "--help")
+    assert listing.exit_code == 0
+    assert "--visual-tokens" in listing.output
+    assert run().exit_code == 2
+
+
+def test_demo_writes_its_verdict(models: tuple[object, ...], tmp_path: Path):
+    file = tmp_path / "results" / "verdict.json"
+    result = run(
+        "demo", *models, "--visual-tokens", 24, "--max-new-tokens", 12, "--tree", "10-2-4", "--json", file,
+        "--output", tmp_path / "clips",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "IDENTICAL 1 of 1 clip" in result.output
+    assert [path.name for path in (tmp_path / "clips").iterdir()] == [f"clip-{EVALUATION_SEEDS[0]}.mp4"]
+
+    verdict = json.loads(file.read_text())
+    assert verdict.keys() > VERDICT_KEYS
+    assert verdict["identical"] is True
+    assert (verdict["clips"], verdict["visual_tokens"]) == (1, 24)
+    assert len(verdict["per_position"]) == 2
+    assert verdict["k"] == pytest.approx(sum(verdict["per_position"]))
+    assert verdict["dsr"] > 0 and verdict["esr"] > 0 and verdict["same_engine_dsr"] > 0
+    assert verdict["provenance"]["tree"] == "10-2-4"
+    assert verdict["provenance"]["dtype"] == "float32"
+
+
+def test_demo_over_several_clips(models: tuple[object, ...], tmp_path: Path):
+    file = tmp_path / "verdict.json"
+    result = run(
+        "demo", *models, "--clips", 3, "--visual-tokens", 24, "--max-new-tokens", 6, "--seed", 5, "--json", file,
+        "--output", tmp_path / "clips",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "IDENTICAL 3 of 3 clips" in result.output
+    assert json.loads(file.read_text())["clips"] == 3
+    names = {f"clip-{seed}.mp4" for seed in EVALUATION_SEEDS[5:8]}
+    assert {path.name for path in (tmp_path / "clips").iterdir()} == names
+
+
+def test_demo_on_a_video_of_ones_own(models: tuple[object, ...], clip: Path):
+    result = run("demo", *models, "--video", clip, "--max-new-tokens", 6, "--max-frames", 8)
+    assert result.exit_code == 0, result.output
+    assert "mine.mp4 · 16 visual tokens" in result.output
+    assert "IDENTICAL" in result.output
+
+
+def test_a_single_wrong_token_is_an_error(models: tuple[object, ...], clip: Path, monkeypatch: pytest.MonkeyPatch):
+    right = TokenEmitter.choose
+    monkeypatch.setattr(TokenEmitter, "choose", lambda self, *args: (right(self, *args) + 1) % 300)
+    result = run("demo", *models, "--video", clip, "--max-new-tokens", 4)
+    assert result.exit_code == 1
+    assert "NOT IDENTICAL" in result.output
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (["--video", "missing.mp4"], "missing.mp4"),
+        (["--video", "notes.mp4"], "cannot be read as a video"),
+        (["--video", "empty.mp4"], "empty file"),
+        (["--video", "notes.mp4", "--clips", "3"], "leave out --clips"),
+        (["--tree", "oak"], "unknown tree 'oak'"),
+        (["--tree", "1-5-10"], "one node means no draft level"),
+        (["--target", "nowhere"], "target 'nowhere' cannot be loaded"),
+        (["--draft", "nowhere"], "draft 'nowhere' cannot be loaded"),
+        (["--device", "cuda:99"], "cannot be loaded"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(
+    wrong: list[str], sentence: str, models: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.mp4").write_text("not a video")
+    Path("empty.mp4").touch()
+    result = run("demo", *models, *wrong)
+    assert result.exit_code == 2
+    assert sentence in result.output
+    assert "Error: " in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_target_without_its_draft(models: tuple[object, ...]):
+    result = run("demo", *models[:2])
+    assert result.exit_code == 2
+    assert "name one with --draft" in result.output
+
+
+def test_ctrl_c_ends_quietly(models: tuple[object, ...], clip: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(self: TokenEmitter, *args: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TokenEmitter, "choose", interrupt)
+    result = run("demo", *models, "--video", clip, "--max-new-tokens", 4)
+    assert result.exit_code == 130
+    assert "Stopped." in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.skipif(not (ASSETS / "draft").exists(), reason="the trained testbed is not in this checkout")
+def test_demo_of_the_testbed_that_ships(tmp_path: Path):
+    threads = torch.get_num_threads()
+    file = tmp_path / "verdict.json"
+    result = run("demo", "--visual-tokens", 64, "--json", file)
+    torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    verdict = json.loads(file.read_text())
+    assert verdict["identical"] is True
+    assert verdict["tau"] > 3
