@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILY_BY_NAME
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.training import append_answer, read_with_target
+
+from families import FAMILY_BY_NAME
 
 
 def greedy(length: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from sparrow_hf.training.losses import (
     soft_cross_entropy,
 )
 
-
 INF = float("inf")
 # Probabilities over four tokens, the third of which is never drafted.
 DRAFT = torch.tensor([[0.5, 0.25, 0.0, 0.25]]).log()
@@ -25,7 +24,7 @@ def test_values_by_hand():
     cross_entropy = -(0.25 * math.log(0.5) + 0.5 * math.log(0.25) + 0.25 * math.log(0.25))
     assert float(soft_cross_entropy(DRAFT, TARGET)) == pytest.approx(cross_entropy)
     assert float(probability_l1(DRAFT, TARGET)) == pytest.approx(0.5)
-    # order of the target: token 1, then 0 and 3 (a tie keeps the lower id); of the draft's mass 1 takes 1/4, 0 takes 2/3
+    # the target's order is 1, 0, 3; of the draft's mass, 1 takes 1/4, then 0 takes 2/3 of what is left
     target = torch.tensor([[0.3, 0.5, 0.0, 0.2]]).log()
     assert float(list_mle(DRAFT, target)) == pytest.approx(-math.log(0.25) - math.log(0.5 / 0.75))
     states = torch.tensor([[0.0, 3.0]])

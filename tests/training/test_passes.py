@@ -8,7 +8,6 @@ from sparrow_hf.rows import draft_rows
 from sparrow_hf.training import TrainingStates, read_with_target
 from sparrow_hf.training.passes import exact_passes, make_batch, reinput_passes
 
-
 VISUAL = 9
 
 
@@ -40,13 +39,12 @@ def decode_by_hand(draft, states, rows, chain_start, num_steps):
         positions.append(position)
 
     def row_mask(query, num_keys):
-        """Additive (1, 1, 1, keys): keys of committed rows that slid out of the window are hidden, chain rows never."""
+        """Additive (1, 1, 1, keys): committed rows that slid out of the window are hidden, chain rows never."""
         hidden = [
             window is not None and index is not None and query - index >= window for index in text_index[:num_keys]
         ]
-        return torch.tensor(hidden + [False] * (num_keys - len(hidden)))[None, None, None] * torch.tensor(
-            -1e9, dtype=draft.dtype
-        )
+        hidden += [False] * (num_keys - len(hidden))
+        return -1e9 * torch.tensor(hidden, dtype=draft.dtype)[None, None, None]
 
     cache = DynamicCache()
     for index, (row, position) in enumerate(zip(embeds, positions, strict=True)):
@@ -97,7 +95,7 @@ def test_exact_passes_are_what_decoding_computes(make_draft, samples, target, ov
 
 
 def hand_made_states(num_features=2, visual_rows=(2, 3, 4)):
-    """Prompt `5 6 V V V 7`, answer `1 2 3 4`; the state of token i is filled with i, the bridge state of row i with −i."""
+    """Prompt `5 6 V V V 7`, answer `1 2 3 4`; the state of row i is filled with i, its bridge state with −i."""
     input_ids = torch.tensor([5, 6, VISUAL, VISUAL, VISUAL, 7, 1, 2, 3, 4])
     text = [0, 1, 5, 6, 7, 8, 9]
     fill = torch.tensor(text, dtype=torch.float)[:, None]
@@ -182,8 +180,11 @@ def test_gradients_flow_through_earlier_passes(make_draft, recorded):
     rows = draft_rows(states.input_ids, draft.config.visual_token_ids, num_glimpse_tokens=4)
     batch = make_batch([(states, rows)], "compact")
 
+    # A direction, because the sum of squares of a normed state does not change.
+    direction = torch.linspace(-1, 1, draft.config.hidden_size, dtype=torch.double)
+
     def loss():
-        return exact_passes(draft, batch, 3)[2].square().sum()
+        return (exact_passes(draft, batch, 3)[2] @ direction).sum()
 
     loss().backward()
     weight = draft.layers[0].self_attn.k_proj.weight

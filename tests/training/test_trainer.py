@@ -1,4 +1,4 @@
-"""The trainer: both data paths agree, resume is exact, only the draft is saved, and one sample can be learned by heart."""
+"""The trainer: both data paths agree, resume is exact, only the draft is saved, one sample is learned by heart."""
 
 import shutil
 

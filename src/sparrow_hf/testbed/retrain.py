@@ -2,9 +2,9 @@
 
     python -m sparrow_hf.testbed.retrain --target assets/target --output assets/draft
 
-Clips are rendered, sent through the codec and captioned greedily; the target is frozen, so its states are recorded once
-and any number of drafts can be trained from one recording (`--recording`). Run the command again to go on where it was
-stopped. `--text-only` trains the baseline that reads no target states, with the same clips, steps and batches.
+Clips are rendered, sent through the codec and captioned greedily; the target is frozen, so its states are recorded
+once and any number of drafts can be trained from one recording (`--recording`). Run the command again to go on where
+it was stopped. `--text-only` trains the baseline that reads no target states, with the same clips, steps and batches.
 """
 
 from __future__ import annotations
@@ -37,24 +37,31 @@ from .nano import load_target
 from .vision_pretraining import through_codec
 from .world import FRAMES_PER_SECOND, TRAIN_SEEDS, VALIDATION_SEEDS, messages_for, render, write_script
 
-
 SHORT_CLIPS, LONG_CLIPS = (32, 400), (400, 2048)
 """Visual tokens of a clip, drawn evenly on a logarithmic scale from one of the two."""
 LONG_SHARE = 0.08
-CLIPS_PER_SHARD = 32
-CAPTION_BATCH = 16
+CLIPS_PER_SHARD = 64
+CAPTION_BATCH_ROWS = 16_384
+"""Prompt rows, padding included, of clips captioned together: a decoding step costs the same for few or many."""
 MAX_CAPTION_TOKENS = 320
 
-DRAFT = {"num_mtp_steps": 5, "num_draft_levels": 5, "num_glimpse_tokens": 64}
+DRAFT: dict[str, Any] = {"num_mtp_steps": 5, "num_draft_levels": 5, "num_glimpse_tokens": 64}
 """What the testbed's draft is, where it differs from `SparrowDraftConfig`'s defaults: one pass per drafted token."""
 
 RECIPE: dict[str, Any] = {
+    "use_cpu": True,
     "per_device_train_batch_size": 16,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 50,
     "adam_beta2": 0.98,
     "weight_decay": 0.0,
+    "logging_steps": 50,
+    "eval_strategy": "steps",
+    "eval_steps": 500,
+    "save_steps": 500,
+    "save_total_limit": 1,
+    "report_to": "none",
 }
 
 
@@ -87,8 +94,14 @@ def record_shard(
     # Clips of about one length share a batch.
     prompts = sorted((clip_prompt(processor, seed) for seed in seeds), key=lambda prompt: prompt["input_ids"].shape[1])
     rows = []
-    for start in range(0, len(prompts), CAPTION_BATCH):
-        batch = prompts[start : start + CAPTION_BATCH]
+    while prompts:
+        # Padded to the longest, the last one taken.
+        size = max(
+            size
+            for size in range(1, len(prompts) + 1)
+            if size == 1 or size * prompts[size - 1]["input_ids"].shape[1] <= CAPTION_BATCH_ROWS
+        )
+        batch, prompts = prompts[:size], prompts[size:]
         answers = generate_answers(
             target, batch, processor.tokenizer.pad_token_id, do_sample=False, max_new_tokens=MAX_CAPTION_TOKENS
         )
@@ -213,23 +226,7 @@ def train(
     if text_only:
         blindfold(draft)
     arguments = SparrowTrainingArguments(
-        **(
-            {
-                "output_dir": str(output / "training"),
-                "max_steps": steps,
-                "seed": seed,
-                "use_cpu": True,
-                "per_device_eval_batch_size": 16,
-                "logging_steps": 50,
-                "eval_strategy": "steps",
-                "eval_steps": 500,
-                "save_steps": 500,
-                "save_total_limit": 1,
-                "report_to": "none",
-            }
-            | RECIPE
-            | recipe
-        )
+        output_dir=str(output / "training"), max_steps=steps, seed=seed, **(RECIPE | recipe)
     )
     trainer = SparrowTrainer(draft, target, arguments, train_dataset=rows, eval_dataset=validation)
     folder = Path(arguments.output_dir)

@@ -4,7 +4,6 @@ from .arguments import ALL_VISUAL_ROWS, TRAINING_PRESETS, SparrowTrainingArgumen
 from .data import SparrowDataCollator, TrainingStates, append_answer, read_with_target
 from .trainer import SparrowTrainer
 
-
 __all__ = [
     "ALL_VISUAL_ROWS",
     "TRAINING_PRESETS",

@@ -1,6 +1,6 @@
 """Teacher-forced acceptance: how many drafted tokens the target would have taken, read off the exact passes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ def count_acceptance(batch: DraftBatch, matches: Sequence[Tensor]) -> Tensor:
         matches: Per pass s, `(B, J−s)` bool: the draft's most probable token in loss row u + s is the target's.
 
     Returns:
-        `(1, 3·D + 1)` for D passes: rows with a match, rows, rounds that accepted at least 1 … D tokens; and the rounds.
+        `(1, 3·D + 1)` for D passes: matching rows and all rows of each pass, rounds that accepted at least 1 … D
+        tokens, and all rounds.
     """
     depth = len(matches)
     agreed = [(match & batch.has_loss(step)).sum() for step, match in enumerate(matches)]
@@ -31,8 +32,8 @@ def count_acceptance(batch: DraftBatch, matches: Sequence[Tensor]) -> Tensor:
 def walk(batch: DraftBatch, matches: Sequence[Tensor]) -> list[Tensor]:
     """Decodes on paper: accepted tokens of each round of a chain of D tokens, on the answers of the batch.
 
-    A chain that starts at loss row u and accepts k tokens is followed by the target's own token, so the next one starts
-    at u + k + 1. With answers that are the target's greedy text this is what decoding does.
+    A chain that starts at loss row u and accepts k tokens is followed by the target's own token, so the next one
+    starts at u + k + 1. With answers that are the target's greedy text this is what decoding does.
     """
     # (B, J) leading matches of the chain that starts at each loss row
     lengths = torch.zeros_like(batch.has_loss(0), dtype=torch.long)
@@ -60,14 +61,14 @@ def acceptance_metrics(prediction: EvalPrediction) -> dict[str, float]:
     counts = np.asarray(prediction.predictions).sum(axis=0)
     depth = (len(counts) - 1) // 3
     agreed, rows, accepted, (rounds,) = np.split(counts, [depth, 2 * depth, 3 * depth])
-    return summarize(agreed, rows) | {
+    return summarize(agreed.tolist(), rows.tolist()) | {
         "k": float(accepted.sum() / rounds),
         "tau": float(accepted.sum() / rounds + 1),
         **{f"accepted_{step}": float(count / rounds) for step, count in enumerate(accepted, start=1)},
     }
 
 
-def summarize(agreed: Sequence[float], rows: Sequence[float]) -> Mapping[str, float]:
+def summarize(agreed: Sequence[float], rows: Sequence[float]) -> dict[str, float]:
     """`agreement_s` per pass, from counts; passes that had no row are left out."""
     return {
         f"agreement_{step}": float(match / total)

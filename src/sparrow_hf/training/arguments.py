@@ -5,13 +5,12 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-
 #: `num_visual_rows_*`: every visual row of the sample.
 ALL_VISUAL_ROWS = -1
 
-#: Named recipes, as fields of [`SparrowTrainingArguments`]. `"paper"` is Sparrow's: every visual row in training (IVSB),
-#: passes by causal re-input, and the losses and optimiser of ViSpec, whose code it descends from (its own are not
-#: published). `"default"` is what measured best on this package's testbed.
+#: Named recipes, as fields of [`SparrowTrainingArguments`]. `"paper"` is Sparrow's: every visual row in training
+#: (IVSB), passes by causal re-input, and the losses and optimiser of ViSpec, whose code it descends from (its own are
+#: not published). `"default"` is what measured best on this package's testbed.
 TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "probability_l1_weight": 10.0,
@@ -73,8 +72,8 @@ class SparrowTrainingArguments(TrainingArguments):
     num_visual_rows_max: int = field(
         default=64,
         metadata={
-            "help": "Most random visual rows a sample shows the draft in one step. −1 for both bounds: every row, as in "
-            "the paper (IVSB); 0 for both: text rows only."
+            "help": "Most random visual rows a sample shows the draft in one step. −1 for both bounds: every row, as "
+            "in the paper (IVSB); 0 for both: text rows only."
         },
     )
     mtp_attention: Literal["exact", "reinput"] = field(
@@ -89,7 +88,7 @@ class SparrowTrainingArguments(TrainingArguments):
     )
 
     # Rows are dictionaries that no model signature describes.
-    remove_unused_columns: bool | None = field(
+    remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the columns go to the target's processor, not the draft."}
     )
 
@@ -103,7 +102,8 @@ class SparrowTrainingArguments(TrainingArguments):
         low, high = self.num_visual_rows_min, self.num_visual_rows_max
         if not (low == high == ALL_VISUAL_ROWS or 0 <= low <= high):
             raise ValueError(
-                f"num_visual_rows_min and num_visual_rows_max must be 0 ≤ min ≤ max, or both −1; found {low} and {high}"
+                "num_visual_rows_min and num_visual_rows_max must be 0 ≤ min ≤ max, or both −1; found "
+                f"{low} and {high}"
             )
         if self.mtp_attention not in ("exact", "reinput"):
             raise ValueError(f"mtp_attention must be 'exact' or 'reinput', found {self.mtp_attention!r}")

@@ -159,7 +159,8 @@ class SparrowDataCollator:
             return dict(row)
         if "messages" not in row:
             raise TrainingDataError(
-                f"a row needs 'messages', or 'input_ids' and 'answer_start'; it has {', '.join(sorted(row)) or 'nothing'}"
+                "a row needs 'messages', or 'input_ids' and 'answer_start'; it has "
+                f"{', '.join(sorted(row)) or 'nothing'}"
             )
         return self._process(row)
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 #: How many of the target's most probable tokens ListMLE puts in order (ViSpec).
 LIST_MLE_TOKENS = 10
 

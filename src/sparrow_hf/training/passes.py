@@ -79,7 +79,7 @@ def make_batch(
     for index, (states, rows) in enumerate(samples):
         text, num_text = rows.text, len(rows.text)
         # text tokens   x0 … x(A−1) │ xA … x(N−3) x(N−2) x(N−1)
-        # text rows     0  …  A−1   │ A  …  N−3                    the last two end the sequence, no visual row is there
+        # text rows     0  …  A−1   │ A  …  N−3                    the last two end the sequence: no visual row there
         # loss rows            0      1  …  J−1                    judged by h(A) … h(N−2)
         first_answer = int((text < states.answer_start).sum())
         text_rows = (~rows.is_visual).nonzero().squeeze(-1)[: num_text - 2]

@@ -70,7 +70,7 @@ class SparrowTrainer(Trainer):
         self.draft = model
         target.eval().requires_grad_(False)
         if getattr(target, "hf_device_map", None) is None:
-            target.to(args.device)
+            target.to(device=args.device)
         self._pass_counts: dict[int, Tensor] = {}
 
     # -- what a step sees ---------------------------------------------------------------------------------------------
@@ -208,9 +208,8 @@ class SparrowTrainer(Trainer):
         """Adds, per pass since the last report, the mean loss (`loss_s`) and the agreement with the target."""
         if "loss" in logs and self._pass_counts:
             losses, agreed, rows = torch.stack(list(self._pass_counts.values()), dim=1).tolist()
-            logs |= {
-                f"loss_{step}": loss / max(n, 1) for step, (loss, n) in enumerate(zip(losses, rows, strict=True), 1)
-            }
+            for step, (loss, count) in enumerate(zip(losses, rows, strict=True), start=1):
+                logs[f"loss_{step}"] = loss / max(count, 1)
             logs |= summarize(agreed, rows)
             self._pass_counts = {}
         super().log(logs, start_time)

@@ -1,0 +1,66 @@
+"""The command that retrains the testbed's draft, on a shallow untrained target."""
+
+import json
+
+import pytest
+import torch
+
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf.errors import TrainingDataError
+from sparrow_hf.testbed import retrain
+from sparrow_hf.testbed.nano import build_processor, build_target
+from sparrow_hf.testbed.pretrain import export
+
+
+@pytest.fixture(scope="module")
+def target_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    processor = build_processor()
+    target = build_target(processor.tokenizer, num_hidden_layers=2)
+    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
+    target.generation_config.min_new_tokens = 4
+    export(target, processor, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def short_clips(monkeypatch):
+    monkeypatch.setattr(retrain, "SHORT_CLIPS", (16, 40))
+    monkeypatch.setattr(retrain, "LONG_SHARE", 0.0)
+    monkeypatch.setattr(retrain, "MAX_CAPTION_TOKENS", 12)
+    monkeypatch.setattr(retrain, "CLIPS_PER_SHARD", 3)
+    monkeypatch.setattr(retrain, "CAPTION_BATCH_ROWS", 100)
+
+
+def test_one_command_makes_a_draft_and_its_baseline(tmp_path, target_folder):
+    common = ["--target", str(target_folder), "--clips", "6", "--validation-clips", "3", "--steps", "3"]
+    retrain.main([*common, "--output", str(tmp_path / "draft")])
+    recording = tmp_path / "draft" / "recording"
+    shards = {path: path.stat().st_mtime_ns for path in recording.rglob("*.safetensors")}
+    assert len(shards) == 3
+    provenance = json.loads((tmp_path / "draft" / "PROVENANCE.json").read_text())
+    assert provenance["validation"]["eval_tau"] >= 1 and "--steps 3" in provenance["command"]
+    draft = SparrowDraftModel.from_pretrained(tmp_path / "draft")
+    assert draft.config.num_mtp_steps == 5
+
+    retrain.main([*common, "--output", str(tmp_path / "blind"), "--recording", str(recording), "--text-only"])
+    assert shards == {path: path.stat().st_mtime_ns for path in recording.rglob("*.safetensors")}
+    blind = SparrowDraftModel.from_pretrained(tmp_path / "blind")
+    embeds, states = torch.randn(4, blind.config.hidden_size), torch.randn(4, blind.config.hidden_size)
+    assert blind.config.num_glimpse_tokens == 0
+    assert torch.equal(blind.fuse(embeds, states), blind.fuse(embeds, torch.zeros_like(states)))
+    assert not torch.equal(blind.fuse(embeds, states), draft.fuse(embeds, states))
+
+
+def test_a_recording_of_another_target_is_refused(tmp_path):
+    retrain.write_shard(tmp_path / "clips.safetensors", [{"answer_start": 3}], {"target": "a", "layers": "[]"})
+    assert retrain.read_shard(tmp_path / "clips.safetensors", {"target": "a"}) == [{"answer_start": 3}]
+    with pytest.raises(TrainingDataError, match="another target"):
+        retrain.read_shard(tmp_path / "clips.safetensors", {"target": "b"})
+
+
+def test_clip_lengths_vary_and_stay_in_range(monkeypatch):
+    monkeypatch.undo()
+    lengths = [retrain.clip_length(seed) for seed in range(2000)]
+    assert min(lengths) < 40 and max(lengths) > 1500
+    assert 0.05 < sum(length > retrain.SHORT_CLIPS[1] for length in lengths) / 2000 < 0.11
