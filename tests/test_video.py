@@ -80,7 +80,7 @@ def write_start_only(path: Path, video_bytes: bytes) -> None:
 
 
 def write_without_frame_data(path: Path, video_bytes: bytes) -> None:
-    """A file whose index, moved to the front as for streaming, announces 40 frames while half of the data is missing."""
+    """A file whose index, moved to the front as for streaming, announces 40 frames, with half of the data missing."""
     import av
 
     whole = path.with_name("whole.mp4")

@@ -1,7 +1,7 @@
 """Reading videos and chat messages into model inputs, with PyAV only.
 
-transformers hands a video path inside `apply_chat_template` to torchcodec, which needs a system FFmpeg. PyAV brings its
-own, so videos are decoded here first and every processor gets frames with their metadata.
+transformers hands a video path inside `apply_chat_template` to torchcodec, which needs a system FFmpeg. PyAV brings
+its own, so videos are decoded here first and every processor gets frames with their metadata.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def read_video(
         raise
     except (av.FFmpegError, OSError, IndexError, ValueError, TypeError) as error:
         raise VideoError(
-            f"{path} cannot be read as a video ({type(error).__name__}: {error}). It may be damaged, cut short, or hold "
-            "no video stream. Play it in a video player, or re-encode it to an mp4 file with h264 video."
+            f"{path} cannot be read as a video ({type(error).__name__}: {error}). It may be damaged, cut short, or "
+            "hold no video stream. Play it in a video player, or re-encode it to an mp4 file with h264 video."
         ) from error
     expected = len(metadata.frames_indices)
     if len(frames) != expected:
@@ -135,8 +135,8 @@ def prepare_inputs(
     Args:
         processor: The model's processor.
         messages: Chat messages. Content is a string or a list of parts: `{"type": "text", "text": …}`,
-            `{"type": "image", "image": …}` (a PIL image, array, path or URL) and `{"type": "video", "video": …}` (a path,
-            or frames as an array, with their rate in `"fps"`). Any number of videos works, none too.
+            `{"type": "image", "image": …}` (a PIL image, array, path or URL) and `{"type": "video", "video": …}` (a
+            path, or frames as an array, with their rate in `"fps"`). Any number of videos works, none too.
         fps: Frames per second to keep of video files, see `read_video`. Arrays are passed on as they are.
         max_frames: Most frames to keep of each video file.
         add_generation_prompt: Whether the prompt ends where the assistant's answer begins.

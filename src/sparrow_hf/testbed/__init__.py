@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from .nano import ASSETS, content_accuracy, load_target
 from .world import EVALUATION_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS, Clip, make_clip
 
-
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 

@@ -46,8 +46,8 @@ class Stage:
 
 POOL_GROUPS = 16
 POOL_USES = 4
-"""Clips come in groups, one group per step; `POOL_GROUPS` of them are used in turn, `POOL_USES` times, with new captions
-each time: rendering and encoding would otherwise take as long as learning."""
+"""Clips come in groups, one group per step; `POOL_GROUPS` of them are used in turn, `POOL_USES` times, with new
+captions each time: rendering and encoding would otherwise take as long as learning."""
 
 IGNORED = -100
 
@@ -89,8 +89,8 @@ def clips_for(stage: Stage, num_steps: int) -> int:
 class CaptionBatch:
     """Token ids of one training step.
 
-    `prefix` `(prefix,)` is the prompt up to the video's end, the same for all clips; `suffixes` `(captions, longest)` the
-    rest of each prompt with its caption, padded on the right; `labels` the same with everything but captions ignored.
+    `prefix` `(prefix,)` is the prompt up to the video's end, the same for all clips; `suffixes` `(captions, longest)`
+    the rest of each prompt with its caption, padded on the right; `labels` the same, all but captions ignored.
     """
 
     prefix: torch.Tensor

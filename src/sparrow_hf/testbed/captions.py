@@ -16,7 +16,6 @@ import numpy as np
 
 from .scenes import COLOURS, CORNERS, SHAPES, SIZES, Scene, Story
 
-
 FAVOURITE_ODDS = 0.7
 
 PROMPTS = {
@@ -208,8 +207,8 @@ def _meanings() -> dict[str, tuple[str, str]]:
     meanings.update({word: ("shape", word) for word in SHAPES})
     meanings.update({word: ("number", word) for word in NUMBERS})
     meanings.update({word: ("size", size) for size, words in SIZE_WORDS.items() for word in words})
-    meanings.update({word: ("identity", "returns") for word in ("returns", "back", "again", "same", "friend")})
-    meanings.update({word: ("alone", "alone") for word in ("nothing", "alone")})
+    meanings.update(dict.fromkeys(("returns", "back", "again", "same", "friend"), ("identity", "returns")))
+    meanings.update(dict.fromkeys(("nothing", "alone"), ("alone", "alone")))
     keywords = {
         "motion": {
             "left": ("left",),
@@ -239,8 +238,9 @@ _MEANINGS = _meanings()
 def content(caption: str) -> dict[tuple[int, str, int], str]:
     """What a caption claims, whatever its wording.
 
-    Returns a mapping from (sentence, slot, occurrence of that slot in the sentence) to a value: colours, shapes, sizes,
-    motions, backgrounds, corners, numbers, returning glyphs. Two captions of one story in one style have equal content.
+    Returns a mapping from (sentence, slot, occurrence of that slot in the sentence) to a value: colours, shapes,
+    sizes, motions, backgrounds, corners, numbers, returning glyphs. Two captions of one story in one style have equal
+    content.
     """
     claims: dict[tuple[int, str, int], str] = {}
     words = re.findall(r"\w+|[^\w\s]", caption)

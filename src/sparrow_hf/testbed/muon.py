@@ -7,13 +7,12 @@ from collections.abc import Iterable
 
 import torch
 
-
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 ITERATIONS = 5
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Moves the singular values of `(batch, rows, columns)` matrices close to one, by a quintic Newton–Schulz iteration."""
+    """Moves the singular values of `(batch, rows, columns)` matrices near one (Newton–Schulz)."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices

@@ -29,7 +29,6 @@ from ..video import prepare_inputs
 from .captions import content_score, vocabulary
 from .world import FRAME_SIZE, FRAMES_PER_STEP, make_clip
 
-
 ASSETS = Path(__file__).parent / "assets"
 PATCH_SIZE = 16
 MERGE_SIZE = 2
@@ -109,7 +108,7 @@ def build_processor() -> Qwen2_5_VLProcessor:
 
 
 def target_config(tokenizer: PreTrainedTokenizerFast, num_hidden_layers: int = 24) -> Qwen2_5_VLConfig:
-    """The target's configuration: `num_hidden_layers` decoder layers × 96, one KV head of 32, a 2-layer vision tower."""
+    """The target's configuration: `num_hidden_layers` decoder layers × 96 with one KV head, vision 2 × 96."""
     token_id = tokenizer.convert_tokens_to_ids
     return Qwen2_5_VLConfig(
         text_config={
@@ -198,7 +197,7 @@ def content_accuracy(
     seeds: Iterable[int] | Sequence[int],
     visual_tokens: int,
 ) -> float:
-    """Share of a reference caption's claims (entities, colours, motions, places, order) that greedy captions get right.
+    """Share of what clips show (entities, colours, motions, places, order) that greedy captions get right.
 
     Every seed's clip is written as an mp4, read back and captioned freely with plain `generate()`. Claims that are
     missing, wrong or invented all count against the caption.

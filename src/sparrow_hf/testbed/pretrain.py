@@ -2,9 +2,9 @@
 
     python -m sparrow_hf.testbed.pretrain --output target
 
-Stages: the vision tower on named attributes; then, the tower frozen, the language model on ever longer stories with half
-its layers; then at full depth on ever longer clips. Run the command again to go on where it was stopped. The folder ends
-up in standard layout, weights rounded to bf16 and measured after that, with `PROVENANCE.json` and the curve beside it.
+Stages: the vision tower on named attributes; then, the tower frozen, the language model with half its layers on ever
+longer stories and clips; then at full depth. Run the command again to go on where it was stopped. The folder ends up
+in standard layout, weights rounded to bf16 and measured after that, with `PROVENANCE.json` and the curve beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,13 @@ from .nano import build_processor, build_target, content_accuracy, load_target
 from .vision_pretraining import ATTRIBUTES, VisionPretraining, rescale_merger
 from .world import EVALUATION_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS
 
-
 VISION_STEPS = 800
 STAGES = (
     Stage("1-2 scenes", 150, 12, (1, 2), (16, 40), 20, 1, 0.02),
     Stage("1-4 scenes", 250, 12, (1, 4), (24, 64), 16, 1, 0.02),
     Stage("2-6 scenes", 600, 12, (2, 6), (32, 128), 14, 1, 0.02),
-    Stage("full depth", 400, 24, (2, 6), (48, 320), 7, 2, 0.02),
-    Stage("long clips", 350, 24, (2, 6), (64, 1280), 4, 3, 0.015),
+    Stage("longer clips", 350, 12, (2, 6), (48, 480), 8, 2, 0.02),
+    Stage("full depth", 400, 24, (2, 6), (64, 2048), 4, 3, 0.015),
 )
 FULL_DEPTH = STAGES[-1].layers
 WARMUP_STEPS = 30
@@ -80,6 +80,15 @@ def _commit() -> str | None:
         return None
 
 
+@dataclass
+class Progress:
+    """How far a training has come: steps done of the current stage, and seconds spent so far."""
+
+    stage: int = 0
+    step: int = 0
+    seconds: float = 0.0
+
+
 class Pretraining:
     """The whole training of the target, one optimizer step after another, from or to a checkpoint."""
 
@@ -87,14 +96,21 @@ class Pretraining:
         self.output, self.seed = output, seed
         self.processor = build_processor()
         self.target = build_target(self.processor.tokenizer, STAGES[0].layers, seed)
-        self.state = {"stage": 0, "step": 0, "seconds": 0.0}
+        self.progress = Progress()
         self.optimizers: list[torch.optim.Optimizer] = []
         self.groups: dict[int, ClipGroup] = {}
         self.curve = output / "curve.jsonl"
         self.checkpoint = output / "training" / "checkpoint.pt"
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
 
-    def log(self, **entry: Any) -> None:
+    @property
+    def stage(self) -> Stage:
+        """The stage being trained."""
+        return STAGES[self.progress.stage]
+
+    def log(self, stage: str, **entry: Any) -> None:
+        """Adds a line to the curve."""
+        entry = {"stage": stage, "seconds": round(self.progress.seconds, 1), **entry}
         with self.curve.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -105,7 +121,7 @@ class Pretraining:
             {
                 "model": self.target.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "state": dict(self.state),
+                "state": asdict(self.progress),
             },
             temporary,
         )
@@ -116,12 +132,16 @@ class Pretraining:
         if not self.checkpoint.exists():
             return False
         saved = torch.load(self.checkpoint, weights_only=True)
-        self.state = saved["state"]
-        self.target = build_target(self.processor.tokenizer, STAGES[self.state["stage"]].layers)
+        self.progress = Progress(**saved["state"])
+        self.target = build_target(self.processor.tokenizer, self.stage.layers)
         self.target.load_state_dict(saved["model"])
         self.prepare_stage()
         for optimizer, optimizer_state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
+        # What was logged after the checkpoint will be logged again.
+        entries = self.curve.read_text().splitlines()
+        kept = [entry for entry in entries if json.loads(entry)["seconds"] <= round(self.progress.seconds, 1)]
+        self.curve.write_text("".join(f"{entry}\n" for entry in kept))
         return True
 
     def train_vision(self) -> None:
@@ -130,35 +150,36 @@ class Pretraining:
         vision = VisionPretraining(self.target, self.processor, TRAIN_SEEDS, VISION_STEPS, self.seed)
         for step in tqdm(range(VISION_STEPS), desc="vision tower"):
             loss, accuracy = vision.step()
+            self.progress.seconds = time.monotonic() - start
             if step % 20 == 0:
-                self.log(stage="vision tower", step=step, loss=round(loss, 4), accuracy=accuracy)
+                self.log(
+                    "vision tower", step=step, loss=round(loss, 4), accuracy=[round(each, 4) for each in accuracy]
+                )
         accuracies = dict(zip(ATTRIBUTES, vision.evaluate(VALIDATION_SEEDS[:VISION_VALIDATION_CLIPS]), strict=True))
-        self.log(stage="vision tower", validation=accuracies)
+        self.log("vision tower", validation_accuracy=accuracies)
         print(f"vision tower, validation accuracy by attribute: {accuracies}")
         rescale_merger(self.target, self.processor, VALIDATION_SEEDS[:VISION_VALIDATION_CLIPS])
-        self.state["seconds"] += time.monotonic() - start
 
     def prepare_stage(self) -> None:
         """Brings the target to the stage's depth, freezes the tower and makes new optimizers."""
-        stage = STAGES[self.state["stage"]]
-        if self.target.config.text_config.num_hidden_layers != stage.layers:
-            self.target = deepen(self.target, self.processor.tokenizer, stage.layers)
+        if self.target.config.text_config.num_hidden_layers != self.stage.layers:
+            self.target = deepen(self.target, self.processor.tokenizer, self.stage.layers)
             self.optimizers = []
         self.target.requires_grad_(True)
         self.target.model.visual.requires_grad_(False)
         self.groups = {}
         if self.optimizers:
             return
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in self.target.named_parameters():
             if parameter.requires_grad:
                 (matrices if ".layers." in name and parameter.ndim == 2 else others).append(parameter)
         self.optimizers = [Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)]
 
     def learning_rate(self) -> float:
-        """Muon's learning rate at this step: warm-up where optimizers are new, constant, and a linear cool-down at the end."""
-        number, step = self.state["stage"], self.state["step"]
-        stage = STAGES[number]
+        """Muon's learning rate at this step: warm-up where optimizers are new, a linear cool-down at the very end."""
+        number, step, stage = self.progress.stage, self.progress.step, self.stage
         rate = stage.learning_rate
         if number == 0 or STAGES[number - 1].layers != stage.layers:
             rate *= min(1.0, (step + 1) / WARMUP_STEPS)
@@ -168,20 +189,19 @@ class Pretraining:
 
     def clip_group(self) -> ClipGroup:
         """The clips of this step; see `POOL_GROUPS`."""
-        number, step = self.state["stage"], self.state["step"]
+        step = self.progress.step
         index = step % POOL_GROUPS + POOL_GROUPS * (step // (POOL_GROUPS * POOL_USES))
         if index not in self.groups:
             self.groups = {key: group for key, group in self.groups.items() if key > index - POOL_GROUPS}
-            seed = [self.seed, TRAIN_SEEDS.start, number, index]
-            self.groups[index] = ClipGroup(self.target, self.processor, STAGES[number], seed)
+            seed = [self.seed, TRAIN_SEEDS.start, self.progress.stage, index]
+            self.groups[index] = ClipGroup(self.target, self.processor, self.stage, seed)
         return self.groups[index]
 
     def train_step(self) -> float:
         """One optimizer step on captions of the stage; returns the loss."""
-        stage = STAGES[self.state["stage"]]
         group = self.clip_group()
-        rng = np.random.default_rng([self.seed, TRAIN_SEEDS.start, self.state["stage"], self.state["step"], 1])
-        batch = draw_captions(self.processor, group, stage.captions_per_clip, rng)
+        rng = np.random.default_rng([self.seed, TRAIN_SEEDS.start, self.progress.stage, self.progress.step, 1])
+        batch = draw_captions(self.processor, group, self.stage.captions_per_clip, rng)
         loss = caption_loss(caption_logits(self.target, group.features, batch), batch.labels)
         loss.backward()
         nn.utils.clip_grad_norm_(self.target.parameters(), 1.0)
@@ -194,27 +214,27 @@ class Pretraining:
 
     def train_stage(self) -> None:
         """The rest of the current stage, with checkpoints on the way."""
-        stage = STAGES[self.state["stage"]]
+        stage, progress = self.stage, self.progress
         saved = start = time.monotonic()
-        done = self.state["seconds"]
-        progress = tqdm(total=stage.steps, initial=self.state["step"], desc=stage.name)
-        while self.state["step"] < stage.steps:
+        seconds_before = progress.seconds
+        bar = tqdm(total=stage.steps, initial=progress.step, desc=stage.name)
+        while progress.step < stage.steps:
             loss = self.train_step()
-            self.state["step"] += 1
             now = time.monotonic()
-            self.state["seconds"] = done + now - start
-            progress.update()
-            progress.set_postfix(loss=f"{loss:.3f}")
-            if self.state["step"] % 10 == 0:
-                self.log(**{**self.state, "stage": stage.name, "loss": round(loss, 4)})
+            progress.step += 1
+            progress.seconds = seconds_before + now - start
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}")
+            if progress.step % 10 == 0:
+                self.log(stage.name, step=progress.step, loss=round(loss, 4))
             if now - saved > CHECKPOINT_SECONDS:
                 self.save()
                 saved = now
-        progress.close()
+        bar.close()
         accuracy = content_accuracy(
             self.target, self.processor, VALIDATION_SEEDS[:VALIDATION_CLIPS], stage.visual_tokens[1]
         )
-        self.log(stage=stage.name, visual_tokens=stage.visual_tokens[1], validation_content_accuracy=accuracy)
+        self.log(stage.name, visual_tokens=stage.visual_tokens[1], validation_content_accuracy=round(accuracy, 4))
         print(f"{stage.name}: content accuracy {accuracy:.3f} at {stage.visual_tokens[1]} visual tokens")
 
     def run(self) -> None:
@@ -227,9 +247,9 @@ class Pretraining:
             self.train_stage()
             deep = deepen(self.target, self.processor.tokenizer, FULL_DEPTH)
             export(deep, self.processor, self.output / "training" / "snapshot")
-            if self.state["stage"] == len(STAGES) - 1:
+            if self.stage is STAGES[-1]:
                 break
-            self.state.update(stage=self.state["stage"] + 1, step=0)
+            self.progress.stage, self.progress.step = self.progress.stage + 1, 0
             self.prepare_stage()
             self.save()
         export(self.target, self.processor, self.output)
@@ -246,7 +266,7 @@ class Pretraining:
             "command": f"python -m sparrow_hf.testbed.pretrain --output DIR --seed {self.seed}",
             "commit": _commit(),
             "torch": torch.__version__,
-            "seconds_of_training": round(self.state["seconds"]),
+            "seconds_of_training": round(self.progress.seconds),
             "vision_steps": VISION_STEPS,
             "stages": [vars(stage) for stage in STAGES],
             "content_accuracy_after_bf16_rounding": accuracies,

@@ -1,8 +1,8 @@
 """What can be seen in the testbed's video world: attributes, scenes, stories, and how a story is laid out in time.
 
-A *story* is a list of 2–6 scenes. Each scene shows one main glyph in motion in front of a background, often with a small
-companion dot that only some caption styles mention. Glyphs may return in later scenes. Nothing here knows about pixels
-(see `world.py`) or words (see `captions.py`).
+A *story* is a list of 2–6 scenes. Each scene shows one main glyph in motion in front of a background, often with a
+small companion dot that only some caption styles mention. Glyphs may return in later scenes. Nothing here knows about
+pixels (see `world.py`) or words (see `captions.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
 
 SHAPES = (
     "circle",
@@ -103,8 +102,8 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...] | list[str]) -> str
 def sample_story(rng: np.random.Generator, min_scenes: int = MIN_SCENES, max_scenes: int = MAX_SCENES) -> Story:
     """Draws a story of `min_scenes` … `max_scenes` scenes.
 
-    Different glyphs of one story have different colours and neighbouring scenes different backgrounds, so that "the red
-    circle returns" has one meaning. A glyph returns only after another one was seen in between.
+    Different glyphs of one story have different colours and neighbouring scenes different backgrounds, so that "the
+    red circle returns" has one meaning. A glyph returns only after another one was seen in between.
     """
     counts = [count for count in range(1, MAX_SCENES + 1) if min_scenes <= count <= max_scenes]
     odds = np.array([SCENE_COUNT_ODDS.get(count, SCENE_COUNT_ODDS[MIN_SCENES]) for count in counts])

@@ -38,7 +38,6 @@ from .scenes import (
 )
 from .world import FRAMES_PER_STEP, MOTION_CYCLE, TOKENS_PER_STEP, render, write_mp4
 
-
 ATTRIBUTES = {
     "colour": tuple(COLOURS),
     "shape": SHAPES,
@@ -66,7 +65,7 @@ def through_codec(frames: np.ndarray) -> np.ndarray:
     stream = io.BytesIO()
     write_mp4(stream, frames)
     stream.seek(0)
-    # One converter for all frames: `frame.to_ndarray(format=...)` sets one up per frame, which takes longer than decoding.
+    # One converter for all frames: `frame.to_ndarray(format=...)` sets up one each, which takes longer than decoding.
     converter = VideoReformatter()
     with av.open(stream) as container:
         container.streams.video[0].thread_count = 1
@@ -96,7 +95,7 @@ def attributes_of(step: Step, story: Story) -> list[int]:
 
 
 def labelled_clip(seed: int, num_steps: int = 24) -> tuple[np.ndarray, np.ndarray]:
-    """Decoded frames of a short clip, `(2 · steps, height, width, 3)`, and what each step shows, `(steps, attributes)`."""
+    """Decoded frames of a short clip, `(2 · steps, height, width, 3)`, and the `(steps, attributes)` they show."""
     rng = np.random.default_rng([seed, 2])
     story = sample_story(rng)
     timeline = sample_timeline(rng, story, num_steps)
@@ -127,7 +126,7 @@ def labelled_steps(seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 @contextmanager
 def patches_as_product(target: Qwen2_5_VLForConditionalGeneration) -> Iterator[None]:
-    """Lets the tower embed its patches by a matrix product: the sum its convolution makes, at an eighth of the time."""
+    """Lets the tower embed its patches by a matrix product: its convolution's sum in an eighth of the time."""
     embedding = target.model.visual.patch_embed
 
     def forward(patches: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,12 @@
-"""The testbed's video world: renders stories as mp4 files, with the messages that ask for a caption and its reference.
+"""The testbed's video world: renders stories as mp4 files, with messages that ask for a caption and its reference.
 
-Everything is a function of an integer seed. The seeds of training, validation and evaluation clips are disjoint ranges.
+Everything is a function of an integer seed; training, validation and evaluation clips come from disjoint ranges.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -16,7 +16,6 @@ import numpy as np
 from ..errors import MissingDependencyError
 from .captions import STYLES, sample_prompt, write_caption
 from .scenes import BLANK, COLOURS, Scene, Step, Story, sample_story, sample_timeline
-
 
 FRAME_SIZE = 64
 """Height and width of a frame, in pixels."""
@@ -72,7 +71,7 @@ def write_script(seed: int, visual_tokens: int) -> Script:
     return Script(story, sample_timeline(rng, story, num_steps), prompt, caption)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _coverage(shape: str, pixels: int) -> np.ndarray:
     """Share of each pixel that a glyph covers, `(pixels, pixels)` in 0 … 1, from 4 × 4 samples per pixel."""
     axis = (np.arange(4 * pixels) + 0.5) / (2 * pixels) - 1
@@ -96,7 +95,7 @@ def _coverage(shape: str, pixels: int) -> np.ndarray:
     return inside.reshape(pixels, 4, pixels, 4).mean(axis=(1, 3))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _background(name: str) -> np.ndarray:
     """A muted texture, `(FRAME_SIZE, FRAME_SIZE, 3)` float."""
     y, x = np.mgrid[:FRAME_SIZE, :FRAME_SIZE]
@@ -111,7 +110,7 @@ def _background(name: str) -> np.ndarray:
     return np.where(marked[..., None], np.array(mark, float), np.array(base, float))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sprite(shape: str, pixels: int, colour: str) -> tuple[np.ndarray, np.ndarray]:
     """A glyph with a dark edge, so that it stands out from a background of its own colour.
 
