@@ -26,7 +26,7 @@ from sparrow_hf.testbed.nano import ASSETS, build_processor, build_target, num_v
 from sparrow_hf.testbed.world import make_clip, messages_for
 from sparrow_hf.video import prepare_inputs
 
-STAGE = Stage("test", 4, 2, (2, 6), (32, 48), 2, 2, 0.02)
+STAGE = Stage("test", 4, 2, (2, 6), (32, 48), 2, 2, (0.02, 0.01))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_deepening_changes_no_logit(
 
 
 def test_longer_clips_come_in_smaller_groups() -> None:
-    stage = Stage("long", 1, 24, (2, 6), (64, 1024), 4, 2, 0.02)
+    stage = Stage("long", 1, 24, (2, 6), (64, 1024), 4, 2, (0.02, 0.01))
     assert [clips_for(stage, tokens // 4) for tokens in (64, 256, 1024)] == [6, 4, 2]
 
 
@@ -182,7 +182,10 @@ def test_muon_moves_every_matrix_by_its_own_gradient() -> None:
 @pytest.fixture
 def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """A training of two vision steps and two short stages, the second one deeper."""
-    stages = (Stage("a", 3, 1, (1, 2), (8, 12), 2, 1, 0.02), Stage("b", 3, 2, (2, 2), (12, 16), 1, 2, 0.02))
+    stages = (
+        Stage("a", 3, 1, (1, 2), (8, 12), 2, 1, (0.02, 0.01)),
+        Stage("b", 3, 2, (2, 2), (12, 16), 1, 2, (0.02, 0.01)),
+    )
     monkeypatch.setattr(pretrain, "STAGES", stages)
     monkeypatch.setattr(pretrain, "FULL_DEPTH", 2)
     monkeypatch.setattr(pretrain, "VISION_STEPS", 2)

@@ -31,7 +31,8 @@ from .world import FRAMES_PER_SECOND, FRAMES_PER_STEP, TOKENS_PER_STEP, messages
 class Stage:
     """One stretch of the curriculum: a decoder of `layers`, clips of `scenes` and `visual_tokens` (lowest, highest).
 
-    A step learns from `clips` × `captions_per_clip` captions. Longer clips take fewer of them, see `clips_for`.
+    A step learns from `clips` × `captions_per_clip` captions. Longer clips take fewer of them, see `clips_for`. The
+    learning rate goes from the first to the second value.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Stage:
     visual_tokens: tuple[int, int]
     clips: int
     captions_per_clip: int
-    learning_rate: float
+    learning_rate: tuple[float, float]
 
 
 POOL_GROUPS = 16

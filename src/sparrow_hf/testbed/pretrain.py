@@ -42,16 +42,15 @@ from .world import EVALUATION_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS
 
 VISION_STEPS = 800
 STAGES = (
-    Stage("1-2 scenes", 150, 12, (1, 2), (16, 40), 20, 1, 0.02),
-    Stage("1-4 scenes", 250, 12, (1, 4), (24, 64), 16, 1, 0.02),
-    Stage("2-6 scenes", 600, 12, (2, 6), (32, 128), 14, 1, 0.02),
-    Stage("longer clips", 350, 12, (2, 6), (48, 480), 8, 2, 0.02),
-    Stage("full depth", 400, 24, (2, 6), (64, 2048), 4, 3, 0.015),
+    Stage("1-2 scenes", 150, 12, (1, 2), (16, 40), 20, 1, (0.02, 0.02)),
+    Stage("1-4 scenes", 250, 12, (1, 4), (24, 64), 16, 1, (0.02, 0.02)),
+    Stage("2-6 scenes", 600, 12, (2, 6), (32, 128), 14, 1, (0.02, 0.02)),
+    Stage("longer clips", 250, 12, (2, 6), (48, 480), 8, 2, (0.02, 0.02)),
+    Stage("long clips", 280, 12, (2, 6), (64, 2048), 6, 3, (0.02, 0.004)),
+    Stage("full depth", 60, 24, (2, 6), (64, 2048), 5, 3, (0.006, 0.0)),
 )
 FULL_DEPTH = STAGES[-1].layers
-WARMUP_STEPS = 30
-COOLDOWN_SHARE = 0.3
-"""Share of the last stage over which the learning rate falls to zero."""
+WARMUP_STEPS = 15
 ADAM_SHARE = 0.12
 """Learning rate of AdamW (embeddings, head, norms, biases) as a share of Muon's (matrices)."""
 CHECKPOINT_SECONDS = 60
@@ -178,13 +177,12 @@ class Pretraining:
         self.optimizers = [Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)]
 
     def learning_rate(self) -> float:
-        """Muon's learning rate at this step: warm-up where optimizers are new, a linear cool-down at the very end."""
+        """Muon's learning rate at this step, with a warm-up where optimizers are new."""
         number, step, stage = self.progress.stage, self.progress.step, self.stage
-        rate = stage.learning_rate
+        first, last = stage.learning_rate
+        rate = first + (last - first) * step / stage.steps
         if number == 0 or STAGES[number - 1].layers != stage.layers:
             rate *= min(1.0, (step + 1) / WARMUP_STEPS)
-        if number == len(STAGES) - 1:
-            rate *= min(1.0, (stage.steps - step) / (COOLDOWN_SHARE * stage.steps))
         return rate
 
     def clip_group(self) -> ClipGroup:
