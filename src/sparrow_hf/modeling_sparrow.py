@@ -218,7 +218,7 @@ class SparrowDraftModel(PreTrainedModel):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """`(B, R)` ids → `(B, R, H)` embeddings, the target's, in this draft's dtype and on its device."""
-        return self.target.embed(token_ids).to(dtype=self.dtype, device=self.device)
+        return self.target.embedding(token_ids).to(self.fc.weight)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """`(…, H)` predicted states → `(…, V)` logits of the target's head, placeholders excluded, in fp32."""

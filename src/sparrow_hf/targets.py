@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_sparrow import SparrowDraftConfig, visual_token_ids
@@ -27,7 +27,7 @@ class TargetView:
         try:
             self.decoder: Any = self.model.get_decoder()
             self.layers: nn.ModuleList = self.decoder.layers
-            self.norm: nn.Module = self.decoder.norm
+            self.norm: Any = self.decoder.norm
         except AttributeError as error:
             raise UnsupportedTargetError(
                 f"{type(self.model).__name__} has no decoder with `layers` and `norm`; Sparrow needs a decoder-only "
@@ -60,16 +60,16 @@ class TargetView:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the decoder's states (a quantised target's weights have another)."""
-        return self.norm.weight.dtype if isinstance(self.norm.weight, Tensor) else self.model.dtype
+        return self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the head is: the draft works beside it."""
-        return next(iter(self.norm.parameters())).device
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """Embeddings of `(B, R)` ids: `(B, R, H)`."""
-        return self.embedding(token_ids)
+        """Where the decoder's last states come out: the draft works there."""
+        device = self.norm.weight.device
+        if device.type == "meta" and hasattr(self.norm, "_hf_hook"):
+            # Offloaded by accelerate: the weight visits its device during the forward only.
+            return torch.device(self.norm._hf_hook.execution_device)
+        return device
 
 
 def unwrap(target: Any) -> PreTrainedModel:

@@ -36,6 +36,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
     def __init__(self, draft: SparrowDraftModel, input_ids: Tensor, attention_mask: Tensor | None = None):
         config = draft.config
         self.draft = draft
+        self.device, self._dtype = draft.device, draft.dtype
         self.shape = config.tree_shape
         self.rows: DraftRows = draft_rows(
             input_ids[0],
@@ -51,7 +52,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
         self._root_token = -1
         self._next_position = 0
         self._num_text_rows = 0
-        self._text_index = torch.empty(0, dtype=torch.long, device=draft.device)  # (C,) of the committed rows
+        self._text_index = torch.empty(0, dtype=torch.long, device=self.device)  # (C,) of the committed rows
         # The stock loop asks the target for its states through this.
         self.model_kwargs_overrides = {"output_hidden_states": True}
 
@@ -79,7 +80,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
         if self.shape.num_draft_levels == 0:
             return
         draft, rows = self.draft, self.rows
-        device = draft.device
+        device = self.device
         is_visual = rows.is_visual.to(device)
         bridge = int(draft.config.visual_bridge_layer or 0)
 
@@ -118,9 +119,9 @@ class SparrowCandidateGenerator(CandidateGenerator):
         if self.shape.num_draft_levels == 0:
             return
         draft = self.draft
-        hidden = draft.reduce_features(features.to(device=draft.device, dtype=draft.dtype))
-        embeds = draft.fuse(draft.embed(torch.tensor([next_tokens], device=draft.device)), hidden)
-        offsets = torch.arange(len(next_tokens), device=draft.device)
+        hidden = draft.reduce_features(features.to(device=self.device, dtype=draft.dtype))
+        embeds = draft.fuse(draft.embed(torch.tensor([next_tokens], device=self.device)), hidden)
+        offsets = torch.arange(len(next_tokens), device=self.device)
         text_index = self._num_text_rows + offsets
         self._append(embeds, self._next_position + offsets, text_index, torch.zeros_like(offsets, dtype=torch.bool))
         self._num_text_rows += len(next_tokens)
@@ -151,8 +152,8 @@ class SparrowCandidateGenerator(CandidateGenerator):
         return hidden
 
     def _additive(self, visible: Tensor) -> Tensor:
-        mask = torch.zeros((1, 1, *visible.shape), dtype=self.draft.dtype, device=visible.device)
-        return mask.masked_fill_(~visible, torch.finfo(self.draft.dtype).min)
+        mask = torch.zeros((1, 1, *visible.shape), dtype=self._dtype, device=visible.device)
+        return mask.masked_fill_(~visible, torch.finfo(self._dtype).min)
 
     # -- proposing ----------------------------------------------------------------------------------------------------
 
