@@ -64,3 +64,33 @@ def test_clip_lengths_vary_and_stay_in_range(monkeypatch):
     lengths = [retrain.clip_length(seed) for seed in range(2000)]
     assert min(lengths) < 40 and max(lengths) > 1500
     assert 0.05 < sum(length > retrain.SHORT_CLIPS[1] for length in lengths) / 2000 < 0.11
+
+
+def test_the_optimizer_resumes_and_its_vectors_move_as_with_adam(target_folder):
+    def after(num_steps, resume_at=None):
+        torch.manual_seed(0)
+        draft = SparrowDraftModel.from_target(retrain.load_target(target_folder)[0])
+        optimizer = retrain.MuonWithAdam(draft)
+        for step in range(num_steps):
+            if step == resume_at:
+                state = optimizer.state_dict()
+                optimizer = retrain.MuonWithAdam(draft)
+                optimizer.load_state_dict(state)
+            generator = torch.Generator().manual_seed(step)
+            for parameter in draft.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        return draft
+
+    whole, resumed = after(4), after(4, resume_at=2)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+    start = after(0)
+    adam = torch.optim.Adam([start.norm.weight], lr=retrain.VECTOR_LEARNING_RATE, betas=(0.9, 0.98))
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in start.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        adam.step()
+    torch.testing.assert_close(start.norm.weight, whole.norm.weight)
