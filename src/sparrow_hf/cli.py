@@ -55,7 +55,7 @@ def errors_as_sentences() -> Iterator[None]:
 @app.command()
 def demo(
     video: Annotated[Path | None, typer.Option(help="Caption this video instead of a new clip.")] = None,
-    question: Annotated[str, typer.Option(help="What to ask about --video.")] = "describe this video in detail .",
+    question: Annotated[str, typer.Option(help="What to ask about --video.")] = "Describe this video in detail.",
     clips: Annotated[int, typer.Option(min=1, help="How many unseen clips to write and caption.")] = 1,
     visual_tokens: Annotated[int, typer.Option(min=4, help="How long the clips are, in visual tokens.")] = 400,
     seed: Annotated[
