@@ -46,11 +46,11 @@ STAGES = (
     Stage("1-4 scenes", 250, 12, (1, 4), (24, 64), 16, 1, (0.02, 0.02)),
     Stage("2-6 scenes", 600, 12, (2, 6), (32, 128), 14, 1, (0.02, 0.02)),
     Stage("longer clips", 250, 12, (2, 6), (48, 480), 8, 2, (0.02, 0.02)),
-    Stage("long clips", 280, 12, (2, 6), (64, 2048), 6, 3, (0.02, 0.004)),
-    Stage("full depth", 60, 24, (2, 6), (64, 2048), 5, 3, (0.006, 0.0)),
+    Stage("long clips", 290, 12, (2, 6), (64, 1024), 6, 3, (0.02, 0.002)),
+    Stage("full depth", 25, 24, (2, 6), (64, 1024), 4, 3, (0.003, 0.0)),
 )
 FULL_DEPTH = STAGES[-1].layers
-WARMUP_STEPS = 15
+WARMUP_STEPS = 8
 ADAM_SHARE = 0.12
 """Learning rate of AdamW (embeddings, head, norms, biases) as a share of Muon's (matrices)."""
 CHECKPOINT_SECONDS = 60
