@@ -1,8 +1,8 @@
 """Caption a video with a draft, and see what it saved.
 
-    python examples/caption_video.py                       # the built-in models on a clip they have not seen
-    python examples/caption_video.py --video my.mp4        # the built-in models on your file
-    python examples/caption_video.py --video my.mp4 --target Qwen/Qwen2.5-VL-7B-Instruct --draft path/of/a/draft
+python examples/caption_video.py                       # the built-in models on a clip they have not seen
+python examples/caption_video.py --video my.mp4        # the built-in models on your file
+python examples/caption_video.py --video my.mp4 --target Qwen/Qwen2.5-VL-7B-Instruct --draft path/of/a/draft
 """
 
 import argparse

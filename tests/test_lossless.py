@@ -1,6 +1,7 @@
 """The promise, over random cases: same tokens, same stop, same stream, same scores as plain `generate()`."""
 
 import pytest
+
 from lossless import make_case, mismatch
 
 NUM_FAST = 210

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from lossless import Case, make_case, mismatch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
@@ -14,6 +13,7 @@ from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.generation.tree import CandidateTree, build_tree
 
 import oracles
+from lossless import Case, make_case, mismatch
 
 TREE = {"num_tree_nodes": 24, "num_draft_levels": 4, "beam_width": 4}
 NO_PROCESSOR = {"do_sample": False}

@@ -125,7 +125,7 @@ class _Writer:
     def scene(self, scene: Scene, index: int, number_of_scenes: int) -> str:
         glyph, companion = scene.glyph, scene.companion
         if self.style == "story":
-            connectives = STORY_CONNECTIVES
+            connectives: tuple[str, ...] = STORY_CONNECTIVES
         elif index == 0:
             connectives = FIRST_WORDS
         else:

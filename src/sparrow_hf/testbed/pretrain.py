@@ -13,7 +13,6 @@ import argparse
 import copy
 import json
 import os
-import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
+from ..evaluation.provenance import commit
 from .caption_training import (
     POOL_GROUPS,
     POOL_USES,
@@ -68,15 +68,6 @@ def export(target: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProc
     # `from_pretrained` follows the dtype named here, and the target is meant to run in fp32.
     config_file = folder / "config.json"
     config_file.write_text(config_file.read_text().replace('"bfloat16"', '"float32"'))
-
-
-def _commit() -> str | None:
-    """The commit this code was run at, with `-dirty` for changed files; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 @dataclass
@@ -262,7 +253,7 @@ class Pretraining:
         }
         provenance = {
             "command": f"python -m sparrow_hf.testbed.pretrain --output DIR --seed {self.seed}",
-            "commit": _commit(),
+            "commit": commit(),
             "torch": torch.__version__,
             "seconds_of_training": round(self.progress.seconds),
             "vision_steps": VISION_STEPS,

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import TrainingDataError
+from ..evaluation.provenance import commit
 from ..modeling_sparrow import SparrowDraftModel
 from ..training import SparrowTrainer, SparrowTrainingArguments, append_answer, read_with_target
 from ..training.regenerate import generate_answers
@@ -271,15 +271,6 @@ def train(
     return draft.eval(), trainer.state.log_history
 
 
-def _commit() -> str | None:
-    """The commit this code was run at, with `-dirty` for changed files; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Command line of the training."""
     parser = argparse.ArgumentParser(description="Train the testbed's draft (resumes by itself).")
@@ -311,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
         "command": "python -m sparrow_hf.testbed.retrain --target DIR --output DIR "
         f"--clips {options.clips} --validation-clips {options.validation_clips} --steps {options.steps} "
         f"--seed {options.seed}" + (" --text-only" if options.text_only else ""),
-        "commit": _commit(),
+        "commit": commit(),
         "target_sha256": digest(target),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -67,7 +67,7 @@ def through_codec(frames: np.ndarray) -> np.ndarray:
     stream.seek(0)
     # One converter for all frames: `frame.to_ndarray(format=...)` sets up one each, which takes longer than decoding.
     converter = VideoReformatter()
-    with av.open(stream) as container:
+    with av.open(stream, "r") as container:
         container.streams.video[0].thread_count = 1
         return np.stack(
             [converter.reformat(frame, format="rgb24").to_ndarray() for frame in container.decode(video=0)]
@@ -187,7 +187,7 @@ class VisionPretraining:
         logits = self.probes(features).split([len(classes) + 1 for classes in ATTRIBUTES.values()], dim=-1)
         wanted = torch.from_numpy(labels).repeat_interleave(TOKENS_PER_STEP, dim=0)
         losses = [functional.cross_entropy(part, wanted[:, index]) for index, part in enumerate(logits)]
-        loss = sum(weight * part for weight, part in zip(LOSS_WEIGHTS, losses, strict=True))
+        loss = torch.stack([weight * part for weight, part in zip(LOSS_WEIGHTS, losses, strict=True)]).sum()
         right = torch.stack([part.argmax(-1) == wanted[:, index] for index, part in enumerate(logits)], dim=-1)
         return loss, right.float().mean(0)
 
