@@ -59,8 +59,8 @@ RECIPE: dict[str, Any] = {
     "warmup_steps": 20,
     "logging_steps": 50,
     "eval_strategy": "steps",
-    "eval_steps": 500,
-    "save_steps": 500,
+    "eval_steps": 300,
+    "save_steps": 300,
     "save_total_limit": 1,
     "report_to": "none",
 }
@@ -277,9 +277,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--target", type=Path, required=True, help="folder of the trained target")
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained draft")
     parser.add_argument("--recording", type=Path, help="folder of the recorded states (default: OUTPUT/recording)")
-    parser.add_argument("--clips", type=int, default=1536, help="training clips")
+    parser.add_argument("--clips", type=int, default=1024, help="training clips")
     parser.add_argument("--validation-clips", type=int, default=64, help="clips the curve is measured on")
-    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=1800, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0, help="draws initial weights, order, visual rows")
     parser.add_argument("--text-only", action="store_true", help="train the baseline that reads no target states")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; more rarely help on a small machine")
@@ -313,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
         "seconds_of_recording": round(recorded - start),
         "seconds_of_training": round(time.monotonic() - recorded),
         "validation": {name: round(value, 4) for name, value in curve[-1].items()},
-        "curve": [entry for entry in curve if "eval_tau" in entry or entry["step"] % 500 == 0],
+        "curve": [entry for entry in curve if "eval_tau" in entry or entry["step"] % 300 == 0],
     }
     (options.output / "PROVENANCE.json").write_text(json.dumps(provenance, indent=2) + "\n")
     print(f"validation, chain of {draft.config.num_draft_levels}: tau {curve[-1]['eval_tau']:.2f}")
