@@ -228,7 +228,7 @@ def train(
     text_only: bool = False,
     draft_overrides: dict[str, Any] | None = None,
     **recipe: Any,
-) -> tuple[SparrowDraftModel, list[dict[str, float]]]:
+) -> SparrowTrainer:
     """Trains one draft from recorded rows, from the last checkpoint in `output/training` if there is one.
 
     Args:
@@ -242,7 +242,8 @@ def train(
         recipe: Fields of [`SparrowTrainingArguments`], over `RECIPE`.
 
     Returns:
-        The draft, and the curve: loss and agreement per pass, and validation figures.
+        The trainer: its draft, what it was trained with, and in its state the curve (loss and agreement per pass,
+        validation figures).
     """
     fields = DRAFT | (draft_overrides or {})
     if text_only:
@@ -268,7 +269,7 @@ def train(
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
     trainer.evaluate()
     draft.save_pretrained(output)
-    return draft.eval(), trainer.state.log_history
+    return trainer
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -295,9 +296,10 @@ def main(arguments: list[str] | None = None) -> None:
         target, processor, recorder, VALIDATION_SEEDS[-options.validation_clips :], recording / "validation"
     )
     recorded = time.monotonic()
-    draft, curve = train(
+    trainer = train(
         target, rows, validation, options.output, steps=options.steps, seed=options.seed, text_only=options.text_only
     )
+    curve, used = trainer.state.log_history, trainer.args
     provenance = {
         "command": "python -m sparrow_hf.testbed.retrain --target DIR --output DIR "
         f"--clips {options.clips} --validation-clips {options.validation_clips} --steps {options.steps} "
@@ -308,15 +310,23 @@ def main(arguments: list[str] | None = None) -> None:
         "transformers": transformers.__version__,
         "clips": [min(TRAIN_SEEDS[-options.clips :]), options.clips],
         "answer_tokens": sum(len(row["input_ids"]) - row["answer_start"] for row in rows),
-        "draft": DRAFT,
-        "recipe": RECIPE,
+        "draft": {name: getattr(trainer.draft.config, name) for name in DRAFT},
+        "recipe": RECIPE
+        | used.loss_weights
+        | {
+            "visual_rows": [used.num_visual_rows_min, used.num_visual_rows_max],
+            "mtp_attention": used.mtp_attention,
+            "hidden_state_noise": used.hidden_state_noise,
+            "matrix_learning_rate": MATRIX_LEARNING_RATE,
+            "vector_learning_rate": VECTOR_LEARNING_RATE,
+        },
         "seconds_of_recording": round(recorded - start),
         "seconds_of_training": round(time.monotonic() - recorded),
         "validation": {name: round(value, 4) for name, value in curve[-1].items()},
         "curve": [entry for entry in curve if "eval_tau" in entry or entry["step"] % 300 == 0],
     }
     (options.output / "PROVENANCE.json").write_text(json.dumps(provenance, indent=2) + "\n")
-    print(f"validation, chain of {draft.config.num_draft_levels}: tau {curve[-1]['eval_tau']:.2f}")
+    print(f"validation, chain of {trainer.draft.config.num_draft_levels}: tau {curve[-1]['eval_tau']:.2f}")
 
 
 if __name__ == "__main__":
