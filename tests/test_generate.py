@@ -1,5 +1,6 @@
 """Everything `generate()` offers at batch one, with a draft: equal to the same call without."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -238,3 +239,21 @@ def test_other_assistants_pass_through() -> None:
     plain = target.generate(**inputs, max_new_tokens=8)
     assert torch.equal(plain, target.generate(**inputs, max_new_tokens=8, assistant_model=target))
     assert torch.equal(plain, target.generate(**inputs, max_new_tokens=8, prompt_lookup_num_tokens=3))
+
+
+def test_threads_share_one_target_and_one_draft(setting) -> None:
+    target, draft, inputs = setting
+    prompts = [inputs | {"input_ids": inputs["input_ids"].clone()} for _ in range(6)]
+    for number, prompt in enumerate(prompts):
+        prompt["input_ids"][0, -1] = 20 + number  # another last word, so another answer
+    serial = [target.generate(**prompt, max_new_tokens=10) for prompt in prompts]
+
+    def run(prompt: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        sequences = target.generate(**prompt, max_new_tokens=10, assistant_model=draft)
+        return sequences, draft.last_generation.new_tokens
+
+    with ThreadPoolExecutor(max_workers=3) as pool:
+        threaded = list(pool.map(run, prompts))
+    for expected, (found, new_tokens) in zip(serial, threaded, strict=True):
+        assert torch.equal(expected, found)
+        assert new_tokens == 10
