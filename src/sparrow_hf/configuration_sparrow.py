@@ -1,5 +1,6 @@
 """`SparrowDraftConfig`: the shape of a draft, the target it was made for, and how it proposes."""
 
+import os
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedConfig
@@ -157,7 +158,7 @@ class SparrowDraftConfig(PreTrainedConfig):
         if rope.get("rope_type") == "mrope":
             rope["rope_type"] = "default"
         fields: dict[str, Any] = {
-            "target_name_or_path": target_config._name_or_path or None,
+            "target_name_or_path": _published_name(target_config),
             "target_model_type": target_config.model_type,
             "target_num_hidden_layers": text.num_hidden_layers,
             "visual_token_ids": visual_token_ids(target_config),
@@ -246,6 +247,12 @@ def check_tree_shape(shape: TreeShape) -> None:
             f"a chain (beam_width=1) of {levels} levels has {levels + 1} nodes with its root, found "
             f"num_tree_nodes={nodes}"
         )
+
+
+def _published_name(target_config: PreTrainedConfig) -> str | None:
+    """Where the target came from, unless that is a folder: a path of one machine means nothing on another."""
+    name = target_config._name_or_path
+    return None if not name or os.path.isdir(name) else name
 
 
 def visual_token_ids(target_config: PreTrainedConfig) -> list[int]:
