@@ -4,6 +4,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
+TESTBED ?= testbed
 
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full quality style
+.PHONY: help install demo test test-full testbed quality style
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -34,6 +35,10 @@ test: $(STAMP)  ## Fast tier of the tests
 
 test-full: $(STAMP)  ## Every test, the long ones included
 	@$(BIN)/python -m pytest -m "" --timeout 3600 $(PYTEST_ARGS)
+
+testbed: $(STAMP)  ## Train the built-in models again from nothing into TESTBED (hours; resumes)
+	@$(BIN)/python -m sparrow_hf.testbed.pretrain --output $(TESTBED)/target
+	@$(BIN)/python -m sparrow_hf.testbed.retrain --target $(TESTBED)/target --output $(TESTBED)/draft
 
 quality: $(STAMP)  ## Lint, formatting and types, nothing changed
 	@$(BIN)/ruff check .
