@@ -87,6 +87,9 @@ class SparrowTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Weight of pass s is this to the power s; 1.0 weighs every pass the same."}
     )
 
+    use_cache: bool = field(
+        default=True, metadata={"help": "Written to the draft's configuration: it decodes with a cache."}
+    )
     # Rows are dictionaries that no model signature describes.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the columns go to the target's processor, not the draft."}
