@@ -71,7 +71,7 @@ def test_from_models_to_tables(options: list[str], tmp_path: Path, monkeypatch: 
         assert step["ratio"] > 0
 
     report = (tmp_path / "figures.md").read_text()
-    assert "## 24 visual tokens, greedy" in report
+    assert "## greedy: 24 visual tokens, greedy" in report
     assert "| text-only chain-3 | 2/2 |" in report
     assert "sampling at T = 1" in report
     assert "| 10-2-4 | 2/2 |" in report

@@ -248,6 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text-only-draft", type=Path, help="folder of the draft trained without target states")
     parser.add_argument("--cells", nargs="*", choices=[*CELLS, STEP_CELL], help="which cells (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; more rarely help on a small machine")
+    parser.add_argument("--note", default="", help="what readers must know about the circumstances")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
@@ -261,8 +262,8 @@ def main(arguments: list[str] | None = None) -> None:
                 measure_draft_steps(bench, runs)
             else:
                 measure_cell(bench, name, CELLS[name], runs)
-            write_rows(options.runs, options.output)
-    write_rows(options.runs, options.output)
+            write_rows(options.runs, options.output, options.note)
+    write_rows(options.runs, options.output, options.note)
     if options.report is not None:
         write_report(options.output, options.report)
 

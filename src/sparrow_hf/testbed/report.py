@@ -29,8 +29,12 @@ steps.
 """
 
 
-def write_rows(runs: Path, output: Path) -> None:
-    """Pools all runs in a folder into the JSON file `output`: one row per cell and arm, and the draft steps."""
+def write_rows(runs: Path, output: Path, note: str = "") -> None:
+    """Pools all runs in a folder into the JSON file `output`: one row per cell and arm, and the draft steps.
+
+    Args:
+        note: What a reader must know about the circumstances.
+    """
     rows: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
     for path in sorted(runs.glob("*.jsonl")):
@@ -40,7 +44,7 @@ def write_rows(runs: Path, output: Path) -> None:
         elif lines:
             rows += [arm_row(path.stem, arm, lines) for arm in lines[0]["runs"]]
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"rows": rows, "draft_step": steps}, indent=1) + "\n")
+    output.write_text(json.dumps({"note": note, "rows": rows, "draft_step": steps}, indent=1) + "\n")
 
 
 def arm_row(cell: str, arm: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -155,6 +159,8 @@ def write_report(data: Path, report: Path) -> None:
     rows, steps = figures["rows"], figures["draft_step"]
     command = rows[0]["provenance"]["command"] if rows else steps[0]["provenance"]["command"]
     parts = [INTRODUCTION.format(command=command + " --report " + report.as_posix(), data=data.as_posix())]
+    if figures["note"]:
+        parts.append(figures["note"] + "\n")
     for cell in dict.fromkeys(row["cell"] for row in rows):
         parts.append(cell_section(cell, [row for row in rows if row["cell"] == cell]))
     if steps:
@@ -211,7 +217,7 @@ def cell_section(cell: str, rows: Sequence[dict[str, Any]]) -> str:
         ],
     )
     return (
-        f"## {first['visual_tokens']} visual tokens, {kind}\n\n"
+        f"## {cell}: {first['visual_tokens']} visual tokens, {kind}\n\n"
         f"{first['prompts']} clips from seed {first['seed']} on, {first['output_tokens']:.0f} tokens per caption. "
         f"Plain `generate()`: {first['plain_ms_per_token']:.1f} ms per token, and {first['prefill_share']:.0%} of the "
         f"call for the prefill.\n\n{taken}\n{faster}"
@@ -233,8 +239,8 @@ def step_section(steps: Sequence[dict[str, Any]]) -> str:
     ]
     return (
         "## The draft step alone\n\n"
-        f"Growing one tree after a real prefill; medians over {steps[0]['prompts']} clips that differ only in length, "
-        "both lengths interleaved.\n\n"
+        f"Growing one tree after a real prefill; medians over {steps[0]['prompts']} clips, each rendered at both lengths, "
+        "which take turns.\n\n"
         + table(["tree", "visual tokens", "rows the draft keeps", "ms per tree", "relative"], rows)
     )
 
