@@ -239,8 +239,8 @@ def step_section(steps: Sequence[dict[str, Any]]) -> str:
     ]
     return (
         "## The draft step alone\n\n"
-        f"Growing one tree after a real prefill; medians over {steps[0]['prompts']} clips, each rendered at both lengths, "
-        "which take turns.\n\n"
+        f"Growing one tree after a real prefill; medians over {steps[0]['prompts']} clips, each rendered at both "
+        "lengths, which take turns.\n\n"
         + table(["tree", "visual tokens", "rows the draft keeps", "ms per tree", "relative"], rows)
     )
 
