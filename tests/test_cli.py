@@ -13,7 +13,7 @@ from sparrow_hf import SparrowDraftModel
 from sparrow_hf.cli import app
 from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
-from sparrow_hf.testbed.nano import ASSETS, build_processor, build_target
+from sparrow_hf.testbed.nano import build_processor, build_target
 
 VERDICT_KEYS = {"identical", "clips", "visual_tokens", "tau", "k", "per_position", "dsr", "esr"}
 
@@ -144,7 +144,6 @@ def test_ctrl_c_ends_quietly(models: tuple[object, ...], clip: Path, monkeypatch
     assert "Traceback" not in result.output
 
 
-@pytest.mark.skipif(not (ASSETS / "draft").exists(), reason="the trained testbed is not in this checkout")
 def test_demo_of_the_testbed_that_ships(tmp_path: Path):
     threads = torch.get_num_threads()
     file = tmp_path / "verdict.json"

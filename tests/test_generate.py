@@ -223,6 +223,13 @@ def test_what_cannot_work_is_refused_before_the_prefill(setting, kwargs: dict[st
     assert not calls
 
 
+def test_flash_attention_is_refused_before_the_prefill(setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft, inputs = setting
+    monkeypatch.setattr(target.config.get_text_config(), "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(UnsupportedGenerationError, match="flash_attention_2"):
+        target.generate(**inputs, assistant_model=draft, max_new_tokens=4)
+
+
 def test_batches_are_refused_before_the_prefill() -> None:
     family = FAMILY_BY_NAME["qwen2_5_vl"]
     target = family.build_target()

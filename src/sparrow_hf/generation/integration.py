@@ -80,7 +80,7 @@ def install() -> None:
     ) -> None:
         draft = generation_mode_kwargs.get("assistant_model")
         if isinstance(draft, SparrowDraftModel):
-            check_request(generation_mode, generation_config, generation_mode_kwargs, stateful=self._is_stateful)
+            check_request(generation_mode, generation_config, generation_mode_kwargs, self)
             follow(draft, self)
         stock_validate(self, generation_mode, generation_config, generation_mode_kwargs)
 
@@ -103,7 +103,7 @@ def follow(draft: SparrowDraftModel, target: Any) -> None:
 
 
 def check_request(
-    generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any], stateful: bool
+    generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any], target: Any
 ) -> None:
     """Raises [`UnsupportedGenerationError`] for what cannot be combined with a draft, before anything is computed."""
     found: list[str] = []
@@ -121,7 +121,11 @@ def check_request(
         found.append("synced_gpus (ZeRO-3 or FSDP generation)")
     if generation_config.prompt_lookup_num_tokens is not None:
         found.append("prompt_lookup_num_tokens")
-    if stateful:
+    attention = target.config.get_text_config()._attn_implementation or ""
+    if "flash" in attention:
+        # Verification needs a 4-D mask; FlashAttention would drop it and accept wrong tokens without a word.
+        found.append(f"attn_implementation={attention!r} (load the target with 'sdpa')")
+    if target._is_stateful:
         found.append("a stateful target (its state cannot step back over rejected tokens)")
     if found:
         raise UnsupportedGenerationError(f"cannot be combined with a Sparrow draft: {'; '.join(found)}")
