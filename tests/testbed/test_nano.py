@@ -19,6 +19,7 @@ from sparrow_hf.testbed.caption_training import (
     clips_for,
     deepen,
     draw_captions,
+    token_weights,
 )
 from sparrow_hf.testbed.captions import vocabulary
 from sparrow_hf.testbed.muon import Muon, orthogonalize
@@ -133,7 +134,9 @@ def test_a_batch_shares_prefixes_and_learns_captions_only(
         )
     torch.testing.assert_close(together[2:3], alone, atol=1e-4, rtol=1e-4)
     flat = torch.zeros(*batch.labels.shape, 384)
-    assert caption_loss(flat, batch.labels).item() == pytest.approx(np.log(384), rel=1e-5)
+    assert caption_loss(flat, batch.labels, token_weights(processor.tokenizer)).item() == pytest.approx(
+        np.log(384), rel=1e-5
+    )
 
 
 def test_deepening_changes_no_logit(

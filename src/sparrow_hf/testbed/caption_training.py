@@ -20,8 +20,8 @@ from transformers import (
     Qwen2_5_VLProcessor,
 )
 
-from .captions import STYLES, sample_prompt, write_caption
-from .nano import build_target
+from .captions import CLAIM_WORDS, STYLES, sample_prompt, write_caption
+from .nano import VOCABULARY_SIZE, build_target
 from .scenes import Story, sample_story, sample_timeline
 from .vision_pretraining import through_codec, visual_features
 from .world import FRAMES_PER_SECOND, FRAMES_PER_STEP, TOKENS_PER_STEP, messages_for, render
@@ -51,6 +51,10 @@ POOL_USES = 4
 captions each time: rendering and encoding would otherwise take as long as learning."""
 
 IGNORED = -100
+
+CLAIM_WEIGHT = 4.0
+"""Loss weight of a word that claims something about the clip; all other words weigh 1. Most of the loss of a caption
+is the entropy of its wording, which no model can learn away and whose gradients drown what can be learned."""
 
 
 class ClipGroup:
@@ -159,9 +163,18 @@ def caption_logits(
     return target.lm_head(states)
 
 
-def caption_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the caption tokens."""
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+def token_weights(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """Loss weight `(vocabulary,)` of every token, see `CLAIM_WEIGHT`."""
+    weights = torch.ones(VOCABULARY_SIZE)
+    weights[tokenizer.convert_tokens_to_ids(sorted(CLAIM_WORDS))] = CLAIM_WEIGHT
+    return weights
+
+
+def caption_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the caption tokens, each weighted by its entry of `weights` `(vocabulary,)`."""
+    return functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), weight=weights, ignore_index=IGNORED
+    )
 
 
 @torch.no_grad()

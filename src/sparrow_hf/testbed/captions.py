@@ -233,6 +233,8 @@ def _meanings() -> dict[str, tuple[str, str]]:
 
 
 _MEANINGS = _meanings()
+CLAIM_WORDS = frozenset(_MEANINGS) | {"a", "an", "the", "upper", "lower"}
+"""Words that tell what a clip shows; an article tells whether a glyph is new."""
 
 
 def content(caption: str) -> dict[tuple[int, str, int], str]:

@@ -34,6 +34,7 @@ from .caption_training import (
     caption_loss,
     deepen,
     draw_captions,
+    token_weights,
 )
 from .muon import Muon
 from .nano import build_processor, build_target, content_accuracy, load_target
@@ -44,10 +45,9 @@ VISION_STEPS = 800
 STAGES = (
     Stage("1-2 scenes", 150, 12, (1, 2), (16, 40), 20, 1, (0.02, 0.02)),
     Stage("1-4 scenes", 250, 12, (1, 4), (24, 64), 16, 1, (0.02, 0.02)),
-    Stage("2-6 scenes", 600, 12, (2, 6), (32, 128), 14, 1, (0.02, 0.02)),
-    Stage("longer clips", 250, 12, (2, 6), (48, 480), 8, 2, (0.02, 0.02)),
-    Stage("long clips", 290, 12, (2, 6), (64, 1024), 6, 3, (0.02, 0.002)),
-    Stage("full depth", 25, 24, (2, 6), (64, 1024), 4, 3, (0.003, 0.0)),
+    Stage("2-6 scenes", 700, 12, (2, 6), (32, 128), 11, 2, (0.02, 0.02)),
+    Stage("longer clips", 400, 12, (2, 6), (48, 480), 8, 2, (0.02, 0.012)),
+    Stage("full depth", 1000, 24, (2, 6), (64, 3072), 5, 4, (0.012, 0.0)),
 )
 FULL_DEPTH = STAGES[-1].layers
 WARMUP_STEPS = 8
@@ -85,6 +85,7 @@ class Pretraining:
     def __init__(self, output: Path, seed: int):
         self.output, self.seed = output, seed
         self.processor = build_processor()
+        self.token_weights = token_weights(self.processor.tokenizer)
         self.target = build_target(self.processor.tokenizer, STAGES[0].layers, seed)
         self.progress = Progress()
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -191,7 +192,7 @@ class Pretraining:
         group = self.clip_group()
         rng = np.random.default_rng([self.seed, TRAIN_SEEDS.start, self.progress.stage, self.progress.step, 1])
         batch = draw_captions(self.processor, group, self.stage.captions_per_clip, rng)
-        loss = caption_loss(caption_logits(self.target, group.features, batch), batch.labels)
+        loss = caption_loss(caption_logits(self.target, group.features, batch), batch.labels, self.token_weights)
         loss.backward()
         nn.utils.clip_grad_norm_(self.target.parameters(), 1.0)
         rate = self.learning_rate()
@@ -279,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     steps = sum(stage.steps for stage in STAGES)
     print(
         f"Target of {size / 1e6:.2f} M parameters ({2 * size / 1e6:.1f} MB in bf16), {VISION_STEPS} + {steps} steps, "
-        "about 90 minutes on one core of a server CPU."
+        "about 80 minutes on one core of a server CPU."
     )
     training.run()
 
