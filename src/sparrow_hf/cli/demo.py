@@ -1,58 +1,17 @@
-"""The `sparrow` command. Each verb only parses and reports here; what it does lives in the package."""
+"""`sparrow demo`: the same caption, plain and with the draft."""
 
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
-from . import __version__
-from .errors import SparrowError, VideoError
-
-NOT_IDENTICAL, BAD_INPUT, INTERRUPTED = 1, 2, 130
-"""Exit codes besides 0."""
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
+from ..errors import VideoError
+from .common import NOT_IDENTICAL, errors_as_sentences
 
 
-def show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"sparrow-hf {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and leave.")
-    ] = False,
-) -> None:
-    """Lossless speculative decoding for video LLMs."""
-
-
-@contextmanager
-def errors_as_sentences() -> Iterator[None]:
-    """Turns what users can get wrong into one red sentence, and Ctrl-C into a quiet end."""
-    try:
-        yield
-    except (SparrowError, OSError) as error:
-        Console(stderr=True).print(Text(f"Error: {error}", style="bold red"), soft_wrap=True)
-        raise typer.Exit(BAD_INPUT) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped.")
-        raise typer.Exit(INTERRUPTED) from None
-
-
-@app.command()
 def demo(
     video: Annotated[Path | None, typer.Option(help="Caption this video instead of a new clip.")] = None,
     question: Annotated[str, typer.Option(help="What to ask about --video.")] = "Describe this video in detail.",
@@ -83,8 +42,8 @@ def demo(
     with errors_as_sentences():
         from transformers.utils import logging
 
-        from .evaluation.comparison import parse_tree
-        from .evaluation.demo import load_models, print_verdict, question_about, run_demo, unseen_clips
+        from ..evaluation.comparison import parse_tree
+        from ..evaluation.demo import load_models, print_verdict, question_about, run_demo, unseen_clips
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
