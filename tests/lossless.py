@@ -74,6 +74,7 @@ class Case:
     inputs: dict[str, int]
     generate_kwargs: dict[str, Any]
     stop: dict[str, Any]
+    draft_vocab_size: int | None
 
     def __str__(self) -> str:
         return f"{self.number}-{self.family}-{self.drafter}"
@@ -110,6 +111,7 @@ def make_case(number: int, **fixed: Any) -> Case:
         "inputs": {"videos": rng.choice([0, 1, 1, 1, 2]), "num_frames": rng.choice([2, 4]), "seed": rng.randint(0, 3)},
         "generate_kwargs": rng.choice(SAMPLERS) | rng.choice(PROCESSORS),
         "stop": stop,
+        "draft_vocab_size": rng.choice([None, None, 3, 40]),
     }
     return Case(number, **(fields | fixed))
 
@@ -148,6 +150,10 @@ def mismatch(case: Case) -> str | None:
     plain, plain_streamed = run(None)
     torch.manual_seed(case.number)
     draft = SparrowDraftModel.from_target(target, **case.draft_fields)
+    if case.draft_vocab_size is not None:
+        allowed = [token for token in range(draft.config.vocab_size) if token not in draft.config.visual_token_ids]
+        drawn = random.Random(case.number).sample(allowed, case.draft_vocab_size)
+        draft.set_vocabulary(torch.tensor(sorted(drawn)))
     future = plain.sequences[0, prompt_length:].tolist()
     with drafter(case, future):
         ours, ours_streamed = run(draft)

@@ -70,6 +70,8 @@ class SparrowDraftConfig(PreTrainedConfig):
             norm; FC has a bias; visual rows go through FC's hidden-state half instead of entering raw (paper: raw).
         num_tree_nodes, num_draft_levels, beam_width (`int`): Shape of the tree (see [`TreeShape`]). `beam_width=1` is
             a chain of `num_draft_levels` tokens. Without `num_tree_nodes`, one root plus a beam per level.
+        draft_vocab_size (`int`, *optional*): The draft proposes only so many tokens of the target's vocabulary; which
+            ones, `SparrowDraftModel.draft_to_target` says. `None`: all. `vocab_size` stays the target's.
 
     Raises:
         DraftConfigError: A field is out of range or two fields contradict each other.
@@ -120,6 +122,7 @@ class SparrowDraftConfig(PreTrainedConfig):
     num_tree_nodes: int | None = None
     num_draft_levels: int = 5
     beam_width: int = 1
+    draft_vocab_size: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
@@ -223,6 +226,10 @@ class SparrowDraftConfig(PreTrainedConfig):
             raise DraftConfigError(f"num_glimpse_tokens must not be negative, found {self.num_glimpse_tokens}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise DraftConfigError(f"sliding_window must be positive or None, found {self.sliding_window}")
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise DraftConfigError(
+                f"draft_vocab_size must be 1 … vocab_size ({self.vocab_size}) or None, found {self.draft_vocab_size}"
+            )
         if self.position_mode not in ("compact", "original"):
             raise DraftConfigError(f"position_mode must be 'compact' or 'original', found {self.position_mode!r}")
         if self.num_attention_heads % self.num_key_value_heads:

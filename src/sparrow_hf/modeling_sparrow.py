@@ -13,7 +13,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from .configuration_sparrow import SparrowDraftConfig
-from .errors import BindingError, DraftLoadError
+from .errors import BindingError, DraftConfigError, DraftLoadError
 
 if TYPE_CHECKING:
     from .generation.stats import GenerationStats
@@ -54,6 +54,9 @@ class SparrowDraftModel(PreTrainedModel):
             self.layers[0].input_layernorm = nn.Identity()
         self.norm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps) if config.output_norm else nn.Identity()
         self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.draft_to_target: Tensor | None
+        size = config.draft_vocab_size
+        self.register_buffer("draft_to_target", None if size is None else torch.arange(size))
         self._set_unregistered(None)
         self.post_init()
 
@@ -198,10 +201,13 @@ class SparrowDraftModel(PreTrainedModel):
 
         Raises:
             BindingError: Another hidden size, vocabulary, layer count or set of placeholder ids.
+            DraftConfigError: The draft's own, smaller vocabulary holds ids that cannot be drafted.
         """
         from .targets import bind
 
         if self._target is None or not self._target.is_view_of(target):
+            if self.draft_to_target is not None:
+                check_vocabulary(self.config, self.draft_to_target)
             object.__setattr__(self, "_target", bind(self.config, target))
         return self._target
 
@@ -220,13 +226,38 @@ class SparrowDraftModel(PreTrainedModel):
         """`(B, R)` ids → `(B, R, H)` embeddings, the target's, in this draft's dtype and on its device."""
         return self.target.embedding(token_ids).to(self.fc.weight)
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """`(…, H)` predicted states → `(…, V)` logits of the target's head, placeholders excluded, in fp32."""
-        logits = self.target.head(hidden_states.to(self.target.dtype)).float()
+    def compute_logits(self, hidden_states: Tensor, full_vocabulary: bool = False) -> Tensor:
+        """`(…, H)` states → `(…, D)` logits of the target's head, placeholders excluded, in fp32.
+
+        Args:
+            hidden_states: Post-norm states, predicted or the target's own.
+            full_vocabulary: All V tokens, also where the draft proposes only D of them (`draft_vocab_size`); the
+                token of column i is then i, otherwise `draft_to_target[i]`.
+        """
+        hidden_states = hidden_states.to(self.target.dtype)
+        if self.draft_to_target is not None and not full_vocabulary:
+            return self.target.head_rows(self.draft_to_target)(hidden_states).float()
+        logits = self.target.head(hidden_states).float()
         for token_id in self.config.visual_token_ids or []:
             # A drafted placeholder would be taken for visual input by the target.
             logits[..., token_id] = float("-inf")
         return logits
+
+    def set_vocabulary(self, token_ids: Tensor) -> None:
+        """Lets the draft propose these tokens only; `config.draft_vocab_size` follows.
+
+        A smaller vocabulary makes the head, the larger part of a draft step on a real target, that much cheaper.
+        Verification always uses the target's whole vocabulary, so the output does not change.
+
+        Args:
+            token_ids: `(D,)` ids of the target's vocabulary, ascending, without visual placeholders.
+
+        Raises:
+            DraftConfigError: The ids are not ascending, out of range, or hold a placeholder.
+        """
+        check_vocabulary(self.config, token_ids)
+        self.config.draft_vocab_size = len(token_ids)
+        self.draft_to_target = token_ids.to(device=self.device, dtype=torch.long)
 
     @property
     def last_generation(self) -> "GenerationStats | None":
@@ -236,3 +267,21 @@ class SparrowDraftModel(PreTrainedModel):
     @last_generation.setter
     def last_generation(self, stats: "GenerationStats") -> None:
         self._thread.stats = stats
+
+
+def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor) -> None:
+    """Raises [`DraftConfigError`] unless `(D,)` ids can be the draft's vocabulary."""
+    if token_ids.ndim != 1 or not len(token_ids) or token_ids.is_floating_point():
+        raise DraftConfigError(
+            f"a draft vocabulary is one row of token ids, found {token_ids.dtype} {token_ids.shape}"
+        )
+    if (token_ids.diff() <= 0).any() or token_ids[0] < 0 or token_ids[-1] >= config.vocab_size:
+        raise DraftConfigError(
+            f"the ids of a draft vocabulary must be ascending and lie in 0 … {config.vocab_size - 1}; found "
+            f"{int(token_ids.min())} … {int(token_ids.max())}"
+        )
+    forbidden = set(config.visual_token_ids or []).intersection(token_ids.tolist())
+    if forbidden:
+        raise DraftConfigError(
+            f"visual placeholders are never drafted; the draft vocabulary holds {sorted(forbidden)}"
+        )

@@ -1,10 +1,12 @@
 """All the package asks of a target: decoder, embedding, head, device. Families differ in configuration only."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .configuration_sparrow import SparrowDraftConfig, visual_token_ids
@@ -47,6 +49,7 @@ class TargetView:
                 "layer (for Qwen-VL, set use_sliding_window=False)"
             )
         self.text_config = text
+        self._head_rows: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
 
     def is_view_of(self, target: PreTrainedModel) -> bool:
         """Whether this view still shows `target`, with the embedding and head it has now."""
@@ -56,6 +59,22 @@ class TargetView:
             and model.get_input_embeddings() is self.embedding
             and model.get_output_embeddings() is self.head
         )
+
+    def head_rows(self, token_ids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The head cut down to some tokens: `(…, H)` states → `(…, len(token_ids))` logits.
+
+        The rows are copied once and kept. A head without plain weights (quantised, or offloaded by accelerate) is run
+        whole instead, and its logits are picked: right, but no cheaper.
+        """
+        if self._head_rows is None or self._head_rows[0] is not token_ids:
+            head = self.head
+            if type(head) is nn.Linear and head.weight.device.type != "meta":
+                ids = token_ids.to(head.weight.device)
+                rows, offsets = head.weight.detach()[ids], None if head.bias is None else head.bias.detach()[ids]
+                self._head_rows = token_ids, lambda states: functional.linear(states, rows, offsets)
+            else:
+                self._head_rows = token_ids, lambda states: head(states)[..., token_ids]
+        return self._head_rows[1]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -36,7 +36,8 @@ def test_excluded_tokens_give_no_nan(loss):
     scores = torch.randn(5, 12, requires_grad=True)
     excluded = torch.zeros(12, dtype=torch.bool)
     excluded[[3, 7, 8]] = True
-    value = loss(scores.masked_fill(excluded, -INF), torch.randn(5, 12).masked_fill(excluded, -INF))
+    target = torch.randn(5, 12).masked_fill(excluded, -INF).log_softmax(-1)
+    value = loss(scores.masked_fill(excluded, -INF), target)
     assert value.shape == (5,) and value.isfinite().all()
     value.sum().backward()
     assert scores.grad.isfinite().all() and (scores.grad[:, excluded] == 0).all()
@@ -44,7 +45,7 @@ def test_excluded_tokens_give_no_nan(loss):
 
 
 def test_cross_entropy_is_least_at_the_target():
-    target = torch.randn(3, 7)
+    target = torch.randn(3, 7).log_softmax(-1)
     draft = target.clone().requires_grad_()
     soft_cross_entropy(draft, target).sum().backward()
     assert draft.grad.abs().max() < 1e-6
@@ -52,7 +53,7 @@ def test_cross_entropy_is_least_at_the_target():
 
 def test_mix_is_the_weighted_sum():
     states, target_states = torch.randn(3, 4), torch.randn(3, 4)
-    scores, target_scores = torch.randn(3, 20), torch.randn(3, 20)
+    scores, target_scores = torch.randn(3, 20), torch.randn(3, 20).log_softmax(-1)
     weights = {"soft_cross_entropy": 2.0, "probability_l1": 10.0, "list_mle": 0.1, "feature_smooth_l1": 0.5}
     expected = (
         2 * soft_cross_entropy(scores, target_scores)

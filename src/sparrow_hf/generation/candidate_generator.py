@@ -166,7 +166,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
             max_levels: No path gets longer than this, whatever the configured number of levels.
         """
         levels = min(self.shape.num_draft_levels, max_levels)
-        pool = CandidatePool(self.shape.beam_width)
+        pool = CandidatePool(self.shape.beam_width, self.draft.draft_to_target)
         committed = self._cache.get_seq_length()
         hidden = self._hidden
         if levels > 0 and hidden is not None:

@@ -61,10 +61,12 @@ class CandidatePool:
 
     Args:
         beam_width: Candidates kept per frontier node, and frontier nodes per level.
+        token_ids: `(V,)` token of each column of the log-probabilities; by default column i is token i.
     """
 
-    def __init__(self, beam_width: int):
+    def __init__(self, beam_width: int, token_ids: Tensor | None = None):
         self._beam = beam_width
+        self._token_ids = token_ids
         self._scores: list[Tensor] = []
         self._tokens: list[Tensor] = []
         self._parents: list[Tensor] = []
@@ -86,6 +88,8 @@ class CandidatePool:
         device = log_probs.device
         width = min(self._beam, log_probs.shape[-1])
         best, tokens = log_probs.topk(width, dim=-1)
+        if self._token_ids is not None:
+            tokens = self._token_ids[tokens]
         scores = (best + self._frontier_scores.to(device)[:, None]).flatten()
         # pool      … | f0c0 f0c1 f1c0 f1c1 |        f = frontier node, c = its continuation
         # origins        0    0    1    1            and first = pool index of f0c0

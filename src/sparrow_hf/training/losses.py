@@ -1,7 +1,9 @@
 """The losses of the draft: each compares its predictions with the target's, row by row.
 
-All take the rows that carry a loss and nothing else: `(n, V)` scores, or `(n, H)` states, and return `(n,)`. Ids that
-are never drafted (visual placeholders) score −∞ on both sides, so both distributions live on the same tokens.
+All take the rows that carry a loss and nothing else: the draft's logits and the target's log-probabilities of the
+tokens the draft may propose, `(n, D)`, or states `(n, H)`, and return `(n,)`. Visual placeholders score −∞ on both
+sides. Where the draft proposes a part of the vocabulary only, the target's probabilities of that part sum to less than
+one: a row counts as much as the draft could gain there.
 """
 
 import torch
@@ -12,27 +14,27 @@ from torch import Tensor
 LIST_MLE_TOKENS = 10
 
 
-def soft_cross_entropy(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
-    """Cross-entropy of the draft's distribution against the target's (EAGLE): `(n, V)`, `(n, V)` → `(n,)`."""
-    target = target_logits.softmax(-1)
+def soft_cross_entropy(draft_logits: Tensor, target_log_probs: Tensor) -> Tensor:
+    """Cross-entropy of the draft's distribution against the target's (EAGLE): `(n, D)`, `(n, D)` → `(n,)`."""
+    target = target_log_probs.exp()
     # 0 · −∞ is NaN: tokens the target excludes contribute nothing.
     return -(target * draft_logits.log_softmax(-1).masked_fill(target == 0, 0.0)).sum(-1)
 
 
-def probability_l1(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
-    """L1 distance of the two distributions, summed over the vocabulary (ViSpec): `(n, V)`, `(n, V)` → `(n,)`.
+def probability_l1(draft_logits: Tensor, target_log_probs: Tensor) -> Tensor:
+    """L1 distance of the two distributions, summed over the vocabulary (ViSpec): `(n, D)`, `(n, D)` → `(n,)`.
 
     Half of it is the probability that speculative sampling rejects the draft's token.
     """
-    return (draft_logits.softmax(-1) - target_logits.softmax(-1)).abs().sum(-1)
+    return (draft_logits.softmax(-1) - target_log_probs.exp()).abs().sum(-1)
 
 
-def list_mle(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
+def list_mle(draft_logits: Tensor, target_log_probs: Tensor) -> Tensor:
     """Negative log-likelihood, under the draft, of the order of the target's top tokens (ViSpec): → `(n,)`.
 
     Plackett–Luce over the list: token i competes with those from i on, −Σᵢ (sᵢ − logsumexp(sᵢ, sᵢ₊₁, …)).
     """
-    tokens = target_logits.topk(min(LIST_MLE_TOKENS, target_logits.shape[-1]), dim=-1)
+    tokens = target_log_probs.topk(min(LIST_MLE_TOKENS, target_log_probs.shape[-1]), dim=-1)
     listed = tokens.values.isfinite()
     scores = draft_logits.gather(-1, tokens.indices).masked_fill(~listed, torch.finfo(draft_logits.dtype).min)
     rest = scores.flip(-1).logcumsumexp(-1).flip(-1)
@@ -49,7 +51,7 @@ def mixed_loss(
     draft_states: Tensor,
     target_states: Tensor,
     draft_logits: Tensor,
-    target_logits: Tensor,
+    target_log_probs: Tensor,
 ) -> Tensor:
     """Weighted sum of the losses above, by name: `(n,)`."""
     loss = draft_logits.new_zeros(len(draft_logits))
@@ -59,7 +61,7 @@ def mixed_loss(
         ("list_mle", list_mle),
     ):
         if weights[name]:
-            loss = loss + weights[name] * on_scores(draft_logits, target_logits)
+            loss = loss + weights[name] * on_scores(draft_logits, target_log_probs)
     if weights["feature_smooth_l1"]:
         loss = loss + weights["feature_smooth_l1"] * feature_smooth_l1(draft_states.float(), target_states.float())
     return loss

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
@@ -107,7 +107,9 @@ def make_batch(
     )
 
 
-def exact_passes(draft: SparrowDraftModel, batch: DraftBatch, num_passes: int) -> list[Tensor]:
+def exact_passes(
+    draft: SparrowDraftModel, batch: DraftBatch, num_passes: int, forward: nn.Module | None = None
+) -> list[Tensor]:
     """Passes that see exactly what decoding sees (EAGLE-3's training-time test, for any number of steps).
 
     Every loss row u starts a chain: the draft knows the target's states up to text row A−1+u and then feeds itself.
@@ -120,21 +122,28 @@ def exact_passes(draft: SparrowDraftModel, batch: DraftBatch, num_passes: int) -
     In terms of rows: pass s, row t sees the pass-0 keys of rows ≤ t−s and the pass-j key of row t−(s−j), j = 1 … s.
     The keys stay in one growing cache, so that gradients flow through the earlier passes.
 
+    Args:
+        draft: A draft bound to its target.
+        batch: What it sees.
+        num_passes: Passes to run; fewer where answers are shorter.
+        forward: The draft as a trainer has wrapped it, if it has.
+
     Returns:
         For each pass s, `(B, J−s, H)` predicted states; column u belongs to loss row u + s.
     """
+    forward = forward or draft
     cache = DynamicCache()
     rows = _fuse_rows(draft, batch, draft.reduce_features(batch.text_states))
     loss_text_rows = batch.loss_text_rows
     starts = batch.text_rows.gather(1, loss_text_rows)
-    hidden = _gather_rows(_run_rows(draft, batch, rows, cache), starts)
+    hidden = _gather_rows(_run_rows(draft, forward, batch, rows, cache), starts)
     next_embeds = draft.embed(batch.next_ids.gather(1, loss_text_rows))
     positions = batch.positions.gather(1, starts.clamp(max=batch.positions.shape[1] - 1))
 
     outputs = [hidden]
     for step in range(1, min(num_passes, hidden.shape[1])):
         # A chain that ran off the end of the answer drops out with its last column; its older keys remain.
-        hidden = draft(
+        hidden = forward(
             draft.fuse(next_embeds[:, step:], outputs[-1][:, :-1]),
             positions[:, step:],
             _chain_mask(draft, batch, starts, step),
@@ -144,22 +153,24 @@ def exact_passes(draft: SparrowDraftModel, batch: DraftBatch, num_passes: int) -
     return outputs
 
 
-def reinput_passes(draft: SparrowDraftModel, batch: DraftBatch, num_passes: int) -> list[Tensor]:
+def reinput_passes(
+    draft: SparrowDraftModel, batch: DraftBatch, num_passes: int, forward: nn.Module | None = None
+) -> list[Tensor]:
     """Passes as in the paper: each runs all rows anew, causally, and sees no key of another pass.
 
         pass 0     h(0) … h(A−1) │ h(A)      h(A+1)    …       text rows; visual rows h^m in every pass
         pass s     h(0) … h(A−1) │ ĥ(A)      ĥ(A+1)    …       ĥ(t) = output of pass s−1 in text row t−1
 
-    Returns:
-        As [`exact_passes`].
+    Args and returns as [`exact_passes`].
     """
+    forward = forward or draft
     true_states = draft.reduce_features(batch.text_states)
     text_index = torch.arange(true_states.shape[1], device=true_states.device)
     is_answer = (text_index > batch.first_loss_row[:, None])[..., None]
     loss_rows = batch.text_rows.gather(1, batch.loss_text_rows)
     states, outputs = true_states, []
     for step in range(min(num_passes, loss_rows.shape[1])):
-        hidden = _run_rows(draft, batch, _fuse_rows(draft, batch, states))
+        hidden = _run_rows(draft, forward, batch, _fuse_rows(draft, batch, states))
         outputs.append(_gather_rows(hidden, loss_rows)[:, step:])
         predicted = _gather_rows(hidden, batch.text_rows)
         states = torch.where(is_answer, torch.cat((predicted[:, :1], predicted[:, :-1]), dim=1), true_states)
@@ -178,14 +189,20 @@ def _fuse_rows(draft: SparrowDraftModel, batch: DraftBatch, text_states: Tensor)
     return rows[:, :num_rows]
 
 
-def _run_rows(draft: SparrowDraftModel, batch: DraftBatch, rows: Tensor, cache: DynamicCache | None = None) -> Tensor:
+def _run_rows(
+    draft: SparrowDraftModel,
+    forward: nn.Module,
+    batch: DraftBatch,
+    rows: Tensor,
+    cache: DynamicCache | None = None,
+) -> Tensor:
     """`(B, R, H)` outputs of a causal pass over all rows. Padding stands at the end: no row before it sees it."""
     needs_mask = draft.config.sliding_window is not None or draft.config._attn_implementation == "eager"
     if not needs_mask:
-        return draft(rows, batch.positions, past_key_values=cache, is_causal=True).last_hidden_state
+        return forward(rows, batch.positions, past_key_values=cache, is_causal=True).last_hidden_state
     index = torch.arange(rows.shape[1], device=rows.device).expand(len(rows), -1)
     visible = _visible(draft, batch, index, _is_text(batch).cumsum(1) - 1)
-    return draft(rows, batch.positions, _additive(draft, visible), cache).last_hidden_state
+    return forward(rows, batch.positions, _additive(draft, visible), cache).last_hidden_state
 
 
 def _chain_mask(draft: SparrowDraftModel, batch: DraftBatch, starts: Tensor, step: int) -> Tensor:

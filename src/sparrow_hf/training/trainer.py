@@ -15,7 +15,7 @@ from ..rows import draft_rows, visual_mask
 from .acceptance import acceptance_metrics, count_acceptance, summarize
 from .arguments import ALL_VISUAL_ROWS, SparrowTrainingArguments
 from .data import SparrowDataCollator, TrainingStates, check_sample, read_with_target
-from .losses import mixed_loss
+from .judging import judge_rows
 from .passes import DraftBatch, exact_passes, make_batch, reinput_passes
 
 
@@ -141,26 +141,23 @@ class SparrowTrainer(Trainer):
         # Evaluation asks what decoding would accept, whatever the training recipe was.
         exact = self.args.mtp_attention == "exact" or not training
         num_passes = self.draft.config.num_mtp_steps if training else self.draft.config.num_draft_levels
-        passes = (exact_passes if exact else reinput_passes)(self.draft, batch, num_passes)
+        # The forward goes through the model as it was wrapped: DDP averages no gradient of a forward it has not seen.
+        passes = (exact_passes if exact else reinput_passes)(self.draft, batch, num_passes, forward=model)
 
-        with torch.no_grad():
-            has_loss = batch.has_loss(0)
-            target_states = batch.target_states[has_loss]
-            target_logits = self.draft.compute_logits(target_states)
-            target_tokens = target_logits.argmax(-1)
-        # (B, J) → index into the (n, …) rows of the target
+        has_loss = batch.has_loss(0)
+        target_states = batch.target_states[has_loss]
+        # (B, J) → index into the (n, H) rows of the target
         target_index = has_loss.flatten().cumsum(0).reshape(has_loss.shape) - 1
 
-        total = target_logits.new_zeros(())
+        total = torch.zeros((), device=target_states.device)
         matches = []
         for step, hidden in enumerate(passes):
             valid = batch.has_loss(step)
-            predicted, index = hidden[valid], target_index[:, step:][valid]
-            logits = self.draft.compute_logits(predicted)
-            losses = mixed_loss(self.args.loss_weights, predicted, target_states[index], logits, target_logits[index])
+            index = target_index[:, step:][valid]
+            losses, agrees = judge_rows(self.draft, self.args.loss_weights, hidden[valid], target_states[index])
             total = total + self.args.mtp_loss_decay**step * losses.sum()
             match = torch.zeros_like(valid)
-            match[valid] = logits.detach().argmax(-1) == target_tokens[index]
+            match[valid] = agrees
             matches.append(match)
             if training:
                 counts = torch.stack((losses.detach().sum(), match.sum(), valid.sum()))

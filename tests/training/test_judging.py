@@ -1,0 +1,66 @@
+"""Judging rows chunk by chunk changes nothing but the memory it takes."""
+
+import pytest
+import torch
+
+from sparrow_hf.training import judging
+from sparrow_hf.training.judging import judge_rows
+
+WEIGHTS = {"soft_cross_entropy": 1.0, "probability_l1": 0.5, "list_mle": 0.1, "feature_smooth_l1": 0.2}
+ROWS = 11
+
+
+def judged(draft, chunk_rows, monkeypatch):
+    """Losses, matches and the gradient of the predicted states."""
+    monkeypatch.setattr(judging, "LOGITS_PER_CHUNK", chunk_rows * draft.config.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    predicted, target_states = torch.randn(2, ROWS, draft.config.hidden_size, generator=generator)
+    # Near the target in every other row, but not on it: there the L1 distance has no gradient.
+    predicted[::2] = target_states[::2] + 0.01 * predicted[::2]
+    predicted.requires_grad_()
+    losses, matches = judge_rows(draft, WEIGHTS, predicted, target_states)
+    losses.sum().backward()
+    return losses.detach(), matches, predicted.grad
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_chunks_give_the_same_losses_and_gradients(make_draft, reduced, monkeypatch) -> None:
+    draft = make_draft()
+    if reduced:
+        draft.set_vocabulary(torch.arange(0, 60, 2))
+    whole = judged(draft, ROWS, monkeypatch)
+    assert whole[0].shape == whole[1].shape == (ROWS,)
+    assert not whole[1].all() and (reduced or whole[1][::2].all())
+    for chunk_rows in (1, 4):
+        for expected, found in zip(whole, judged(draft, chunk_rows, monkeypatch), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_no_chunk_holds_more_logits_than_allowed(make_draft, monkeypatch) -> None:
+    draft = make_draft()
+    sizes = []
+    compute_logits = type(draft).compute_logits
+
+    def spy(self, hidden_states, full_vocabulary=False):
+        logits = compute_logits(self, hidden_states, full_vocabulary)
+        sizes.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(type(draft), "compute_logits", spy)
+    judged(draft, 4, monkeypatch)
+    assert max(sizes) == 4 * draft.config.vocab_size
+    # target and draft, forward and again in the backward pass
+    assert sum(sizes) == 4 * ROWS * draft.config.vocab_size
+
+
+def test_a_row_weighs_what_the_part_of_the_vocabulary_can_gain(make_draft, monkeypatch) -> None:
+    draft = make_draft()
+    states = torch.randn(5, draft.config.hidden_size)
+    part = torch.arange(0, 60, 2)
+    target_probs = draft.compute_logits(states).softmax(-1)[:, part]
+    draft.set_vocabulary(part)
+    losses, matches = judge_rows(draft, WEIGHTS | dict.fromkeys(list(WEIGHTS)[1:], 0.0), states, states)
+    expected = -(target_probs * draft.compute_logits(states).log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(losses, expected)
+    best = draft.compute_logits(states, full_vocabulary=True).argmax(-1)
+    assert torch.equal(matches, torch.isin(best, part))
