@@ -44,3 +44,7 @@ class VideoError(SparrowError, ValueError):
 
 class TrainingDataError(SparrowError, ValueError):
     """A training row cannot be trained on: no answer, placeholders without pixels, or a field of the wrong type."""
+
+
+class TrainingOptionsError(SparrowError, ValueError):
+    """What a training was told contradicts itself, is unknown, or would overwrite an earlier training."""

@@ -30,6 +30,12 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
 }
 
+#: What the recipes say of the draft itself, as fields of [`SparrowDraftConfig`].
+DRAFT_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"num_mtp_steps": 2, "num_glimpse_tokens": 0},
+    "default": {},
+}
+
 
 @dataclass
 class SparrowTrainingArguments(TrainingArguments):
@@ -40,7 +46,7 @@ class SparrowTrainingArguments(TrainingArguments):
     over the pass's rows and divided by the number of rows of the first pass.
 
     Raises:
-        ValueError: A weight is negative, all weights are zero, or the range of visual rows is empty.
+        ValueError: A weight is negative, all weights are zero, or a range is empty.
     """
 
     soft_cross_entropy_weight: float = field(
@@ -77,6 +83,17 @@ class SparrowTrainingArguments(TrainingArguments):
             "in the paper (IVSB); 0 for both: text rows only."
         },
     )
+    visual_start: float = field(
+        default=0.0,
+        metadata={"help": "Share of the training's steps before which no sample shows visual rows (text first)."},
+    )
+    visual_full: float = field(
+        default=0.0,
+        metadata={"help": "Share of the steps from which on every sample shows them; ever more do until then."},
+    )
+    visual_dropout: float = field(
+        default=0.0, metadata={"help": "Probability that a sample shows no visual rows in one step all the same."}
+    )
     mtp_attention: Literal["exact", "reinput"] = field(
         default="exact",
         metadata={
@@ -109,8 +126,19 @@ class SparrowTrainingArguments(TrainingArguments):
                 "num_visual_rows_min and num_visual_rows_max must be 0 ≤ min ≤ max, or both −1; found "
                 f"{low} and {high}"
             )
+        if not 0 <= self.visual_start <= self.visual_full <= 1 or not 0 <= self.visual_dropout <= 1:
+            raise ValueError(
+                "these must be 0 ≤ visual_start ≤ visual_full ≤ 1 and 0 ≤ visual_dropout ≤ 1; found "
+                f"{self.visual_start}, {self.visual_full} and {self.visual_dropout}"
+            )
         if self.mtp_attention not in ("exact", "reinput"):
             raise ValueError(f"mtp_attention must be 'exact' or 'reinput', found {self.mtp_attention!r}")
+
+    def visual_odds(self, progress: float) -> float:
+        """Probability that a sample shows its visual rows after this share (0 … 1) of the steps."""
+        ramp = self.visual_full - self.visual_start
+        shown = float(progress >= self.visual_start) if ramp == 0 else (progress - self.visual_start) / ramp
+        return min(max(shown, 0.0), 1.0) * (1 - self.visual_dropout)
 
     @property
     def loss_weights(self) -> dict[str, float]:

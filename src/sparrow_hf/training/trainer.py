@@ -116,6 +116,9 @@ class SparrowTrainer(Trainer):
         return torch.Generator().manual_seed(seed)
 
     def _draw_budget(self, num_visual_rows: int, generator: torch.Generator) -> int:
+        odds = self.args.visual_odds(self.state.global_step / max(self.state.max_steps, 1))
+        if odds < 1 and float(torch.rand((), generator=generator)) >= odds:
+            return 0
         low, high = self.args.num_visual_rows_min, self.args.num_visual_rows_max
         if high == ALL_VISUAL_ROWS:
             return num_visual_rows

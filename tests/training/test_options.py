@@ -1,0 +1,60 @@
+"""`sparrow train` is told things in three places; the nearer one counts, and nothing is silently ignored."""
+
+import pytest
+
+from sparrow_hf.errors import TrainingOptionsError
+from sparrow_hf.training.options import parse_options
+
+NEEDED = ["--target", "t", "--train", "rows.jsonl", "--output", "draft"]
+
+
+def test_command_line_before_file_before_preset(tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_text(
+        "target: t\ntrain: rows.jsonl\noutput: draft\nlearning-rate: 1e-4\nnum_mtp_steps: 3\nuse_cpu: true\n"
+    )
+    options, arguments = parse_options(
+        ["--config", str(config), "--preset", "paper", "--num-mtp-steps", "4", "--feature-layers", "2", "-1"]
+    )
+    assert options.target == "t" and arguments.output_dir == "draft/checkpoints"
+    assert arguments.learning_rate == 1e-4 and arguments.use_cpu  # file, though the preset says 3e-5
+    assert arguments.mtp_attention == "reinput" and arguments.probability_l1_weight == 10.0  # preset
+    assert options.draft_fields == {"num_mtp_steps": 4, "num_glimpse_tokens": 0, "feature_layers": [2, -1]}
+
+
+def test_dashes_and_underscores_are_one(tmp_path):
+    for words in (["--learning-rate", "1e-3"], ["--learning_rate=1e-3"], ["--learning-rate=1e-3"]):
+        assert parse_options([*NEEDED, "--use-cpu", *words])[1].learning_rate == 1e-3
+
+
+def test_a_preset_in_the_file_counts(tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_text("preset: paper\n")
+    options, arguments = parse_options([*NEEDED, "--config", str(config)])
+    assert options.preset == "paper" and arguments.list_mle_weight == 0.1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--target", "t"], "--train, --output"),
+        ([*NEEDED, "--speed", "9"], "--speed"),
+        ([*NEEDED, "--learning-rate", "fast"], "fast"),
+        ([*NEEDED, "--preset", "papers"], "papers"),
+        ([*NEEDED, "--lora", "8"], "--warm_start"),
+        ([*NEEDED, "--warm-start", "d", "--num-mtp-steps", "2"], "num_mtp_steps"),
+        ([*NEEDED, "--num-visual-rows-min", "9", "--num-visual-rows-max", "3"], "num_visual_rows"),
+        ([*NEEDED, "--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(words, message):
+    with pytest.raises(TrainingOptionsError, match=message):
+        parse_options(words)
+
+
+@pytest.mark.parametrize("text", ["colour: blue\n", "optimiser:\n  lr: 1\n", "- a\n- b\n", "a: [\n"])
+def test_bad_files_are_refused(tmp_path, text):
+    config = tmp_path / "recipe.yaml"
+    config.write_text(text)
+    with pytest.raises(TrainingOptionsError):
+        parse_options([*NEEDED, "--config", str(config)])
