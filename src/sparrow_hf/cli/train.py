@@ -1,0 +1,103 @@
+"""`sparrow train`: a draft for your target, from answered rows or a recording."""
+
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import TrainingOptionsError
+from .common import Dtype, errors_as_sentences, load_target, size
+
+#: Rows of a preview that are shown before and after the part left out.
+SHOWN_ROWS = 12
+
+
+def train(context: typer.Context) -> None:
+    """Trains a draft. Options are those of TrainingOptions and SparrowTrainingArguments.
+
+    sparrow train --target ID --train ANSWERS --output DRAFT [--held-out ROWS] [--preset default|paper]
+    [--config FILE.yaml] [--vocabulary FILE] [--warm-start DRAFT [--lora RANK]] [--resume] [--dry-run]
+    [--inspect N] [--name value …]
+
+    The command line goes before the YAML file, the file before the preset.
+    """
+    with errors_as_sentences():
+        from accelerate import PartialState
+        from transformers.utils import logging
+
+        from ..training.launch import prepare
+        from ..training.options import parse_options
+        from ..training.preview import estimate_cost, preview_sample
+
+        options, arguments = parse_options(context.args)
+        logging.set_verbosity_error()
+        console = Console(quiet=not PartialState().is_main_process)
+        if options.target_dtype not in Dtype.__members__:
+            raise TrainingOptionsError(
+                f"--target-dtype must be one of {', '.join(Dtype.__members__)}, found {options.target_dtype!r}"
+            )
+        target, processor = load_target(
+            options.target, None, Dtype(options.target_dtype), options.device_map, options.target_revision
+        )
+        launch = prepare(options, arguments, target, processor)
+        trainer = launch.trainer
+        if options.inspect is not None:
+            sample = sample_of(trainer, options.inspect)
+            show_preview(console, preview_sample(trainer, sample, processor.tokenizer))
+        elif options.dry_run:
+            show_cost(console, estimate_cost(trainer, target))
+        else:
+            parameters = sum(parameter.numel() for parameter in trainer.draft.parameters() if parameter.requires_grad)
+            console.print(f"training {parameters / 1e6:.3g} M parameters into {launch.output}")
+            launch.run()
+            console.print(f"the draft is in {launch.output}")
+
+
+def sample_of(trainer: Any, index: int) -> dict[str, Any]:
+    """The sample of training row `index`, on the trainer's device."""
+    dataset = trainer.train_dataset
+    if not hasattr(dataset, "__len__") or not 0 <= index < len(dataset):
+        raise TrainingOptionsError(f"--inspect {index}: the training set has no such row")
+    samples = trainer._prepare_inputs(trainer.data_collator([dataset[index]]))["samples"]
+    if not samples:
+        raise TrainingOptionsError(f"--inspect {index}: this row is bad and would be left out")
+    return samples[0]
+
+
+def show_preview(console: Console, preview: Any) -> None:
+    """Prints the draft's rows of one sample."""
+    runs = ", ".join(f"{length} from token {start}" for start, length in preview.visual_runs) or "none"
+    console.print(f"visual runs: {runs}; this step shows {preview.num_visual_rows} of their rows")
+    console.print(f"{len(preview.rows)} rows for the draft, {preview.num_loss_rows} with a loss in the first pass")
+    table = Table("row", "position", "state of", "embedding of", "learns to predict")
+    for index, row in enumerate(preview.rows):
+        first_loss = len(preview.rows) - preview.num_loss_rows
+        if SHOWN_ROWS <= index < first_loss - 2 or first_loss + SHOWN_ROWS <= index < len(preview.rows) - 2:
+            if index in (SHOWN_ROWS, first_loss + SHOWN_ROWS):
+                table.add_row("…")
+            continue
+        names = [Text("visual row", "dim") if row.state_of is None else Text(row.state_of)]
+        names += [Text(name or "") for name in (row.embedding_of, row.predicts)]
+        table.add_row(str(index), str(row.position), *names)
+    console.print(table)
+
+
+def show_cost(console: Console, cost: Any) -> None:
+    """Prints what a training would take."""
+    table = Table(show_header=False)
+    table.add_row("trained parameters", f"{cost.draft_parameters / 1e6:.3g} M")
+    table.add_row("target weights", size(cost.target_bytes))
+    table.add_row("draft weights, gradients, optimiser", size(cost.training_bytes))
+    peak = "not measured on a CPU" if cost.peak_bytes is None else size(cost.peak_bytes)
+    table.add_row("peak memory in the measured steps", peak)
+    table.add_row("one checkpoint", size(cost.checkpoint_bytes))
+    table.add_row("all checkpoints kept", size(cost.checkpoints_bytes))
+    table.add_row("optimizer steps", str(cost.optimizer_steps))
+    table.add_row("time, evaluation left out", f"{cost.seconds / 3600:.3g} hours")
+    console.print(table)
+    console.print(
+        f"Time and peak from {cost.measured_rows} training rows really taken forward and backward, the longest of "
+        f"{cost.longest_row} tokens."
+    )
