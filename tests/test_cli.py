@@ -1,6 +1,7 @@
 """The command line, run in this process on an untrained target of two layers, and once on what ships."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,33 @@ def test_demo_of_the_testbed_that_ships(tmp_path: Path):
     verdict = json.loads(file.read_text())
     assert verdict["identical"] is True
     assert verdict["tau"] > 3
+
+
+def test_answers_and_recording_from_a_list_of_prompts(models: tuple[object, ...], clip: Path, tmp_path: Path):
+    def ask(*parts: dict[str, str]) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "describe this video ."}]}]}
+
+    prompts, answers, recording = tmp_path / "prompts.jsonl", tmp_path / "answers", tmp_path / "recording"
+    rows = [ask({"type": "video", "video": str(clip)}), ask({"type": "video", "video": "nowhere.mp4"}), ask()]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    target, draft = models[1], models[3]
+
+    refused = run("regenerate", target, prompts, answers)
+    assert refused.exit_code == 2 and "row 1: There is no video file" in refused.output
+    shutil.rmtree(answers)
+    options = ("--max-new-tokens", 8, "--on-bad-row", "skip", "--draft", draft)
+    written = run("regenerate", target, prompts, answers, *options)
+    assert written.exit_code == 0, written.output
+    assert "3 prompts; answers of up to 8 tokens take at most about" in written.output
+    assert "left out row 1: " in written.output and "1 of 3 rows left out." in written.output
+
+    too_large = run("record", target, answers, recording, "--max-disk-gb", 1e-6)
+    assert too_large.exit_code == 2 and "--max-disk-gb" in too_large.output
+    assert not recording.exists()
+    recorded = run("record", target, answers, recording, "--feature-layers", 1, "--feature-layers", -1)
+    assert recorded.exit_code == 0, recorded.output
+    assert "2 rows; the recording takes about" in recorded.output
+    assert len(list((recording / "rows").glob("*.safetensors"))) == 2
+    assert json.loads((recording / "recording.json").read_text())["text_layers"] == [1, 2]
+    missing = run("record", "nowhere", answers, recording)
+    assert missing.exit_code == 2 and "target 'nowhere'" in missing.output

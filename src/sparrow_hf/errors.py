@@ -42,6 +42,18 @@ class VideoError(SparrowError, ValueError):
     """A video is missing, unreadable, empty or cut short."""
 
 
+class ImageError(SparrowError, ValueError):
+    """An image is missing or unreadable."""
+
+
+class TargetLoadError(SparrowError, OSError):
+    """A target, or its processor, cannot be loaded from where the command line said."""
+
+
+class DiskBudgetError(SparrowError, OSError):
+    """A recording would take more disk than it was given; what is complete stays and is used when it goes on."""
+
+
 class TrainingDataError(SparrowError, ValueError):
     """A training row cannot be trained on: no answer, placeholders without pixels, or a field of the wrong type."""
 

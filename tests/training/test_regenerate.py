@@ -1,15 +1,28 @@
 """The target's own answers: batched as alone, resumed as whole, and ready to train on."""
 
+import contextlib
 import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.testbed.world import make_clip
-from sparrow_hf.training import SparrowDataCollator
-from sparrow_hf.training.regenerate import generate_answers, left_pad, read_answers, regenerate
+from sparrow_hf.training import SparrowDataCollator, load_rows
+from sparrow_hf.training import regenerate as regenerating
+from sparrow_hf.training.regenerate import (
+    estimate_answer_bytes,
+    generate_answers,
+    left_pad,
+    read_answers,
+    read_skipped,
+    regenerate,
+)
 from sparrow_hf.video import prepare_inputs
 
 SETTINGS = {"max_new_tokens": 6, "min_new_tokens": 2, "do_sample": True}
@@ -69,6 +82,7 @@ def test_answers_are_ready_to_train_on(tmp_path, nano, processor, rows):
     regenerate(nano, processor, rows, tmp_path, **SETTINGS)
     answered = list(read_answers(tmp_path))
     assert [row.get("id") for row in answered] == [0, 1, None, None, None]
+    assert [len(row["messages"]) for row in answered] == [1] * 5
     samples = SparrowDataCollator(processor)([answered[0]])["samples"]
     sample, answer = samples[0], answered[0]["answer_ids"]
     assert sample["input_ids"][0, sample["answer_start"] :].tolist() == answer
@@ -90,3 +104,132 @@ def test_answers_may_be_text_or_the_last_turn(processor):
     assert processor.tokenizer.decode(answer[:-1]) == "a dot" and answer[-1] == processor.tokenizer.eos_token_id
     with pytest.raises(TrainingDataError, match="no answer"):
         collate([{"messages": turns[:1]}])
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_stored_can_be_read_again_from_anywhere(tmp_path, nano, processor, rows, monkeypatch):
+    clip = rows[0]["messages"][0]["content"][0]["video"]
+    question = {"type": "text", "text": "what ?"}
+
+    def ask(source):
+        return {"messages": [{"role": "user", "content": [{"type": "video", "video": source}, question]}]}
+
+    with open(clip, "rb") as file:
+        data = file.read()
+    (tmp_path / "here.mp4").write_bytes(data)
+    monkeypatch.chdir(tmp_path)
+    regenerate(nano, processor, [ask(data), ask("here.mp4")], tmp_path / "a", max_frames=6, **SETTINGS)
+    monkeypatch.chdir("/")
+    loaded = list(load_rows(tmp_path / "a"))
+    assert [row["max_frames"] for row in loaded] == [6, 6]
+    assert [path.read_bytes() for path in (tmp_path / "a" / "media").iterdir()] == [data]
+    first, second = SparrowDataCollator(processor)(loaded)["samples"]
+    assert torch.equal(first["pixel_values_videos"], second["pixel_values_videos"])
+    assert first["video_grid_thw"].tolist() == [[3, 4, 4]]
+    with pytest.raises(TrainingDataError, match="row 0: .*cannot hold a ndarray"):
+        regenerate(nano, processor, [ask(torch.zeros(4, 64, 64, 3).numpy())], tmp_path / "b", **SETTINGS)
+
+
+def test_bad_rows_are_named_and_left_out_on_request(tmp_path, nano, processor, rows):
+    bad = {"messages": [{"role": "user", "content": [{"type": "video", "video": "nowhere.mp4"}]}]}
+    prompts = [rows[2], bad, rows[3]]
+    with pytest.raises(TrainingDataError, match=r"row 1: There is no video file at .*nowhere"):
+        regenerate(nano, processor, prompts, tmp_path / "a", **SETTINGS)
+    regenerate(nano, processor, prompts, tmp_path / "b", on_bad_row="skip", shard_size=2, **SETTINGS)
+    assert len(list(read_answers(tmp_path / "b"))) == 2
+    assert list(read_skipped(tmp_path / "b")) == [1] and "nowhere" in read_skipped(tmp_path / "b")[1]
+
+
+def test_a_draft_writes_the_same_answers(tmp_path, nano, processor, rows):
+    draft = SparrowDraftModel.from_target(nano, num_glimpse_tokens=4)
+    plain = regenerate(nano, processor, rows, tmp_path / "a", **SETTINGS)
+    drafted = regenerate(nano, processor, rows, tmp_path / "b", draft=draft, **SETTINGS)
+    assert plain[0].read_bytes() == drafted[0].read_bytes()
+    assert draft.last_generation.rounds > 0
+    with pytest.raises(TrainingDataError, match="batch_size must be 1"):
+        regenerate(nano, processor, rows, tmp_path / "c", draft=draft, batch_size=2, **SETTINGS)
+
+
+def test_processes_share_the_shards(tmp_path, nano, processor, rows, monkeypatch):
+    regenerate(nano, processor, rows, tmp_path / "a", shard_size=1, **SETTINGS)
+    written = []
+    for index in range(2):
+        process = SimpleNamespace(
+            process_index=index, num_processes=2, is_main_process=not index, main_process_first=contextlib.nullcontext
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(regenerating, "PartialState", lambda process=process: process)
+            regenerate(nano, processor, rows, tmp_path / "b", shard_size=1, **SETTINGS)
+        written.append(len(list((tmp_path / "b").glob("*.jsonl"))))
+    assert written == [3, 5]
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_the_estimate_bounds_what_is_written(tmp_path, nano, processor, rows):
+    shards = regenerate(nano, processor, rows, tmp_path, **SETTINGS)
+    written = sum(shard.stat().st_size for shard in shards)
+    assert 0.5 * written < estimate_answer_bytes(rows, 6) < 2 * written
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from sparrow_hf.testbed.nano import build_processor, build_target
+from sparrow_hf.training import regenerate as regenerating
+processor = build_processor()
+target = build_target(processor.tokenizer, num_hidden_layers=2)
+target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
+rows = [dict(messages=[dict(role="user", content="a dot ? " * (1 + index))]) for index in range(5)]
+folder, kill_at = sys.argv[1:]
+write = Path.write_text
+def write_and_die(path, text):
+    write(path, text[: len(text) // 2] if kill_at in path.name else text)
+    if kill_at in path.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.write_text = write_and_die
+try:
+    regenerating.regenerate(
+        target, processor, rows, folder, shard_size=2, do_sample=True, max_new_tokens=8, min_new_tokens=3
+    )
+finally:
+    Path.write_text = write
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, monkeypatch):
+    script = KILLED.format(path=[*sys.path])
+    command = [sys.executable, "-c", script, str(tmp_path / "killed"), "00001"]
+    assert subprocess.run(command, capture_output=True).returncode == -9
+    names = [path.name for path in (tmp_path / "killed").iterdir()]
+    assert "answers-00000.jsonl" in names and any("00001" in name and name.endswith(".partial") for name in names)
+    for name in ("killed", "whole"):
+        monkeypatch.setattr(sys, "argv", ["", str(tmp_path / name), "never"])
+        exec(compile(script, "killed", "exec"), {})
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    assert len(files_of(tmp_path / "whole")) == 4
+
+
+@pytest.mark.full
+def test_two_processes_of_accelerate_write_what_one_does(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(KILLED.format(path=[*sys.path]))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
+    for count in (1, 2):
+        command = [*launch, "--num_processes", str(count), str(script), str(tmp_path / str(count)), "never"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
+    assert len(files_of(tmp_path / "2")) == 4

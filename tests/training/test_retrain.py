@@ -28,7 +28,7 @@ def short_clips(monkeypatch):
     monkeypatch.setattr(retrain, "SHORT_CLIPS", (16, 40))
     monkeypatch.setattr(retrain, "LONG_SHARE", 0.0)
     monkeypatch.setattr(retrain, "MAX_CAPTION_TOKENS", 12)
-    monkeypatch.setattr(retrain, "CLIPS_PER_SHARD", 3)
+    monkeypatch.setattr(retrain, "CLIPS_PER_BATCH", 3)
     monkeypatch.setattr(retrain, "CAPTION_BATCH_ROWS", 100)
 
 
@@ -36,15 +36,15 @@ def test_one_command_makes_a_draft_and_its_baseline(tmp_path, target_folder):
     common = ["--target", str(target_folder), "--clips", "6", "--validation-clips", "3", "--steps", "3"]
     retrain.main([*common, "--output", str(tmp_path / "draft")])
     recording = tmp_path / "draft" / "recording"
-    shards = {path: path.stat().st_mtime_ns for path in recording.rglob("*.safetensors")}
-    assert len(shards) == 3
+    stored = {path: path.stat().st_mtime_ns for path in recording.rglob("*.safetensors")}
+    assert len(stored) == 9
     provenance = json.loads((tmp_path / "draft" / "PROVENANCE.json").read_text())
     assert provenance["validation"]["eval_tau"] >= 1 and "--steps 3" in provenance["command"]
     draft = SparrowDraftModel.from_pretrained(tmp_path / "draft")
     assert draft.config.num_mtp_steps == 5
 
     retrain.main([*common, "--output", str(tmp_path / "blind"), "--recording", str(recording), "--text-only"])
-    assert shards == {path: path.stat().st_mtime_ns for path in recording.rglob("*.safetensors")}
+    assert stored == {path: path.stat().st_mtime_ns for path in recording.rglob("*.safetensors")}
     blind = SparrowDraftModel.from_pretrained(tmp_path / "blind")
     embeds, states = torch.randn(4, blind.config.hidden_size), torch.randn(4, blind.config.hidden_size)
     assert blind.config.num_glimpse_tokens == 0
@@ -52,11 +52,22 @@ def test_one_command_makes_a_draft_and_its_baseline(tmp_path, target_folder):
     assert not torch.equal(blind.fuse(embeds, states), draft.fuse(embeds, states))
 
 
-def test_a_recording_of_another_target_is_refused(tmp_path):
-    retrain.write_shard(tmp_path / "clips.safetensors", [{"answer_start": 3}], {"target": "a", "layers": "[]"})
-    assert retrain.read_shard(tmp_path / "clips.safetensors", {"target": "a"}) == [{"answer_start": 3}]
-    with pytest.raises(TrainingDataError, match="another target"):
-        retrain.read_shard(tmp_path / "clips.safetensors", {"target": "b"})
+def test_a_recording_goes_on_and_belongs_to_one_target(tmp_path, target_folder):
+    target, processor = retrain.load_target(target_folder)
+    draft = SparrowDraftModel.from_target(target)
+    seeds = retrain.TRAIN_SEEDS[:4]
+    retrain.record(target, processor, draft, seeds, tmp_path)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    whole = [path.read_bytes() for path in files]
+    files[1].unlink()
+    assert len(retrain.record(target, processor, draft, seeds, tmp_path)) == 4
+    assert whole == [path.read_bytes() for path in files]
+    with pytest.raises(TrainingDataError, match="clips: 4, now 5"):
+        retrain.record(target, processor, draft, retrain.TRAIN_SEEDS[:5], tmp_path)
+    with torch.no_grad():
+        target.get_output_embeddings().weight[0] += 1
+    with pytest.raises(TrainingDataError, match="target_sha256"):
+        retrain.record(target, processor, draft, seeds, tmp_path)
 
 
 def test_clip_lengths_vary_and_stay_in_range(monkeypatch):

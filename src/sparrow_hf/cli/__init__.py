@@ -6,6 +6,8 @@ import typer
 
 from .. import __version__
 from .demo import demo
+from .record import record
+from .regenerate import regenerate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,3 +32,5 @@ def main(
 
 
 app.command()(demo)
+app.command()(regenerate)
+app.command()(record)

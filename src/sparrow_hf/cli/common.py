@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..errors import SparrowError
+from ..errors import SparrowError, TargetLoadError
 
 NOT_IDENTICAL, BAD_INPUT, INTERRUPTED = 1, 2, 130
 """Exit codes besides 0."""
@@ -24,3 +26,61 @@ def errors_as_sentences() -> Iterator[None]:
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped.")
         raise typer.Exit(INTERRUPTED) from None
+
+
+class OnBadRow(StrEnum):
+    """What to do with a row that cannot be used."""
+
+    refuse = "refuse"
+    skip = "skip"
+
+
+class Dtype(StrEnum):
+    """What a target computes in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def load_target(target: str, processor: str | None, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
+    """A target in evaluation mode and its processor, from folders or Hub ids.
+
+    Args:
+        target: Folder or Hub id.
+        processor: The same of its processor, if it lies elsewhere.
+        dtype: "auto" is the checkpoint's own.
+        device: By default this process's GPU, else the CPU; "auto" spreads the target over all GPUs.
+
+    Raises:
+        TargetLoadError: One of them is not there, or does not fit the device.
+    """
+    from accelerate import PartialState
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    where = {"device_map": device} if device == "auto" else {}
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(target, dtype=dtype.value, **where)
+        if not where:
+            model = model.to(device or PartialState().device)
+        return model.eval(), AutoProcessor.from_pretrained(processor or target)
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TargetLoadError(f"target {target!r} or its processor cannot be loaded: {reason}") from error
+
+
+def size(num_bytes: float) -> str:
+    """A size on disk, for people: 10⁹ bytes are a GB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.3g} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def report_skipped(console: Console, skipped: dict[int, str], rows: int) -> None:
+    """Names every row that was left out, with its reason, and how many they are."""
+    for _, reason in sorted(skipped.items()):
+        console.print(Text(f"left out {reason}", style="yellow"), soft_wrap=True)
+    if skipped:
+        console.print(f"{len(skipped)} of {rows} rows left out.")

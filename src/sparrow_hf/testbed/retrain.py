@@ -10,27 +10,24 @@ it was stopped. `--text-only` trains the baseline that reads no target states, w
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import TrainingDataError
 from ..evaluation.provenance import commit
 from ..modeling_sparrow import SparrowDraftModel
-from ..training import SparrowTrainer, SparrowTrainingArguments, append_answer, read_with_target
+from ..training import SparrowTrainer, SparrowTrainingArguments, append_answer
+from ..training.recording import RecordedDataset, Recorder, target_digest
 from ..training.regenerate import generate_answers
 from ..video import prepare_inputs
 from .muon import Muon
@@ -41,7 +38,8 @@ from .world import FRAMES_PER_SECOND, TRAIN_SEEDS, VALIDATION_SEEDS, messages_fo
 SHORT_CLIPS, LONG_CLIPS = (32, 400), (400, 2048)
 """Visual tokens of a clip, drawn evenly on a logarithmic scale from one of the two."""
 LONG_SHARE = 0.08
-CLIPS_PER_SHARD = 64
+CLIPS_PER_BATCH = 64
+"""Clips captioned at a time, before they are read and stored."""
 CAPTION_BATCH_ROWS = 16_384
 """Prompt rows, padding included, of clips captioned together: a decoding step costs the same for few or many."""
 MAX_CAPTION_TOKENS = 320
@@ -85,30 +83,30 @@ def clip_prompt(processor: Qwen2_5_VLProcessor, seed: int) -> dict[str, Any]:
     return dict(prepare_inputs(processor, messages))
 
 
-def record_shard(
-    target: Qwen2_5_VLForConditionalGeneration,
-    processor: Qwen2_5_VLProcessor,
-    draft: SparrowDraftModel,
-    seeds: Sequence[int],
-) -> list[dict[str, Any]]:
-    """Captions some clips greedily and reads them with the target; rows for a [`SparrowTrainer`]."""
+def caption_clips(
+    target: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, seeds: Sequence[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Index among `seeds` and sample of each clip, captioned greedily by the target in batches."""
+    prompts = [(index, clip_prompt(processor, seed)) for index, seed in enumerate(seeds)]
     # Clips of about one length share a batch.
-    prompts = sorted((clip_prompt(processor, seed) for seed in seeds), key=lambda prompt: prompt["input_ids"].shape[1])
-    rows = []
+    prompts.sort(key=lambda indexed: indexed[1]["input_ids"].shape[1])
     while prompts:
         # Padded to the longest, the last one taken.
         size = max(
             size
             for size in range(1, len(prompts) + 1)
-            if size == 1 or size * prompts[size - 1]["input_ids"].shape[1] <= CAPTION_BATCH_ROWS
+            if size == 1 or size * prompts[size - 1][1]["input_ids"].shape[1] <= CAPTION_BATCH_ROWS
         )
         batch, prompts = prompts[:size], prompts[size:]
         answers = generate_answers(
-            target, batch, processor.tokenizer.pad_token_id, do_sample=False, max_new_tokens=MAX_CAPTION_TOKENS
+            target,
+            [prompt for _, prompt in batch],
+            processor.tokenizer.pad_token_id,
+            do_sample=False,
+            max_new_tokens=MAX_CAPTION_TOKENS,
         )
-        for prompt, answer in zip(batch, answers, strict=True):
-            rows.append(read_with_target(draft, append_answer(prompt, answer)).to_row())
-    return rows
+        for (index, prompt), answer in zip(batch, answers, strict=True):
+            yield index, append_answer(prompt, answer)
 
 
 def record(
@@ -117,57 +115,16 @@ def record(
     draft: SparrowDraftModel,
     seeds: Sequence[int],
     folder: Path,
-) -> list[dict[str, Any]]:
-    """Rows of all clips, from the shards in `folder` as far as they are there; the rest is recorded and stored."""
-    folder.mkdir(parents=True, exist_ok=True)
-    layers = json.dumps([draft.config.feature_layer_ids, draft.config.visual_bridge_layer])
-    metadata = {"target": digest(target), "layers": layers}
-    shards = []
-    for start in tqdm(range(0, len(seeds), CLIPS_PER_SHARD), desc=f"recording {folder.name}"):
-        chunk = seeds[start : start + CLIPS_PER_SHARD]
-        shards.append(folder / f"clips-{chunk[0]}-{len(chunk)}.safetensors")
-        if not shards[-1].exists():
-            write_shard(shards[-1], record_shard(target, processor, draft, chunk), metadata)
-    return [row for shard in shards for row in read_shard(shard, metadata)]
-
-
-def write_shard(path: Path, rows: list[dict[str, Any]], metadata: dict[str, str]) -> None:
-    """Stores rows as one safetensors file, by an atomic rename."""
-    tensors = {}
-    for index, row in enumerate(rows):
-        for name, value in row.items():
-            tensors[f"{index}.{name}"] = torch.as_tensor(value).clone(memory_format=torch.contiguous_format)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file(tensors, partial, metadata | {"rows": str(len(rows))})
-    os.replace(partial, path)
-
-
-def read_shard(path: Path, metadata: dict[str, str]) -> list[dict[str, Any]]:
-    """The rows of a shard.
-
-    Raises:
-        TrainingDataError: It was recorded from another target, or from other layers of it.
-    """
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        found = file.metadata()
-    if any(found.get(name) != value for name, value in metadata.items()):
-        raise TrainingDataError(f"{path} was recorded from another target or other layers: delete its folder")
-    rows: list[dict[str, Any]] = [{} for _ in range(int(found["rows"]))]
-    for name, tensor in load_file(path).items():
-        index, field = name.split(".")
-        rows[int(index)][field] = int(tensor) if field == "answer_start" else tensor
-    return rows
-
-
-def digest(target: Qwen2_5_VLForConditionalGeneration) -> str:
-    """Fingerprint of the target's weights."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(target.state_dict().items()):
-        sha.update(name.encode())
-        sha.update(tensor.contiguous().numpy().tobytes())
-    return sha.hexdigest()
+) -> RecordedDataset:
+    """The recording of all clips in `folder`, as far as it is there; the rest is captioned, read and stored."""
+    recorder = Recorder(draft, folder, source={"first_clip": seeds[0], "clips": len(seeds)})
+    for start in tqdm(range(0, len(seeds), CLIPS_PER_BATCH), desc=f"recording {folder.name}"):
+        chunk = seeds[start : start + CLIPS_PER_BATCH]
+        # Whole chunks: how captions are padded must not depend on where a run was stopped.
+        if not all(recorder.path(start + offset).exists() for offset in range(len(chunk))):
+            for offset, sample in caption_clips(target, processor, chunk):
+                recorder.write(start + offset, sample)
+    return RecordedDataset(folder, draft)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -219,8 +176,8 @@ class MuonWithAdam(Muon):
 
 def train(
     target: Qwen2_5_VLForConditionalGeneration,
-    rows: list[dict[str, Any]],
-    validation: list[dict[str, Any]],
+    rows: RecordedDataset,
+    validation: RecordedDataset,
     output: Path,
     *,
     steps: int,
@@ -305,7 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"--clips {options.clips} --validation-clips {options.validation_clips} --steps {options.steps} "
         f"--seed {options.seed}" + (" --text-only" if options.text_only else ""),
         "commit": commit(),
-        "target_sha256": digest(target),
+        "target_sha256": target_digest(target),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "clips": [min(TRAIN_SEEDS[-options.clips :]), options.clips],

@@ -2,6 +2,7 @@
 
 from .arguments import ALL_VISUAL_ROWS, TRAINING_PRESETS, SparrowTrainingArguments
 from .data import SparrowDataCollator, TrainingStates, append_answer, read_with_target
+from .dataset import load_rows, media_keys, refuse_shared_media
 from .trainer import SparrowTrainer
 
 __all__ = [
@@ -12,5 +13,8 @@ __all__ = [
     "SparrowTrainingArguments",
     "TrainingStates",
     "append_answer",
+    "load_rows",
+    "media_keys",
+    "refuse_shared_media",
     "read_with_target",
 ]

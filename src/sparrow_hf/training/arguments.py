@@ -105,6 +105,15 @@ class SparrowTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Weight of pass s is this to the power s; 1.0 weighs every pass the same."}
     )
 
+    on_bad_row: Literal["refuse", "skip"] = field(
+        default="refuse",
+        metadata={"help": "Bad rows end the training ('refuse'), or are left out and reported ('skip')."},
+    )
+    fps: float | None = field(
+        default=None, metadata={"help": "Frames per second to read of video files; by default every frame."}
+    )
+    max_frames: int | None = field(default=None, metadata={"help": "Most frames to read of each video file."})
+
     use_cache: bool = field(
         default=True, metadata={"help": "Written to the draft's configuration: it decodes with a cache."}
     )
@@ -133,6 +142,8 @@ class SparrowTrainingArguments(TrainingArguments):
             )
         if self.mtp_attention not in ("exact", "reinput"):
             raise ValueError(f"mtp_attention must be 'exact' or 'reinput', found {self.mtp_attention!r}")
+        if self.on_bad_row not in ("refuse", "skip"):
+            raise ValueError(f"on_bad_row must be 'refuse' or 'skip', found {self.on_bad_row!r}")
 
     def visual_odds(self, progress: float) -> float:
         """Probability that a sample shows its visual rows after this share (0 … 1) of the steps."""

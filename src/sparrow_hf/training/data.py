@@ -3,24 +3,27 @@
 A dataset row is one of three dictionaries, and the collator takes any mix of them:
 
 * a conversation: `messages` (the last turn is the answer), or `messages` and `answer` (text) or `answer_ids` (the very
-  tokens the target wrote);
+  tokens the target wrote); `load_rows` in `dataset.py` reads them;
 * a processed conversation: `answer_start` and the tensors of the target's processor for this one conversation, batch
   dimension included, with the answer's ids appended (see [`append_answer`]);
 * a [`TrainingStates`]: the target has read it already.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from ..errors import TrainingDataError
+from ..errors import ImageError, SparrowError, TrainingDataError, VideoError
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import DraftRows, draft_rows, visual_mask
+from ..video import prepare_inputs
+from .dataset import ROW_INDEX, clean_messages
 
 
 @dataclass
@@ -71,15 +74,9 @@ def read_with_target(
         TrainingDataError: The prompt has visual placeholders but no pixels, or the answer is too short or not text.
     """
     config, view = draft.config, draft.target
+    check_processed(sample, config.visual_token_ids or [])
     input_ids = sample["input_ids"][0]
-    check_sample(input_ids, int(sample["answer_start"]), config.visual_token_ids or [])
     inputs = {name: value for name, value in sample.items() if name != "answer_start"}
-    has_pixels = any(name.startswith("pixel_values") for name in inputs)
-    if not has_pixels and visual_mask(input_ids, config.visual_token_ids or []).any():
-        raise TrainingDataError(
-            "the prompt holds visual placeholders but the sample has no pixel values: the target would read text "
-            "embeddings in their place. Give the collator the messages with their videos, or drop the row."
-        )
     if rows is None:
         rows = draft_rows(input_ids, config.visual_token_ids or [], num_glimpse_tokens=len(input_ids))
     last, bridge = config.target_num_hidden_layers, int(config.visual_bridge_layer or 0)
@@ -103,6 +100,18 @@ def read_with_target(
         visual_rows=rows.visual,
         visual_states=visual_states,
     )
+
+
+def check_processed(sample: Mapping[str, Any], visual_token_ids: list[int]) -> None:
+    """Raises [`TrainingDataError`] unless a processed conversation can be read: an answer, and pixels where needed."""
+    input_ids = sample["input_ids"][0]
+    check_sample(input_ids, int(sample["answer_start"]), visual_token_ids)
+    has_pixels = any(name.startswith("pixel_values") for name in sample)
+    if not has_pixels and visual_mask(input_ids, visual_token_ids).any():
+        raise TrainingDataError(
+            "the prompt holds visual placeholders but the sample has no pixel values: the target would read text "
+            "embeddings in their place. Give the collator the messages with their videos, or drop the row."
+        )
 
 
 def check_sample(input_ids: Tensor, answer_start: int, visual_token_ids: list[int]) -> None:
@@ -138,49 +147,130 @@ def append_answer(inputs: Mapping[str, Any], answer_ids: Sequence[int]) -> dict[
 
 
 class SparrowDataCollator:
-    """Turns dataset rows into `{"samples": [...]}`, one entry per row, unpadded.
+    """Turns dataset rows into `{"samples": [...], "skipped": [...]}`: one unpadded sample per good row.
 
     Padding comes after the target: what is padded is the draft's short sequences, never the videos.
 
     Args:
         processor: The target's processor; needed for rows that hold `messages`.
+        visual_token_ids: Placeholder ids of the target (`draft.config.visual_token_ids`): rows with placeholders but
+            no pixels, or with placeholders in their answer, are then found here, before the target reads them.
+        on_bad_row: `"refuse"` raises at the first bad row; `"skip"` leaves it out and says so under `"skipped"`, as
+            `(index of the row, reason)`. A batch may then be empty.
+        fps, max_frames: How densely to read video files, see [`~sparrow_hf.video.prepare_inputs`]. Rows that say so
+            themselves, as regenerated ones do, are read their way.
+
+    Raises:
+        TrainingDataError: A row is bad, and bad rows are to be refused; the row's index is named.
     """
 
-    def __init__(self, processor: ProcessorMixin | None = None):
+    def __init__(
+        self,
+        processor: ProcessorMixin | None = None,
+        visual_token_ids: Sequence[int] | None = None,
+        on_bad_row: Literal["refuse", "skip"] = "refuse",
+        fps: float | None = None,
+        max_frames: int | None = None,
+    ):
         self.processor = processor
+        self.visual_token_ids = list(visual_token_ids or [])
+        self.on_bad_row = on_bad_row
+        self.sampling = {"fps": fps, "max_frames": max_frames}
 
-    def __call__(self, rows: Sequence[Mapping[str, Any] | TrainingStates]) -> dict[str, list[dict[str, Any]]]:
-        return {"samples": [self._prepare(row) for row in rows]}
+    def __call__(self, rows: Sequence[Mapping[str, Any] | TrainingStates]) -> dict[str, list[Any]]:
+        samples, skipped = [], []
+        for row in rows:
+            try:
+                samples.append(self.prepare(row))
+            except TrainingDataError as error:
+                if self.on_bad_row == "refuse":
+                    raise
+                skipped.append((row_index(row), str(error)))
+        return {"samples": samples, "skipped": skipped}
+
+    def prepare(self, row: Mapping[str, Any] | TrainingStates) -> dict[str, Any]:
+        """The sample of one row.
+
+        Raises:
+            TrainingDataError: The row is bad; its index is named if it has one.
+        """
+        with naming_row(row_index(row)):
+            return self._prepare(row)
 
     def _prepare(self, row: Mapping[str, Any] | TrainingStates) -> dict[str, Any]:
         if isinstance(row, TrainingStates):
-            return row.to_row()
+            row = row.to_row()
+        if "text_states" in row:
+            sample = dict(row)
+            check_sample(sample["input_ids"], int(sample["answer_start"]), self.visual_token_ids)
+            return sample
         if "input_ids" in row:
-            return dict(row)
-        if "messages" not in row:
+            sample = dict(row)
+        elif "messages" in row:
+            sample = self._process(row)
+        else:
             raise TrainingDataError(
                 "a row needs 'messages', or 'input_ids' and 'answer_start'; it has "
                 f"{', '.join(sorted(row)) or 'nothing'}"
             )
-        return self._process(row)
+        check_processed(sample, self.visual_token_ids)
+        return sample
 
     def _process(self, row: Mapping[str, Any]) -> dict[str, Any]:
         if self.processor is None:
             raise TrainingDataError("rows with 'messages' need the target's processor: SparrowDataCollator(processor)")
-        from ..video import prepare_inputs
-
-        messages, answer = list(row["messages"]), row.get("answer")
-        if "answer_ids" not in row and answer is None:
-            if not messages or messages[-1].get("role") != "assistant":
+        messages, answer, answer_ids = clean_messages(row), row.get("answer"), row.get("answer_ids")
+        if answer is None and answer_ids is None:
+            if messages[-1]["role"] != "assistant":
                 raise TrainingDataError(
                     "the row has no answer: end 'messages' with an assistant turn, or add 'answer' or 'answer_ids'"
                 )
             answer = text_of(messages.pop())
-        answer_ids = row.get("answer_ids")
         if answer_ids is None:
             tokenizer = self.processor.tokenizer
             answer_ids = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
-        return append_answer(prepare_inputs(self.processor, messages), answer_ids)
+        return append_answer(prepare_prompt(self.processor, row, messages, **self.sampling), answer_ids)
+
+
+@contextmanager
+def naming_row(index: int | None) -> Iterator[None]:
+    """Turns whatever a bad row makes processors stumble over into a [`TrainingDataError`] that names the row."""
+    try:
+        yield
+    # A missing size, a video too few, a wrong type: processors raise what their code happens to run into.
+    except (VideoError, ImageError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        prefix = "" if index is None else f"row {index}: "
+        if isinstance(error, TrainingDataError) and str(error).startswith(prefix):
+            raise
+        kind = "" if isinstance(error, SparrowError) else f"{type(error).__name__}: "
+        raise TrainingDataError(f"{prefix}{kind}{error}") from error
+
+
+def row_index(row: Mapping[str, Any] | TrainingStates) -> int | None:
+    """Where a row of [`load_rows`] stands in its dataset; `None` for any other row."""
+    return None if isinstance(row, TrainingStates) else row.get(ROW_INDEX)
+
+
+def prepare_prompt(
+    processor: ProcessorMixin,
+    row: Mapping[str, Any],
+    messages: list[dict[str, Any]],
+    fps: float | None = None,
+    max_frames: int | None = None,
+) -> dict[str, Any]:
+    """The processed prompt of a row: `messages` are its turns before the answer, cleaned.
+
+    A row that names its own `fps` or `max_frames` is read that way: with other frames, a regenerated answer would not
+    be the target's answer any more.
+    """
+    return dict(
+        prepare_inputs(
+            processor,
+            messages,
+            fps=fps if row.get("fps") is None else row["fps"],
+            max_frames=max_frames if row.get("max_frames") is None else row["max_frames"],
+        )
+    )
 
 
 def text_of(message: Mapping[str, Any]) -> str:

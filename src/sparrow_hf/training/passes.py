@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import DraftRows
 from .data import TrainingStates
@@ -73,6 +74,9 @@ def make_batch(
             the visual rows that the states hold.
         position_mode: `config.position_mode` of the draft.
         noise: `(N, n·H)` per sample, added to its text states.
+
+    Raises:
+        TrainingDataError: A row that the draft shall see is not among the recorded ones.
     """
     columns: dict[str, list[Tensor]] = {name: [] for name in DraftBatch.__dataclass_fields__}
     num_rows = max(len(rows.indices) for _, rows in samples) - 2
@@ -84,6 +88,12 @@ def make_batch(
         first_answer = int((text < states.answer_start).sum())
         text_rows = (~rows.is_visual).nonzero().squeeze(-1)[: num_text - 2]
         visual_rows = rows.is_visual.nonzero().squeeze(-1)
+        if not torch.isin(rows.visual, states.visual_rows).all():
+            raise TrainingDataError(
+                f"the draft is to see {len(rows.visual)} visual rows, but the recording keeps only some of them "
+                f"({len(states.visual_rows)}): record with visual rows, or train a draft of num_glimpse_tokens=0 with "
+                "num_visual_rows_max=0"
+            )
         chosen = torch.searchsorted(states.visual_rows, rows.visual)
         text_states = states.text_states if noise is None else states.text_states + noise[index]
         columns["next_ids"].append(states.input_ids[text][1 : num_text - 1])

@@ -1,23 +1,37 @@
 """The target writes its own answers: the text a draft should be trained on is the text it will have to predict.
 
 Answers come in JSON-lines shards that are written whole or not at all. A run that was stopped goes on with the first
-missing shard; what is found must have been made with the same settings.
+missing shard; what is found must have been made with the same settings. Processes of `accelerate launch` share the
+shards among them, and together write what one process would have written.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
+from accelerate import PartialState
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..errors import TrainingDataError
+from ..modeling_sparrow import SparrowDraftModel
+from ..video import is_url
+from .data import naming_row, prepare_prompt
+from .dataset import ROW_FOLDER, ROW_INDEX, clean_messages
+from .files import atomic_file, check_provenance, remove_partial_files
 
 PROVENANCE_FILE = "provenance.json"
+
+#: What an answer token takes in a shard, its id and its text together (English, a vocabulary of 150,000).
+BYTES_PER_ANSWER_TOKEN = 12
+#: Rows that an estimate looks at.
+ROWS_LOOKED_AT = 32
 
 
 def regenerate(
@@ -26,10 +40,15 @@ def regenerate(
     rows: Sequence[Mapping[str, Any]],
     output_dir: str | os.PathLike[str],
     *,
+    draft: SparrowDraftModel | None = None,
     shard_size: int = 256,
     batch_size: int = 1,
     max_new_tokens: int = 1024,
     seed: int = 0,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    on_bad_row: Literal["refuse", "skip"] = "refuse",
+    show_progress: bool = False,
     **generation_settings: Any,
 ) -> list[Path]:
     """Lets the target answer prompts and stores the answers beside them.
@@ -37,48 +56,83 @@ def regenerate(
     Args:
         target: The target the draft will be trained for.
         processor: Its processor.
-        rows: Prompts: `{"messages": [...]}`, JSON-serialisable, videos as paths. An assistant turn at the end is left
-            out: it is what the target is to write.
+        rows: Prompts: `{"messages": [...]}`, see `dataset.py`. An assistant turn at the end is left out: it is what
+            the target is to write.
         output_dir: Gets `answers-00000.jsonl`, … and `provenance.json`. Each line is the row with `answer_ids` (the
-            tokens as written, end of turn included) and `answer` (their text).
+            tokens as written, end of turn included) and `answer` (their text). Videos and images are named by absolute
+            path or URL; those given as bytes are stored in `media/`.
+        draft: A draft of this target that speeds up the writing, one prompt at a time.
         shard_size: Rows per file.
         batch_size: Prompts generated together, padded on the left.
         max_new_tokens: Longest answer.
         seed: Of sampling; each shard starts its own stream, so a resumed run writes what the whole one would have.
+        fps, max_frames: How densely to read video files. Stored in each row, which is read that way ever after.
+        on_bad_row: `"refuse"` raises at the first bad row; `"skip"` leaves it out and lists it with the reason in
+            `answers-00000.skipped.json`, see [`read_skipped`].
+        show_progress: Show a progress bar over the rows of this process.
         generation_settings: Anything else `generate()` takes (`do_sample`, `temperature`, …).
 
     Returns:
-        The shards, in order.
+        All shards, in order. Those of other processes may still be missing.
 
     Raises:
-        TrainingDataError: The folder holds answers made with other settings, or the prompts cannot be batched.
+        TrainingDataError: The folder holds answers made with other settings, the prompts cannot be batched, or a row
+            is bad.
     """
+    if draft is not None and batch_size != 1:
+        raise TrainingDataError(f"a draft speeds up one prompt at a time: batch_size must be 1, found {batch_size}")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings = generation_settings | {"max_new_tokens": max_new_tokens}
+    sampling = {name: value for name, value in (("fps", fps), ("max_frames", max_frames)) if value is not None}
     provenance = {
         "target": target.config._name_or_path,
         "target_revision": getattr(target.config, "_commit_hash", None),
         "transformers": transformers.__version__,
         "dtype": str(target.dtype),
         "settings": settings,
+        "draft": None if draft is None else draft.config._name_or_path,
+        "video_sampling": sampling,
         "seed": seed,
         "shard_size": shard_size,
         "batch_size": batch_size,
+        "on_bad_row": on_bad_row,
         "rows": len(rows),
     }
-    _check_provenance(folder / PROVENANCE_FILE, provenance)
-    shards = []
-    for number, start in enumerate(range(0, len(rows), shard_size)):
-        shards.append(folder / f"answers-{number:05d}.jsonl")
-        if shards[-1].exists():
-            continue
-        torch.manual_seed(seed + number)
-        chunk = rows[start : start + shard_size]
-        written = []
-        for first in range(0, len(chunk), batch_size):
-            written += _answer(target, processor, chunk[first : first + batch_size], settings)
-        _write_atomically(shards[-1], "".join(json.dumps(row) + "\n" for row in written))
+    processes = PartialState()
+    with processes.main_process_first():
+        check_provenance(folder / PROVENANCE_FILE, provenance)
+        if processes.is_main_process:
+            remove_partial_files(folder)
+    if draft is not None:
+        settings = settings | {"assistant_model": draft}
+
+    numbers = range(-(-len(rows) // shard_size))
+    shards = [folder / f"answers-{number:05d}.jsonl" for number in numbers]
+    own = numbers[processes.process_index :: processes.num_processes]
+    missing = [number for number in own if not shards[number].exists()]
+    parts = {number: range(len(rows))[number * shard_size : (number + 1) * shard_size] for number in missing}
+    with tqdm(total=sum(map(len, parts.values())), unit="row", disable=not show_progress) as progress:
+        for number, indices in parts.items():
+            torch.manual_seed(seed + number)
+            written: list[dict[str, Any]] = []
+            skipped: list[tuple[int, str]] = []
+            for first in range(0, len(indices), batch_size):
+                batch = indices[first : first + batch_size]
+                good = []
+                for index in batch:
+                    try:
+                        good.append(_prepare(processor, rows[index], index, folder, sampling))
+                    except TrainingDataError as error:
+                        if on_bad_row == "refuse":
+                            raise
+                        skipped.append((index, str(error)))
+                written += _answer(target, processor, good, settings)
+                progress.update(len(batch))
+            if skipped:
+                # First: who finds the shard finds this too.
+                _write_text(shards[number].with_suffix(".skipped.json"), json.dumps(skipped) + "\n")
+            _write_text(shards[number], "".join(json.dumps(row) + "\n" for row in written))
     return shards
 
 
@@ -89,21 +143,82 @@ def read_answers(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, lines)
 
 
-def _answer(
-    target: PreTrainedModel, processor: ProcessorMixin, rows: Sequence[Mapping[str, Any]], settings: dict[str, Any]
-) -> list[dict[str, Any]]:
-    from ..video import prepare_inputs
+def read_skipped(folder: str | os.PathLike[str]) -> dict[int, str]:
+    """Index of each row that was left out → reason."""
+    lists = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("answers-*.skipped.json"))]
+    return {index: reason for rows in lists for index, reason in rows}
 
-    prompts = []
-    for row in rows:
-        messages = list(row["messages"])
-        if messages and messages[-1].get("role") == "assistant":
+
+def estimate_answer_bytes(rows: Sequence[Mapping[str, Any]], max_new_tokens: int) -> int:
+    """About how much disk the shards take at most: every answer as long as it may be. From a sample of the rows."""
+    step = max(1, len(rows) // ROWS_LOOKED_AT)
+    looked_at = [rows[index] for index in range(0, len(rows), step)]
+    media: list[int] = []
+
+    def size_of_media(value: Any) -> None:
+        media.append(len(value) if isinstance(value, bytes) else 0)
+
+    text = [len(json.dumps(dict(row), default=size_of_media)) for row in looked_at]
+    per_row = (sum(text) + sum(media)) / max(1, len(looked_at))
+    return round(len(rows) * (per_row + max_new_tokens * BYTES_PER_ANSWER_TOKEN))
+
+
+def _prepare(
+    processor: ProcessorMixin, row: Mapping[str, Any], index: int, folder: Path, sampling: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A row as it will be stored, and its processed prompt."""
+    with naming_row(index):
+        messages = clean_messages(row)
+        if messages[-1]["role"] == "assistant":
             messages.pop()
-        prompts.append(prepare_inputs(processor, messages))
+        prompt = prepare_prompt(processor, row, messages, **sampling)
+        stored = sampling | {
+            name: value
+            for name, value in row.items()
+            if name not in (ROW_INDEX, ROW_FOLDER) and not (name in sampling and value is None)
+        }
+        return stored | {"messages": [_storable(turn, folder) for turn in messages]}, prompt
+
+
+def _storable(turn: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A turn as JSON can hold it: media by absolute path or URL, bytes stored in `folder/media` under their digest."""
+    if isinstance(turn["content"], str):
+        return dict(turn)
+    content = []
+    for part in turn["content"]:
+        source = part.get(part["type"])
+        if isinstance(source, bytes):
+            path = folder / "media" / hashlib.sha256(source).hexdigest()
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                with atomic_file(path) as partial:
+                    partial.write_bytes(source)
+            source = str(path)
+        if part["type"] == "text" or is_url(source):
+            content.append(dict(part))
+        elif isinstance(source, str):
+            content.append(part | {part["type"]: os.path.abspath(source)})
+        else:
+            raise TrainingDataError(
+                f"answers are stored as text, which cannot hold a {type(source).__name__}: give the {part['type']} as "
+                "a path, a URL or the bytes of its file"
+            )
+    return dict(turn) | {"content": content}
+
+
+def _answer(
+    target: PreTrainedModel,
+    processor: ProcessorMixin,
+    prepared: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+    settings: dict[str, Any],
+) -> list[dict[str, Any]]:
+    if not prepared:
+        return []
+    prompts = [prompt for _, prompt in prepared]
     answers = generate_answers(target, prompts, processor.tokenizer.pad_token_id, **settings)
     return [
-        dict(row) | {"answer_ids": ids, "answer": processor.tokenizer.decode(ids, skip_special_tokens=True)}
-        for row, ids in zip(rows, answers, strict=True)
+        row | {"answer_ids": ids, "answer": processor.tokenizer.decode(ids, skip_special_tokens=True)}
+        for (row, _), ids in zip(prepared, answers, strict=True)
     ]
 
 
@@ -156,22 +271,6 @@ def left_pad(prompts: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict
     return batch
 
 
-def _check_provenance(path: Path, provenance: dict[str, Any]) -> None:
-    """Writes how the answers are made, or checks that those already there were made the same way."""
-    if not path.exists():
-        _write_atomically(path, json.dumps(provenance, indent=2) + "\n")
-        return
-    found = json.loads(path.read_text())
-    wrong = [
-        f"{name}: {found.get(name)!r}, now {value!r}" for name, value in provenance.items() if found.get(name) != value
-    ]
-    if wrong:
-        raise TrainingDataError(
-            f"{path.parent} holds answers made differently ({'; '.join(wrong)}): choose another folder, or delete it"
-        )
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+def _write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as partial:
+        partial.write_text(text)

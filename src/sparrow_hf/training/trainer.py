@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
 
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import draft_rows, visual_mask
@@ -17,6 +18,8 @@ from .arguments import ALL_VISUAL_ROWS, SparrowTrainingArguments
 from .data import SparrowDataCollator, TrainingStates, check_sample, read_with_target
 from .judging import judge_rows
 from .passes import DraftBatch, exact_passes, make_batch, reinput_passes
+
+logger = logging.get_logger(__name__)
 
 
 class SparrowTrainer(Trainer):
@@ -32,7 +35,8 @@ class SparrowTrainer(Trainer):
         model: The draft. Only its own tensors are optimised and saved.
         target: The target it drafts for; put in evaluation mode and frozen.
         args: [`SparrowTrainingArguments`].
-        data_collator: By default a [`SparrowDataCollator`] with `processing_class`.
+        data_collator: By default a [`SparrowDataCollator`] with `processing_class` and the `args` it shares a name
+            with.
         compute_metrics: By default teacher-forced acceptance, see [`acceptance_metrics`].
         kwargs: Everything else [`~transformers.Trainer`] takes.
 
@@ -60,7 +64,14 @@ class SparrowTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or SparrowDataCollator(processing_class),
+            data_collator=data_collator
+            or SparrowDataCollator(
+                processing_class,
+                model.config.visual_token_ids,
+                on_bad_row=args.on_bad_row,
+                fps=args.fps,
+                max_frames=args.max_frames,
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -72,6 +83,8 @@ class SparrowTrainer(Trainer):
         if getattr(target, "hf_device_map", None) is None:
             target.to(device=args.device)
         self._pass_counts: dict[int, Tensor] = {}
+        #: Index and reason of the rows left out so far (`args.on_bad_row`).
+        self.skipped_rows: set[tuple[int | None, str]] = set()
 
     # -- what a step sees ---------------------------------------------------------------------------------------------
 
@@ -140,6 +153,9 @@ class SparrowTrainer(Trainer):
             num_items_in_batch: Loss rows of all batches this optimizer step accumulates; by default of this one.
         """
         training = model.training
+        self._report_skipped(inputs.get("skipped", []))
+        if not inputs["samples"]:
+            return self._no_loss(return_outputs)
         batch = self.make_batch(inputs["samples"], training=training)
         # Evaluation asks what decoding would accept, whatever the training recipe was.
         exact = self.args.mtp_attention == "exact" or not training
@@ -171,6 +187,18 @@ class SparrowTrainer(Trainer):
             # Gradients are averaged over processes, but every process has divided by the rows of all of them.
             loss = loss * self.accelerator.num_processes
         return (loss, count_acceptance(batch, matches)) if return_outputs else loss
+
+    def _report_skipped(self, skipped: list[tuple[int | None, str]]) -> None:
+        for row in skipped:
+            if row not in self.skipped_rows:
+                self.skipped_rows.add(row)
+                logger.warning("left out %s (%d rows so far)", row[1], len(self.skipped_rows))
+
+    def _no_loss(self, return_outputs: bool) -> Any:
+        """What a batch of nothing but skipped rows adds: zero, with zero gradients that other processes wait for."""
+        loss = sum(parameter.sum() for parameter in self.draft.parameters()) * 0.0
+        counts = torch.zeros((1, 3 * self.draft.config.num_draft_levels + 1), device=self.args.device)
+        return (loss, counts) if return_outputs else loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

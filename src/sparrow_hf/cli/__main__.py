@@ -1,0 +1,5 @@
+"""`python -m sparrow_hf.cli`: the `sparrow` command, for launchers that start a module."""
+
+from . import app
+
+app(prog_name="sparrow")

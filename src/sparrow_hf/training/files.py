@@ -1,0 +1,50 @@
+"""Files that are whole or absent, and the note in their folder that says how they were made."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import TrainingDataError
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, renamed at the end: whoever finds `path` finds all of it.
+
+    Its name holds the process, so that processes may share a folder.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Removes what a killed process left half written."""
+    for partial in folder.glob("*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def check_provenance(path: Path, provenance: dict[str, Any]) -> None:
+    """Writes how the files beside `path` are made, or checks that those already there were made the same way.
+
+    Raises:
+        TrainingDataError: They were not; every difference is named.
+    """
+    if not path.exists():
+        with atomic_file(path) as partial:
+            partial.write_text(json.dumps(provenance, indent=2) + "\n")
+        return
+    found = json.loads(path.read_text())
+    wrong = [
+        f"{name}: {found.get(name)!r}, now {value!r}" for name, value in provenance.items() if found.get(name) != value
+    ]
+    if wrong:
+        raise TrainingDataError(
+            f"{path.parent} holds files made differently ({'; '.join(wrong)}): choose another folder, or delete it"
+        )

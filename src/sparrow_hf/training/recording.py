@@ -1,0 +1,314 @@
+"""Recording what the frozen target makes of its answered rows: any number of drafts then train without the target.
+
+One safetensors file per row, `rows/row-000000.safetensors`, and `recording.json`, which says what was read how:
+
+    input_ids         (L,)      prompt and answer, placeholders included
+    answer_start      ()        index in `input_ids` of the answer's first token
+    text_states.K     (N, H)    states of layer K in the text rows, for each recorded layer; the last one is post-norm
+    visual_rows       (V,)      indices in `input_ids` of the visual rows; none if the bridge is off
+    visual_states.K   (V, H)    states of the bridge layer in these rows
+
+Files are whole or absent, so a recording that was stopped goes on where it was, and ends with the same files. States
+are stored in the target's own dtype: training from them equals training beside the target to the last bit.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..configuration_sparrow import SparrowDraftConfig
+from ..errors import DiskBudgetError, TrainingDataError
+from ..modeling_sparrow import SparrowDraftModel
+from ..rows import draft_rows
+from .data import SparrowDataCollator, TrainingStates, naming_row, read_with_target
+from .files import atomic_file, check_provenance, remove_partial_files
+
+PROVENANCE_FILE = "recording.json"
+#: What a safetensors file takes besides its tensors, about.
+HEADER_BYTES = 600
+#: Rows that an estimate looks at.
+ROWS_LOOKED_AT = 16
+
+
+class Recorder:
+    """Writes the rows of one recording, each once.
+
+    Args:
+        draft: A draft bound to the target. Of its configuration the feature layers and the bridge layer count.
+        folder: Of the recording.
+        visual_rows: Keep the bridge layer's states of all visual rows, for drafts that see some of them. They are most
+            of a recording of videos; without them, drafts can be trained on text rows only.
+        max_bytes: Most that the recording may take on disk.
+        source: What else a run that goes on must agree in: which rows are read.
+
+    Raises:
+        TrainingDataError: The folder holds a recording of another target, of other layers, or of another source.
+    """
+
+    def __init__(
+        self,
+        draft: SparrowDraftModel,
+        folder: str | os.PathLike[str],
+        *,
+        visual_rows: bool = True,
+        max_bytes: float | None = None,
+        source: Mapping[str, Any] | None = None,
+    ):
+        self.draft = draft
+        self.rows_folder = Path(folder) / "rows"
+        self.visual_rows = visual_rows
+        processes = PartialState()
+        with processes.main_process_first():
+            self.rows_folder.mkdir(parents=True, exist_ok=True)
+            check_provenance(Path(folder) / PROVENANCE_FILE, describe(draft, visual_rows) | dict(source or {}))
+            if processes.is_main_process:
+                remove_partial_files(self.rows_folder)
+        self.bytes_left = None
+        if max_bytes is not None:
+            # Each process keeps to its share of what is left.
+            self.bytes_left = (max_bytes - self.bytes_on_disk()) / processes.num_processes
+
+    def bytes_on_disk(self) -> int:
+        """What the recorded rows take."""
+        return sum(path.stat().st_size for path in self.rows_folder.glob("row-*.safetensors"))
+
+    def path(self, index: int) -> Path:
+        """File of the row `index`."""
+        return self.rows_folder / f"row-{index:06d}.safetensors"
+
+    def write(self, index: int, sample: Mapping[str, Any]) -> None:
+        """Has the target read a processed conversation and stores what it made of it.
+
+        Args:
+            index: Of the row.
+            sample: From [`SparrowDataCollator.prepare`], on any device.
+
+        Raises:
+            DiskBudgetError: The file would not fit into `max_bytes`; it is not written.
+            TrainingDataError: The conversation cannot be trained on.
+        """
+        device = self.draft.target.model.device
+        sample = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in sample.items()}
+        tensors = to_tensors(self.draft.config, self._read(sample))
+        if self.bytes_left is not None:
+            self.bytes_left -= sum(tensor.nbytes for tensor in tensors.values()) + HEADER_BYTES
+            if self.bytes_left < 0:
+                raise DiskBudgetError(
+                    f"row {index} does not fit into the disk space given to the recording; the rows before it are "
+                    f"complete in {self.rows_folder}. Give more (--max-disk-gb) and run the same command again, or "
+                    "train on what is there."
+                )
+        with atomic_file(self.path(index)) as partial:
+            save_file(tensors, partial)
+
+    def _read(self, sample: Mapping[str, Any]) -> TrainingStates:
+        ids, budget = sample["input_ids"][0], sample["input_ids"].shape[1] if self.visual_rows else 0
+        return read_with_target(self.draft, sample, draft_rows(ids, self.draft.config.visual_token_ids or [], budget))
+
+
+def record(
+    draft: SparrowDraftModel,
+    rows: Sequence[Mapping[str, Any]],
+    folder: str | os.PathLike[str],
+    collator: SparrowDataCollator,
+    *,
+    visual_rows: bool = True,
+    max_disk_gb: float | None = None,
+    show_progress: bool = False,
+) -> dict[int, str]:
+    """Has the target read every answered row once. Processes of `accelerate launch` share the rows among them.
+
+    Args:
+        draft: A draft bound to the target, see [`Recorder`].
+        rows: Answered rows, see `data.py`.
+        folder: Of the recording.
+        collator: Makes samples of the rows. With `on_bad_row="skip"`, bad rows get no file.
+        visual_rows: See [`Recorder`].
+        max_disk_gb: Most that the recording may take on disk, in 10⁹ bytes; checked before every file.
+        show_progress: Show a progress bar over the rows of this process.
+
+    Returns:
+        Index of each row this process left out → reason.
+
+    Raises:
+        DiskBudgetError: The recording did not fit; complete rows are kept.
+        TrainingDataError: See [`Recorder`]; or a row is bad, and bad rows are refused.
+    """
+    recorder = Recorder(
+        draft,
+        folder,
+        visual_rows=visual_rows,
+        max_bytes=None if max_disk_gb is None else max_disk_gb * 1e9,
+        source={"rows": len(rows)},
+    )
+    processes = PartialState()
+    own = range(len(rows))[processes.process_index :: processes.num_processes]
+    skipped: dict[int, str] = {}
+    for index in tqdm([index for index in own if not recorder.path(index).exists()], disable=not show_progress):
+        try:
+            with naming_row(index):
+                sample = collator.prepare(rows[index])
+            recorder.write(index, sample)
+        except TrainingDataError as error:
+            if collator.on_bad_row == "refuse":
+                raise
+            skipped[index] = str(error)
+    return skipped
+
+
+def estimate_recording_bytes(
+    draft: SparrowDraftModel,
+    rows: Sequence[Mapping[str, Any]],
+    collator: SparrowDataCollator,
+    *,
+    visual_rows: bool = True,
+) -> int:
+    """About how much disk a recording takes, from the lengths of some of its rows. Bad rows count as nothing."""
+    config, itemsize = draft.config, draft.target.dtype.itemsize
+    layers = len(recorded_layers(config))
+    sizes = []
+    for index in range(0, len(rows), max(1, len(rows) // ROWS_LOOKED_AT)):
+        try:
+            input_ids = collator.prepare(rows[index])["input_ids"][0]
+        except TrainingDataError:
+            sizes.append(0)
+            continue
+        kept = draft_rows(input_ids, config.visual_token_ids or [], len(input_ids) if visual_rows else 0)
+        states = (len(kept.text) * layers + len(kept.visual)) * config.hidden_size * itemsize
+        sizes.append(HEADER_BYTES + 8 * (len(input_ids) + len(kept.visual) + 1) + states)
+    return round(len(rows) * sum(sizes) / max(1, len(sizes)))
+
+
+def check_disk_budget(expected: float, max_disk_gb: float | None) -> None:
+    """Raises [`DiskBudgetError`] if a recording of `expected` bytes is more than it may take, in 10⁹ bytes."""
+    if max_disk_gb is not None and expected > max_disk_gb * 1e9:
+        raise DiskBudgetError(
+            f"the recording will take about {expected / 1e9:.3g} GB, more than the {max_disk_gb:g} GB it may "
+            "(--max-disk-gb): allow more, record fewer rows, or leave visual rows out (--text-only)"
+        )
+
+
+class RecordedDataset(Dataset):
+    """The rows of a recording, for [`SparrowTrainer`].
+
+    Args:
+        folder: Of the recording.
+        draft: The draft to be trained, bound to its target. It may read any of the recorded layers.
+
+    Raises:
+        TrainingDataError: There is no recording, or it was made with another target, or without a layer that the
+            draft reads.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], draft: SparrowDraftModel):
+        provenance = Path(folder) / PROVENANCE_FILE
+        if not provenance.is_file():
+            raise TrainingDataError(f"{folder} is not a recording: it has no {PROVENANCE_FILE}. Make one first.")
+        found = json.loads(provenance.read_text())
+        digest = target_digest(draft.target.model)
+        if found["target_sha256"] != digest:
+            raise TrainingDataError(
+                f"{folder} was recorded from another target ({found['target'] or 'unnamed'}, sha256 "
+                f"{found['target_sha256'][:12]}…; this one has {digest[:12]}…): record this one into another folder"
+            )
+        wanted = {"text": recorded_layers(draft.config), "visual": [draft.config.visual_bridge_layer]}
+        missing = [
+            f"{kind} layer {layer}"
+            for kind, layers in wanted.items()
+            for layer in layers
+            if found[f"{kind}_layers"] and layer not in found[f"{kind}_layers"]
+        ]
+        if missing:
+            raise TrainingDataError(
+                f"{folder} lacks {', '.join(missing)}, which the draft reads; it has text layers "
+                f"{found['text_layers']} and visual layers {found['visual_layers']}: record again, or change the draft"
+            )
+        self.config = draft.config
+        self.paths = sorted((Path(folder) / "rows").glob("row-*.safetensors"))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            tensors = load_file(self.paths[index])
+        except SafetensorError as error:
+            raise TrainingDataError(
+                f"{self.paths[index]} is damaged ({error}): delete it and record again, the rest is kept"
+            ) from error
+        return from_tensors(self.config, tensors).to_row()
+
+
+def to_tensors(config: SparrowDraftConfig, states: TrainingStates) -> dict[str, Tensor]:
+    """What a file holds (see the module's docstring) of one row; each layer once, however often it is read."""
+    features = states.text_states.split(config.hidden_size, dim=-1)
+    layers = dict(zip(config.feature_layer_ids, features, strict=True))
+    layers[config.target_num_hidden_layers] = states.last_states
+    tensors = {
+        "input_ids": states.input_ids,
+        "answer_start": torch.tensor(states.answer_start),
+        "visual_rows": states.visual_rows,
+        f"visual_states.{config.visual_bridge_layer}": states.visual_states,
+        **{f"text_states.{layer}": state for layer, state in layers.items()},
+    }
+    return {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
+def from_tensors(config: SparrowDraftConfig, tensors: Mapping[str, Tensor]) -> TrainingStates:
+    """The row of a file, with the layers that a draft of this configuration reads."""
+    last = tensors[f"text_states.{config.target_num_hidden_layers}"]
+    # A recording without visual rows says nothing of the bridge layer either.
+    visual = tensors.get(f"visual_states.{config.visual_bridge_layer}", last[:0])
+    features = [tensors[f"text_states.{layer}"] for layer in config.feature_layer_ids]
+    return TrainingStates(
+        input_ids=tensors["input_ids"],
+        answer_start=int(tensors["answer_start"]),
+        text_states=torch.cat(features, dim=-1),
+        last_states=last,
+        visual_rows=tensors["visual_rows"],
+        visual_states=visual,
+    )
+
+
+def recorded_layers(config: SparrowDraftConfig) -> list[int]:
+    """Layers whose text rows a draft of this configuration learns from: its features, and the last for the loss."""
+    return sorted({*config.feature_layer_ids, config.target_num_hidden_layers})
+
+
+def describe(draft: SparrowDraftModel, visual_rows: bool) -> dict[str, Any]:
+    """What a recording must have been made with, to be gone on with."""
+    target = draft.target.model
+    return {
+        "target": target.config._name_or_path,
+        "target_revision": getattr(target.config, "_commit_hash", None),
+        "target_sha256": target_digest(target),
+        "transformers": transformers.__version__,
+        "dtype": str(draft.target.dtype),
+        "text_layers": recorded_layers(draft.config),
+        "visual_layers": [draft.config.visual_bridge_layer] if visual_rows else [],
+    }
+
+
+def target_digest(target: PreTrainedModel) -> str:
+    """SHA-256 of a target's weights. Of weights that are offloaded to disk, name and shape have to do."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(target.state_dict().items()):
+        sha.update(name.encode())
+        if tensor.is_meta:
+            sha.update(str(tuple(tensor.shape)).encode())
+        else:
+            sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()

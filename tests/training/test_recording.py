@@ -1,0 +1,225 @@
+"""Recordings: the same training to the last bit, the same files after a kill, never more disk than allowed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparrow_hf.errors import DiskBudgetError, TrainingDataError
+from sparrow_hf.training import (
+    SparrowDataCollator,
+    SparrowTrainer,
+    SparrowTrainingArguments,
+    read_with_target,
+    recording,
+)
+from sparrow_hf.training.recording import RecordedDataset, Recorder, estimate_recording_bytes, record
+from sparrow_hf.training.speculators import SpeculatorsDataset, write_speculators
+
+
+def train(folder, draft, target, rows, **settings):
+    args = SparrowTrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        per_device_train_batch_size=2, max_steps=5, learning_rate=2e-3, **({"num_visual_rows_max": 6} | settings),
+    )  # fmt: skip
+    SparrowTrainer(draft, target, args, train_dataset=rows).train()
+    return draft.state_dict()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings"),
+    [
+        ({}, {"hidden_state_noise": 0.2}),
+        ({"feature_layers": [2, 3, -1], "num_glimpse_tokens": 0}, {"num_visual_rows_max": 0}),
+    ],
+    ids=["bridge", "text-only"],
+)
+def test_training_from_a_recording_equals_training_beside_the_target(
+    tmp_path, target, make_draft, samples, overrides, settings
+):
+    visual = settings.get("num_visual_rows_max") != 0
+    skipped = record(make_draft(**overrides), samples, tmp_path / "r", SparrowDataCollator(), visual_rows=visual)
+    assert skipped == {}
+    rows = RecordedDataset(tmp_path / "r", make_draft(**overrides))
+    assert len(rows) == len(samples)
+    beside = train(tmp_path, make_draft(**overrides), target, samples, **settings)
+    recorded = train(tmp_path, make_draft(**overrides), target, rows, **settings)
+    untrained = make_draft(**overrides).state_dict()
+    for name, tensor in beside.items():
+        assert torch.equal(tensor, recorded[name]), name
+    assert not torch.equal(beside["fc.weight"], untrained["fc.weight"])
+
+
+def test_the_estimate_is_near_and_visual_rows_are_what_costs(tmp_path, make_draft, samples):
+    draft, sizes = make_draft(), {}
+    for visual in (True, False):
+        folder = tmp_path / str(visual)
+        expected = estimate_recording_bytes(draft, samples, SparrowDataCollator(), visual_rows=visual)
+        record(draft, samples, folder, SparrowDataCollator(), visual_rows=visual)
+        sizes[visual] = Recorder(draft, folder, visual_rows=visual, source={"rows": 4}).bytes_on_disk()
+        assert expected == pytest.approx(sizes[visual], rel=0.05)
+    num_visual = sum(
+        int(torch.isin(s["input_ids"], torch.tensor(draft.config.visual_token_ids)).sum()) for s in samples
+    )
+    # Each visual row: 32 numbers of the bridge layer, and where it stands.
+    assert sizes[True] - sizes[False] == pytest.approx(num_visual * (32 * 4 + 8), abs=100)
+
+
+def test_one_recording_serves_drafts_of_other_layers(tmp_path, target, make_draft, samples):
+    record(make_draft(feature_layers=[1, 3, -1]), samples, tmp_path, SparrowDataCollator())
+    wide, narrow = (RecordedDataset(tmp_path, make_draft(feature_layers=layers))[0] for layers in ([3, 1], [-1]))
+    assert wide["text_states"].shape[1] == 2 * narrow["text_states"].shape[1] == 64
+    assert torch.equal(narrow["text_states"], narrow["last_states"])
+    with pytest.raises(TrainingDataError, match="lacks text layer 2"):
+        RecordedDataset(tmp_path, make_draft(feature_layers=[2]))
+    with pytest.raises(TrainingDataError, match="lacks visual layer 1"):
+        RecordedDataset(tmp_path, make_draft(visual_bridge_layer=1))
+
+
+def test_text_only_recordings_refuse_visual_rows(tmp_path, target, make_draft, samples):
+    record(make_draft(), samples, tmp_path / "r", SparrowDataCollator(), visual_rows=False)
+    rows = RecordedDataset(tmp_path / "r", make_draft())
+    with pytest.raises(TrainingDataError, match="keeps only some of them"):
+        train(tmp_path, make_draft(), target, rows, num_visual_rows_min=2)
+
+
+def test_disk_space_is_not_exceeded(tmp_path, make_draft, samples):
+    draft, collator = make_draft(), SparrowDataCollator()
+    expected = estimate_recording_bytes(draft, samples, collator)
+    limit = 0.6 * expected / 1e9
+    with pytest.raises(DiskBudgetError, match="--max-disk-gb"):
+        record(draft, samples, tmp_path / "a", collator, max_disk_gb=limit)
+    kept = files_of(tmp_path / "a")
+    assert 2 <= len(kept) < 5 and sum(map(len, kept.values())) < limit * 1e9 + 1000
+    # What is complete can be trained on, and is not read again.
+    assert len(RecordedDataset(tmp_path / "a", draft)) == len(kept) - 1
+    record(draft, samples, tmp_path / "a", collator, max_disk_gb=2 * limit)
+    record(draft, samples, tmp_path / "b", collator)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_bad_rows_are_left_out_by_index(tmp_path, make_draft, samples):
+    rows = [samples[0], {"messages": []}, samples[1]]
+    with pytest.raises(TrainingDataError, match="row 1: "):
+        record(make_draft(), rows, tmp_path / "a", SparrowDataCollator())
+    skipped = record(make_draft(), rows, tmp_path / "b", SparrowDataCollator(on_bad_row="skip"))
+    assert list(skipped) == [1]
+    assert [path.name for path in RecordedDataset(tmp_path / "b", make_draft()).paths] == [
+        "row-000000.safetensors",
+        "row-000002.safetensors",
+    ]
+
+
+def test_damaged_and_foreign_recordings_are_refused(tmp_path, make_draft, samples):
+    with pytest.raises(TrainingDataError, match="not a recording"):
+        RecordedDataset(tmp_path, make_draft())
+    record(make_draft(), samples[:2], tmp_path, SparrowDataCollator())
+    with pytest.raises(TrainingDataError, match="rows: 2, now 4"):
+        record(make_draft(), samples, tmp_path, SparrowDataCollator())
+    rows = RecordedDataset(tmp_path, make_draft())
+    rows.paths[0].write_bytes(rows.paths[0].read_bytes()[:-50])
+    with pytest.raises(TrainingDataError, match="damaged"):
+        rows[0]
+    provenance = tmp_path / recording.PROVENANCE_FILE
+    provenance.write_text(json.dumps(json.loads(provenance.read_text()) | {"target_sha256": "0" * 64}))
+    with pytest.raises(TrainingDataError, match="another target"):
+        RecordedDataset(tmp_path, make_draft())
+
+
+def test_speculators_files_are_written_and_read(tmp_path, target, make_draft, samples):
+    """Their conditions (columns, keys, shapes, un-normed last layer), then the way back to our rows."""
+    overrides = {"feature_layers": [1, 3, -1], "num_glimpse_tokens": 0}
+    draft = make_draft(**overrides)
+    layers = write_speculators(draft, samples, tmp_path)
+    assert layers == [1, 3, 4]
+    table = datasets.load_from_disk(str(tmp_path))
+    assert set(table.column_names) == {"input_ids", "loss_mask", "seq_len"}
+    rows = SpeculatorsDataset(tmp_path, draft, layers)
+    assert len(rows) == len(samples)
+    for index, sample in enumerate(samples):
+        tensors = load_file(tmp_path / "hidden_states" / f"hs_{index}.safetensors")
+        length = table[index]["seq_len"]
+        assert tensors["token_ids"].tolist() == table[index]["input_ids"] and len(tensors["token_ids"]) == length
+        assert tensors["hidden_states"].shape == (length, 3, 32) and len(table[index]["loss_mask"]) == length
+        states, row = read_with_target(draft, sample), rows[index]
+        torch.testing.assert_close(
+            target.model.language_model.norm(tensors["hidden_states"][:, -1]), states.last_states
+        )
+        torch.testing.assert_close(row["last_states"], states.last_states)
+        torch.testing.assert_close(row["text_states"], states.text_states)
+        answer = sample["input_ids"][0, sample["answer_start"] :]
+        assert torch.equal(row["input_ids"][row["answer_start"] :], answer)
+    train(tmp_path / "draft", make_draft(**overrides), target, rows, num_visual_rows_max=0)
+    with pytest.raises(TrainingDataError, match="the files hold"):
+        SpeculatorsDataset(tmp_path, make_draft(feature_layers=[2]), layers)
+    (tmp_path / "hidden_states" / "hs_1.safetensors").unlink()
+    with pytest.raises(TrainingDataError, match="row 1: there is no"):
+        rows[1]
+
+
+def test_visual_rows_of_speculators_files_are_bridge_rows(tmp_path, make_draft, samples):
+    """vLLM extracts every row, placeholders included; the answer may be followed by tokens without loss."""
+    draft = make_draft(feature_layers=[-1], visual_bridge_layer=2)
+    ids = samples[0]["input_ids"][0]
+    start, states = samples[0]["answer_start"], torch.randn(len(ids), 2, 32)
+    mask = [0] * start + [1] * (len(ids) - start - 2) + [0, 0]
+    mask[2] = 1
+    table = {"input_ids": [ids.tolist()], "loss_mask": [mask], "seq_len": [len(ids)]}
+    datasets.Dataset.from_dict(table).save_to_disk(str(tmp_path))
+    (tmp_path / "hidden_states").mkdir()
+    save_file({"token_ids": ids, "hidden_states": states}, tmp_path / "hidden_states" / "hs_0.safetensors")
+    row = SpeculatorsDataset(tmp_path, draft, [2, 4])[0]
+    is_visual = torch.isin(ids, torch.tensor(draft.config.visual_token_ids))
+    assert row["answer_start"] == start and torch.equal(row["input_ids"], ids[:-2])
+    assert torch.equal(row["visual_rows"], is_visual.nonzero().squeeze(-1))
+    assert torch.equal(row["visual_states"], states[is_visual, 0])
+    norm = draft.target.norm
+    assert torch.equal(row["last_states"], norm(states[~is_visual][:-2, 1]).detach())
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+import torch
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf.training import SparrowDataCollator, append_answer, recording
+from families import FAMILY_BY_NAME
+torch.set_num_threads(1)
+family = FAMILY_BY_NAME["qwen2_5_vl"]
+target = family.build_target()
+samples = [
+    append_answer(family.build_inputs(target, num_frames=4, seed=seed), [20, 21, 22]) for seed in range(4)
+]
+folder, kill_at = sys.argv[1], int(sys.argv[2])
+save = recording.save_file
+def save_and_die(tensors, path):
+    save(tensors, path)
+    if "row-00000%d" % kill_at in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+recording.save_file = save_and_die
+recording.record(SparrowDraftModel.from_target(target), samples, folder, SparrowDataCollator())
+"""
+
+
+def test_a_killed_recording_goes_on_and_ends_the_same(tmp_path, monkeypatch):
+    script = KILLED.format(path=[*sys.path])
+    command = [sys.executable, "-c", script, str(tmp_path / "killed"), "2"]
+    assert subprocess.run(command, capture_output=True).returncode == -9
+    rows = tmp_path / "killed" / "rows"
+    assert len(list(rows.glob("*.safetensors"))) == 2 and len(list(rows.glob("*.partial"))) == 1
+    for name in ("killed", "whole"):
+        monkeypatch.setattr(sys, "argv", ["", str(tmp_path / name), "9"])
+        with monkeypatch.context() as patch:
+            patch.setattr(recording, "save_file", recording.save_file)
+            exec(compile(script, "killed", "exec"), {})
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    assert len(files_of(tmp_path / "whole")) == 5
