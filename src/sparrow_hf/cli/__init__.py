@@ -6,6 +6,7 @@ import typer
 
 from .. import __version__
 from .demo import demo
+from .vocab import vocab
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,3 +31,4 @@ def main(
 
 
 app.command()(demo)
+app.command()(vocab)
