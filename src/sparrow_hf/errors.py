@@ -18,6 +18,10 @@ class BindingError(SparrowError, ValueError):
     """The draft does not fit this target: another hidden size, vocabulary, layer count or token ids."""
 
 
+class VocabularyError(SparrowError, ValueError):
+    """A reduced draft vocabulary is not an ascending list of the target's ids, or cannot have the size asked for."""
+
+
 class UnsupportedTargetError(SparrowError, ValueError):
     """The target is of an architecture the package cannot speculate for (unknown block, stateful, sliding window)."""
 

@@ -8,6 +8,8 @@ from .. import __version__
 from .demo import demo
 from .record import record
 from .regenerate import regenerate
+from .train import train
+from .vocab import vocab
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,3 +36,8 @@ def main(
 app.command()(demo)
 app.command()(regenerate)
 app.command()(record)
+app.command(
+    # Everything goes to the parser of the training's own arguments, --help too.
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)(train)
+app.command()(vocab)

@@ -7,7 +7,6 @@ forward hook on the target counts its forwards.
 
 import dataclasses
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from ..configuration_sparrow import TREE_PRESETS, TreeShape, check_tree_shape
 from ..errors import DraftConfigError
+from ..generation.stopwatch import StopWatch
 from ..modeling_sparrow import SparrowDraftModel
-from ..targets import unwrap
 from .metrics import Run
 
 WARM_UP_TOKENS = 8
@@ -64,59 +62,6 @@ class Arm:
             yield {"assistant_model": self.draft}
         finally:
             config.set_tree_shape(configured)
-
-
-class StopWatch(BaseStreamer):
-    """Times one `generate()` call from outside and counts the target's forwards; use it as a context manager.
-
-    Attributes:
-        tokens: Generated tokens.
-        chunks: Tokens handed over at once; the first chunk is what the prefill gave.
-        rounds: Target forwards after the first chunk.
-        prefill_seconds, decode_seconds: Until the first chunk, and from there to the end of the `with` block.
-    """
-
-    def __init__(self, target: PreTrainedModel):
-        self.tokens: list[int] = []
-        self.chunks: list[int] = []
-        self.rounds = 0
-        self.prefill_seconds = self.decode_seconds = 0.0
-        self._target = unwrap(target)
-        self._saw_prompt = False
-        self._forwards = 0
-        self._start = self._first_token = 0.0
-
-    def __enter__(self) -> "StopWatch":
-        self._hook = self._target.register_forward_pre_hook(self._count)
-        self._start = self._first_token = self._now()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.decode_seconds = self._now() - self._first_token
-        self._hook.remove()
-
-    def _count(self, *args: object) -> None:
-        self._forwards += 1
-        # A round counts when its forward begins; the forwards before the first token are the prefill.
-        self.rounds += bool(self.chunks)
-
-    def _now(self) -> float:
-        if self._target.device.type == "cuda":
-            torch.cuda.synchronize(self._target.device)
-        return time.perf_counter()
-
-    def put(self, value: Tensor) -> None:
-        if not self._saw_prompt:
-            self._saw_prompt = True
-            return
-        if not self.chunks:
-            self._first_token = self._now()
-            self.prefill_seconds = self._first_token - self._start
-        self.tokens += value.flatten().tolist()
-        self.chunks.append(value.numel())
-
-    def end(self) -> None:
-        """Nothing to do: the call ends with the `with` block."""
 
 
 def measure(

@@ -1,20 +1,26 @@
 """Training a draft: arguments, data, the passes of multi-token prediction, their losses, and the trainer."""
 
 from .arguments import ALL_VISUAL_ROWS, TRAINING_PRESETS, SparrowTrainingArguments
+from .callbacks import DecodingCallback
+from .curves import plot_curves
 from .data import SparrowDataCollator, TrainingStates, append_answer, read_with_target
 from .dataset import load_rows, media_keys, refuse_shared_media
 from .trainer import SparrowTrainer
+from .vocabulary import load_vocabulary
 
 __all__ = [
     "ALL_VISUAL_ROWS",
     "TRAINING_PRESETS",
+    "DecodingCallback",
     "SparrowDataCollator",
     "SparrowTrainer",
     "SparrowTrainingArguments",
     "TrainingStates",
     "append_answer",
     "load_rows",
+    "load_vocabulary",
     "media_keys",
-    "refuse_shared_media",
+    "plot_curves",
     "read_with_target",
+    "refuse_shared_media",
 ]

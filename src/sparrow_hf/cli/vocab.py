@@ -1,0 +1,59 @@
+"""`sparrow vocab`: which tokens the draft shall be able to propose."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .common import errors_as_sentences
+
+TABLE_SIZES = (4_096, 8_192, 16_384, 32_768, 65_536)
+"""Sizes whose coverage is shown beside the one that was asked for."""
+
+
+def vocab(
+    target: Annotated[str, typer.Option(help="The video LLM that wrote the answers: folder or Hub id.")],
+    answers: Annotated[Path, typer.Option(help="Folder that `sparrow regenerate` wrote.")],
+    output: Annotated[Path, typer.Option(help="File to write, or folder to write vocabulary.safetensors to.")],
+    size: Annotated[int, typer.Option(min=1, help="Tokens of the draft's vocabulary (draft_vocab_size).")] = 32_768,
+) -> None:
+    """Counts the tokens of the target's answers and keeps the most frequent ones for the draft.
+
+    Needs the target's configuration, not its weights.
+    """
+    with errors_as_sentences():
+        from tqdm import tqdm
+        from transformers.utils import logging
+
+        from .. import __version__
+        from ..training.regenerate import read_answers
+        from ..training.vocabulary import (
+            VOCABULARY_FILE,
+            TargetTokens,
+            choose_vocabulary,
+            count_tokens,
+            coverage,
+            save_vocabulary,
+        )
+
+        logging.set_verbosity_error()
+        tokens = TargetTokens.from_pretrained(target)
+        rows = tqdm(read_answers(answers), desc="counting", unit=" answers", leave=False, disable=None)
+        counts = count_tokens(rows, tokens.vocab_size)
+        chosen = choose_vocabulary(counts, size, tokens)
+        path = output if output.suffix == ".safetensors" else output / VOCABULARY_FILE
+        save_vocabulary(path, chosen, counts, {"target": target, "sparrow_hf": __version__})
+
+        largest = tokens.vocab_size - len(tokens.visual_ids)
+        table = Table(title=f"{int(counts.sum()):,} answer tokens, {int((counts > 0).sum()):,} different ones")
+        for column in ("draft vocabulary", "of the target's", "answer tokens covered"):
+            table.add_column(column, justify="right")
+        for shown in sorted({size, *(each for each in TABLE_SIZES if each <= largest)}):
+            share = coverage(counts, choose_vocabulary(counts, shown, tokens))
+            style = "bold" if shown == size else None
+            table.add_row(f"{shown:,}", f"{shown / tokens.vocab_size:.1%}", f"{share:.3%}", style=style)
+        console = Console()
+        console.print(table)
+        console.print(f"Wrote {path}", soft_wrap=True)

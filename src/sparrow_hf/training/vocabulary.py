@@ -1,0 +1,180 @@
+"""A reduced draft vocabulary: the tokens the target really writes, counted over its answers.
+
+Most of a draft's step is the target's head, and a caption uses a small part of the vocabulary it scores. Verification
+does not change: a token outside the draft's vocabulary is simply never drafted.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig
+
+from ..configuration_sparrow import visual_token_ids
+from ..errors import TrainingDataError, VocabularyError
+
+VOCABULARY_FILE = "vocabulary.safetensors"
+
+
+@dataclass(frozen=True)
+class TargetTokens:
+    """What must be known of a target's vocabulary to choose from it; no weights.
+
+    Attributes:
+        vocab_size: Ids its head scores.
+        end_ids: Ids that end an answer: in every draft vocabulary.
+        visual_ids: Visual placeholders: in none.
+    """
+
+    vocab_size: int
+    end_ids: frozenset[int]
+    visual_ids: frozenset[int]
+
+    @classmethod
+    def from_pretrained(cls, target: str) -> "TargetTokens":
+        """From the configurations of a target, a folder or a Hub id.
+
+        Raises:
+            OSError: There is no such target.
+        """
+        config = AutoConfig.from_pretrained(target)
+        text = config.get_text_config()
+        ends = [text.eos_token_id]
+        try:
+            ends.append(GenerationConfig.from_pretrained(target).eos_token_id)
+        except OSError:
+            # A target without one ends where its configuration says.
+            pass
+        flat = [token for end in ends for token in (end if isinstance(end, list) else [end]) if token is not None]
+        return cls(text.vocab_size, frozenset(flat), frozenset(visual_token_ids(config)))
+
+
+def count_tokens(rows: Iterable[Mapping[str, Any]], vocab_size: int) -> Tensor:
+    """How often each token of the target occurs in the answers.
+
+    Args:
+        rows: Rows with `answer_ids`, as [`read_answers`] gives them.
+        vocab_size: Of the target.
+
+    Returns:
+        `(vocab_size,)` int64 counts.
+
+    Raises:
+        TrainingDataError: There is no row, one has no `answer_ids`, or holds an id outside the vocabulary.
+    """
+    counted: Counter[int] = Counter()
+    index = -1
+    for index, row in enumerate(rows):
+        if "answer_ids" not in row:
+            raise TrainingDataError(
+                f"row {index} has no 'answer_ids' (it has {', '.join(sorted(row)) or 'nothing'}): count the answers "
+                "that `sparrow regenerate` wrote"
+            )
+        ids = row["answer_ids"]
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise TrainingDataError(
+                f"row {index} holds the token ids {min(ids)} … {max(ids)}, but the target has 0 … {vocab_size - 1}: "
+                "these are answers of another target"
+            )
+        counted.update(ids)
+    if index < 0:
+        raise TrainingDataError("there are no answers to count: give the folder that `sparrow regenerate` wrote")
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    counts[torch.tensor(list(counted), dtype=torch.int64)] = torch.tensor(list(counted.values()), dtype=torch.int64)
+    return counts
+
+
+def choose_vocabulary(counts: Tensor, size: int, tokens: TargetTokens) -> Tensor:
+    """The `size` most frequent ids, lower ids first among equals; ends of answers always in, placeholders never.
+
+    Args:
+        counts: `(V,)` from [`count_tokens`].
+        size: `draft_vocab_size`.
+        tokens: Of the target.
+
+    Returns:
+        `(size,)` int64 target ids, ascending: `draft_to_target`.
+
+    Raises:
+        VocabularyError: The target has no `size` ids to choose from, or more ends of answers than that.
+    """
+    most = len(counts) - len(tokens.visual_ids)
+    if not max(len(tokens.end_ids), 1) <= size <= most:
+        raise VocabularyError(
+            f"a draft vocabulary of this target has {max(len(tokens.end_ids), 1)} … {most} tokens, found {size}"
+        )
+    rank = counts.clone()
+    rank[sorted(tokens.end_ids)] = torch.iinfo(torch.int64).max
+    rank[sorted(tokens.visual_ids)] = -1
+    return rank.sort(descending=True, stable=True).indices[:size].sort().values
+
+
+def coverage(counts: Tensor, draft_to_target: Tensor) -> float:
+    """Share of the counted tokens that a draft with this vocabulary can propose."""
+    return float(counts[draft_to_target].sum() / counts.sum().clamp(min=1))
+
+
+def save_vocabulary(
+    path: str | os.PathLike[str], draft_to_target: Tensor, counts: Tensor, provenance: Mapping[str, Any]
+) -> None:
+    """Writes a vocabulary as one safetensors file, by an atomic rename.
+
+    Args:
+        path: The file: `draft_to_target` `(D,)` int64 and `counts` `(D,)` int64, how often each of them was written.
+        draft_to_target: From [`choose_vocabulary`].
+        counts: `(V,)` from [`count_tokens`].
+        provenance: What else the metadata shall say: the target, the answers.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "vocab_size": len(counts),
+        "answer_tokens": int(counts.sum()),
+        "covered_tokens": int(counts[draft_to_target].sum()),
+        **provenance,
+    }
+    partial = path.with_name(path.name + ".partial")
+    tensors = {"draft_to_target": draft_to_target.contiguous(), "counts": counts[draft_to_target]}
+    save_file(tensors, partial, {name: str(value) for name, value in metadata.items()})
+    os.replace(partial, path)
+
+
+def load_vocabulary(path: str | os.PathLike[str], vocab_size: int | None = None) -> Tensor:
+    """Reads `draft_to_target` `(D,)` int64 from a file of [`save_vocabulary`].
+
+    Args:
+        path: The file.
+        vocab_size: Of the target it shall serve; by default of the one it was made for.
+
+    Raises:
+        VocabularyError: The file is no vocabulary: unreadable, of another dtype or shape, not ascending, or with ids
+            the target does not have.
+    """
+    made = "make it again with `sparrow vocab`"
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            ids = file.get_tensor("draft_to_target")
+    except (SafetensorError, OSError) as error:
+        raise VocabularyError(f"{path} cannot be read as a draft vocabulary ({error}): {made}") from error
+    if ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids):
+        raise VocabularyError(
+            f"draft_to_target in {path} must be int64 and of shape (draft_vocab_size,), found {ids.dtype} of shape "
+            f"{tuple(ids.shape)}: {made}"
+        )
+    if (ids.diff() <= 0).any():
+        raise VocabularyError(f"draft_to_target in {path} must be ascending, without repetition: {made}")
+    size = vocab_size if vocab_size is not None else int(metadata.get("vocab_size", ids[-1] + 1))
+    if ids[0] < 0 or ids[-1] >= size:
+        raise VocabularyError(
+            f"draft_to_target in {path} holds the ids {int(ids[0])} … {int(ids[-1])}, but the target has 0 … "
+            f"{size - 1}: it was made for another target"
+        )
+    return ids
