@@ -165,22 +165,34 @@ def test_answers_and_recording_from_a_list_of_prompts(models: tuple[object, ...]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     target, draft = models[1], models[3]
 
-    refused = run("regenerate", target, prompts, answers)
+    refused = run("regenerate", "--target", target, "--prompts", prompts, "--output", answers)
     assert refused.exit_code == 2 and "row 1: There is no video file" in refused.output
     shutil.rmtree(answers)
     options = ("--max-new-tokens", 8, "--on-bad-row", "skip", "--draft", draft)
-    written = run("regenerate", target, prompts, answers, *options)
+    written = run("regenerate", "--target", target, "--prompts", prompts, "--output", answers, *options)
     assert written.exit_code == 0, written.output
     assert "3 prompts; answers of up to 8 tokens take at most about" in written.output
     assert "left out row 1: " in written.output and "1 of 3 rows left out." in written.output
 
-    too_large = run("record", target, answers, recording, "--max-disk-gb", 1e-6)
+    too_large = run("record", "--target", target, "--answers", answers, "--output", recording, "--max-disk-gb", 1e-6)
     assert too_large.exit_code == 2 and "--max-disk-gb" in too_large.output
     assert not recording.exists()
-    recorded = run("record", target, answers, recording, "--feature-layers", 1, "--feature-layers", -1)
+    recorded = run(
+        "record",
+        "--target",
+        target,
+        "--answers",
+        answers,
+        "--output",
+        recording,
+        "--feature-layers",
+        1,
+        "--feature-layers",
+        -1,
+    )
     assert recorded.exit_code == 0, recorded.output
     assert "2 rows; the recording takes about" in recorded.output
     assert len(list((recording / "rows").glob("*.safetensors"))) == 2
     assert json.loads((recording / "recording.json").read_text())["text_layers"] == [1, 2]
-    missing = run("record", "nowhere", answers, recording)
+    missing = run("record", "--target", "nowhere", "--answers", answers, "--output", recording)
     assert missing.exit_code == 2 and "target 'nowhere'" in missing.output

@@ -37,7 +37,7 @@ app.command()(demo)
 app.command()(regenerate)
 app.command()(record)
 app.command(
-    # Everything goes to the parser of the training's own arguments, --help too.
+    # The parser of the training's own arguments reads them.
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )(train)
 app.command()(vocab)

@@ -44,7 +44,9 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-def load_target(target: str, processor: str | None, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
+def load_target(
+    target: str, processor: str | None, dtype: Dtype, device: str | None, revision: str | None = None
+) -> tuple[Any, Any]:
     """A target in evaluation mode and its processor, from folders or Hub ids.
 
     Args:
@@ -52,6 +54,7 @@ def load_target(target: str, processor: str | None, dtype: Dtype, device: str | 
         processor: The same of its processor, if it lies elsewhere.
         dtype: "auto" is the checkpoint's own.
         device: By default this process's GPU, else the CPU; "auto" spreads the target over all GPUs.
+        revision: Of both on the Hub.
 
     Raises:
         TargetLoadError: One of them is not there, or does not fit the device.
@@ -61,10 +64,10 @@ def load_target(target: str, processor: str | None, dtype: Dtype, device: str | 
 
     where = {"device_map": device} if device == "auto" else {}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(target, dtype=dtype.value, **where)
+        model = AutoModelForImageTextToText.from_pretrained(target, revision=revision, dtype=dtype.value, **where)
         if not where:
             model = model.to(device or PartialState().device)
-        return model.eval(), AutoProcessor.from_pretrained(processor or target)
+        return model.eval(), AutoProcessor.from_pretrained(processor or target, revision=revision)
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TargetLoadError(f"target {target!r} or its processor cannot be loaded: {reason}") from error

@@ -10,10 +10,10 @@ from .common import Dtype, OnBadRow, errors_as_sentences, load_target, report_sk
 
 
 def record(
-    target: Annotated[str, typer.Argument(help="The video LLM to draft for: folder or Hub id.")],
-    answers: Annotated[str, typer.Argument(help="Answered rows: the folder of `sparrow regenerate`, or any rows.")],
-    output: Annotated[Path, typer.Argument(help="Folder of the recording. Run again to go on where it was stopped.")],
-    split: Annotated[str, typer.Option(help="Split of ANSWERS.")] = "train",
+    target: Annotated[str, typer.Option(help="The video LLM to draft for: folder or Hub id.")],
+    answers: Annotated[str, typer.Option(help="Answered rows: the folder of `sparrow regenerate`, or any rows.")],
+    output: Annotated[Path, typer.Option(help="Folder of the recording. Run again to go on where it was stopped.")],
+    split: Annotated[str, typer.Option(help="Split of --answers.")] = "train",
     feature_layers: Annotated[
         list[int] | None, typer.Option(help="Layer that drafts read (repeat for several); −1 is the last.")
     ] = None,
@@ -26,7 +26,7 @@ def record(
     max_disk_gb: Annotated[float | None, typer.Option(min=0.0, help="Most disk to use, in GB.")] = None,
     fps: Annotated[float | None, typer.Option(min=0.01, help="Frames per second to see, at most.")] = None,
     max_frames: Annotated[int | None, typer.Option(min=1, help="Frames to see of a video, at most.")] = None,
-    processor: Annotated[str | None, typer.Option(help="Processor of TARGET, if it lies elsewhere.")] = None,
+    processor: Annotated[str | None, typer.Option(help="Processor of --target, if it lies elsewhere.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="What the target computes in.")] = Dtype.auto,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; auto spreads over all GPUs.")] = None,
     on_bad_row: Annotated[OnBadRow, typer.Option(help="Stop at a bad row, or leave it out.")] = OnBadRow.refuse,

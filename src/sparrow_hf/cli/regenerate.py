@@ -10,12 +10,12 @@ from .common import Dtype, OnBadRow, errors_as_sentences, load_target, report_sk
 
 
 def regenerate(
-    target: Annotated[str, typer.Argument(help="The video LLM that answers: folder or Hub id.")],
+    target: Annotated[str, typer.Option(help="The video LLM that answers: folder or Hub id.")],
     prompts: Annotated[
-        str, typer.Argument(help="Rows with 'messages': .jsonl, .parquet, a folder of save_to_disk, or a Hub id.")
+        str, typer.Option(help="Rows with 'messages': .jsonl, .parquet, a folder of save_to_disk, or a Hub id.")
     ],
-    output: Annotated[Path, typer.Argument(help="Folder of the answers. Run again to go on where it was stopped.")],
-    split: Annotated[str, typer.Option(help="Split of PROMPTS.")] = "train",
+    output: Annotated[Path, typer.Option(help="Folder of the answers. Run again to go on where it was stopped.")],
+    split: Annotated[str, typer.Option(help="Split of --prompts.")] = "train",
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 1024,
     do_sample: Annotated[bool, typer.Option("--do-sample", help="Sample instead of greedy text.")] = False,
     temperature: Annotated[float, typer.Option(min=0.01, help="With --do-sample.")] = 1.0,
@@ -26,7 +26,7 @@ def regenerate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 1,
     shard_size: Annotated[int, typer.Option(min=1, help="Answers per file; a stop loses at most one file.")] = 64,
     draft: Annotated[str | None, typer.Option(help="A draft of the target, to write faster.")] = None,
-    processor: Annotated[str | None, typer.Option(help="Processor of TARGET, if it lies elsewhere.")] = None,
+    processor: Annotated[str | None, typer.Option(help="Processor of --target, if it lies elsewhere.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="What the target computes in.")] = Dtype.auto,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; auto spreads over all GPUs.")] = None,
     on_bad_row: Annotated[OnBadRow, typer.Option(help="Stop at a bad row, or leave it out.")] = OnBadRow.refuse,

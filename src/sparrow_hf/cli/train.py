@@ -39,7 +39,7 @@ def train(context: typer.Context) -> None:
                 f"--target-dtype must be one of {', '.join(Dtype.__members__)}, found {options.target_dtype!r}"
             )
         target, processor = load_target(
-            options.target, None, Dtype(options.target_dtype), options.device_map, options.target_revision
+            options.target, None, Dtype(options.target_dtype), options.device, options.target_revision
         )
         launch = prepare(options, arguments, target, processor)
         trainer = launch.trainer

@@ -45,8 +45,8 @@ class TrainingOptions:
 
     target_revision: str | None = field(default=None, metadata={"help": "Revision of the target on the Hub."})
     target_dtype: str = field(default="auto", metadata={"help": "Dtype of the target: auto, bfloat16, float32, …"})
-    device_map: str | None = field(
-        default=None, metadata={"help": "How accelerate spreads the target over devices: auto, balanced, …"}
+    device: str | None = field(
+        default=None, metadata={"help": "Where the target runs: cpu, cuda:1, …; auto spreads it over all GPUs."}
     )
     draft_dtype: str = field(default="float32", metadata={"help": "Dtype the draft is trained in."})
 
