@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .convert import convert
 from .demo import demo
 
 app = typer.Typer(
@@ -30,3 +31,4 @@ def main(
 
 
 app.command()(demo)
+app.command()(convert)
