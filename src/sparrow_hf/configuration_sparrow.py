@@ -72,6 +72,8 @@ class SparrowDraftConfig(PreTrainedConfig):
             a chain of `num_draft_levels` tokens. Without `num_tree_nodes`, one root plus a beam per level.
         draft_vocab_size (`int`, *optional*): The draft proposes only so many tokens of the target's vocabulary; which
             ones, `SparrowDraftModel.draft_to_target` says. `None`: all. `vocab_size` stays the target's.
+        tensors_sha256 (`str`, *optional*): Digest of the tensors saved beside this file, checked when they are loaded.
+            Set in files only: a model in memory may change.
 
     Raises:
         DraftConfigError: A field is out of range or two fields contradict each other.
@@ -124,6 +126,8 @@ class SparrowDraftConfig(PreTrainedConfig):
     beam_width: int = 1
     draft_vocab_size: int | None = None
 
+    tensors_sha256: str | None = None
+
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -160,8 +164,10 @@ class SparrowDraftConfig(PreTrainedConfig):
         rope = {key: value for key, value in (text.rope_parameters or {}).items() if not key.startswith("mrope")}
         if rope.get("rope_type") == "mrope":
             rope["rope_type"] = "default"
+        name = _published_name(target_config)
         fields: dict[str, Any] = {
-            "target_name_or_path": _published_name(target_config),
+            "target_name_or_path": name,
+            "target_revision": None if name is None else getattr(target_config, "_commit_hash", None),
             "target_model_type": target_config.model_type,
             "target_num_hidden_layers": text.num_hidden_layers,
             "visual_token_ids": visual_token_ids(target_config),
@@ -172,7 +178,7 @@ class SparrowDraftConfig(PreTrainedConfig):
             "mlp_bias": getattr(text, "mlp_bias", False),
             "head_dim": getattr(text, "head_dim", None),
         }
-        for name in (
+        for field in (
             "vocab_size",
             "hidden_size",
             "intermediate_size",
@@ -183,10 +189,10 @@ class SparrowDraftConfig(PreTrainedConfig):
             "initializer_range",
             "rms_norm_eps",
         ):
-            fields[name] = getattr(text, name)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            fields[field] = getattr(text, field)
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             # `pipeline(assistant_model=)` compares these three with the target's text configuration.
-            fields[name] = getattr(text, name, None)
+            fields[field] = getattr(text, field, None)
         return cls(**(fields | overrides))
 
     def set_tree_shape(self, shape: TreeShape | tuple[int, int, int] | str) -> None:

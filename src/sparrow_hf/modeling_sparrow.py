@@ -1,9 +1,13 @@
 """`SparrowDraftModel`: fuse, decoder layer, head. No decoding loop and no target code live here."""
 
+import os
+import tempfile
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
@@ -12,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from . import hub
 from .configuration_sparrow import SparrowDraftConfig
 from .errors import BindingError, DraftConfigError, DraftLoadError
 
@@ -20,6 +25,9 @@ if TYPE_CHECKING:
     from .targets import TargetView
 
 _BLOCKS = {"qwen2": Qwen2DecoderLayer, "qwen3": Qwen3DecoderLayer, "llama": LlamaDecoderLayer}
+
+#: Arguments of `from_pretrained` that say where files come from.
+_HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class SparrowDraftModel(PreTrainedModel):
@@ -31,6 +39,9 @@ class SparrowDraftModel(PreTrainedModel):
 
     Use it as `target.generate(**inputs, assistant_model=draft)`; `draft.last_generation` then holds the
     [`GenerationStats`] of this thread's last call.
+
+    `draft.provenance` is what is known of its making; it is saved beside the weights as `PROVENANCE.json` and shown on
+    the model card (see [`~hub.model_card`] for the names the card knows), and comes back when they are loaded.
     """
 
     config_class = SparrowDraftConfig
@@ -57,6 +68,7 @@ class SparrowDraftModel(PreTrainedModel):
         self.draft_to_target: Tensor | None
         size = config.draft_vocab_size
         self.register_buffer("draft_to_target", None if size is None else torch.arange(size))
+        self.provenance: dict[str, Any] = {}
         self._set_unregistered(None)
         self.post_init()
 
@@ -76,6 +88,7 @@ class SparrowDraftModel(PreTrainedModel):
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparrowDraftModel":
         twin = type(self)(self.config.__class__.from_dict(self.config.to_dict()))
         twin.load_state_dict(self.state_dict())
+        twin.provenance = dict(self.provenance)
         twin.to(device=self.device, dtype=self.dtype).train(self.training)
         memo[id(self)] = twin
         return twin
@@ -133,7 +146,75 @@ class SparrowDraftModel(PreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    # -- loading ------------------------------------------------------------------------------------------------------
+    # -- saving and loading ------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers, with a digest of the tensors in `config.json`, `PROVENANCE.json` and a model card.
+
+        A `README.md` that somebody wrote or changed by hand is left alone.
+
+        Args:
+            push_to_hub: Upload what was saved, see [`~SparrowDraftModel.push_to_hub`]; its arguments, `repo_id` among
+                them (by default the folder's name), are then taken here too.
+        """
+        options = {}
+        if push_to_hub:
+            names = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+            options = {name: kwargs.pop(name) for name in names if name in kwargs}
+        self.config.tensors_sha256 = hub.tensor_digest(self.state_dict() if state_dict is None else state_dict)
+        try:
+            super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        finally:
+            self.config.tensors_sha256 = None
+        if is_main_process:
+            hub.write_companions(Path(save_directory), self.config, self.provenance)
+        if push_to_hub and is_main_process:
+            self.push_to_hub(options.pop("repo_id", Path(save_directory).name), **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload a Sparrow draft",
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Uploads configuration, weights, provenance and model card, and makes the repository if there is none.
+
+        A card that somebody wrote on the Hub is left alone.
+
+        Args:
+            repo_id: `"me/my-draft"`.
+            revision: Branch to commit to, made if there is none; by default the main one.
+
+        Returns:
+            Address of the commit.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            if api.file_exists(repo_id, hub.CARD_FILE, revision=revision):
+                published = Path(api.hf_hub_download(repo_id, hub.CARD_FILE, revision=revision))
+                (Path(folder) / hub.CARD_FILE).write_text(published.read_text())
+            self.save_pretrained(folder)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            ).commit_url
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -142,8 +223,8 @@ class SparrowDraftModel(PreTrainedModel):
         transformers would fill missing tensors at random and only log it; the draft would then quietly accept nothing.
 
         Raises:
-            DraftLoadError: Tensors are missing, unexpected or of another shape, or the file is not readable
-                safetensors. Pickled weights (`.bin`) are never read.
+            DraftLoadError: Tensors are missing, unexpected or of another shape, their bytes are not those that were
+                saved, or the file is not readable safetensors. Pickled weights (`.bin`) are never read.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
@@ -161,6 +242,13 @@ class SparrowDraftModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} does not hold the tensors of a {cls.__name__} with this "
                 f"configuration: {'; '.join(f'{kind}: {names}' for kind, names in wrong.items() if names)}"
             )
+        if pretrained_model_name_or_path is not None:
+            options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            if draft.config.tensors_sha256 is not None:
+                files = hub.find_weights(pretrained_model_name_or_path, kwargs.get("variant"), **options)
+                hub.check_digest(files, draft.config.tensors_sha256)
+                draft.config.tensors_sha256 = None
+            draft.provenance = hub.read_provenance(pretrained_model_name_or_path, **options)
         return (draft, info) if wants_info else draft
 
     # -- what it borrows ---------------------------------------------------------------------------------------------

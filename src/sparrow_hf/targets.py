@@ -116,12 +116,17 @@ def bind(config: SparrowDraftConfig, target: PreTrainedModel) -> TargetView:
             f"{config.target_name_or_path or 'unnamed'}): {'; '.join(wrong)}. Use the draft of "
             f"{view.model.config._name_or_path or view.model.config.model_type}, or train one."
         )
-    name = view.model.config._name_or_path
-    if config.target_name_or_path and name and name != config.target_name_or_path:
+    known = (config.target_name_or_path, config.target_revision)
+    given = (view.model.config._name_or_path, getattr(view.model.config, "_commit_hash", None))
+    if any(ours and theirs and ours != theirs for ours, theirs in zip(known, given, strict=True)):
         warnings.warn(
-            f"the draft was trained for {config.target_name_or_path!r} and is used with {name!r}: the output stays "
-            "the target's own, the acceptance may be lower",
+            f"the draft was trained for {_said(*known)} and is used with {_said(*given)}: the output stays the "
+            "target's own, the acceptance may be lower",
             stacklevel=4,
         )
     install_hooks(view.layers, view.norm, {*config.feature_layer_ids, int(config.visual_bridge_layer or 0)})
     return view
+
+
+def _said(name: str | None, revision: str | None) -> str:
+    return f"{name!r} at revision {revision}" if revision else f"{name!r}"

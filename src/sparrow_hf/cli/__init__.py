@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .convert import convert
 from .demo import demo
 from .record import record
 from .regenerate import regenerate
@@ -41,3 +42,4 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )(train)
 app.command()(vocab)
+app.command()(convert)

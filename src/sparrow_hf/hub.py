@@ -1,0 +1,211 @@
+"""What lies beside a draft's weights: the digest of its tensors, its provenance, its model card; and finding files."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .configuration_sparrow import SparrowDraftConfig
+from .errors import DraftLoadError
+
+PROVENANCE_FILE = "PROVENANCE.json"
+CARD_FILE = "README.md"
+
+#: A card with this line is ours to write again; without it, it is the user's and stays as it is.
+CARD_MARK = "<!-- Written by sparrow-hf when the draft is saved. Delete this line to keep a card of your own. -->"
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def find_file(source: str | Path, name: str, **hub_options: Any) -> Path | None:
+    """Where the file `name` of a folder or a Hub repository lies on this machine, downloaded if it must be.
+
+    Args:
+        hub_options: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, … of
+            [`~transformers.utils.cached_file`].
+
+    Returns:
+        Its path, or `None` if the folder or repository has no such file.
+
+    Raises:
+        OSError: There is no such repository, or the Hub cannot be reached.
+    """
+    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_options)
+    return None if path is None else Path(path)
+
+
+def find_weights(source: str | Path, variant: str | None = None, **hub_options: Any) -> list[Path]:
+    """The safetensors files of a model: one, the shards its index names, or none."""
+
+    def named(name: str) -> str:
+        return name.replace("model.safetensors", f"model.{variant}.safetensors") if variant else name
+
+    single = find_file(source, named(SAFE_WEIGHTS_NAME), **hub_options)
+    if single is not None:
+        return [single]
+    index = find_file(source, named(SAFE_WEIGHTS_INDEX_NAME), **hub_options)
+    if index is None:
+        return []
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    found = {shard: find_file(source, shard, **hub_options) for shard in shards}
+    return [path for path in found.values() if path is not None]
+
+
+# -- digest -----------------------------------------------------------------------------------------------------------
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_digest(files: Iterable[Path], expected: str) -> None:
+    """Compares the tensors stored in `files` with the digest that was written when they were saved.
+
+    Raises:
+        DraftLoadError: They differ.
+    """
+    tensors = {}
+    for path in files:
+        with safe_open(path, framework="pt") as stored:
+            tensors |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+    found = tensor_digest(tensors)
+    if found != expected:
+        raise DraftLoadError(
+            f"the tensors in {', '.join(map(str, files))} are not those that were saved: their digest is {found}, "
+            f"config.json says {expected}. Get the files again; if you changed the tensors yourself, remove "
+            "tensors_sha256 from config.json"
+        )
+
+
+# -- provenance and card ----------------------------------------------------------------------------------------------
+
+
+def read_provenance(source: str | Path, **hub_options: Any) -> dict[str, Any]:
+    """`PROVENANCE.json` of a saved draft, or `{}` if there is none or the Hub cannot be asked.
+
+    Raises:
+        DraftLoadError: The file is not a JSON object.
+    """
+    path = find_file(source, PROVENANCE_FILE, _raise_exceptions_for_connection_errors=False, **hub_options)
+    if path is None:
+        return {}
+    try:
+        provenance = json.loads(path.read_text())
+    except ValueError as error:
+        raise DraftLoadError(f"{path} is not JSON ({error}): get it again, or remove it") from error
+    if not isinstance(provenance, dict):
+        raise DraftLoadError(f"{path} must hold a JSON object, found a {type(provenance).__name__}: remove it")
+    return provenance
+
+
+def write_companions(folder: Path, config: SparrowDraftConfig, provenance: Mapping[str, Any]) -> None:
+    """Writes `PROVENANCE.json`, and `README.md` unless the one that is there is the user's own."""
+    from . import __version__
+
+    versions = {"sparrow_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    target = {"target": config.target_name_or_path, "target_revision": config.target_revision}
+    facts = {**provenance, **target, "saved_with": versions}
+    (folder / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+    card = folder / CARD_FILE
+    if not card.exists() or CARD_MARK in card.read_text():
+        card.write_text(str(model_card(config, provenance)))
+
+
+def model_card(config: SparrowDraftConfig, provenance: Mapping[str, Any]) -> ModelCard:
+    """The card of a draft.
+
+    Args:
+        config: The draft's.
+        provenance: What is known of its making. The card shows `license` (an identifier of the Hub), `datasets`
+            (their ids), `data` (a sentence), `recipe` (name → value), `command`, and `acceptance` (rows of a table:
+            mappings with the same keys); all are optional.
+    """
+    target = config.target_name_or_path
+    data = ModelCardData(
+        base_model=target,
+        # Of the four relations the Hub knows, the one of weights that only run attached to an unchanged base model.
+        base_model_relation=None if target is None else "adapter",
+        datasets=provenance.get("datasets"),
+        license=provenance.get("license"),
+        library_name="sparrow-hf",
+        pipeline_tag="video-text-to-text",
+        tags=["speculative-decoding", "sparrow"],
+    )
+    name = target or f"a {config.target_model_type} target"
+    sections = [
+        f"# Sparrow draft for {name}",
+        f"A draft for lossless speculative decoding of {name} on videos: {config.num_hidden_layers} decoder layer(s) "
+        f"of the {config.block_type} kind over the hidden states of the target's text tokens. The generated text is "
+        "the target's own; the draft makes it arrive sooner. It holds neither embedding nor head and runs only with "
+        "its target.",
+        _usage(target),
+        _making(provenance),
+        _acceptance(provenance.get("acceptance")),
+        _limits(config),
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{CARD_MARK}\n\n" + "\n\n".join(filter(None, sections)) + "\n")
+
+
+def _usage(target: str | None) -> str:
+    return f"""## Use
+
+```python
+from sparrow_hf import SparrowDraftModel
+from transformers import AutoModelForImageTextToText
+
+target = AutoModelForImageTextToText.from_pretrained("{target or "the target"}")
+draft = SparrowDraftModel.from_pretrained("this repository")
+output = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)
+print(draft.last_generation)
+```"""
+
+
+def _making(provenance: Mapping[str, Any]) -> str:
+    lines = []
+    if "data" in provenance:
+        lines.append(str(provenance["data"]))
+    if "command" in provenance:
+        lines.append(f"```\n{provenance['command']}\n```")
+    if provenance.get("recipe"):
+        rows = [{"setting": f"`{key}`", "value": value} for key, value in provenance["recipe"].items()]
+        lines.append(_table(rows))
+    if not lines:
+        lines.append("How it was trained was not recorded.")
+    return "\n\n".join(["## Training", *lines, f"Everything known is in [{PROVENANCE_FILE}]({PROVENANCE_FILE})."])
+
+
+def _acceptance(rows: list[Mapping[str, Any]] | None) -> str:
+    if not rows:
+        return "## Acceptance\n\nNot measured."
+    return "## Acceptance\n\n" + _table(rows)
+
+
+def _limits(config: SparrowDraftConfig) -> str:
+    layers, hidden, vocabulary = config.target_num_hidden_layers, config.hidden_size, config.vocab_size
+    return f"""## Limits
+
+* Made for targets of {layers} layers, hidden size {hidden} and a vocabulary of {vocabulary}; others are refused.
+* A fine-tune of the target works, with fewer accepted tokens.
+* One sequence per call; no beam search.
+* How much time it saves depends on the target, the videos, the hardware and the length of the answers: measure it."""
+
+
+def _table(rows: list[Mapping[str, Any]]) -> str:
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
