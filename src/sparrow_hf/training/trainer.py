@@ -155,7 +155,7 @@ class SparrowTrainer(Trainer):
         training = model.training
         self._report_skipped(inputs.get("skipped", []))
         if not inputs["samples"]:
-            return self._no_loss(return_outputs)
+            return self._no_loss(model, return_outputs)
         batch = self.make_batch(inputs["samples"], training=training)
         # Evaluation asks what decoding would accept, whatever the training recipe was.
         exact = self.args.mtp_attention == "exact" or not training
@@ -194,9 +194,12 @@ class SparrowTrainer(Trainer):
                 self.skipped_rows.add(row)
                 logger.warning("left out %s (%d rows so far)", row[1], len(self.skipped_rows))
 
-    def _no_loss(self, return_outputs: bool) -> Any:
+    def _no_loss(self, model: nn.Module, return_outputs: bool) -> Any:
         """What a batch of nothing but skipped rows adds: zero, with zero gradients that other processes wait for."""
-        loss = sum(parameter.sum() for parameter in self.draft.parameters()) * 0.0
+        row = torch.zeros((1, 1, self.draft.config.hidden_size), dtype=self.draft.dtype, device=self.args.device)
+        position = torch.zeros((1, 1), dtype=torch.long, device=self.args.device)
+        everything = [model(row, position).last_hidden_state, *self.draft.parameters()]
+        loss = sum(part.sum() for part in everything) * 0.0
         counts = torch.zeros((1, 3 * self.draft.config.num_draft_levels + 1), device=self.args.device)
         return (loss, counts) if return_outputs else loss
 

@@ -1,0 +1,177 @@
+"""A user's road, by the command line only: prompts about videos → answers → recording → draft → generate."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, TrainerCallback
+from typer.testing import CliRunner, Result
+
+from sparrow_hf.cli import app
+from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
+from sparrow_hf.testbed.nano import build_processor, build_target, load_target
+from sparrow_hf.training import SparrowTrainer
+from sparrow_hf.video import prepare_inputs
+
+TRAINING = (
+    "--use-cpu",
+    "--report-to",
+    "none",
+    "--disable-tqdm",
+    "true",
+    "--max-steps",
+    4,
+    "--learning-rate",
+    1e-2,
+    "--logging-steps",
+    1,
+)
+SMALL = ("--num-mtp-steps", 2, "--num-draft-levels", 3, "--num-glimpse-tokens", 4)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def succeed(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a target, videos, prompts, and what `regenerate`, `vocab` and `record` made of them."""
+    folder = tmp_path_factory.mktemp("road")
+    processor = build_processor()
+    target = build_target(processor.tokenizer, num_hidden_layers=2)
+    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
+    target.save_pretrained(folder / "target")
+    processor.save_pretrained(folder / "target")
+    for split, numbers in (("prompts", range(4)), ("held_out", range(4, 6))):
+        rows = []
+        for number in numbers:
+            path = folder / "my_videos" / f"{number}.mp4"
+            clip = make_clip(path, EVALUATION_SEEDS[number], visual_tokens=24)
+            messages = clip.messages
+            messages[0]["content"][0]["video"] = f"my_videos/{number}.mp4"
+            rows.append({"messages": messages})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = ("--prompts", folder / f"{split}.jsonl", "--output", folder / f"{split}_answers")
+        succeed("regenerate", "--target", folder / "target", *options, "--max-new-tokens", 12)
+    answers = folder / "prompts_answers"
+    succeed("vocab", "--target", folder / "target", "--answers", answers, "--output", folder, "--size", 40)
+    succeed("record", "--target", folder / "target", "--answers", answers, "--output", folder / "recording")
+    return folder
+
+
+def train(road: Path, output: Path, *options: object, rows: str = "prompts_answers") -> Result:
+    return run("train", "--target", road / "target", "--train", road / rows, "--output", output, *TRAINING, *options)
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_from_videos_to_generate(road: Path, tmp_path: Path) -> None:
+    held_out = ("--held-out", road / "held_out_answers", "--vocabulary", road / "vocabulary.safetensors")
+    result = train(road, tmp_path / "draft", *SMALL, *held_out, "--save-steps", 2)
+    assert result.exit_code == 0, result.output
+    state = json.loads((tmp_path / "draft" / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())
+    logged = {name for entry in state["log_history"] for name in entry}
+    assert {"loss", "eval_tau", "eval_decoded_tau", "eval_identical"} <= logged
+    assert all(entry.get("eval_identical", 1.0) == 1.0 for entry in state["log_history"])
+
+    target, processor = load_target(road / "target")
+    draft = AutoModel.from_pretrained(tmp_path / "draft")
+    assert draft.config.draft_vocab_size == 40 and draft.config.num_mtp_steps == 2
+    clip = make_clip(tmp_path / "new.mp4", EVALUATION_SEEDS[9], visual_tokens=24)
+    inputs = prepare_inputs(processor, clip.messages)
+    plain = target.generate(**inputs, max_new_tokens=12)
+    assert torch.equal(target.generate(**inputs, max_new_tokens=12, assistant_model=draft), plain)
+    assert draft.last_generation.rounds > 0
+
+
+def test_a_recording_trains_the_same_draft(road: Path, tmp_path: Path) -> None:
+    online = train(road, tmp_path / "online", *SMALL)
+    recorded = train(road, tmp_path / "recorded", *SMALL, rows="recording")
+    assert online.exit_code == recorded.exit_code == 0, online.output + recorded.output
+    assert_same(weights(tmp_path / "online"), weights(tmp_path / "recorded"))
+
+
+class _PowerCut(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_resume_overwrites_nothing_and_ends_the_same(
+    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*SMALL, "--save-steps", 2)
+    assert train(road, tmp_path / "whole", *options).exit_code == 0
+    make = SparrowTrainer.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(SparrowTrainer, "__init__", lambda self, *args, **kwargs: (
+            make(self, *args, **kwargs), self.add_callback(_PowerCut()))[0])  # fmt: skip
+        stopped = train(road, tmp_path / "cut", *options)
+    assert stopped.exit_code == 130 and "Stopped." in stopped.output
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    refused = train(road, tmp_path / "cut", *options)
+    assert refused.exit_code == 2 and "--resume" in refused.output
+    resumed = train(road, tmp_path / "cut", *options, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert_same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    finished = train(road, tmp_path / "whole", *options)
+    assert finished.exit_code == 2
+    nothing = train(road, tmp_path / "none", *options, "--resume")
+    assert nothing.exit_code == 2 and "no checkpoint" in nothing.output
+
+
+def test_warm_start_and_lora(road: Path, tmp_path: Path) -> None:
+    assert train(road, tmp_path / "first", *SMALL).exit_code == 0
+    warm = train(road, tmp_path / "warm", "--warm-start", tmp_path / "first", "--learning-rate", 0.0)
+    assert warm.exit_code == 0, warm.output
+    assert_same(weights(tmp_path / "warm"), weights(tmp_path / "first"))
+    lora = train(road, tmp_path / "lora", "--warm-start", tmp_path / "first", "--lora", 4)
+    assert lora.exit_code == 0, lora.output
+    first, adapted = weights(tmp_path / "first"), weights(tmp_path / "lora")
+    assert first.keys() == adapted.keys()
+    changed = {name for name in first if not torch.equal(first[name], adapted[name])}
+    assert "fc.weight" in changed and not any("norm" in name for name in changed)
+
+
+def test_looking_before_it_starts(road: Path, tmp_path: Path) -> None:
+    shown = train(road, tmp_path / "draft", *SMALL, "--inspect", 1)
+    assert shown.exit_code == 0, shown.output
+    assert "visual runs: 24 from token" in shown.output and "11 with a loss in the first pass" in shown.output
+    cost = train(road, tmp_path / "draft", *SMALL, "--dry-run")
+    assert cost.exit_code == 0, cost.output
+    assert "4 training rows really taken" in cost.output
+    assert not (tmp_path / "draft" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--held-out", "prompts.jsonl"), "held-out"),
+        (("--inspect", 99), "no such row"),
+        (("--vocabulary", "prompts.jsonl"), "sparrow vocab"),
+        (("--draft-dtype", "int8"), "draft-dtype"),
+        (("--target-dtype", "float8"), "target-dtype"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(road: Path, tmp_path: Path, options: Any, sentence: str) -> None:
+    name, value = options
+    result = train(road, tmp_path / "draft", name, road / value if str(value).endswith("jsonl") else value)
+    assert result.exit_code == 2, result.output
+    assert sentence in result.output and "Traceback" not in result.output
