@@ -157,7 +157,7 @@ def read_image(source: Any) -> Any:
         return source
     name = f"An image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     if is_url(source):
-        source = _download(source, ImageError)
+        source = _download(str(source), ImageError)
     elif isinstance(source, str) and not Path(source).is_file():
         raise ImageError(f"There is no image file at {source}. Check the path.")
     try:

@@ -1,6 +1,9 @@
 """A tiny random target, greedy answers of its own, and drafts for it."""
 
+import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +26,27 @@ def greedy(length: int) -> dict[str, Any]:
         "min_new_tokens": length,
         "suppress_tokens": suppressed,
     }
+
+
+def die(run: Callable[[], Any]) -> None:
+    """Runs something that kills its process, in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def kill_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Path below `folder` → content, for every file in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="session")

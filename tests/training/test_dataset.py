@@ -199,7 +199,8 @@ def test_skipped_rows_are_reported_and_never_trained_on(tmp_path, target, make_d
         trainer.train()
         return trainer
 
-    bad = [{"messages": [], "row_index": index} for index in range(2)]
+    length = samples[0]["input_ids"].shape[1]
+    bad = [samples[0] | {"answer_start": length - 1, "row_index": index} for index in range(2)]
     with pytest.raises(TrainingDataError, match="row [01]: "):
         train([*samples[:2], *bad])
     trainer = train([*samples[:2], *bad], on_bad_row="skip")

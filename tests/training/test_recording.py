@@ -1,13 +1,11 @@
 """Recordings: the same training to the last bit, the same files after a kill, never more disk than allowed."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from conftest import die, files_of, kill_this_process
 from safetensors.torch import load_file, save_file
 
 from sparrow_hf.errors import DiskBudgetError, TrainingDataError
@@ -29,10 +27,6 @@ def train(folder, draft, target, rows, **settings):
     )  # fmt: skip
     SparrowTrainer(draft, target, args, train_dataset=rows).train()
     return draft.state_dict()
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -108,11 +102,14 @@ def test_disk_space_is_not_exceeded(tmp_path, make_draft, samples):
 
 
 def test_bad_rows_are_left_out_by_index(tmp_path, make_draft, samples):
-    rows = [samples[0], {"messages": []}, samples[1]]
+    rows = [samples[0], samples[0] | {"answer_start": 10**6}, samples[1]]
     with pytest.raises(TrainingDataError, match="row 1: "):
         record(make_draft(), rows, tmp_path / "a", SparrowDataCollator())
     skipped = record(make_draft(), rows, tmp_path / "b", SparrowDataCollator(on_bad_row="skip"))
     assert list(skipped) == [1]
+    with pytest.raises(TrainingDataError, match="row 0: .* need the target's processor"):
+        record(make_draft(), [{"messages": []}], tmp_path / "c", SparrowDataCollator(on_bad_row="skip"))
+    assert [RecordedDataset(tmp_path / "b", make_draft()).answer_length(index) for index in range(2)] == [7, 12]
     assert [path.name for path in RecordedDataset(tmp_path / "b", make_draft()).paths] == [
         "row-000000.safetensors",
         "row-000002.safetensors",
@@ -186,40 +183,24 @@ def test_visual_rows_of_speculators_files_are_bridge_rows(tmp_path, make_draft, 
     assert torch.equal(row["last_states"], norm(states[~is_visual][:-2, 1]).detach())
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = {path!r}
-import torch
-from sparrow_hf import SparrowDraftModel
-from sparrow_hf.training import SparrowDataCollator, append_answer, recording
-from families import FAMILY_BY_NAME
-torch.set_num_threads(1)
-family = FAMILY_BY_NAME["qwen2_5_vl"]
-target = family.build_target()
-samples = [
-    append_answer(family.build_inputs(target, num_frames=4, seed=seed), [20, 21, 22]) for seed in range(4)
-]
-folder, kill_at = sys.argv[1], int(sys.argv[2])
-save = recording.save_file
-def save_and_die(tensors, path):
-    save(tensors, path)
-    if "row-00000%d" % kill_at in str(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-recording.save_file = save_and_die
-recording.record(SparrowDraftModel.from_target(target), samples, folder, SparrowDataCollator())
-"""
+def test_a_killed_recording_goes_on_and_ends_the_same(tmp_path, make_draft, samples, monkeypatch):
+    def run(name):
+        record(make_draft(), samples, tmp_path / name, SparrowDataCollator())
 
+    save = recording.save_file
 
-def test_a_killed_recording_goes_on_and_ends_the_same(tmp_path, monkeypatch):
-    script = KILLED.format(path=[*sys.path])
-    command = [sys.executable, "-c", script, str(tmp_path / "killed"), "2"]
-    assert subprocess.run(command, capture_output=True).returncode == -9
-    rows = tmp_path / "killed" / "rows"
-    assert len(list(rows.glob("*.safetensors"))) == 2 and len(list(rows.glob("*.partial"))) == 1
-    for name in ("killed", "whole"):
-        monkeypatch.setattr(sys, "argv", ["", str(tmp_path / name), "9"])
-        with monkeypatch.context() as patch:
-            patch.setattr(recording, "save_file", recording.save_file)
-            exec(compile(script, "killed", "exec"), {})
+    def save_and_die(tensors, path):
+        save(tensors, path)
+        if "row-000002" in path.name:
+            kill_this_process()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "save_file", save_and_die)
+        die(lambda: run("killed"))
+    names = sorted(path.name for path in (tmp_path / "killed" / "rows").iterdir())
+    assert names[:2] == ["row-000000.safetensors", "row-000001.safetensors"]
+    assert len(names) == 3 and names[2].endswith(".partial")
+    run("killed")
+    run("whole")
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
     assert len(files_of(tmp_path / "whole")) == 5

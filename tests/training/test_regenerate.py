@@ -4,10 +4,12 @@ import contextlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import die, files_of, kill_this_process
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import TrainingDataError
@@ -106,10 +108,6 @@ def test_answers_may_be_text_or_the_last_turn(processor):
         collate([{"messages": turns[:1]}])
 
 
-def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_what_is_stored_can_be_read_again_from_anywhere(tmp_path, nano, processor, rows, monkeypatch):
     clip = rows[0]["messages"][0]["content"][0]["video"]
     question = {"type": "text", "text": "what ?"}
@@ -174,61 +172,48 @@ def test_the_estimate_bounds_what_is_written(tmp_path, nano, processor, rows):
     assert 0.5 * written < estimate_answer_bytes(rows, 6) < 2 * written
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = {path!r}
-from pathlib import Path
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, nano, processor, rows, monkeypatch):
+    def run(name):
+        regenerate(nano, processor, rows, tmp_path / name, shard_size=2, **SETTINGS)
+
+    write = Path.write_text
+
+    def write_half_and_die(path, text):
+        if "00001" not in path.name:
+            return write(path, text)
+        write(path, text[: len(text) // 2])
+        kill_this_process()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_half_and_die)
+        die(lambda: run("killed"))
+    names = [path.name for path in (tmp_path / "killed").iterdir()]
+    assert "answers-00000.jsonl" in names and any("00001" in name and name.endswith(".partial") for name in names)
+    run("killed")
+    run("whole")
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    assert len(files_of(tmp_path / "whole")) == 4
+
+
+REGENERATE = """
+import sys
 from sparrow_hf.testbed.nano import build_processor, build_target
-from sparrow_hf.training import regenerate as regenerating
+from sparrow_hf.training.regenerate import regenerate
 processor = build_processor()
 target = build_target(processor.tokenizer, num_hidden_layers=2)
 target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
 rows = [dict(messages=[dict(role="user", content="a dot ? " * (1 + index))]) for index in range(5)]
-folder, kill_at = sys.argv[1:]
-write = Path.write_text
-def write_and_die(path, text):
-    write(path, text[: len(text) // 2] if kill_at in path.name else text)
-    if kill_at in path.name:
-        os.kill(os.getpid(), signal.SIGKILL)
-Path.write_text = write_and_die
-try:
-    regenerating.regenerate(
-        target, processor, rows, folder, shard_size=2, do_sample=True, max_new_tokens=8, min_new_tokens=3
-    )
-finally:
-    Path.write_text = write
+regenerate(target, processor, rows, sys.argv[1], shard_size=2, do_sample=True, max_new_tokens=8, min_new_tokens=3)
 """
-
-
-def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, monkeypatch):
-    script = KILLED.format(path=[*sys.path])
-    command = [sys.executable, "-c", script, str(tmp_path / "killed"), "00001"]
-    assert subprocess.run(command, capture_output=True).returncode == -9
-    names = [path.name for path in (tmp_path / "killed").iterdir()]
-    assert "answers-00000.jsonl" in names and any("00001" in name and name.endswith(".partial") for name in names)
-    for name in ("killed", "whole"):
-        monkeypatch.setattr(sys, "argv", ["", str(tmp_path / name), "never"])
-        exec(compile(script, "killed", "exec"), {})
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
-    assert len(files_of(tmp_path / "whole")) == 4
 
 
 @pytest.mark.full
 def test_two_processes_of_accelerate_write_what_one_does(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(KILLED.format(path=[*sys.path]))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    for count in (1, 2):
-        command = [*launch, "--num_processes", str(count), str(script), str(tmp_path / str(count)), "never"]
+    script.write_text(REGENERATE)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    for count in ("1", "2"):
+        command = [*launch, "--mixed_precision", "no", "--num_processes", count, str(script), str(tmp_path / count)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2")

@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "clips": [min(TRAIN_SEEDS[-options.clips :]), options.clips],
-        "answer_tokens": sum(len(row["input_ids"]) - row["answer_start"] for row in rows),
+        "answer_tokens": sum(rows.answer_length(index) for index in range(len(rows))),
         "draft": {name: getattr(trainer.draft.config, name) for name in DRAFT},
         "recipe": RECIPE
         | used.loss_weights

@@ -175,7 +175,8 @@ class SparrowDataCollator:
         self.processor = processor
         self.visual_token_ids = list(visual_token_ids or [])
         self.on_bad_row = on_bad_row
-        self.sampling = {"fps": fps, "max_frames": max_frames}
+        self.fps = fps
+        self.max_frames = max_frames
 
     def __call__(self, rows: Sequence[Mapping[str, Any] | TrainingStates]) -> dict[str, list[Any]]:
         samples, skipped = [], []
@@ -183,10 +184,15 @@ class SparrowDataCollator:
             try:
                 samples.append(self.prepare(row))
             except TrainingDataError as error:
-                if self.on_bad_row == "refuse":
+                if not self.may_skip(row):
                     raise
                 skipped.append((row_index(row), str(error)))
         return {"samples": samples, "skipped": skipped}
+
+    def may_skip(self, row: Mapping[str, Any] | TrainingStates) -> bool:
+        """Whether `row`, found bad, is left out. Without a processor no conversation is bad: the collator is."""
+        can_judge = self.processor is not None or isinstance(row, TrainingStates) or "messages" not in row
+        return self.on_bad_row == "skip" and can_judge
 
     def prepare(self, row: Mapping[str, Any] | TrainingStates) -> dict[str, Any]:
         """The sample of one row.
@@ -229,7 +235,7 @@ class SparrowDataCollator:
         if answer_ids is None:
             tokenizer = self.processor.tokenizer
             answer_ids = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
-        return append_answer(prepare_prompt(self.processor, row, messages, **self.sampling), answer_ids)
+        return append_answer(prepare_prompt(self.processor, row, messages, self.fps, self.max_frames), answer_ids)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
@@ -53,6 +53,14 @@ class StreamedRows(IterableDataset):
 
 def _placed(row: Mapping[str, Any], index: int, folder: Path | None) -> dict[str, Any]:
     return dict(row) | {ROW_INDEX: index, ROW_FOLDER: None if folder is None else str(folder)}
+
+
+@overload
+def load_rows(source: str | os.PathLike[str], split: str = ..., streaming: Literal[False] = ...) -> Rows: ...
+
+
+@overload
+def load_rows(source: str | os.PathLike[str], split: str = ..., *, streaming: Literal[True]) -> StreamedRows: ...
 
 
 def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: bool = False) -> Rows | StreamedRows:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -34,6 +34,7 @@ from ..errors import DiskBudgetError, TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import draft_rows
 from .data import SparrowDataCollator, TrainingStates, naming_row, read_with_target
+from .dataset import Rows
 from .files import atomic_file, check_provenance, remove_partial_files
 
 PROVENANCE_FILE = "recording.json"
@@ -121,7 +122,7 @@ class Recorder:
 
 def record(
     draft: SparrowDraftModel,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows | Sequence[Mapping[str, Any]],
     folder: str | os.PathLike[str],
     collator: SparrowDataCollator,
     *,
@@ -163,7 +164,7 @@ def record(
                 sample = collator.prepare(rows[index])
             recorder.write(index, sample)
         except TrainingDataError as error:
-            if collator.on_bad_row == "refuse":
+            if not collator.may_skip(rows[index]):
                 raise
             skipped[index] = str(error)
     return skipped
@@ -171,7 +172,7 @@ def record(
 
 def estimate_recording_bytes(
     draft: SparrowDraftModel,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows | Sequence[Mapping[str, Any]],
     collator: SparrowDataCollator,
     *,
     visual_rows: bool = True,
@@ -224,7 +225,10 @@ class RecordedDataset(Dataset):
                 f"{folder} was recorded from another target ({found['target'] or 'unnamed'}, sha256 "
                 f"{found['target_sha256'][:12]}…; this one has {digest[:12]}…): record this one into another folder"
             )
-        wanted = {"text": recorded_layers(draft.config), "visual": [draft.config.visual_bridge_layer]}
+        wanted: dict[str, list[Any]] = {
+            "text": recorded_layers(draft.config),
+            "visual": [draft.config.visual_bridge_layer],
+        }
         missing = [
             f"{kind} layer {layer}"
             for kind, layers in wanted.items()
@@ -250,6 +254,11 @@ class RecordedDataset(Dataset):
                 f"{self.paths[index]} is damaged ({error}): delete it and record again, the rest is kept"
             ) from error
         return from_tensors(self.config, tensors).to_row()
+
+    def answer_length(self, index: int) -> int:
+        """Tokens of a row's answer, without reading its states."""
+        with safe_open(self.paths[index], "pt") as file:
+            return file.get_slice("input_ids").get_shape()[0] - int(file.get_tensor("answer_start"))
 
 
 def to_tensors(config: SparrowDraftConfig, states: TrainingStates) -> dict[str, Tensor]:

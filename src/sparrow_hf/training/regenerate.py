@@ -23,7 +23,7 @@ from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 from ..video import is_url
 from .data import naming_row, prepare_prompt
-from .dataset import ROW_FOLDER, ROW_INDEX, clean_messages
+from .dataset import ROW_FOLDER, ROW_INDEX, Rows, clean_messages
 from .files import atomic_file, check_provenance, remove_partial_files
 
 PROVENANCE_FILE = "provenance.json"
@@ -37,7 +37,7 @@ ROWS_LOOKED_AT = 32
 def regenerate(
     target: PreTrainedModel,
     processor: ProcessorMixin,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows | Sequence[Mapping[str, Any]],
     output_dir: str | os.PathLike[str],
     *,
     draft: SparrowDraftModel | None = None,
@@ -84,7 +84,9 @@ def regenerate(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings = generation_settings | {"max_new_tokens": max_new_tokens}
-    sampling = {name: value for name, value in (("fps", fps), ("max_frames", max_frames)) if value is not None}
+    sampling: dict[str, Any] = {
+        name: value for name, value in (("fps", fps), ("max_frames", max_frames)) if value is not None
+    }
     provenance = {
         "target": target.config._name_or_path,
         "target_revision": getattr(target.config, "_commit_hash", None),
@@ -149,7 +151,7 @@ def read_skipped(folder: str | os.PathLike[str]) -> dict[int, str]:
     return {index: reason for rows in lists for index, reason in rows}
 
 
-def estimate_answer_bytes(rows: Sequence[Mapping[str, Any]], max_new_tokens: int) -> int:
+def estimate_answer_bytes(rows: Rows | Sequence[Mapping[str, Any]], max_new_tokens: int) -> int:
     """About how much disk the shards take at most: every answer as long as it may be. From a sample of the rows."""
     step = max(1, len(rows) // ROWS_LOOKED_AT)
     looked_at = [rows[index] for index in range(0, len(rows), step)]
@@ -164,7 +166,7 @@ def estimate_answer_bytes(rows: Sequence[Mapping[str, Any]], max_new_tokens: int
 
 
 def _prepare(
-    processor: ProcessorMixin, row: Mapping[str, Any], index: int, folder: Path, sampling: Mapping[str, Any]
+    processor: ProcessorMixin, row: Mapping[str, Any], index: int, folder: Path, sampling: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A row as it will be stored, and its processed prompt."""
     with naming_row(index):
