@@ -143,15 +143,16 @@ def test_every_tracker_gets_plain_numbers(tmp_path, target, make_draft, samples)
 
 def test_an_interruption_leaves_everything_as_it_was(target, make_draft, prompts, monkeypatch):
     def interrupt(self, *args):
+        modes.append(draft.training)
         raise KeyboardInterrupt
 
-    draft = make_draft().train()
+    draft, modes = make_draft().train(), []
     before = torch.random.get_rng_state()
     hooks = len(target._forward_pre_hooks)
     monkeypatch.setattr(TokenEmitter, "choose", interrupt)
     with pytest.raises(KeyboardInterrupt):
         decode(draft, prompts, greedy(6))
-    assert draft.training
+    assert modes == [False] and draft.training
     assert torch.equal(before, torch.random.get_rng_state())
     assert len(target._forward_pre_hooks) == hooks
 
