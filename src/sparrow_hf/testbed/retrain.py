@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.trainer_utils import get_last_checkpoint
@@ -46,6 +47,14 @@ MAX_CAPTION_TOKENS = 320
 
 DRAFT: dict[str, Any] = {"num_mtp_steps": 5, "num_draft_levels": 5, "num_glimpse_tokens": 64}
 """What the testbed's draft is, where it differs from `SparrowDraftConfig`'s defaults: one pass per drafted token."""
+
+TEXT_ONLY_DRAFT: dict[str, Any] = {"num_glimpse_tokens": 0, "num_mtp_steps": 1}
+TEXT_ONLY_RECIPE: dict[str, Any] = {
+    "num_visual_rows_min": 0,
+    "num_visual_rows_max": 0,
+    "feature_smooth_l1_weight": 0.0,
+}
+"""The baseline without states; with none to feed back, all its passes would be the first one."""
 
 MATRIX_LEARNING_RATE, VECTOR_LEARNING_RATE = 0.02, 2e-3
 """Of Muon for the matrices, and of Adam for norms and biases. Muon needs about half of AdamW's steps here."""
@@ -74,9 +83,9 @@ def clip_length(seed: int) -> int:
     return round(math.exp(rng.uniform(math.log(low), math.log(high))))
 
 
-def clip_prompt(processor: Qwen2_5_VLProcessor, seed: int) -> dict[str, Any]:
+def clip_prompt(processor: Qwen2_5_VLProcessor, seed: int, visual_tokens: int) -> dict[str, Any]:
     """The processed prompt of one clip, its frames as a reader of its mp4 file gets them."""
-    script = write_script(seed, clip_length(seed))
+    script = write_script(seed, visual_tokens)
     frames = through_codec(render(script.story, script.timeline, np.random.default_rng([seed, 1])))
     messages = messages_for("", script.prompt)
     messages[0]["content"][0] |= {"video": frames, "fps": FRAMES_PER_SECOND}
@@ -84,10 +93,15 @@ def clip_prompt(processor: Qwen2_5_VLProcessor, seed: int) -> dict[str, Any]:
 
 
 def caption_clips(
-    target: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, seeds: Sequence[int]
+    target: Qwen2_5_VLForConditionalGeneration,
+    processor: Qwen2_5_VLProcessor,
+    seeds: Sequence[int],
+    visual_tokens: int | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Index among `seeds` and sample of each clip, captioned greedily by the target in batches."""
-    prompts = [(index, clip_prompt(processor, seed)) for index, seed in enumerate(seeds)]
+    prompts = [
+        (index, clip_prompt(processor, seed, visual_tokens or clip_length(seed))) for index, seed in enumerate(seeds)
+    ]
     # Clips of about one length share a batch.
     prompts.sort(key=lambda indexed: indexed[1]["input_ids"].shape[1])
     while prompts:
@@ -115,15 +129,23 @@ def record(
     draft: SparrowDraftModel,
     seeds: Sequence[int],
     folder: Path,
+    visual_tokens: int | None = None,
 ) -> RecordedDataset:
-    """The recording of all clips in `folder`, as far as it is there; the rest is captioned, read and stored."""
-    recorder = Recorder(draft, folder, source={"first_clip": seeds[0], "clips": len(seeds)})
-    for start in tqdm(range(0, len(seeds), CLIPS_PER_BATCH), desc=f"recording {folder.name}"):
+    """The recording of all clips in `folder`, as far as it is there; the rest is captioned, read and stored.
+
+    Processes of one launch share the work. Clips have `visual_tokens`, or lengths drawn from their seeds.
+    """
+    processes = PartialState()
+    source = {"first_clip": seeds[0], "clips": len(seeds), "visual_tokens": visual_tokens}
+    recorder = Recorder(draft, folder, source=source)
+    own = range(0, len(seeds), CLIPS_PER_BATCH)[processes.process_index :: processes.num_processes]
+    for start in tqdm(own, desc=f"recording {folder.name}", disable=not processes.is_main_process):
         chunk = seeds[start : start + CLIPS_PER_BATCH]
         # Whole chunks: how captions are padded must not depend on where a run was stopped.
         if not all(recorder.path(start + offset).exists() for offset in range(len(chunk))):
-            for offset, sample in caption_clips(target, processor, chunk):
+            for offset, sample in caption_clips(target, processor, chunk, visual_tokens):
                 recorder.write(start + offset, sample)
+    processes.wait_for_everyone()
     return RecordedDataset(folder, draft)
 
 
@@ -174,49 +196,48 @@ class MuonWithAdam(Muon):
             parameter.sub_(mean / (square.sqrt() + 1e-8), alpha=vectors["lr"])
 
 
+def build_draft(
+    target: Qwen2_5_VLForConditionalGeneration, seed: int = 0, text_only: bool = False, **overrides: Any
+) -> SparrowDraftModel:
+    """An untrained draft of the testbed; `overrides` are fields of its configuration, over `DRAFT`."""
+    torch.manual_seed(seed)
+    draft = SparrowDraftModel.from_target(target, **(DRAFT | (TEXT_ONLY_DRAFT if text_only else {}) | overrides))
+    if text_only:
+        blindfold(draft)
+    return draft
+
+
 def train(
-    target: Qwen2_5_VLForConditionalGeneration,
+    draft: SparrowDraftModel,
     rows: RecordedDataset,
-    validation: RecordedDataset,
+    validation: RecordedDataset | None,
     output: Path,
     *,
     steps: int,
     seed: int = 0,
-    text_only: bool = False,
-    draft_overrides: dict[str, Any] | None = None,
     **recipe: Any,
 ) -> SparrowTrainer:
-    """Trains one draft from recorded rows, from the last checkpoint in `output/training` if there is one.
+    """Trains a draft from recorded rows, from the last checkpoint in `output/training` if there is one.
 
     Args:
-        target: The target the rows were recorded from.
+        draft: A draft bound to the target the rows were recorded from.
         rows, validation: Recorded rows; the second ones are only measured on.
         output: Folder of the draft.
         steps: Optimizer steps.
-        seed: Draws initial weights, order, visual rows and noise.
-        text_only: Train the baseline without hidden states instead.
-        draft_overrides: Fields of the draft's configuration, over `DRAFT`.
+        seed: Draws order, visual rows and noise.
         recipe: Fields of [`SparrowTrainingArguments`], over `RECIPE`.
 
     Returns:
         The trainer: its draft, what it was trained with, and in its state the curve (loss and agreement per pass,
         validation figures).
     """
-    fields = DRAFT | (draft_overrides or {})
-    if text_only:
-        # Without states to feed back, all passes are the first one.
-        fields |= {"num_glimpse_tokens": 0, "num_mtp_steps": 1}
-        recipe |= {"num_visual_rows_min": 0, "num_visual_rows_max": 0, "feature_smooth_l1_weight": 0.0}
-    torch.manual_seed(seed)
-    draft = SparrowDraftModel.from_target(target, **fields)
-    if text_only:
-        blindfold(draft)
+    measured = {} if validation is not None else {"eval_strategy": "no"}
     arguments = SparrowTrainingArguments(
-        output_dir=str(output / "training"), max_steps=steps, seed=seed, **(RECIPE | recipe)
+        output_dir=str(output / "training"), max_steps=steps, seed=seed, **(RECIPE | measured | recipe)
     )
     trainer = SparrowTrainer(
         draft,
-        target,
+        draft.target.model,
         arguments,
         train_dataset=rows,
         eval_dataset=validation,
@@ -224,7 +245,8 @@ def train(
     )
     folder = Path(arguments.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
-    trainer.evaluate()
+    if validation is not None:
+        trainer.evaluate()
     draft.save_pretrained(output)
     return trainer
 
@@ -240,6 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1800, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0, help="draws initial weights, order, visual rows")
     parser.add_argument("--text-only", action="store_true", help="train the baseline that reads no target states")
+    parser.add_argument("--record-only", action="store_true", help="stop before training; processes may share this")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; more rarely help on a small machine")
     options = parser.parse_args(arguments)
 
@@ -252,9 +275,17 @@ def main(arguments: list[str] | None = None) -> None:
     validation = record(
         target, processor, recorder, VALIDATION_SEEDS[-options.validation_clips :], recording / "validation"
     )
+    if options.record_only:
+        return
     recorded = time.monotonic()
     trainer = train(
-        target, rows, validation, options.output, steps=options.steps, seed=options.seed, text_only=options.text_only
+        build_draft(target, options.seed, options.text_only),
+        rows,
+        validation,
+        options.output,
+        steps=options.steps,
+        seed=options.seed,
+        **(TEXT_ONLY_RECIPE if options.text_only else {}),
     )
     curve, used = trainer.state.log_history, trainer.args
     provenance = {

@@ -1,6 +1,6 @@
 """Training a draft: arguments, data, the passes of multi-token prediction, their losses, and the trainer."""
 
-from .arguments import ALL_VISUAL_ROWS, TRAINING_PRESETS, SparrowTrainingArguments
+from .arguments import ALL_VISUAL_ROWS, DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainingArguments
 from .callbacks import DecodingCallback
 from .curves import plot_curves
 from .data import SparrowDataCollator, TrainingStates, append_answer, read_with_target
@@ -10,6 +10,7 @@ from .vocabulary import load_vocabulary
 
 __all__ = [
     "ALL_VISUAL_ROWS",
+    "DRAFT_PRESETS",
     "TRAINING_PRESETS",
     "DecodingCallback",
     "SparrowDataCollator",
