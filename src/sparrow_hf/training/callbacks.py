@@ -110,7 +110,8 @@ def decode(
             order = sorted(arms, reverse=number % 2 == 1)
             watches = {name: _timed(target, inputs | settings | arms[name], seed) for name in order}
             speculative, plain = watches["draft"], watches["plain"]
-            accepted += draft.last_generation.accepted
+            if (stats := draft.last_generation) is not None:
+                accepted += stats.accepted
             decoded_tokens += len(speculative.tokens) - 1
             same.append(plain.tokens == speculative.tokens)
             if len(plain.tokens) > 1 and len(speculative.tokens) > 1:
