@@ -173,6 +173,14 @@ class TestProvenance:
         draft.save_pretrained(folder)
         assert json.loads((folder / "PROVENANCE.json").read_text())["saved_with"]["torch"] == torch.__version__
 
+    def test_words_that_mean_something_else_do_not_keep_a_draft_from_being_saved(
+        self, draft: SparrowDraftModel, folder: Path
+    ) -> None:
+        draft.provenance |= {"recipe": ["sgd"], "acceptance": 4.9, "data": None, "folder": Path("/data")}
+        draft.save_pretrained(folder)
+        assert "Not measured." in (folder / "README.md").read_text()
+        assert json.loads((folder / "PROVENANCE.json").read_text())["recipe"] == ["sgd"]
+
     @pytest.mark.parametrize("text", ["{", "[]"])
     def test_damaged(self, folder: Path, text: str) -> None:
         (folder / "PROVENANCE.json").write_text(text)

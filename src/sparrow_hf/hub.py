@@ -69,7 +69,7 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -79,7 +79,7 @@ def check_digest(files: Iterable[Path], expected: str) -> None:
     Raises:
         DraftLoadError: They differ.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as stored:
             tensors |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
@@ -120,7 +120,7 @@ def write_companions(folder: Path, config: SparrowDraftConfig, provenance: Mappi
     versions = {"sparrow_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     target = {"target": config.target_name_or_path, "target_revision": config.target_revision}
     facts = {**provenance, **target, "saved_with": versions}
-    (folder / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2, default=str) + "\n")
     card = folder / CARD_FILE
     if not card.exists() or CARD_MARK in card.read_text():
         card.write_text(str(model_card(config, provenance)))
@@ -177,20 +177,21 @@ print(draft.last_generation)
 
 def _making(provenance: Mapping[str, Any]) -> str:
     lines = []
-    if "data" in provenance:
+    if provenance.get("data"):
         lines.append(str(provenance["data"]))
-    if "command" in provenance:
+    if provenance.get("command"):
         lines.append(f"```\n{provenance['command']}\n```")
-    if provenance.get("recipe"):
-        rows = [{"setting": f"`{key}`", "value": value} for key, value in provenance["recipe"].items()]
-        lines.append(_table(rows))
+    recipe = provenance.get("recipe")
+    # Other people's files may mean something else by the word, and must not keep a draft from being saved.
+    if isinstance(recipe, Mapping) and recipe:
+        lines.append(_table([{"setting": f"`{key}`", "value": value} for key, value in recipe.items()]))
     if not lines:
         lines.append("How it was trained was not recorded.")
     return "\n\n".join(["## Training", *lines, f"Everything known is in [{PROVENANCE_FILE}]({PROVENANCE_FILE})."])
 
 
-def _acceptance(rows: list[Mapping[str, Any]] | None) -> str:
-    if not rows:
+def _acceptance(rows: Any) -> str:
+    if not rows or not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         return "## Acceptance\n\nNot measured."
     return "## Acceptance\n\n" + _table(rows)
 
