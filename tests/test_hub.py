@@ -236,7 +236,10 @@ class TestPush:
         uploads = Uploads(monkeypatch)
         url = draft.push_to_hub("my-draft", commit_message="First", token="secret")
         assert url == "https://huggingface.co/me/my-draft/commit/123"
+        card = (folder / "README.md").read_text().replace("path/to/this/draft", "me/my-draft")
+        (folder / "README.md").write_text(card)
         assert uploads.files == {name: (folder / name).read_bytes() for name in FILES}
+        assert 'from_pretrained("me/my-draft")' in card
         assert uploads.commits[0]["repo_id"] == "me/my-draft"
         assert uploads.commits[0]["commit_message"] == "First" and uploads.commits[0]["token"] == "secret"
         for name, content in uploads.files.items():
@@ -252,7 +255,7 @@ class TestPush:
         assert uploads.commits[0]["repo_id"] == "me/named" and uploads.branches == ["trial"]
 
     def test_a_card_written_on_the_hub_stays(
-        self, draft: SparrowDraftModel, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self, draft: SparrowDraftModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         published = tmp_path / "published.md"
         published.write_text("My own words.\n")
@@ -261,4 +264,4 @@ class TestPush:
         assert uploads.files["README.md"] == published.read_bytes()
         published.write_text(f"{hub.CARD_MARK}\nAn older one of ours.\n")
         draft.push_to_hub("my-draft")
-        assert uploads.files["README.md"] == (folder / "README.md").read_bytes()
+        assert b"# Sparrow draft for org/video-llm" in uploads.files["README.md"]

@@ -113,8 +113,14 @@ def read_provenance(source: str | Path, **hub_options: Any) -> dict[str, Any]:
     return provenance
 
 
-def write_companions(folder: Path, config: SparrowDraftConfig, provenance: Mapping[str, Any]) -> None:
-    """Writes `PROVENANCE.json`, and `README.md` unless the one that is there is the user's own."""
+def write_companions(
+    folder: Path, config: SparrowDraftConfig, provenance: Mapping[str, Any], repo_id: str | None = None
+) -> None:
+    """Writes `PROVENANCE.json`, and `README.md` unless the one that is there is the user's own.
+
+    Args:
+        repo_id: Where the draft will be found, for the card.
+    """
     from . import __version__
 
     versions = {"sparrow_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -123,10 +129,10 @@ def write_companions(folder: Path, config: SparrowDraftConfig, provenance: Mappi
     (folder / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2, default=str) + "\n")
     card = folder / CARD_FILE
     if not card.exists() or CARD_MARK in card.read_text():
-        card.write_text(str(model_card(config, provenance)))
+        card.write_text(str(model_card(config, provenance, repo_id)))
 
 
-def model_card(config: SparrowDraftConfig, provenance: Mapping[str, Any]) -> ModelCard:
+def model_card(config: SparrowDraftConfig, provenance: Mapping[str, Any], repo_id: str | None = None) -> ModelCard:
     """The card of a draft.
 
     Args:
@@ -134,6 +140,7 @@ def model_card(config: SparrowDraftConfig, provenance: Mapping[str, Any]) -> Mod
         provenance: What is known of its making. The card shows `license` (an identifier of the Hub), `datasets`
             (their ids), `data` (a sentence), `recipe` (name → value), `command`, and `acceptance` (rows of a table:
             mappings with the same keys); all are optional.
+        repo_id: Where the draft is found, for the lines that load it.
     """
     target = config.target_name_or_path
     data = ModelCardData(
@@ -153,7 +160,7 @@ def model_card(config: SparrowDraftConfig, provenance: Mapping[str, Any]) -> Mod
         f"of the {config.block_type} kind over the hidden states of the target's text tokens. The generated text is "
         "the target's own; the draft makes it arrive sooner. It holds neither embedding nor head and runs only with "
         "its target.",
-        _usage(target),
+        _usage(target or "path/to/the/target", repo_id or "path/to/this/draft"),
         _making(provenance),
         _acceptance(provenance.get("acceptance")),
         _limits(config),
@@ -161,15 +168,15 @@ def model_card(config: SparrowDraftConfig, provenance: Mapping[str, Any]) -> Mod
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{CARD_MARK}\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 
-def _usage(target: str | None) -> str:
+def _usage(target: str, draft: str) -> str:
     return f"""## Use
 
 ```python
 from sparrow_hf import SparrowDraftModel
 from transformers import AutoModelForImageTextToText
 
-target = AutoModelForImageTextToText.from_pretrained("{target or "the target"}")
-draft = SparrowDraftModel.from_pretrained("this repository")
+target = AutoModelForImageTextToText.from_pretrained("{target}")
+draft = SparrowDraftModel.from_pretrained("{draft}")
 output = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)
 print(draft.last_generation)
 ```"""
