@@ -26,7 +26,7 @@ CONFIG = {"num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e
 HEAD_DIM = 16
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "video_llava"])
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "video_llava", "qwen3_vl"])
 def target(request: pytest.FixtureRequest) -> PreTrainedModel:
     return FAMILY_BY_NAME[request.param].build_target()
 
@@ -60,7 +60,10 @@ def eagle_tensors(
         f"{mlp}down_proj.weight": matrix(hidden, 48),
         "layers.0.post_attention_layernorm.weight": 1 + matrix(1, hidden)[0],
     }
-    if "qwen2" in target.config.get_text_config().model_type if qkv_bias is None else qkv_bias:
+    text_type = target.config.get_text_config().model_type
+    if "qwen3" in text_type:
+        tensors |= {f"{attention}{name}_norm.weight": 1 + matrix(1, HEAD_DIM)[0] for name in "qk"}
+    if "qwen2" in text_type if qkv_bias is None else qkv_bias:
         for name in "qkv":
             tensors[f"{attention}{name}_proj.bias"] = matrix(1, len(tensors[f"{attention}{name}_proj.weight"]))[0]
     if fc_bias:
@@ -123,8 +126,10 @@ def their_logits(
         return weight * rows / (rows.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
 
     def heads(rows: Tensor, name: str) -> Tensor:
-        name = f"self_attn.{name}_proj"
-        return linear(rows, layer[f"{name}.weight"], layer.get(f"{name}.bias")).reshape(len(rows), -1, HEAD_DIM)
+        weight, bias = layer[f"self_attn.{name}_proj.weight"], layer.get(f"self_attn.{name}_proj.bias")
+        vectors = linear(rows, weight, bias).reshape(len(rows), -1, HEAD_DIM)
+        head_norm = layer.get(f"self_attn.{name}_norm.weight")
+        return vectors if head_norm is None else norm(vectors, head_norm)
 
     def rotate(vectors: Tensor) -> Tensor:
         frequencies = theta ** (-torch.arange(HEAD_DIM // 2) * 2.0 / HEAD_DIM)
@@ -166,7 +171,10 @@ def test_logits_are_those_of_an_independent_forward(
     config = conversion.draft.config
     assert (config.fc_bias, config.input_norm, config.output_norm) == (fc_bias, input_norm, False)
     assert (config.position_mode, config.num_glimpse_tokens) == ("original", 0)
-    assert config.block_type == ("qwen2" if target.config.model_type == "qwen2_5_vl" else "llama")
+    assert (
+        config.block_type
+        == {"qwen2_5_vl": "qwen2", "video_llava": "llama", "qwen3_vl": "qwen3"}[target.config.model_type]
+    )
     assert conversion.dropped == {"embed_tokens.weight": "equal to the target's"}
     theirs = their_logits(tensors, target)
     assert_same_logits(our_logits(conversion.draft, target), theirs)
@@ -238,6 +246,20 @@ def test_vispec_text_path(qwen: PreTrainedModel, qwen_folder: Path, tmp_path: Pa
         "fc.bias": state_half @ image_bias + plain.get("fc.bias", torch.zeros(hidden)),
     }
     assert_same_logits(our_logits(conversion.draft, qwen), their_logits(by_hand, qwen))
+
+
+def test_tensors_that_are_not_the_drafts(qwen: PreTrainedModel, qwen_folder: Path, tmp_path: Path) -> None:
+    stored = eagle_tensors(qwen) | {
+        "lm_head.weight": qwen.get_output_embeddings().weight.detach().clone(),
+        "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(HEAD_DIM // 2),
+    }
+    conversion = convert_checkpoint(write(tmp_path / "eagle", stored), qwen_folder)
+    assert conversion.dropped == {
+        "embed_tokens.weight": "equal to the target's",
+        "lm_head.weight": "equal to the target's",
+        "layers.0.self_attn.rotary_emb.inv_freq": "computed from the configuration",
+    }
+    assert_same_logits(our_logits(conversion.draft, qwen), their_logits(eagle_tensors(qwen), qwen))
 
 
 def test_an_embedding_that_cannot_be_compared_is_said(

@@ -173,6 +173,14 @@ class TestProvenance:
         draft.save_pretrained(folder)
         assert json.loads((folder / "PROVENANCE.json").read_text())["saved_with"]["torch"] == torch.__version__
 
+    def test_words_that_mean_something_else_do_not_keep_a_draft_from_being_saved(
+        self, draft: SparrowDraftModel, folder: Path
+    ) -> None:
+        draft.provenance |= {"recipe": ["sgd"], "acceptance": 4.9, "data": None, "folder": Path("/data")}
+        draft.save_pretrained(folder)
+        assert "Not measured." in (folder / "README.md").read_text()
+        assert json.loads((folder / "PROVENANCE.json").read_text())["recipe"] == ["sgd"]
+
     @pytest.mark.parametrize("text", ["{", "[]"])
     def test_damaged(self, folder: Path, text: str) -> None:
         (folder / "PROVENANCE.json").write_text(text)
@@ -228,7 +236,10 @@ class TestPush:
         uploads = Uploads(monkeypatch)
         url = draft.push_to_hub("my-draft", commit_message="First", token="secret")
         assert url == "https://huggingface.co/me/my-draft/commit/123"
+        card = (folder / "README.md").read_text().replace("path/to/this/draft", "me/my-draft")
+        (folder / "README.md").write_text(card)
         assert uploads.files == {name: (folder / name).read_bytes() for name in FILES}
+        assert 'from_pretrained("me/my-draft")' in card
         assert uploads.commits[0]["repo_id"] == "me/my-draft"
         assert uploads.commits[0]["commit_message"] == "First" and uploads.commits[0]["token"] == "secret"
         for name, content in uploads.files.items():
@@ -244,7 +255,7 @@ class TestPush:
         assert uploads.commits[0]["repo_id"] == "me/named" and uploads.branches == ["trial"]
 
     def test_a_card_written_on_the_hub_stays(
-        self, draft: SparrowDraftModel, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self, draft: SparrowDraftModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         published = tmp_path / "published.md"
         published.write_text("My own words.\n")
@@ -253,4 +264,4 @@ class TestPush:
         assert uploads.files["README.md"] == published.read_bytes()
         published.write_text(f"{hub.CARD_MARK}\nAn older one of ours.\n")
         draft.push_to_hub("my-draft")
-        assert uploads.files["README.md"] == (folder / "README.md").read_bytes()
+        assert b"# Sparrow draft for org/video-llm" in uploads.files["README.md"]

@@ -69,7 +69,7 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -79,7 +79,7 @@ def check_digest(files: Iterable[Path], expected: str) -> None:
     Raises:
         DraftLoadError: They differ.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as stored:
             tensors |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
@@ -113,20 +113,26 @@ def read_provenance(source: str | Path, **hub_options: Any) -> dict[str, Any]:
     return provenance
 
 
-def write_companions(folder: Path, config: SparrowDraftConfig, provenance: Mapping[str, Any]) -> None:
-    """Writes `PROVENANCE.json`, and `README.md` unless the one that is there is the user's own."""
+def write_companions(
+    folder: Path, config: SparrowDraftConfig, provenance: Mapping[str, Any], repo_id: str | None = None
+) -> None:
+    """Writes `PROVENANCE.json`, and `README.md` unless the one that is there is the user's own.
+
+    Args:
+        repo_id: Where the draft will be found, for the card.
+    """
     from . import __version__
 
     versions = {"sparrow_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     target = {"target": config.target_name_or_path, "target_revision": config.target_revision}
     facts = {**provenance, **target, "saved_with": versions}
-    (folder / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2, default=str) + "\n")
     card = folder / CARD_FILE
     if not card.exists() or CARD_MARK in card.read_text():
-        card.write_text(str(model_card(config, provenance)))
+        card.write_text(str(model_card(config, provenance, repo_id)))
 
 
-def model_card(config: SparrowDraftConfig, provenance: Mapping[str, Any]) -> ModelCard:
+def model_card(config: SparrowDraftConfig, provenance: Mapping[str, Any], repo_id: str | None = None) -> ModelCard:
     """The card of a draft.
 
     Args:
@@ -134,6 +140,7 @@ def model_card(config: SparrowDraftConfig, provenance: Mapping[str, Any]) -> Mod
         provenance: What is known of its making. The card shows `license` (an identifier of the Hub), `datasets`
             (their ids), `data` (a sentence), `recipe` (name → value), `command`, and `acceptance` (rows of a table:
             mappings with the same keys); all are optional.
+        repo_id: Where the draft is found, for the lines that load it.
     """
     target = config.target_name_or_path
     data = ModelCardData(
@@ -153,7 +160,7 @@ def model_card(config: SparrowDraftConfig, provenance: Mapping[str, Any]) -> Mod
         f"of the {config.block_type} kind over the hidden states of the target's text tokens. The generated text is "
         "the target's own; the draft makes it arrive sooner. It holds neither embedding nor head and runs only with "
         "its target.",
-        _usage(target),
+        _usage(target or "path/to/the/target", repo_id or "path/to/this/draft"),
         _making(provenance),
         _acceptance(provenance.get("acceptance")),
         _limits(config),
@@ -161,15 +168,15 @@ def model_card(config: SparrowDraftConfig, provenance: Mapping[str, Any]) -> Mod
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{CARD_MARK}\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 
-def _usage(target: str | None) -> str:
+def _usage(target: str, draft: str) -> str:
     return f"""## Use
 
 ```python
 from sparrow_hf import SparrowDraftModel
 from transformers import AutoModelForImageTextToText
 
-target = AutoModelForImageTextToText.from_pretrained("{target or "the target"}")
-draft = SparrowDraftModel.from_pretrained("this repository")
+target = AutoModelForImageTextToText.from_pretrained("{target}")
+draft = SparrowDraftModel.from_pretrained("{draft}")
 output = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)
 print(draft.last_generation)
 ```"""
@@ -177,20 +184,21 @@ print(draft.last_generation)
 
 def _making(provenance: Mapping[str, Any]) -> str:
     lines = []
-    if "data" in provenance:
+    if provenance.get("data"):
         lines.append(str(provenance["data"]))
-    if "command" in provenance:
+    if provenance.get("command"):
         lines.append(f"```\n{provenance['command']}\n```")
-    if provenance.get("recipe"):
-        rows = [{"setting": f"`{key}`", "value": value} for key, value in provenance["recipe"].items()]
-        lines.append(_table(rows))
+    recipe = provenance.get("recipe")
+    # Other people's files may mean something else by the word, and must not keep a draft from being saved.
+    if isinstance(recipe, Mapping) and recipe:
+        lines.append(_table([{"setting": f"`{key}`", "value": value} for key, value in recipe.items()]))
     if not lines:
         lines.append("How it was trained was not recorded.")
     return "\n\n".join(["## Training", *lines, f"Everything known is in [{PROVENANCE_FILE}]({PROVENANCE_FILE})."])
 
 
-def _acceptance(rows: list[Mapping[str, Any]] | None) -> str:
-    if not rows:
+def _acceptance(rows: Any) -> str:
+    if not rows or not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         return "## Acceptance\n\nNot measured."
     return "## Acceptance\n\n" + _table(rows)
 

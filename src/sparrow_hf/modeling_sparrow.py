@@ -208,6 +208,7 @@ class SparrowDraftModel(PreTrainedModel):
                 published = Path(api.hf_hub_download(repo_id, hub.CARD_FILE, revision=revision))
                 (Path(folder) / hub.CARD_FILE).write_text(published.read_text())
             self.save_pretrained(folder)
+            hub.write_companions(Path(folder), self.config, self.provenance, repo_id)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
