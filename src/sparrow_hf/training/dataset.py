@@ -101,8 +101,8 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
     columns = rows.column_names
     if columns is not None and "messages" not in columns:
         raise TrainingDataError(f"{source} needs a column 'messages'; it has {', '.join(columns) or 'none'}")
-    if rows.features is not None:
-        rows = rows.cast(_without_decoding(rows.features))
+    if rows.features is not None and (undecoded := _without_decoding(rows.features)) != rows.features:
+        rows = rows.cast(undecoded)
     return StreamedRows(rows, folder) if streaming else Rows(rows, folder)
 
 

@@ -158,7 +158,9 @@ def record(
     processes = PartialState()
     own = range(len(rows))[processes.process_index :: processes.num_processes]
     skipped: dict[int, str] = {}
-    for index in tqdm([index for index in own if not recorder.path(index).exists()], disable=not show_progress):
+    for index in tqdm(
+        [index for index in own if not recorder.path(index).exists()], unit="row", disable=not show_progress
+    ):
         try:
             with naming_row(index):
                 sample = collator.prepare(rows[index])
