@@ -58,7 +58,10 @@ is the entropy of its wording, which no model can learn away and whose gradients
 
 
 class ClipGroup:
-    """A few clips of one visual length, seen through the codec and the frozen tower."""
+    """A few clips of one visual length, seen through the codec and the frozen tower.
+
+    Of several processes each makes its share of the clips; all clips have one length.
+    """
 
     def __init__(
         self,
@@ -66,13 +69,17 @@ class ClipGroup:
         processor: Qwen2_5_VLProcessor,
         stage: Stage,
         seed: list[int],
+        process: int = 0,
+        num_processes: int = 1,
     ):
         rng = np.random.default_rng(seed)
         low, high = (math.log(bound / TOKENS_PER_STEP) for bound in stage.visual_tokens)
         self.num_steps = max(stage.scenes[1], round(math.exp(rng.uniform(low, high))))
         self.stories: list[Story] = []
         frames = []
-        for _ in range(clips_for(stage, self.num_steps)):
+        if process:
+            rng = np.random.default_rng([*seed, process])
+        for _ in range(max(1, round(clips_for(stage, self.num_steps) / num_processes))):
             story = sample_story(rng, *stage.scenes)
             frames.append(through_codec(render(story, sample_timeline(rng, story, self.num_steps), rng)))
             self.stories.append(story)

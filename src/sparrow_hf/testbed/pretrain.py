@@ -3,8 +3,9 @@
     python -m sparrow_hf.testbed.pretrain --output target
 
 Stages: the vision tower on named attributes; then, the tower frozen, the language model with half its layers on ever
-longer stories and clips; then at full depth. Run the command again to go on where it was stopped. The folder ends up
-in standard layout, weights rounded to bf16 and measured after that, with `PROVENANCE.json` and the curve beside it.
+longer stories and clips; then at full depth. Run the command again to go on where it was stopped; processes of one
+`torchrun` share every step. The folder ends up in standard layout, weights rounded to bf16 and measured after that,
+with `PROVENANCE.json` and the curve beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from accelerate import PartialState
+from torch import distributed, nn
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
@@ -85,6 +87,7 @@ class Pretraining:
 
     def __init__(self, output: Path, seed: int):
         self.output, self.seed = output, seed
+        self.processes = PartialState(cpu=True)
         self.processor = build_processor()
         self.token_weights = token_weights(self.processor.tokenizer)
         self.target = build_target(self.processor.tokenizer, STAGES[0].layers, seed)
@@ -102,12 +105,16 @@ class Pretraining:
 
     def log(self, stage: str, **entry: Any) -> None:
         """Adds a line to the curve."""
+        if not self.processes.is_main_process:
+            return
         entry = {"stage": stage, "seconds": round(self.progress.seconds, 1), **entry}
         with self.curve.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def save(self) -> None:
         """Writes model, optimizers and progress, by an atomic rename."""
+        if not self.processes.is_main_process:
+            return
         temporary = self.checkpoint.with_suffix(".tmp")
         torch.save(
             {
@@ -130,6 +137,8 @@ class Pretraining:
         self.prepare_stage()
         for optimizer, optimizer_state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
+        if not self.processes.is_main_process:
+            return True
         # What was logged after the checkpoint will be logged again.
         entries = self.curve.read_text().splitlines()
         kept = [entry for entry in entries if json.loads(entry)["seconds"] <= round(self.progress.seconds, 1)]
@@ -185,16 +194,20 @@ class Pretraining:
         if index not in self.groups:
             self.groups = {key: group for key, group in self.groups.items() if key > index - POOL_GROUPS}
             seed = [self.seed, TRAIN_SEEDS.start, self.progress.stage, index]
-            self.groups[index] = ClipGroup(self.target, self.processor, self.stage, seed)
+            share = self.processes.process_index, self.processes.num_processes
+            self.groups[index] = ClipGroup(self.target, self.processor, self.stage, seed, *share)
         return self.groups[index]
 
     def train_step(self) -> float:
         """One optimizer step on captions of the stage; returns the loss."""
         group = self.clip_group()
-        rng = np.random.default_rng([self.seed, TRAIN_SEEDS.start, self.progress.stage, self.progress.step, 1])
+        seed = [self.seed, TRAIN_SEEDS.start, self.progress.stage, self.progress.step]
+        rng = np.random.default_rng([*seed, 1 + self.processes.process_index])
         batch = draw_captions(self.processor, group, self.stage.captions_per_clip, rng)
         loss = caption_loss(caption_logits(self.target, group.features, batch), batch.labels, self.token_weights)
         loss.backward()
+        if self.processes.num_processes > 1:
+            self.average_gradients()
         nn.utils.clip_grad_norm_(self.target.parameters(), 1.0)
         rate = self.learning_rate()
         for optimizer, share in zip(self.optimizers, (1.0, ADAM_SHARE), strict=True):
@@ -203,12 +216,26 @@ class Pretraining:
             optimizer.zero_grad()
         return loss.item()
 
+    def average_gradients(self) -> None:
+        """Makes the gradients of all processes their mean, in one message."""
+        gradients = [parameter.grad for parameter in self.target.parameters() if parameter.grad is not None]
+        joined = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(joined)
+        joined /= self.processes.num_processes
+        for gradient, part in zip(gradients, joined.split([each.numel() for each in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
     def train_stage(self) -> None:
         """The rest of the current stage, with checkpoints on the way."""
         stage, progress = self.stage, self.progress
         saved = start = time.monotonic()
         seconds_before = progress.seconds
-        bar = tqdm(total=stage.steps, initial=progress.step, desc=stage.name)
+        bar = tqdm(
+            total=stage.steps,
+            initial=progress.step,
+            desc=stage.name,
+            disable=not self.processes.is_main_process,
+        )
         while progress.step < stage.steps:
             loss = self.train_step()
             now = time.monotonic()
@@ -222,6 +249,8 @@ class Pretraining:
                 self.save()
                 saved = now
         bar.close()
+        if not self.processes.is_main_process:
+            return
         accuracy = content_accuracy(
             self.target, self.processor, VALIDATION_SEEDS[:VALIDATION_CLIPS], stage.visual_tokens[1]
         )
@@ -236,15 +265,17 @@ class Pretraining:
             self.save()
         while True:
             self.train_stage()
-            deep = deepen(self.target, self.processor.tokenizer, FULL_DEPTH)
-            export(deep, self.processor, self.output / "training" / "snapshot")
+            if self.processes.is_main_process:
+                deep = deepen(self.target, self.processor.tokenizer, FULL_DEPTH)
+                export(deep, self.processor, self.output / "training" / "snapshot")
             if self.stage is STAGES[-1]:
                 break
             self.progress.stage, self.progress.step = self.progress.stage + 1, 0
             self.prepare_stage()
             self.save()
-        export(self.target, self.processor, self.output)
-        self.write_provenance()
+        if self.processes.is_main_process:
+            export(self.target, self.processor, self.output)
+            self.write_provenance()
 
     def write_provenance(self) -> None:
         """Measures the exported target as users will load it, and notes how it came to be."""
