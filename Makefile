@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full testbed quality style
+.PHONY: help install demo test test-full testbed recipes quality style
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -39,6 +39,10 @@ test-full: $(STAMP)  ## Every test, the long ones included
 testbed: $(STAMP)  ## Train the built-in models again from nothing into TESTBED (hours; resumes)
 	@$(BIN)/python -m sparrow_hf.testbed.pretrain --output $(TESTBED)/target
 	@$(BIN)/python -m sparrow_hf.testbed.retrain --target $(TESTBED)/target --output $(TESTBED)/draft
+
+recipes: $(STAMP)  ## Compare training recipes on the built-in target: docs/recipes.md (hours; resumes)
+	@$(BIN)/python -m sparrow_hf.testbed.recipes --work $(TESTBED)/recipes \
+		--output docs/data/recipes.json --report docs/recipes.md
 
 quality: $(STAMP)  ## Lint, formatting and types, nothing changed
 	@$(BIN)/ruff check .

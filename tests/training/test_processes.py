@@ -1,4 +1,4 @@
-"""Two processes learn what one process with twice the batch learns."""
+"""Several processes: two learn what one process with twice the batch learns."""
 
 import json
 import os
@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
+
+from sparrow_hf.training.launch import DDP_CONFIG
 
 HERE = Path(__file__).parent
 
@@ -35,3 +38,8 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     expected = load_file(tmp_path / "one" / "weights.safetensors")
     for name, weights in load_file(tmp_path / "two" / "weights.safetensors").items():
         torch.testing.assert_close(weights, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_preset_for_several_gpus_is_what_accelerate_reads():
+    config = load_config_from_file(str(DDP_CONFIG))
+    assert (config.distributed_type, config.num_processes) == ("MULTI_GPU", 8)

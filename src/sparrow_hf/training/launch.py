@@ -21,6 +21,9 @@ from .recording import PROVENANCE_FILE, RecordedDataset
 from .trainer import SparrowTrainer
 from .vocabulary import load_vocabulary
 
+#: Configuration of `accelerate launch` for the GPUs of one machine.
+DDP_CONFIG = Path(__file__).parent / "accelerate" / "ddp.yaml"
+
 #: Held-out rows that are decoded at every evaluation; all of them are walked along teacher-forced.
 DECODED_ROWS = 8
 
