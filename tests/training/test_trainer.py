@@ -1,12 +1,14 @@
 """The trainer: both data paths agree, resume is exact, only the draft is saved, one sample is learned by heart."""
 
+import copy
+import math
 import shutil
 
 import pytest
 import torch
-from conftest import greedy
+from conftest import die, greedy, kill_this_process
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import BindingError, TrainingDataError
@@ -18,6 +20,7 @@ from sparrow_hf.training import (
     TrainingStates,
     read_with_target,
 )
+from sparrow_hf.training.files import last_checkpoint
 
 
 def arguments(folder, **overrides):
@@ -95,6 +98,68 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, target, make_draft, 
     trainer.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
     assert trainer.state.global_step == 6
     assert_same_weights(weights_of(resumed), weights_of(whole))
+
+
+class _Die(TrainerCallback):
+    """Kills the process at the third step, or in the middle of the second checkpoint."""
+
+    def __init__(self, while_saving):
+        self.while_saving = while_saving
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4 and self.while_saving:
+            # The trainer's state is what is written last.
+            TrainerState.save_to_json = lambda self, path: kill_this_process()
+        if state.global_step == 3 and not self.while_saving:
+            kill_this_process()
+
+
+@pytest.mark.parametrize("while_saving", [False, True], ids=["between-steps", "while-saving"])
+def test_a_killed_run_ends_with_the_same_weights(tmp_path, target, make_draft, recorded, while_saving):
+    def train(name, callbacks=(), resume=None):
+        args = arguments(tmp_path / name, max_steps=5, save_strategy="steps", save_steps=2, hidden_state_noise=0.1)
+        trainer = SparrowTrainer(make_draft(), target, args, train_dataset=recorded, callbacks=list(callbacks))
+        trainer.train(resume_from_checkpoint=resume)
+        return weights_of(trainer.draft)
+
+    whole = train("whole")
+    die(lambda: train("killed", [_Die(while_saving)]))
+    checkpoint = last_checkpoint(tmp_path / "killed")
+    assert checkpoint == str(tmp_path / "killed" / "checkpoint-2")
+    assert (tmp_path / "killed" / "checkpoint-4").exists() == while_saving
+    assert_same_weights(train("killed", resume=checkpoint), whole)
+
+
+def test_a_bf16_target_and_an_fp32_draft(tmp_path, target, make_draft, samples):
+    low = copy.deepcopy(target).to(torch.bfloat16)
+    draft = make_draft().to(torch.float32)
+    draft.bind(low)
+    args = arguments(tmp_path, max_steps=2, hidden_state_noise=0.1)
+    trainer = SparrowTrainer(draft, low, args, train_dataset=samples, eval_dataset=samples)
+    before = weights_of(draft)
+    trainer.train()
+    assert {parameter.dtype for parameter in draft.parameters()} == {torch.float32}
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    assert not torch.equal(before["fc.weight"], draft.fc.weight)
+    assert trainer.evaluate()["eval_tau"] >= 1
+
+
+def test_text_first_then_visual_rows(tmp_path, target, make_draft, recorded):
+    args = arguments(tmp_path, num_visual_rows_min=6, visual_start=0.5, visual_full=1.0)
+    assert [args.visual_odds(share) for share in (0.0, 0.5, 0.75, 1.0)] == [0.0, 0.0, 0.5, 1.0]
+    trainer = SparrowTrainer(make_draft(), target, args, train_dataset=recorded)
+    trainer.state.max_steps = 1000
+
+    def shown(step):
+        trainer.state.global_step = step
+        return [trainer.make_batch([row], training=True).visual_rows.shape[1] for row in recorded]
+
+    assert set(sum((shown(step) for step in range(20)), [])) == {0}
+    halfway = sum((shown(step) for step in range(740, 760)), [])
+    assert set(halfway) == {0, 6} and 20 < halfway.count(6) < 60
+    assert set(sum((shown(1000) for _ in range(2)), [])) == {6}
+    trainer.args.visual_dropout = 1.0
+    assert set(shown(1000)) == {0}
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path, target, make_draft, recorded):
@@ -198,6 +263,8 @@ def test_states_survive_the_collator(recorded):
         {"soft_cross_entropy_weight": 0.0, "feature_smooth_l1_weight": 0.0},
         {"list_mle_weight": -1.0},
         {"mtp_attention": "other"},
+        {"visual_start": 0.6, "visual_full": 0.5},
+        {"visual_dropout": 1.5},
         {"remove_unused_columns": True},
     ],
 )

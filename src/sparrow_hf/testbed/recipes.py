@@ -32,7 +32,7 @@ from .world import TRAIN_SEEDS, VALIDATION_SEEDS
 
 CLIPS, STEPS, SEEDS = 1024, 600, (0, 1, 2)
 FEATURE_LAYERS = [8, 16, -1]
-"""Recorded for all recipes, read by one of them."""
+"""Of the 24 layers; all are recorded, and one recipe reads them."""
 LENGTHS = {400: 24, 2000: 12, 8000: 4}
 """Visual tokens → validation clips of that length. None of them is among the evaluation clips of any other figure."""
 FIRST_CLIP = 10_000
@@ -95,11 +95,10 @@ RECIPES = {
 
 def record_all(target: Qwen2_5_VLForConditionalGeneration, processor: Any, folder: Path) -> None:
     """Records the training clips and the validation clips of every length, as far as they are not there yet."""
-    draft = SparrowDraftModel.from_target(target, feature_layers=FEATURE_LAYERS)
-    record(target, processor, draft, TRAIN_SEEDS[-CLIPS:], folder / "train")
+    record(target, processor, TRAIN_SEEDS[-CLIPS:], folder / "train")
     for length, clips in LENGTHS.items():
         seeds = VALIDATION_SEEDS[FIRST_CLIP : FIRST_CLIP + clips]
-        record(target, processor, draft, seeds, folder / f"validation-{length}", visual_tokens=length)
+        record(target, processor, seeds, folder / f"validation-{length}", visual_tokens=length)
 
 
 def frequent_tokens(rows: RecordedDataset, size: int, draft: SparrowDraftModel) -> torch.Tensor:
@@ -198,6 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the recording and of running trainings")
     parser.add_argument("--output", type=Path, required=True, help="file of the results")
     parser.add_argument("--report", type=Path, help="file of the table")
+    parser.add_argument("--recording", type=Path, help="folder of the recording (default: WORK/recording)")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of every run")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="one run of every recipe per seed")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="which recipes")
@@ -205,7 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(1)
     target, processor = load_target(options.target)
-    record_all(target, processor, options.work / "recording")
+    recording = options.recording or options.work / "recording"
+    record_all(target, processor, recording)
     rows = json.loads(options.output.read_text()) if options.output.exists() else []
     sha256 = target_digest(target)
     done = {(row["recipe"], row["seed"], row["steps"], row["target_sha256"]) for row in rows}
@@ -214,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     runs = [(name, seed) for name, seed in runs if (name, seed, options.steps, sha256) not in done]
     for name, seed in tqdm(runs, desc="recipes"):
         folder = options.work / f"{sha256[:8]}-{options.steps}" / f"{name.replace(' ', '-')}-{seed}"
-        row = run_recipe(target, name, seed, options.steps, options.work / "recording", folder)
+        row = run_recipe(target, name, seed, options.steps, recording, folder)
         rows.append(row | {"target_sha256": sha256})
         partial = options.output.with_suffix(".partial")
         partial.write_text(json.dumps(rows, indent=1) + "\n")

@@ -23,11 +23,11 @@ import transformers
 from accelerate import PartialState
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation.provenance import commit
 from ..modeling_sparrow import SparrowDraftModel
 from ..training import SparrowTrainer, SparrowTrainingArguments, append_answer
+from ..training.files import last_checkpoint
 from ..training.recording import RecordedDataset, Recorder, target_digest
 from ..training.regenerate import generate_answers
 from ..video import prepare_inputs
@@ -126,16 +126,16 @@ def caption_clips(
 def record(
     target: Qwen2_5_VLForConditionalGeneration,
     processor: Qwen2_5_VLProcessor,
-    draft: SparrowDraftModel,
     seeds: Sequence[int],
     folder: Path,
     visual_tokens: int | None = None,
-) -> RecordedDataset:
-    """The recording of all clips in `folder`, as far as it is there; the rest is captioned, read and stored.
+) -> None:
+    """Records all clips in `folder`: what is not there yet is captioned, read and stored.
 
     Processes of one launch share the work. Clips have `visual_tokens`, or lengths drawn from their seeds.
     """
-    processes = PartialState()
+    processes = PartialState(cpu=True)
+    draft = SparrowDraftModel.from_target(target, feature_layers=recorded_features(target))
     source = {"first_clip": seeds[0], "clips": len(seeds), "visual_tokens": visual_tokens}
     recorder = Recorder(draft, folder, source=source)
     own = range(0, len(seeds), CLIPS_PER_BATCH)[processes.process_index :: processes.num_processes]
@@ -146,7 +146,12 @@ def record(
             for offset, sample in caption_clips(target, processor, chunk, visual_tokens):
                 recorder.write(start + offset, sample)
     processes.wait_for_everyone()
-    return RecordedDataset(folder, draft)
+
+
+def recorded_features(target: Qwen2_5_VLForConditionalGeneration) -> list[int]:
+    """Text layers that are recorded: of one and two thirds of the depth, and the last, which the shipped draft reads."""
+    depth = target.config.text_config.num_hidden_layers
+    return [*sorted({max(1, depth // 3), max(1, 2 * depth // 3)}), -1]
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -243,8 +248,7 @@ def train(
         eval_dataset=validation,
         optimizers=(MuonWithAdam(draft), None),
     )
-    folder = Path(arguments.output_dir)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(str(arguments.output_dir)))
     if validation is not None:
         trainer.evaluate()
     draft.save_pretrained(output)
@@ -269,19 +273,18 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     start = time.monotonic()
     target, processor = load_target(options.target)
-    recorder = SparrowDraftModel.from_target(target)
     recording = options.recording or options.output / "recording"
-    rows = record(target, processor, recorder, TRAIN_SEEDS[-options.clips :], recording / "train")
-    validation = record(
-        target, processor, recorder, VALIDATION_SEEDS[-options.validation_clips :], recording / "validation"
-    )
+    record(target, processor, TRAIN_SEEDS[-options.clips :], recording / "train")
+    record(target, processor, VALIDATION_SEEDS[-options.validation_clips :], recording / "validation")
     if options.record_only:
         return
     recorded = time.monotonic()
+    draft = build_draft(target, options.seed, options.text_only)
+    rows = RecordedDataset(recording / "train", draft)
     trainer = train(
-        build_draft(target, options.seed, options.text_only),
+        draft,
         rows,
-        validation,
+        RecordedDataset(recording / "validation", draft),
         options.output,
         steps=options.steps,
         seed=options.seed,

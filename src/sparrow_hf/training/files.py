@@ -48,3 +48,21 @@ def check_provenance(path: Path, provenance: dict[str, Any]) -> None:
         raise TrainingDataError(
             f"{path.parent} holds files made differently ({'; '.join(wrong)}): choose another folder, or delete it"
         )
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest whole checkpoint of a `Trainer` in a folder, or `None`.
+
+    A process that was killed while saving leaves a checkpoint without the trainer's state, which is written last.
+    """
+    found = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    steps = {int(path.name.removeprefix("checkpoint-")): str(path) for path in found}
+    return steps[max(steps)] if steps else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True

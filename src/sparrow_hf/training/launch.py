@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import MissingDependencyError, TrainingOptionsError
 from ..modeling_sparrow import SparrowDraftModel
@@ -15,6 +14,7 @@ from .arguments import SparrowTrainingArguments
 from .callbacks import DecodingCallback
 from .curves import plot_curves
 from .dataset import load_rows, refuse_shared_media
+from .files import last_checkpoint
 from .lora import add_lora, merge_lora
 from .options import TrainingOptions
 from .recording import PROVENANCE_FILE, RecordedDataset
@@ -68,7 +68,7 @@ def check_output(options: TrainingOptions) -> str | None:
     """
     output = Path(options.output)
     checkpoints = output / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = last_checkpoint(checkpoints)
     if options.resume:
         if last is None:
             raise TrainingOptionsError(f"{checkpoints} holds no checkpoint to resume from: leave out --resume")
