@@ -149,7 +149,7 @@ def record(
 
 
 def recorded_features(target: Qwen2_5_VLForConditionalGeneration) -> list[int]:
-    """Text layers that are recorded: of one and two thirds of the depth, and the last, which the shipped draft reads."""
+    """Text layers that are recorded: after one and two thirds of the depth, and the last, which the draft reads."""
     depth = target.config.text_config.num_hidden_layers
     return [*sorted({max(1, depth // 3), max(1, 2 * depth // 3)}), -1]
 
