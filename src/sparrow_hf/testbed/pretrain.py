@@ -47,11 +47,11 @@ from .world import EVALUATION_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS
 VISION_STEPS = 800
 STAGES = (
     Stage("facts, 1-3 scenes", 200, 12, (1, 3), (16, 48), 28, 1, (0.02, 0.02), (FACTS,)),
-    Stage("facts, 2-6 scenes", 500, 12, (2, 6), (32, 128), 20, 1, (0.02, 0.015), (FACTS,)),
-    Stage("facts, longer clips", 300, 12, (2, 6), (48, 640), 10, 1, (0.015, 0.01), (FACTS,)),
-    Stage("captions", 400, 12, (2, 6), (32, 256), 10, 2, (0.01, 0.01)),
-    Stage("captions, longer clips", 400, 12, (2, 6), (48, 1024), 5, 4, (0.01, 0.005)),
-    Stage("captions, full depth", 300, 24, (2, 6), (64, 3072), 4, 4, (0.005, 0.0)),
+    Stage("facts, 2-6 scenes", 300, 12, (2, 6), (32, 128), 20, 1, (0.02, 0.015), (FACTS,)),
+    Stage("facts, longer clips", 150, 12, (2, 6), (48, 640), 10, 1, (0.015, 0.01), (FACTS,)),
+    Stage("captions", 250, 12, (2, 6), (32, 256), 10, 2, (0.01, 0.01)),
+    Stage("captions, longer clips", 220, 12, (2, 6), (48, 1024), 5, 4, (0.01, 0.006)),
+    Stage("captions, full depth", 110, 24, (2, 6), (64, 2560), 4, 4, (0.006, 0.0)),
 )
 FULL_DEPTH = STAGES[-1].layers
 WARMUP_STEPS = 8

@@ -24,6 +24,8 @@ from .vocabulary import load_vocabulary
 #: Configuration of `accelerate launch` for the GPUs of one machine.
 DDP_CONFIG = Path(__file__).parent / "accelerate" / "ddp.yaml"
 
+DRAFT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 #: Held-out rows that are decoded at every evaluation; all of them are walked along teacher-forced.
 DECODED_ROWS = 8
 
@@ -83,8 +85,8 @@ def check_output(options: TrainingOptions) -> str | None:
 
 def build_draft(options: TrainingOptions, target: PreTrainedModel) -> SparrowDraftModel:
     """The draft to train: fresh, or an existing one; in its training dtype, bound to the target."""
-    dtype = getattr(torch, options.draft_dtype, None)
-    if not isinstance(dtype, torch.dtype):
+    dtype = DRAFT_DTYPES.get(options.draft_dtype)
+    if dtype is None:
         raise TrainingOptionsError(
             f"--draft-dtype must be float32, bfloat16 or float16, found {options.draft_dtype!r}"
         )
