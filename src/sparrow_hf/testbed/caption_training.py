@@ -20,7 +20,7 @@ from transformers import (
     Qwen2_5_VLProcessor,
 )
 
-from .captions import CLAIM_WORDS, FACTS, STYLES, sample_prompt, write_caption
+from .captions import CLAIM_WORDS, STYLES, sample_prompt, write_caption
 from .nano import VOCABULARY_SIZE, build_target
 from .scenes import Story, sample_story, sample_timeline
 from .vision_pretraining import through_codec, visual_features
@@ -31,8 +31,8 @@ from .world import FRAMES_PER_SECOND, FRAMES_PER_STEP, TOKENS_PER_STEP, messages
 class Stage:
     """One stretch of the curriculum: a decoder of `layers`, clips of `scenes` and `visual_tokens` (lowest, highest).
 
-    A step learns from `clips` × `captions_per_clip` captions in some of `styles`. Longer clips take fewer of them, see
-    `clips_for`. The learning rate goes from the first to the second value.
+    A step learns from `clips` × `captions_per_clip` captions. Longer clips take fewer of them, see `clips_for`. The
+    learning rate goes from the first to the second value.
     """
 
     name: str
@@ -43,7 +43,6 @@ class Stage:
     clips: int
     captions_per_clip: int
     learning_rate: tuple[float, float]
-    styles: tuple[str, ...] = (*STYLES, FACTS)
 
 
 POOL_GROUPS = 16
@@ -112,18 +111,14 @@ class CaptionBatch:
 
 
 def draw_captions(
-    processor: Qwen2_5_VLProcessor,
-    group: ClipGroup,
-    captions_per_clip: int,
-    rng: np.random.Generator,
-    styles: tuple[str, ...] = STYLES,
+    processor: Qwen2_5_VLProcessor, group: ClipGroup, captions_per_clip: int, rng: np.random.Generator
 ) -> CaptionBatch:
     """Writes `captions_per_clip` captions of different styles for every clip of a group."""
     tokenizer = processor.tokenizer
     rows, num_visible = [], []
     for story in group.stories:
-        for style in rng.choice(len(styles), captions_per_clip, replace=captions_per_clip > len(styles)):
-            name = styles[int(style)]
+        for style in rng.choice(len(STYLES), captions_per_clip, replace=captions_per_clip > len(STYLES)):
+            name = STYLES[int(style)]
             prompt = processor.apply_chat_template(
                 messages_for("", sample_prompt(rng, name)), tokenize=False, add_generation_prompt=True
             )

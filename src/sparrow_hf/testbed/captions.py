@@ -26,10 +26,6 @@ PROMPTS = {
 }
 STYLES = tuple(PROMPTS)
 
-FACTS = "facts"
-"""A fifth style, for learning only: every word is a fact of the clip, nothing is left to taste (see `write_facts`)."""
-FACTS_PROMPT = "list what you see , one by one ."
-
 NUMBERS = ("one", "two", "three", "four", "five", "six")
 MEDIA = ("video", "clip", "recording", "footage")
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
@@ -155,9 +151,7 @@ class _Writer:
 
 
 def write_caption(rng: np.random.Generator, story: Story, style: str) -> str:
-    """A caption of `story` in one of `STYLES` or in `FACTS`, as lower-case words separated by single spaces."""
-    if style == FACTS:
-        return write_facts(story)
+    """A caption of `story` in one of `STYLES`, as lower-case words separated by single spaces."""
     writer = _Writer(rng, style)
     first, last = story[0], story[-1]
     medium = MEDIA[int(rng.choice(len(MEDIA), p=(0.55, 0.2, 0.15, 0.1)))]
@@ -184,29 +178,8 @@ def write_caption(rng: np.random.Generator, story: Story, style: str) -> str:
     return re.sub(r"\ba (?=[aeiou])", "an ", " ".join(sentences))
 
 
-def write_facts(story: Story) -> str:
-    """What `story` shows, scene by scene, without wording: to look things up is learned on this first.
-
-    In a caption most words are wording, whose entropy drowns the few that tell whether a scene was looked up right.
-    """
-    motions = {motion: phrases[0].split()[0] for motion, phrases in MOTION_PHRASES.items()}
-    motions |= {"left": "left", "right": "right"}
-    sentences = []
-    for number, scene in zip(NUMBERS, story, strict=False):
-        glyph, companion = scene.glyph, scene.companion
-        novelty = "the same" if scene.returns else "a"
-        beside = f"{companion.colour} {companion.corner}" if companion else "alone"
-        sentences.append(
-            f"{number} : {novelty} {glyph.size} {glyph.colour} {glyph.shape} {motions[scene.motion]} "
-            f"{scene.background} {beside} ."
-        )
-    return " ".join(sentences)
-
-
 def sample_prompt(rng: np.random.Generator, style: str) -> str:
     """One of the prompts that ask for `style`."""
-    if style == FACTS:
-        return FACTS_PROMPT
     return PROMPTS[style][int(rng.integers(len(PROMPTS[style])))]
 
 

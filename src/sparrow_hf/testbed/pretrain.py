@@ -38,7 +38,6 @@ from .caption_training import (
     draw_captions,
     token_weights,
 )
-from .captions import FACTS
 from .muon import Muon
 from .nano import build_processor, build_target, content_accuracy, load_target
 from .vision_pretraining import ATTRIBUTES, VisionPretraining, rescale_merger
@@ -46,12 +45,12 @@ from .world import EVALUATION_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS
 
 VISION_STEPS = 800
 STAGES = (
-    Stage("facts, 1-3 scenes", 200, 12, (1, 3), (16, 48), 28, 1, (0.02, 0.02), (FACTS,)),
-    Stage("facts, 2-6 scenes", 300, 12, (2, 6), (32, 128), 20, 1, (0.02, 0.015), (FACTS,)),
-    Stage("facts, longer clips", 150, 12, (2, 6), (48, 640), 10, 1, (0.015, 0.01), (FACTS,)),
-    Stage("captions", 250, 12, (2, 6), (32, 256), 10, 2, (0.01, 0.01)),
-    Stage("captions, longer clips", 220, 12, (2, 6), (48, 1024), 5, 4, (0.01, 0.006)),
-    Stage("captions, full depth", 110, 24, (2, 6), (64, 2560), 4, 4, (0.006, 0.0)),
+    Stage("1-2 scenes", 150, 12, (1, 2), (16, 40), 20, 1, (0.02, 0.02)),
+    Stage("1-4 scenes", 250, 12, (1, 4), (24, 64), 16, 1, (0.02, 0.02)),
+    Stage("2-6 scenes", 500, 12, (2, 6), (32, 128), 11, 2, (0.02, 0.02)),
+    Stage("longer clips", 300, 12, (2, 6), (48, 480), 8, 2, (0.02, 0.012)),
+    Stage("long clips", 496, 12, (2, 6), (48, 800), 6, 4, (0.012, 0.006)),
+    Stage("full depth", 100, 24, (2, 6), (64, 2560), 4, 4, (0.006, 0.0)),
 )
 FULL_DEPTH = STAGES[-1].layers
 WARMUP_STEPS = 8
@@ -204,7 +203,7 @@ class Pretraining:
         group = self.clip_group()
         seed = [self.seed, TRAIN_SEEDS.start, self.progress.stage, self.progress.step]
         rng = np.random.default_rng([*seed, 1 + self.processes.process_index])
-        batch = draw_captions(self.processor, group, self.stage.captions_per_clip, rng, self.stage.styles)
+        batch = draw_captions(self.processor, group, self.stage.captions_per_clip, rng)
         loss = caption_loss(caption_logits(self.target, group.features, batch), batch.labels, self.token_weights)
         loss.backward()
         if self.processes.num_processes > 1:
