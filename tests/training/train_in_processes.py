@@ -4,6 +4,7 @@ python train_in_processes.py FOLDER BATCH_PER_PROCESS
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def main(folder: Path, batch_per_process: int) -> None:
     arguments = SparrowTrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
-        ddp_backend="gloo",
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
         report_to="none",
         disable_tqdm=True,
         save_strategy="no",

@@ -105,7 +105,7 @@ def rows_of(source: str, draft: SparrowDraftModel, streaming: bool = False) -> A
     """Rows of a recording, or of anything [`load_rows`] reads."""
     if (Path(source) / PROVENANCE_FILE).is_file():
         return RecordedDataset(source, draft)
-    return load_rows(source, streaming=streaming)
+    return load_rows(source, streaming=True) if streaming else load_rows(source)
 
 
 def prepare(

@@ -125,7 +125,7 @@ def parse_options(words: Sequence[str]) -> tuple[TrainingOptions, SparrowTrainin
             raise TrainingOptionsError(f"unknown preset {preset!r}; known: {', '.join(TRAINING_PRESETS)}")
         _set_defaults(parser, TRAINING_PRESETS[preset] | config | {"preset": preset})
         # argparse leaves with a code of its own where it cannot read a value.
-        parser.error = _refuse  # type: ignore[method-assign,assignment]
+        parser.error = _refuse
         namespace = parser.parse_args(rest)
     except argparse.ArgumentError as error:
         raise TrainingOptionsError(str(error)) from error
@@ -133,13 +133,15 @@ def parse_options(words: Sequence[str]) -> tuple[TrainingOptions, SparrowTrainin
     if values["output_dir"] is None:
         values["output_dir"] = str(Path(values["output"]) / "checkpoints")
     try:
-        options, arguments = (
-            kind(**{item.name: values[item.name] for item in dataclasses.fields(kind) if item.init})
-            for kind in (TrainingOptions, SparrowTrainingArguments)
-        )
+        options = TrainingOptions(**_fields_of(TrainingOptions, values))
+        arguments = SparrowTrainingArguments(**_fields_of(SparrowTrainingArguments, values))
     except ValueError as error:
         raise TrainingOptionsError(str(error)) from error
     return options, arguments
+
+
+def _fields_of(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    return {item.name: values[item.name] for item in dataclasses.fields(kind) if item.init}
 
 
 def _with_underscores(word: str) -> str:
