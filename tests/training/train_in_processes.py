@@ -40,7 +40,8 @@ def main(folder: Path, batch_per_process: int) -> None:
         logging_steps=1,
         learning_rate=2e-3,
         per_device_train_batch_size=batch_per_process,
-        per_device_eval_batch_size=batch_per_process,
+        # The evaluation loss is a mean over batches, so these must not depend on the number of processes.
+        per_device_eval_batch_size=1,
         num_visual_rows_max=6,
         hidden_state_noise=0.1,
     )

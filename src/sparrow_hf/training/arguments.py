@@ -114,6 +114,9 @@ class SparrowTrainingArguments(TrainingArguments):
     )
     max_frames: int | None = field(default=None, metadata={"help": "Most frames to read of each video file."})
 
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without gradient in every pass; there are none."}
+    )
     ddp_broadcast_buffers: bool | None = field(
         default=False, metadata={"help": "Send the draft's buffers around in every pass; they never change."}
     )
