@@ -164,7 +164,7 @@ class SparrowDraftConfig(PreTrainedConfig):
         rope = {key: value for key, value in (text.rope_parameters or {}).items() if not key.startswith("mrope")}
         if rope.get("rope_type") == "mrope":
             rope["rope_type"] = "default"
-        name = _published_name(target_config)
+        name = published_name(target_config)
         fields: dict[str, Any] = {
             "target_name_or_path": name,
             "target_revision": None if name is None else getattr(target_config, "_commit_hash", None),
@@ -262,7 +262,7 @@ def check_tree_shape(shape: TreeShape) -> None:
         )
 
 
-def _published_name(target_config: PreTrainedConfig) -> str | None:
+def published_name(target_config: PreTrainedConfig) -> str | None:
     """Where the target came from, unless that is a folder: a path of one machine means nothing on another."""
     name = target_config._name_or_path
     return None if not name or os.path.isdir(name) else name

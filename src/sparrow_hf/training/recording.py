@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..configuration_sparrow import SparrowDraftConfig
+from ..configuration_sparrow import SparrowDraftConfig, published_name
 from ..errors import DiskBudgetError, TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import draft_rows
@@ -303,7 +303,7 @@ def describe(draft: SparrowDraftModel, visual_rows: bool) -> dict[str, Any]:
     """What a recording must have been made with, to be gone on with."""
     target = draft.target.model
     return {
-        "target": target.config._name_or_path,
+        "target": published_name(target.config),
         "target_revision": getattr(target.config, "_commit_hash", None),
         "target_sha256": target_digest(target),
         "transformers": transformers.__version__,
