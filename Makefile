@@ -41,7 +41,7 @@ testbed: $(STAMP)  ## Train the built-in models again from nothing into TESTBED 
 	@$(BIN)/python -m sparrow_hf.testbed.retrain --target $(TESTBED)/target --output $(TESTBED)/draft
 
 recipes: $(STAMP)  ## Compare training recipes on the built-in target: docs/recipes.md (hours; resumes)
-	@$(BIN)/python -m sparrow_hf.testbed.recipes --work $(TESTBED)/recipes \
+	@$(BIN)/python -m sparrow_hf.testbed.recipes --work $(TESTBED)/recipes --processes 2 \
 		--output docs/data/recipes.json --report docs/recipes.md
 
 quality: $(STAMP)  ## Lint, formatting and types, nothing changed

@@ -5,15 +5,18 @@
 Every recipe differs from the default in what its row says and in nothing else. The target is shipped, frozen and
 recorded once. τ is read off the exact passes on the target's own greedy captions, which is what decoding a chain takes
 (`training/acceptance.py`; tested). Run the command again to go on where it was stopped; `make recipes` runs it all.
+Trainings share nothing, so on a small machine one per core at a time (`--processes`) is what takes least time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from .nano import ASSETS, load_target
 from .retrain import DRAFT, build_draft, record, train
 from .world import TRAIN_SEEDS, VALIDATION_SEEDS
 
-CLIPS, STEPS, SEEDS = 1024, 600, (0, 1, 2)
+CLIPS, STEPS, SEEDS = 1024, 200, (0, 1, 2)
 FEATURE_LAYERS = [8, 16, -1]
 """Of the 24 layers; all are recorded, and one recipe reads them."""
 LENGTHS = {400: 24, 2000: 12, 8000: 4}
@@ -126,17 +129,17 @@ def measure(trainer: SparrowTrainer, recording: Path, glimpse: int) -> dict[str,
         config.num_glimpse_tokens = trained_with
 
 
-def run_recipe(
-    target: Qwen2_5_VLForConditionalGeneration, name: str, seed: int, steps: int, recording: Path, folder: Path
-) -> dict[str, Any]:
-    """Trains and measures one draft; a row of the results."""
+def run_recipe(target_folder: Path, name: str, seed: int, steps: int, recording: Path, folder: Path) -> dict[str, Any]:
+    """Trains and measures one draft on one thread; a row of the results."""
+    torch.set_num_threads(1)
     recipe = RECIPES[name]
     start = time.monotonic()
+    target, _ = load_target(target_folder)
     draft = build_draft(target, seed, **recipe.draft)
     rows = RecordedDataset(recording / "train", draft)
     if recipe.vocabulary is not None:
         draft.set_vocabulary(frequent_tokens(rows, recipe.vocabulary, draft))
-    trainer = train(draft, rows, None, folder, steps=steps, seed=seed, **recipe.training)
+    trainer = train(draft, rows, None, folder, steps=steps, seed=seed, disable_tqdm=True, **recipe.training)
     return {
         "recipe": name,
         "seed": seed,
@@ -148,6 +151,7 @@ def run_recipe(
         "tau_by_glimpse": {str(glimpse): measure(trainer, recording, glimpse) for glimpse in recipe.glimpses},
         "seconds": round(time.monotonic() - start),
         "commit": commit(),
+        "target_sha256": target_digest(target),
     }
 
 
@@ -201,27 +205,52 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of every run")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="one run of every recipe per seed")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="which recipes")
+    parser.add_argument("--processes", type=int, default=1, help="trainings at a time, each on one thread")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
     target, processor = load_target(options.target)
     recording = options.recording or options.work / "recording"
     record_all(target, processor, recording)
-    rows = json.loads(options.output.read_text()) if options.output.exists() else []
     sha256 = target_digest(target)
-    done = {(row["recipe"], row["seed"], row["steps"], row["target_sha256"]) for row in rows}
+    rows = json.loads(options.output.read_text()) if options.output.exists() else []
+    # Runs on another target, or of another length, are not comparable: the table starts anew.
+    rows = [row for row in rows if (row["target_sha256"], row["steps"]) == (sha256, options.steps)]
+    done = {(row["recipe"], row["seed"]) for row in rows}
     # All recipes once before any of them twice: an early stop leaves a whole table.
-    runs = [(name, seed) for seed in options.seeds for name in options.recipes]
-    runs = [(name, seed) for name, seed in runs if (name, seed, options.steps, sha256) not in done]
-    for name, seed in tqdm(runs, desc="recipes"):
-        folder = options.work / f"{sha256[:8]}-{options.steps}" / f"{name.replace(' ', '-')}-{seed}"
-        row = run_recipe(target, name, seed, options.steps, recording, folder)
-        rows.append(row | {"target_sha256": sha256})
-        partial = options.output.with_suffix(".partial")
-        partial.write_text(json.dumps(rows, indent=1) + "\n")
-        os.replace(partial, options.output)
-        if options.report is not None:
-            write_report(rows, options.report)
+    runs = [(name, seed) for seed in options.seeds for name in options.recipes if (name, seed) not in done]
+    folder = options.work / f"{sha256[:8]}-{options.steps}"
+    # A forked process would inherit the threads of this one's tensors.
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+        running = [
+            pool.submit(
+                run_recipe,
+                options.target,
+                name,
+                seed,
+                options.steps,
+                recording,
+                folder / f"{name.replace(' ', '-')}-{seed}",
+            )
+            for name, seed in runs
+        ]
+        try:
+            for run in tqdm(as_completed(running), desc="recipes", total=len(running)):
+                rows.append(run.result())
+                write_results(rows, options.output, options.report)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def write_results(rows: list[dict[str, Any]], output: Path, report: Path | None) -> None:
+    """Writes what there is so far, in the order of the table of recipes, and the report on it."""
+    order = list(RECIPES)
+    rows.sort(key=lambda row: (row["seed"], order.index(row["recipe"])))
+    partial = output.with_suffix(".partial")
+    partial.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(partial, output)
+    if report is not None:
+        write_report(rows, report)
 
 
 if __name__ == "__main__":
