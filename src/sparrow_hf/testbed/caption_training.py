@@ -8,6 +8,7 @@ their keys and values.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,9 +112,13 @@ class CaptionBatch:
 
 
 def draw_captions(
-    processor: Qwen2_5_VLProcessor, group: ClipGroup, captions_per_clip: int, rng: np.random.Generator
+    processor: Qwen2_5_VLProcessor,
+    group: ClipGroup,
+    captions_per_clip: int,
+    rng: np.random.Generator,
+    write: Callable[[np.random.Generator, Story, str], str] = write_caption,
 ) -> CaptionBatch:
-    """Writes `captions_per_clip` captions of different styles for every clip of a group."""
+    """Captions every clip of a group `captions_per_clip` times, asked for different styles, as `write` does it."""
     tokenizer = processor.tokenizer
     rows, num_visible = [], []
     for story in group.stories:
@@ -123,7 +128,7 @@ def draw_captions(
                 messages_for("", sample_prompt(rng, name)), tokenize=False, add_generation_prompt=True
             )
             asked = tokenizer(prompt)["input_ids"]
-            told = tokenizer(write_caption(rng, story, name))["input_ids"] + [tokenizer.eos_token_id]
+            told = tokenizer(write(rng, story, name))["input_ids"] + [tokenizer.eos_token_id]
             video = asked.index(processor.video_token_id)
             prefix = asked[:video] + [processor.video_token_id] * group.features.shape[1] + [asked[video + 1]]
             rows.append(asked[video + 2 :] + told)

@@ -30,7 +30,7 @@ from ..modeling_sparrow import SparrowDraftModel
 from ..training import ALL_VISUAL_ROWS, DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainer
 from ..training.recording import RecordedDataset, target_digest
 from .nano import ASSETS, load_target
-from .retrain import DRAFT, build_draft, record, train
+from .retrain import DRAFT, build_draft, build_trainer, record, train
 from .world import TRAIN_SEEDS, VALIDATION_SEEDS
 
 CLIPS, STEPS, SEEDS = 1024, 200, (0, 1, 2)
@@ -139,7 +139,10 @@ def run_recipe(target_folder: Path, name: str, seed: int, steps: int, recording:
     rows = RecordedDataset(recording / "train", draft)
     if recipe.vocabulary is not None:
         draft.set_vocabulary(frequent_tokens(rows, recipe.vocabulary, draft))
-    trainer = train(draft, rows, None, folder, steps=steps, seed=seed, disable_tqdm=True, **recipe.training)
+    trainer = build_trainer(
+        draft, rows, None, folder, max_steps=steps, seed=seed, disable_tqdm=True, **recipe.training
+    )
+    train(trainer)
     return {
         "recipe": name,
         "seed": seed,

@@ -178,7 +178,7 @@ class MuonWithAdam(Muon):
     """Muon for the matrices of a draft, Adam for its vectors, as one optimizer with one state to resume from."""
 
     def __init__(self, draft: SparrowDraftModel):
-        parameters = list(draft.parameters())
+        parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
         super().__init__([parameter for parameter in parameters if parameter.ndim == 2], lr=MATRIX_LEARNING_RATE)
         vectors = [parameter for parameter in parameters if parameter.ndim < 2]
         self.add_param_group({"params": vectors, "lr": VECTOR_LEARNING_RATE, "betas": (0.9, 0.98)})
@@ -212,35 +212,20 @@ def build_draft(
     return draft
 
 
-def train(
-    draft: SparrowDraftModel,
-    rows: RecordedDataset,
-    validation: RecordedDataset | None,
-    output: Path,
-    *,
-    steps: int,
-    seed: int = 0,
-    **recipe: Any,
+def build_trainer(
+    draft: SparrowDraftModel, rows: RecordedDataset, validation: RecordedDataset | None, output: Path, **recipe: Any
 ) -> SparrowTrainer:
-    """Trains a draft from recorded rows, from the last checkpoint in `output/training` if there is one.
+    """A trainer of the testbed.
 
     Args:
         draft: A draft bound to the target the rows were recorded from.
         rows, validation: Recorded rows; the second ones are only measured on.
-        output: Folder of the draft.
-        steps: Optimizer steps.
-        seed: Draws order, visual rows and noise.
+        output: Its `training` folder takes the checkpoints; the finished draft is left to the caller to save.
         recipe: Fields of [`SparrowTrainingArguments`], over `RECIPE`.
-
-    Returns:
-        The trainer: its draft, what it was trained with, and in its state the curve (loss and agreement per pass,
-        validation figures).
     """
     measured = {} if validation is not None else {"eval_strategy": "no"}
-    arguments = SparrowTrainingArguments(
-        output_dir=str(output / "training"), max_steps=steps, seed=seed, **(RECIPE | measured | recipe)
-    )
-    trainer = SparrowTrainer(
+    arguments = SparrowTrainingArguments(output_dir=str(output / "training"), **(RECIPE | measured | recipe))
+    return SparrowTrainer(
         draft,
         draft.target.model,
         arguments,
@@ -248,11 +233,16 @@ def train(
         eval_dataset=validation,
         optimizers=(MuonWithAdam(draft), None),
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(str(arguments.output_dir)))
-    if validation is not None:
+
+
+def train(trainer: SparrowTrainer) -> None:
+    """Trains to the end, from the last checkpoint if there is one, and measures once more if there is data for it.
+
+    The state of the trainer then holds the curve: loss and agreement per pass, validation figures.
+    """
+    trainer.train(resume_from_checkpoint=last_checkpoint(str(trainer.args.output_dir)))
+    if trainer.eval_dataset is not None:
         trainer.evaluate()
-    draft.save_pretrained(output)
-    return trainer
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -281,15 +271,17 @@ def main(arguments: list[str] | None = None) -> None:
     recorded = time.monotonic()
     draft = build_draft(target, options.seed, options.text_only)
     rows = RecordedDataset(recording / "train", draft)
-    trainer = train(
+    trainer = build_trainer(
         draft,
         rows,
         RecordedDataset(recording / "validation", draft),
         options.output,
-        steps=options.steps,
+        max_steps=options.steps,
         seed=options.seed,
         **(TEXT_ONLY_RECIPE if options.text_only else {}),
     )
+    train(trainer)
+    draft.save_pretrained(options.output)
     curve, used = trainer.state.log_history, trainer.args
     provenance = {
         "command": "python -m sparrow_hf.testbed.retrain --target DIR --output DIR "
