@@ -175,3 +175,16 @@ def test_what_cannot_work_is_one_sentence(road: Path, tmp_path: Path, options: A
     result = train(road, tmp_path / "draft", name, road / value if str(value).endswith("jsonl") else value)
     assert result.exit_code == 2, result.output
     assert sentence in result.output and "Traceback" not in result.output
+
+
+def test_streamed_rows_train_the_same_draft_as_rows_in_order(road: Path, tmp_path: Path) -> None:
+    in_order = train(road, tmp_path / "loaded", *SMALL, "--train-sampling-strategy", "sequential")
+    streamed = train(road, tmp_path / "streamed", *SMALL, "--streaming", "true")
+    assert in_order.exit_code == streamed.exit_code == 0, in_order.output + streamed.output
+    assert_same(weights(tmp_path / "loaded"), weights(tmp_path / "streamed"))
+
+
+def test_help_names_every_option_and_starts_nothing(tmp_path: Path) -> None:
+    text = succeed("train", "--help")
+    assert all(f"--{name}" in text for name in ("num-mtp-steps", "num-visual-rows-max", "on-bad-row", "lora"))
+    assert "required" in text and "--learning-rate" in text

@@ -285,3 +285,12 @@ def test_presets(tmp_path):
     assert paper.learning_rate == 1e-4 and paper.adam_beta2 == 0.95
     with pytest.raises(ValueError, match="unknown training preset"):
         SparrowTrainingArguments.from_preset("papers", output_dir=str(tmp_path))
+
+
+def test_the_drafts_own_card_stays(tmp_path, target, make_draft, samples):
+    trainer = SparrowTrainer(make_draft(), target, arguments(tmp_path), train_dataset=samples)
+    trainer.save_model(str(tmp_path))
+    card = (tmp_path / "README.md").read_text()
+    assert "SparrowDraftModel" in card
+    trainer.create_model_card(model_name="draft")
+    assert (tmp_path / "README.md").read_text() == card

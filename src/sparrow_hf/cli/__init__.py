@@ -38,8 +38,8 @@ app.command()(demo)
 app.command()(regenerate)
 app.command()(record)
 app.command(
-    # The parser of the training's own arguments reads them.
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+    # The parser of the training's own arguments reads them, and knows what there is to be helped with.
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )(train)
 app.command()(vocab)
 app.command()(convert)

@@ -1,5 +1,6 @@
 """`sparrow train`: a draft for your target, from answered rows or a recording."""
 
+import inspect
 from typing import Any
 
 import typer
@@ -12,6 +13,7 @@ from .common import Dtype, errors_as_sentences, load_target, size
 
 #: Rows of a preview that are shown before and after the part left out.
 SHOWN_ROWS = 12
+HELP = "--help"
 
 
 def train(context: typer.Context) -> None:
@@ -24,6 +26,9 @@ def train(context: typer.Context) -> None:
     The command line goes before the YAML file, the file before the preset.
     """
     with errors_as_sentences():
+        if HELP in context.args:
+            show_options(Console(), context)
+            return
         from accelerate import PartialState
         from transformers.utils import logging
 
@@ -53,6 +58,19 @@ def train(context: typer.Context) -> None:
             console.print(f"training {parameters / 1e6:.3g} M parameters into {launch.output}")
             launch.run()
             console.print(f"the draft is in {launch.output}")
+
+
+def show_options(console: Console, context: typer.Context) -> None:
+    """Prints the help: all options that are not transformers' own, with their defaults."""
+    from ..training.options import describe_options
+
+    console.print(inspect.getdoc(context.command.callback), highlight=False)
+    for group, options in describe_options().items():
+        table = Table("option", "default", "", title=group, title_justify="left", box=None)
+        for name, default, text in options:
+            table.add_row(Text(name, no_wrap=True), Text(default), Text(text))
+        console.print(table)
+    console.print("Every option of transformers.TrainingArguments works too: --learning-rate, --max-steps, …")
 
 
 def sample_of(trainer: Any, index: int) -> dict[str, Any]:

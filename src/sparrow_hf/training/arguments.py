@@ -130,6 +130,10 @@ class SparrowTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # accelerate would cut streamed batches along their tensors' first dimension, which here is not the row:
+            # every process reads the stream and takes its own rows instead.
+            self.accelerator_config.dispatch_batches = False
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the draft's signature names none of the columns")
         weights = self.loss_weights

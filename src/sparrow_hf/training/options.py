@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from ..errors import TrainingOptionsError
 from .arguments import DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainingArguments
@@ -41,7 +41,7 @@ class TrainingOptions:
         default=None, metadata={"help": "Rows to measure on. They may share no video with the training rows."}
     )
     preset: Literal["default", "paper"] = field(default="default", metadata={"help": "The recipe to start from."})
-    streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs --max_steps."})
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs --max-steps."})
 
     target_revision: str | None = field(default=None, metadata={"help": "Revision of the target on the Hub."})
     target_dtype: str = field(default="auto", metadata={"help": "Dtype of the target: auto, bfloat16, float32, …"})
@@ -55,7 +55,7 @@ class TrainingOptions:
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output folder."})
     lora: int | None = field(
-        default=None, metadata={"help": "Train adapters of this rank on --warm_start instead of the whole draft."}
+        default=None, metadata={"help": "Train adapters of this rank on --warm-start instead of the whole draft."}
     )
     vocabulary: str | None = field(
         default=None, metadata={"help": "Draft only the tokens in this file of `sparrow vocab`."}
@@ -93,11 +93,11 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         if self.lora is not None and self.warm_start is None:
-            raise TrainingOptionsError("--lora adapts an existing draft: name it with --warm_start")
+            raise TrainingOptionsError("--lora adapts an existing draft: name it with --warm-start")
         given = [name for name in (*DRAFT_FIELDS, "vocabulary") if getattr(self, name) is not None]
         if self.warm_start is not None and given:
             raise TrainingOptionsError(
-                f"--warm_start takes the draft as it is; {', '.join(given)} can only be set for a new one"
+                f"--warm-start takes the draft as it is; {', '.join(given)} can only be set for a new one"
             )
 
 
@@ -138,6 +138,28 @@ def parse_options(words: Sequence[str]) -> tuple[TrainingOptions, SparrowTrainin
     except ValueError as error:
         raise TrainingOptionsError(str(error)) from error
     return options, arguments
+
+
+def describe_options() -> dict[str, list[tuple[str, str, str]]]:
+    """What `sparrow train` can be told beyond transformers' own options: group → (option, default, help)."""
+    inherited = {item.name for item in dataclasses.fields(TrainingArguments)}
+    groups = {
+        "what to train, and on what": dataclasses.fields(TrainingOptions),
+        "how": [item for item in dataclasses.fields(SparrowTrainingArguments) if item.name not in inherited],
+    }
+    return {
+        group: [
+            (f"--{item.name.replace('_', '-')}", _default_of(item), str(item.metadata.get("help", "")))
+            for item in fields
+        ]
+        for group, fields in groups.items()
+    }
+
+
+def _default_of(item: dataclasses.Field[Any]) -> str:
+    if item.default is dataclasses.MISSING:
+        return "required"
+    return "" if item.default is None else str(item.default)
 
 
 def _fields_of(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -245,6 +245,9 @@ class SparrowTrainer(Trainer):
             self._pass_counts = {}
         super().log(logs, start_time)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Leaves the draft's own card (`hub.py`), saved with its weights, where the base class would write another."""
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not estimated: the cost of a step is the target's, not the draft's."""
         return 0
