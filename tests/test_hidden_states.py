@@ -25,10 +25,12 @@ def test_hooks_equal_output_hidden_states(family: Family) -> None:
     target = family.build_target()
     depth = target.config.get_text_config().num_hidden_layers
     SparrowDraftModel.from_target(target, feature_layers=[1, -1], visual_bridge_layer=2)
+    SparrowDraftModel.from_target(target, visual_bridge_layer=0)
     inputs = family.build_inputs(target)
     rows = torch.tensor([0, 3, 5])
-    with torch.no_grad(), HiddenStateCollector({1: None, 2: rows, depth: rows}).active() as collector:
+    with torch.no_grad(), HiddenStateCollector({0: None, 1: None, 2: rows, depth: rows}).active() as collector:
         expected = target(**inputs, output_hidden_states=True).hidden_states
+    assert torch.equal(collector.take(0), expected[0])
     assert torch.equal(collector.take(1), expected[1])
     assert torch.equal(collector.take(2), expected[2][:, rows])
     assert torch.equal(collector.take(depth), expected[-1][:, rows])
@@ -75,9 +77,14 @@ def test_nothing_is_kept_outside_a_collector_or_in_another_thread(target: PreTra
 
 
 def test_binding_twice_installs_one_hook(target: PreTrainedModel) -> None:
-    before = len(target.get_decoder().layers[0]._forward_hooks)
-    SparrowDraftModel.from_target(target, feature_layers=[1, -1])
-    assert len(target.get_decoder().layers[0]._forward_hooks) == before
+    def count() -> tuple[int, int]:
+        first = target.get_decoder().layers[0]
+        return len(first._forward_hooks), len(first._forward_pre_hooks)
+
+    SparrowDraftModel.from_target(target, feature_layers=[1, -1], visual_bridge_layer=0)
+    before = count()
+    SparrowDraftModel.from_target(target, feature_layers=[1, -1], visual_bridge_layer=0)
+    assert count() == before
 
 
 def test_changed_pixels_change_the_captured_text_states(family: Family) -> None:

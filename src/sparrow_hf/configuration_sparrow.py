@@ -1,8 +1,9 @@
 """`SparrowDraftConfig`: the shape of a draft, the target it was made for, and how it proposes."""
 
 import os
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .errors import DraftConfigError, UnsupportedTargetError
@@ -58,7 +59,7 @@ class SparrowDraftConfig(PreTrainedConfig):
         feature_layers (`list[int]`): Target layers whose text states the draft reads, in the `hidden_states`
             convention: k = output after k layers, −1 = post-norm. Several are fused by one more linear map.
         visual_bridge_layer (`int`): Layer m whose visual states serve as the bridge (IVSB) and the glimpse; the paper
-            takes half of the depth.
+            takes half of the depth. 0: the projected visual features, as they enter the target's decoder.
         num_glimpse_tokens (`int`): Visual rows (evenly strided) kept in the draft's window at inference; 0 = the
             paper's VATA.
         num_mtp_steps (`int`): Passes of the draft over a training row (MTP); 2 in the paper.
@@ -143,7 +144,7 @@ class SparrowDraftConfig(PreTrainedConfig):
         self.check()
 
     @classmethod
-    def from_target_config(cls, target_config: PreTrainedConfig, **overrides: Any) -> "SparrowDraftConfig":
+    def from_target_config(cls, target_config: PreTrainedConfig, **overrides: Any) -> Self:
         """The configuration of a draft that fits a target with this configuration.
 
         Args:
@@ -220,11 +221,14 @@ class SparrowDraftConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raises [`DraftConfigError`] if a field is out of range; runs on construction."""
         depth = self.target_num_hidden_layers
-        layers = [("feature_layers", layer) for layer in self.feature_layer_ids]
-        layers.append(("visual_bridge_layer", int(self.visual_bridge_layer or 0)))
-        for name, layer in layers:
+        for layer in self.feature_layer_ids:
             if not 1 <= layer <= depth:
-                raise DraftConfigError(f"{name} holds {layer}, but the target has layers 1 … {depth} (or −1)")
+                raise DraftConfigError(f"feature_layers holds {layer}, but the target has layers 1 … {depth} (or −1)")
+        if not 0 <= int(self.visual_bridge_layer or 0) <= depth:
+            raise DraftConfigError(
+                f"visual_bridge_layer is {self.visual_bridge_layer}, but the target has layers 1 … {depth} (0: what "
+                "enters the first)"
+            )
         for name in ("num_hidden_layers", "num_mtp_steps", "vocab_size", "hidden_size", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise DraftConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -259,6 +263,24 @@ def check_tree_shape(shape: TreeShape) -> None:
         raise DraftConfigError(
             f"a chain (beam_width=1) of {levels} levels has {levels + 1} nodes with its root, found "
             f"num_tree_nodes={nodes}"
+        )
+
+
+def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor) -> None:
+    """Raises [`DraftConfigError`] unless `(D,)` ids can be the draft's vocabulary."""
+    if token_ids.ndim != 1 or not len(token_ids) or token_ids.is_floating_point():
+        raise DraftConfigError(
+            f"a draft vocabulary is one row of token ids, found {token_ids.dtype} {token_ids.shape}"
+        )
+    if (token_ids.diff() <= 0).any() or token_ids[0] < 0 or token_ids[-1] >= config.vocab_size:
+        raise DraftConfigError(
+            f"the ids of a draft vocabulary must be ascending and lie in 0 … {config.vocab_size - 1}; found "
+            f"{int(token_ids.min())} … {int(token_ids.max())}"
+        )
+    forbidden = set(config.visual_token_ids or []).intersection(token_ids.tolist())
+    if forbidden:
+        raise DraftConfigError(
+            f"visual placeholders are never drafted; the draft vocabulary holds {sorted(forbidden)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Output hooks on the target's decoder, and the collector of one call.
+"""Hooks on the target's decoder, and the collector of one call.
 
 `output_hidden_states=True` would keep every layer of every visual row (5.2 GB for 25k tokens of a 7B target). The
 hooks here keep only the rows the draft reads. They are installed once, when a draft is bound (a hook added after a
@@ -22,8 +22,9 @@ class HiddenStateCollector:
     """Gathers chosen rows of chosen layers over one or several forwards of the target (chunked prefill).
 
     Args:
-        rows: Layer id (`hidden_states` convention: k = output after k layers, depth = post-norm) → `(n,)` ascending
-            row indices, counted from the first row of the first forward; `None` keeps every row.
+        rows: Layer id (`hidden_states` convention: 0 = what enters the first layer, k = output after k layers,
+            depth = post-norm) → `(n,)` ascending row indices, counted from the first row of the first forward; `None`
+            keeps every row.
     """
 
     def __init__(self, rows: dict[int, Tensor | None]):
@@ -69,22 +70,40 @@ class HiddenStateCollector:
             _ACTIVE.reset(token)
 
 
-class _OutputHook:
-    """A forward hook that hands a module's output to the thread's collector, if there is one."""
+class _Hook:
+    """A hook that hands states to the thread's collector, if there is one."""
 
     def __init__(self, layer: int):
         self.layer = layer
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def hand_over(self, states: Tensor) -> None:
         collector = _ACTIVE.get()
         if collector is not None:
-            collector.collect(self.layer, output[0] if isinstance(output, tuple) else output)
+            collector.collect(self.layer, states)
+
+
+class _OutputHook(_Hook):
+    """After a module has run: its output."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.hand_over(output[0] if isinstance(output, tuple) else output)
+
+
+class _InputHook(_Hook):
+    """Before a module runs: what enters it."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.hand_over(args[0] if args else kwargs["hidden_states"])
 
 
 def install_hooks(layers: nn.ModuleList, norm: nn.Module, layer_ids: set[int]) -> None:
-    """Puts one hook on each layer of `layer_ids` (depth = the final norm) that does not have one yet."""
+    """Puts one hook on each layer of `layer_ids` (0 = before the first, depth = the final norm) that has none yet."""
     for layer in sorted(layer_ids):
-        module = norm if layer == len(layers) else layers[layer - 1]
-        hooks = module._forward_hooks.values()
-        if not any(isinstance(hook, _OutputHook) and hook.layer == layer for hook in hooks):
+        module = norm if layer == len(layers) else layers[max(layer - 1, 0)]
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(isinstance(hook, _Hook) and hook.layer == layer for hook in hooks):
+            continue
+        if layer == 0:
+            module.register_forward_pre_hook(_InputHook(layer), with_kwargs=True)
+        else:
             module.register_forward_hook(_OutputHook(layer))

@@ -4,7 +4,7 @@ import os
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from huggingface_hub import HfApi
@@ -17,12 +17,15 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from . import hub
-from .configuration_sparrow import SparrowDraftConfig
-from .errors import BindingError, DraftConfigError, DraftLoadError
+from .configuration_sparrow import SparrowDraftConfig, check_vocabulary
+from .errors import BindingError, DraftLoadError
+from .rows import DraftInputs
 
 if TYPE_CHECKING:
     from .generation.stats import GenerationStats
     from .targets import TargetView
+
+_Inputs = TypeVar("_Inputs", bound=DraftInputs)
 
 _BLOCKS = {"qwen2": Qwen2DecoderLayer, "qwen3": Qwen3DecoderLayer, "llama": LlamaDecoderLayer}
 
@@ -85,7 +88,7 @@ class SparrowDraftModel(PreTrainedModel):
         super().__setstate__(state)
         self._set_unregistered(None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SparrowDraftModel":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = type(self)(self.config.__class__.from_dict(self.config.to_dict()))
         twin.load_state_dict(self.state_dict())
         twin.provenance = dict(self.provenance)
@@ -109,6 +112,39 @@ class SparrowDraftModel(PreTrainedModel):
             return self.fuse(torch.zeros_like(bridge_states), bridge_states)
         return bridge_states
 
+    def compress_visual(self, inputs: _Inputs) -> _Inputs:
+        """The rows that enter the draft: here all of `inputs`. Drafts that merge visual rows return fewer of them."""
+        return inputs
+
+    def read_states(self, hidden_states: Tensor, visual_summary: Tensor | None = None, step: int = 0) -> Tensor:
+        """States as `FC` reads them: here as they are.
+
+        Args:
+            hidden_states: `(B, n, H)` reduced states of the target (step 0), or the draft's own outputs.
+            visual_summary: `(B, n, H)` or `(B, 1, H)`, if [`~SparrowDraftModel.compress_visual`] made one.
+            step: How many outputs of its own the draft has fed itself, these ones included.
+        """
+        return hidden_states
+
+    def make_rows(self, inputs: DraftInputs, hidden_states: Tensor) -> Tensor:
+        """The draft's rows, in training and generation alike: fused text rows and bridge rows, each in its place.
+
+        Args:
+            inputs: What [`~SparrowDraftModel.compress_visual`] returned.
+            hidden_states: `(B, T, H)` states of the text rows, from [`~SparrowDraftModel.read_states`].
+
+        Returns:
+            `(B, R, H)`, zero where padded.
+        """
+        text = self.fuse(self.embed(inputs.next_ids), hidden_states)
+        size, num_rows, hidden = len(text), inputs.positions.shape[1], text.shape[-1]
+        # One spare row at the end takes all padding and is cut off again.
+        rows = text.new_zeros((size, num_rows + 1, hidden))
+        rows = rows.scatter(1, inputs.text_rows[..., None].expand(-1, -1, hidden), text)
+        visual = self.fuse_visual(inputs.visual_states)
+        rows = rows.scatter(1, inputs.visual_rows[..., None].expand(-1, -1, hidden), visual)
+        return rows[:, :num_rows]
+
     def forward(
         self,
         inputs_embeds: Tensor,
@@ -121,8 +157,7 @@ class SparrowDraftModel(PreTrainedModel):
         """Runs the draft's decoder layers over fused rows.
 
         Args:
-            inputs_embeds: `(B, R, H)` rows made by [`~SparrowDraftModel.fuse`] and
-                [`~SparrowDraftModel.fuse_visual`].
+            inputs_embeds: `(B, R, H)` rows made by [`~SparrowDraftModel.make_rows`] or [`~SparrowDraftModel.fuse`].
             position_ids: `(B, R)` RoPE positions.
             attention_mask: `(B, 1, R, past + R)` additive mask, or `None` when every key is visible to every row.
             past_key_values: Cache of the draft, extended in place.
@@ -255,15 +290,13 @@ class SparrowDraftModel(PreTrainedModel):
     # -- what it borrows ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_target(
-        cls, target: PreTrainedModel, *, copy_last_layer: bool = False, **overrides: Any
-    ) -> "SparrowDraftModel":
+    def from_target(cls, target: PreTrainedModel, *, copy_last_layer: bool = False, **overrides: Any) -> Self:
         """A fresh draft for `target`, on its device, in its dtype, bound to it.
 
         Args:
             target: The video LLM to draft for.
             copy_last_layer: Start the draft's decoder layers from the target's last ones instead of at random.
-            overrides: Fields of [`SparrowDraftConfig`].
+            overrides: Fields of the draft's configuration.
 
         Raises:
             UnsupportedTargetError: The package has no decoder layer for the target's text model.
@@ -272,7 +305,7 @@ class SparrowDraftModel(PreTrainedModel):
         from .targets import TargetView
 
         view = TargetView(target)
-        config = SparrowDraftConfig.from_target_config(view.model.config, **overrides)
+        config = cls.config_class.from_target_config(view.model.config, **overrides)
         with torch.device(view.device):
             draft = cls(config)
         draft = draft.to(dtype=view.dtype).eval()
@@ -356,21 +389,3 @@ class SparrowDraftModel(PreTrainedModel):
     @last_generation.setter
     def last_generation(self, stats: "GenerationStats") -> None:
         self._thread.stats = stats
-
-
-def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor) -> None:
-    """Raises [`DraftConfigError`] unless `(D,)` ids can be the draft's vocabulary."""
-    if token_ids.ndim != 1 or not len(token_ids) or token_ids.is_floating_point():
-        raise DraftConfigError(
-            f"a draft vocabulary is one row of token ids, found {token_ids.dtype} {token_ids.shape}"
-        )
-    if (token_ids.diff() <= 0).any() or token_ids[0] < 0 or token_ids[-1] >= config.vocab_size:
-        raise DraftConfigError(
-            f"the ids of a draft vocabulary must be ascending and lie in 0 … {config.vocab_size - 1}; found "
-            f"{int(token_ids.min())} … {int(token_ids.max())}"
-        )
-    forbidden = set(config.visual_token_ids or []).intersection(token_ids.tolist())
-    if forbidden:
-        raise DraftConfigError(
-            f"visual placeholders are never drafted; the draft vocabulary holds {sorted(forbidden)}"
-        )

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: `num_glimpse_tokens` of a draft that keeps all visual rows: more than any prompt has.
+EVERY_VISUAL_ROW = 2**31 - 1
+
 #: Text between two visual runs that is no longer than this is a frame header (time stamp, "Frame 7:", delimiters), as
 #: Qwen3-VL, InternVL and SmolVLM write one per frame. Headers grow with the video, so they count as visual rows that
 #: are never kept; a longer stretch between two images is the user's own text.
@@ -54,6 +57,30 @@ class DraftRows:
     def next_position(self, mode: str) -> int:
         """RoPE position of the first row after these."""
         return self.prompt_length if mode == "original" else len(self.indices)
+
+
+@dataclass(kw_only=True)
+class DraftInputs:
+    """What the draft reads of B sequences, right-padded: T text rows, M visual rows, R = T + M rows in all.
+
+    Attributes:
+        next_ids: `(B, T)` token after each text row's own.
+        text_states: `(B, T, n·H)` target states of the text rows, the feature layers side by side.
+        text_rows: `(B, T)` where each text row stands among the draft's rows; R where padded.
+        visual_states: `(B, M, H)` bridge states.
+        visual_rows: `(B, M)` where each visual row stands; R where padded.
+        positions: `(B, R)` RoPE positions.
+        visual_summary: `(B, T, H)` what each text row is told of the visual rows before it, for drafts that summarise
+            them (see `SparrowDraftModel.compress_visual`).
+    """
+
+    next_ids: Tensor
+    text_states: Tensor
+    text_rows: Tensor
+    visual_states: Tensor
+    visual_rows: Tensor
+    positions: Tensor
+    visual_summary: Tensor | None = None
 
 
 def visual_mask(input_ids: Tensor, visual_token_ids: list[int]) -> Tensor:

@@ -10,7 +10,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..configuration_sparrow import TreeShape
 from ..modeling_sparrow import SparrowDraftModel
-from ..rows import DraftRows, draft_rows
+from ..rows import DraftInputs, DraftRows, draft_rows
 from .tree import CandidatePool, CandidateTree, build_tree
 
 #: Rows of a long prompt enter the draft this many at a time, so that no mask grows with the square of its length.
@@ -49,6 +49,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
         self._prompt_ids = input_ids
         self._cache = DynamicCache()
         self._hidden: Tensor | None = None  # (1, 1, H) prediction of the newest committed row
+        self._visual_summary: Tensor | None = None  # (1, 1, H), of drafts that make one
         self._root_token = -1
         self._next_position = 0
         self._num_text_rows = 0
@@ -81,26 +82,39 @@ class SparrowCandidateGenerator(CandidateGenerator):
             return
         draft, rows = self.draft, self.rows
         device = self.device
-        is_visual = rows.is_visual.to(device)
+        kept_visual = rows.is_visual.to(device)
         bridge = int(draft.config.visual_bridge_layer or 0)
 
         def of_kind(layer: int, visual: bool) -> Tensor:
             states_of_layer = states[layer].to(device=device, dtype=draft.dtype)
             # A layer that serves as feature and as bridge was collected for both kinds of rows.
             both = states_of_layer.shape[1] == len(rows.indices)
-            return states_of_layer[:, is_visual == visual] if both else states_of_layer
+            return states_of_layer[:, kept_visual == visual] if both else states_of_layer
 
         text_states = torch.cat([of_kind(layer, False) for layer in draft.config.feature_layer_ids], dim=-1)
         # text rows     x0 x1 … x(T−1)                 hidden states of these
         # next tokens   x1 x2 … x(T−1) first_token     embeddings of those
         text_ids = self._prompt_ids[:, rows.text]
         next_ids = torch.cat((text_ids, text_ids.new_full((1, 1), first_token)), dim=1)[:, 1:]
-        embeds = torch.empty((1, len(rows.indices), draft.config.hidden_size), dtype=draft.dtype, device=device)
-        embeds[:, ~is_visual] = draft.fuse(draft.embed(next_ids), draft.reduce_features(text_states))
-        if len(rows.visual):
-            embeds[:, is_visual] = draft.fuse_visual(of_kind(bridge, True))
+        no_visual_states = text_states.new_empty((1, 0, draft.config.hidden_size))
+        inputs = draft.compress_visual(
+            DraftInputs(
+                next_ids=next_ids,
+                text_states=text_states,
+                text_rows=(~kept_visual).nonzero().T,
+                visual_states=of_kind(bridge, True) if len(rows.visual) else no_visual_states,
+                visual_rows=kept_visual.nonzero().T,
+                positions=rows.positions(draft.config.position_mode).to(device)[None],
+            )
+        )
+        summary = inputs.visual_summary
+        embeds = draft.make_rows(inputs, draft.read_states(draft.reduce_features(text_states), summary))
+        # All visual rows stand in the prompt: what its last row is told of them, every later row is told.
+        self._visual_summary = None if summary is None else summary[:, -1:]
 
-        positions = rows.positions(draft.config.position_mode).to(device)
+        positions = inputs.positions[0]
+        is_visual = torch.ones_like(positions, dtype=torch.bool)
+        is_visual[inputs.text_rows[0]] = False
         text_index = (~is_visual).cumsum(0) - 1
         for start in range(0, embeds.shape[1], PREFILL_CHUNK_ROWS):
             chunk = slice(start, start + PREFILL_CHUNK_ROWS)
@@ -120,6 +134,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
             return
         draft = self.draft
         hidden = draft.reduce_features(features.to(device=self.device, dtype=draft.dtype))
+        hidden = draft.read_states(hidden, self._visual_summary)
         embeds = draft.fuse(draft.embed(torch.tensor([next_tokens], device=self.device)), hidden)
         offsets = torch.arange(len(next_tokens), device=self.device)
         text_index = self._num_text_rows + offsets
@@ -174,7 +189,8 @@ class SparrowCandidateGenerator(CandidateGenerator):
             # (F, A) bool: which tree rows in the cache are ancestors of each frontier node
             ancestors = torch.zeros((len(tokens), 0), dtype=torch.bool, device=tokens.device)
             for level in range(1, levels):
-                embeds = self.draft.fuse(self.draft.embed(tokens[None]), hidden[:, origins])
+                states = self.draft.read_states(hidden[:, origins], self._visual_summary, level)
+                embeds = self.draft.fuse(self.draft.embed(tokens[None]), states)
                 own_rows = torch.eye(len(tokens), dtype=torch.bool, device=tokens.device)
                 hidden = self._forward(embeds, *self._level_layout(level, ancestors, own_rows))
                 logits = self.draft.compute_logits(hidden)[0]

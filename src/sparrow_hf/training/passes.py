@@ -12,6 +12,7 @@ Pass 0 runs on the target's states. Pass s replaces the states of answer rows by
 earlier; prompt rows keep the target's states in every pass, so pass s has a loss from j = s on only.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,32 +23,20 @@ from transformers import DynamicCache
 
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
-from ..rows import DraftRows
+from ..rows import DraftInputs, DraftRows
 from .data import TrainingStates
 
 
-@dataclass
-class DraftBatch:
-    """B samples as the draft sees them, right-padded: T text rows, M visual rows, R = T + M rows in all, J loss rows.
+@dataclass(kw_only=True)
+class DraftBatch(DraftInputs):
+    """B samples as the draft sees them (their text states with noise, if any), and their J loss rows.
 
     Attributes:
-        next_ids: `(B, T)` token after each text row's own.
-        text_states: `(B, T, n·H)` target states of the text rows (with noise, if any).
-        text_rows: `(B, T)` where each text row stands among the draft's rows; R where padded.
-        visual_states: `(B, M, H)` bridge states.
-        visual_rows: `(B, M)` where each visual row stands; R where padded.
-        positions: `(B, R)` RoPE positions.
         first_loss_row: `(B,)` text row of loss row 0: the last one of the prompt, A−1.
         num_loss_rows: `(B,)` loss rows of each sample.
         target_states: `(B, J, H)` post-norm state that loss row j should have predicted.
     """
 
-    next_ids: Tensor
-    text_states: Tensor
-    text_rows: Tensor
-    visual_states: Tensor
-    visual_rows: Tensor
-    positions: Tensor
     first_loss_row: Tensor
     num_loss_rows: Tensor
     target_states: Tensor
@@ -78,7 +67,7 @@ def make_batch(
     Raises:
         TrainingDataError: A row that the draft shall see is not among the recorded ones.
     """
-    columns: dict[str, list[Tensor]] = {name: [] for name in DraftBatch.__dataclass_fields__}
+    columns: dict[str, list[Tensor]] = defaultdict(list)
     num_rows = max(len(rows.indices) for _, rows in samples) - 2
     for index, (states, rows) in enumerate(samples):
         text, num_text = rows.text, len(rows.text)
@@ -143,18 +132,23 @@ def exact_passes(
     """
     forward = forward or draft
     cache = DynamicCache()
-    rows = _fuse_rows(draft, batch, draft.reduce_features(batch.text_states))
+    batch = draft.compress_visual(batch)
+    rows = draft.make_rows(batch, draft.read_states(draft.reduce_features(batch.text_states), batch.visual_summary))
     loss_text_rows = batch.loss_text_rows
     starts = batch.text_rows.gather(1, loss_text_rows)
     hidden = _gather_rows(_run_rows(draft, forward, batch, rows, cache), starts)
     next_embeds = draft.embed(batch.next_ids.gather(1, loss_text_rows))
     positions = batch.positions.gather(1, starts.clamp(max=batch.positions.shape[1] - 1))
+    summary = batch.visual_summary
+    if summary is not None:
+        # All visual rows stand in the prompt, so the whole answer is told the same.
+        summary = _gather_rows(summary, batch.first_loss_row[:, None])
 
     outputs = [hidden]
     for step in range(1, min(num_passes, hidden.shape[1])):
         # A chain that ran off the end of the answer drops out with its last column; its older keys remain.
         hidden = forward(
-            draft.fuse(next_embeds[:, step:], outputs[-1][:, :-1]),
+            draft.fuse(next_embeds[:, step:], draft.read_states(outputs[-1][:, :-1], summary, step)),
             positions[:, step:],
             _chain_mask(draft, batch, starts, step),
             cache,
@@ -174,29 +168,19 @@ def reinput_passes(
     Args and returns as [`exact_passes`].
     """
     forward = forward or draft
-    true_states = draft.reduce_features(batch.text_states)
+    batch = draft.compress_visual(batch)
+    true_states = draft.read_states(draft.reduce_features(batch.text_states), batch.visual_summary)
     text_index = torch.arange(true_states.shape[1], device=true_states.device)
     is_answer = (text_index > batch.first_loss_row[:, None])[..., None]
     loss_rows = batch.text_rows.gather(1, batch.loss_text_rows)
     states, outputs = true_states, []
     for step in range(min(num_passes, loss_rows.shape[1])):
-        hidden = _run_rows(draft, forward, batch, _fuse_rows(draft, batch, states))
+        hidden = _run_rows(draft, forward, batch, draft.make_rows(batch, states))
         outputs.append(_gather_rows(hidden, loss_rows)[:, step:])
         predicted = _gather_rows(hidden, batch.text_rows)
-        states = torch.where(is_answer, torch.cat((predicted[:, :1], predicted[:, :-1]), dim=1), true_states)
+        shifted = torch.cat((predicted[:, :1], predicted[:, :-1]), dim=1)
+        states = torch.where(is_answer, draft.read_states(shifted, batch.visual_summary, step + 1), true_states)
     return outputs
-
-
-def _fuse_rows(draft: SparrowDraftModel, batch: DraftBatch, text_states: Tensor) -> Tensor:
-    """`(B, R, H)` rows of the draft: fused text rows and bridge rows, each in its place."""
-    text = draft.fuse(draft.embed(batch.next_ids), text_states)
-    visual = draft.fuse_visual(batch.visual_states)
-    size, num_rows, hidden = len(text), batch.positions.shape[1], text.shape[-1]
-    # One spare row at the end takes all padding and is cut off again.
-    rows = text.new_zeros((size, num_rows + 1, hidden))
-    rows = rows.scatter(1, batch.text_rows[..., None].expand(-1, -1, hidden), text)
-    rows = rows.scatter(1, batch.visual_rows[..., None].expand(-1, -1, hidden), visual)
-    return rows[:, :num_rows]
 
 
 def _run_rows(

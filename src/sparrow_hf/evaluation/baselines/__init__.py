@@ -1,0 +1,86 @@
+"""Rivals of Sparrow that are trained as it is: same decoding loop, same trainer, same data; only the draft differs.
+
+Each is written anew from the published description; docs/baselines.md says what it keeps of the original. Train one:
+
+    baseline = BASELINES["msd"]
+    draft = baseline.draft_class.from_target(target, **baseline.draft)
+    SparrowTrainer(draft, target, SparrowTrainingArguments("msd", **baseline.training), train_dataset=rows).train()
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...modeling_sparrow import SparrowDraftModel
+from ...rows import EVERY_VISUAL_ROW
+from .hivis import HiViSDraftConfig, HiViSDraftModel
+from .vispec import ViSpecDraftConfig, ViSpecDraftModel
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What tells a baseline from this package's default. Optimiser and schedule are left to whoever compares.
+
+    Attributes:
+        draft_class: Its `from_target` makes the draft.
+        draft: Fields of the draft's configuration.
+        training: Fields of the training arguments. Unused where `weights_of` names another baseline.
+        weights_of: The baseline whose trained weights it drafts with, its own `draft` fields set on them.
+    """
+
+    draft_class: type[SparrowDraftModel] = SparrowDraftModel
+    draft: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    weights_of: str | None = None
+
+
+# The training arguments' spelling of "every one": `evaluation` does not import `training`.
+_ALL_VISUAL_ROWS = {"num_visual_rows_min": -1, "num_visual_rows_max": -1}
+
+_MSD_DRAFT = {
+    "visual_bridge_layer": 0,
+    "num_glimpse_tokens": EVERY_VISUAL_ROW,
+    "position_mode": "original",
+    "input_norm": True,
+    "output_norm": False,
+    "num_mtp_steps": 1,
+}
+
+#: Name → baseline. The loss mixes are those of `training/arguments.py`.
+BASELINES: dict[str, Baseline] = {
+    "msd": Baseline(
+        draft=_MSD_DRAFT,
+        training=_ALL_VISUAL_ROWS
+        | {
+            "feature_smooth_l1_weight": 1.0,
+            "soft_cross_entropy_weight": 0.1,
+            "visual_start": 0.5,
+            "visual_full": 1.0,
+        },
+    ),
+    "msd-deleted": Baseline(draft=_MSD_DRAFT | {"num_glimpse_tokens": 0}, weights_of="msd"),
+    "vispec": Baseline(
+        ViSpecDraftModel,
+        draft={"num_mtp_steps": 2},
+        training=_ALL_VISUAL_ROWS
+        | {
+            "probability_l1_weight": 10.0,
+            "list_mle_weight": 0.1,
+            "soft_cross_entropy_weight": 0.0,
+            "feature_smooth_l1_weight": 0.0,
+            "hidden_state_noise": 0.2,
+            "mtp_attention": "reinput",
+            "visual_start": 0.5,
+            "visual_full": 0.5,
+        },
+    ),
+    "hivis": Baseline(HiViSDraftModel, training={"num_visual_rows_max": 0}),
+}
+
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "HiViSDraftConfig",
+    "HiViSDraftModel",
+    "ViSpecDraftConfig",
+    "ViSpecDraftModel",
+]
