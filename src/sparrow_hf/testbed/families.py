@@ -73,14 +73,12 @@ class Family(ABC):
         model_class: The target's class.
         tokens_per_step: Visual tokens of one temporal step of the world.
         attributes: What the vision tower is taught to name.
-        training_minutes: What a training takes, on one core of a server CPU.
     """
 
     name: str
     model_class: type[PreTrainedModel]
     tokens_per_step: int
     attributes: Attributes
-    training_minutes: int
 
     @abstractmethod
     def config(self, tokenizer: PreTrainedTokenizerFast, num_hidden_layers: int) -> PreTrainedConfig:
@@ -118,7 +116,6 @@ class Qwen2_5_VL(Family):
     model_class = Qwen2_5_VLForConditionalGeneration
     tokens_per_step = TOKENS_PER_STEP
     attributes = OF_A_STEP
-    training_minutes = 80
 
     def config(self, tokenizer: PreTrainedTokenizerFast, num_hidden_layers: int) -> Qwen2_5_VLConfig:
         token_id = tokenizer.convert_tokens_to_ids
@@ -214,7 +211,6 @@ class LlavaOnevision(Family):
     model_class = LlavaOnevisionForConditionalGeneration
     tokens_per_step = FRAMES_PER_STEP * (GRID // 2) ** 2
     attributes = OF_A_FRAME
-    training_minutes = 100
 
     def config(self, tokenizer: PreTrainedTokenizerFast, num_hidden_layers: int) -> LlavaOnevisionConfig:
         token_id = tokenizer.convert_tokens_to_ids

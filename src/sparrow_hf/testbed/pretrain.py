@@ -331,7 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
     steps = sum(stage.steps for stage in STAGES)
     print(
         f"{family.name} target of {size / 1e6:.2f} M parameters ({2 * size / 1e6:.1f} MB in bf16), {VISION_STEPS} + "
-        f"{steps} steps, about {family.training_minutes} minutes on one core of a server CPU."
+        f"{steps} steps, about 80 minutes on one core of a server CPU."
     )
     training.run()
 
