@@ -274,6 +274,18 @@ def test_a_training_leaves_a_loadable_fp32_target_rounded_to_bf16_with_its_prove
 
 
 @pytest.mark.usefixtures("short_training")
+def test_checkpoints_from_before_there_were_families_are_taken_up(tmp_path: Path) -> None:
+    training = pretrain.Pretraining(tmp_path, 3)
+    training.prepare_stage()
+    training.log("a")
+    training.save()
+    saved = torch.load(training.checkpoint)
+    del saved["family"]
+    torch.save(saved, training.checkpoint)
+    assert pretrain.Pretraining(tmp_path, 3).resume()
+
+
+@pytest.mark.usefixtures("short_training")
 def test_captions_train_everything_but_the_tower(family: Family, tmp_path: Path) -> None:
     training = pretrain.Pretraining(tmp_path, 3, family)
     training.prepare_stage()
