@@ -1,13 +1,15 @@
-"""The testbed's target: processor, architecture, training, and the weights that ship."""
+"""The testbed's targets of both families: processor, architecture, training, and the weights that ship."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import AutoProcessor
 
+from sparrow_hf.errors import TrainingOptionsError
 from sparrow_hf.testbed import EVALUATION_SEEDS, caption_training, content_accuracy, load_target, nano, pretrain
 from sparrow_hf.testbed.caption_training import (
     IGNORED,
@@ -22,25 +24,32 @@ from sparrow_hf.testbed.caption_training import (
     token_weights,
 )
 from sparrow_hf.testbed.captions import vocabulary
+from sparrow_hf.testbed.families import FAMILIES, LLAVA_ONEVISION, QWEN2_5_VL, Family
 from sparrow_hf.testbed.muon import Muon, orthogonalize
 from sparrow_hf.testbed.nano import ASSETS, build_processor, build_target, num_visual_tokens
 from sparrow_hf.testbed.world import make_clip, messages_for
-from sparrow_hf.video import prepare_inputs
+from sparrow_hf.video import prepare_inputs, read_video
 
 STAGE = Stage("test", 4, 2, (2, 6), (32, 48), 2, 2, (0.02, 0.01))
 
 
-@pytest.fixture(scope="module")
-def processor() -> Qwen2_5_VLProcessor:
-    return build_processor()
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> Family:
+    """Each of the testbed's families in turn."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def target(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGeneration:
-    return build_target(processor.tokenizer, num_hidden_layers=2)
+def processor(family: Family) -> Any:
+    return build_processor(family)
 
 
-def test_every_word_is_one_token_and_other_words_are_spelled(processor: Qwen2_5_VLProcessor) -> None:
+@pytest.fixture(scope="module")
+def target(processor: Any, family: Family) -> Any:
+    return build_target(processor.tokenizer, num_hidden_layers=2, family=family)
+
+
+def test_every_word_is_one_token_and_other_words_are_spelled(processor: Any) -> None:
     tokenizer = processor.tokenizer
     words = vocabulary()
     assert [len(tokenizer(word)["input_ids"]) for word in words] == [1] * len(words)
@@ -52,52 +61,60 @@ def test_every_word_is_one_token_and_other_words_are_spelled(processor: Qwen2_5_
 
 
 @pytest.mark.parametrize(
-    ("frames", "height", "width", "tokens"),
-    [(16, 64, 64, 32), (15, 64, 64, 32), (2, 64, 64, 4), (8, 480, 480, 16), (4, 1080, 1920, 4)],
+    ("size", "tokens"),
+    [((16, 64, 64), 32), ((15, 64, 64), 32), ((2, 64, 64), 4), ((8, 480, 480), 16), ((4, 1080, 1920), 4)],
 )
-def test_visual_tokens_of_a_video(
-    processor: Qwen2_5_VLProcessor,
-    target: Qwen2_5_VLForConditionalGeneration,
-    frames: int,
-    height: int,
-    width: int,
-    tokens: int,
-) -> None:
-    video = np.zeros((frames, height, width, 3), dtype=np.uint8)
+def test_visual_tokens_of_a_video_for_qwen(size: tuple[int, int, int], tokens: int) -> None:
+    check_visual_tokens(QWEN2_5_VL, size, tokens, (4 * tokens, 3 * 2 * 16 * 16))
+
+
+@pytest.mark.parametrize("size", [(16, 64, 64), (15, 64, 64), (2, 64, 64), (8, 480, 480), (4, 1080, 1920)])
+def test_visual_tokens_of_a_video_for_llava(size: tuple[int, int, int]) -> None:
+    check_visual_tokens(LLAVA_ONEVISION, size, 4 * size[0] + 1, (1, size[0], 3, 64, 64))
+
+
+def check_visual_tokens(family: Family, size: tuple[int, int, int], tokens: int, pixels: tuple[int, ...]) -> None:
+    processor = build_processor(family)
+    target = build_target(processor.tokenizer, num_hidden_layers=1, family=family)
+    video = np.zeros((*size, 3), dtype=np.uint8)
     inputs = prepare_inputs(processor, messages_for(video, "describe this video in detail ."))
     assert num_visual_tokens(target, inputs["input_ids"]) == tokens
-    assert inputs["pixel_values_videos"].shape == (4 * tokens, 3 * 2 * 16 * 16)
+    assert inputs["pixel_values_videos"].shape == pixels
     with torch.no_grad():
         assert target(**inputs).logits.shape == (1, inputs["input_ids"].shape[1], 384)
 
 
 @pytest.mark.parametrize("visual_tokens", [64, 402])
 def test_a_clip_has_the_visual_tokens_it_was_asked_for(
-    processor: Qwen2_5_VLProcessor, target: Qwen2_5_VLForConditionalGeneration, tmp_path: Path, visual_tokens: int
+    family: Family, processor: Any, target: Any, tmp_path: Path, visual_tokens: int
 ) -> None:
-    clip = make_clip(tmp_path / "clip.mp4", EVALUATION_SEEDS[0], visual_tokens)
+    clip = make_clip(tmp_path / "clip.mp4", EVALUATION_SEEDS[0], visual_tokens, family.tokens_per_step)
     inputs = prepare_inputs(processor, clip.messages)
-    assert num_visual_tokens(target, inputs["input_ids"]) == 4 * round(visual_tokens / 4)
+    newline = 1 if family is LLAVA_ONEVISION else 0
+    per_step = family.tokens_per_step
+    assert num_visual_tokens(target, inputs["input_ids"]) == per_step * round(visual_tokens / per_step) + newline
+    same_story = make_clip(tmp_path / "other.mp4", EVALUATION_SEEDS[0], visual_tokens)
+    assert clip.caption == same_story.caption
 
 
-def test_the_processor_survives_saving(processor: Qwen2_5_VLProcessor, tmp_path: Path) -> None:
+def test_the_processor_survives_saving(processor: Any, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
-    assert type(loaded) is Qwen2_5_VLProcessor
+    assert type(loaded) is type(processor)
     clip = make_clip(tmp_path / "clip.mp4", 3, 40)
     for name, value in prepare_inputs(processor, clip.messages).items():
         assert torch.equal(prepare_inputs(loaded, clip.messages)[name], value), name
 
 
-def test_initial_weights_depend_on_the_seed_alone(processor: Qwen2_5_VLProcessor) -> None:
+def test_initial_weights_depend_on_the_seed_alone(processor: Any, family: Family) -> None:
     state = torch.get_rng_state()
-    first, again, other = (build_target(processor.tokenizer, 1, seed).lm_head.weight for seed in (0, 0, 1))
+    first, again, other = (build_target(processor.tokenizer, 1, seed, family).lm_head.weight for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_training_sees_the_logits_that_generate_computes(
-    processor: Qwen2_5_VLProcessor, target: Qwen2_5_VLForConditionalGeneration, tmp_path: Path
+    processor: Any, target: Any, family: Family, tmp_path: Path
 ) -> None:
     # 25 temporal steps: further than the text before and after, where M-RoPE conventions part.
     clip = make_clip(tmp_path / "clip.mp4", 5, visual_tokens=100)
@@ -106,21 +123,21 @@ def test_training_sees_the_logits_that_generate_computes(
         **inputs, max_new_tokens=8, min_new_tokens=8, output_logits=True, return_dict_in_generate=True
     )
     ids = output.sequences[0]
-    end_of_video = ids.tolist().index(target.config.vision_end_token_id) + 1
+    end_of_video = ids.tolist().index(processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")) + 1
     with torch.no_grad():
-        features = target.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+        features = family.visual_features(target, processor, read_video(tmp_path / "clip.mp4")[0])
+        assert len(features) == 25 * family.tokens_per_step
         batch = CaptionBatch(ids[:end_of_video], ids[None, end_of_video:], ids[None, end_of_video:])
-        trained = caption_logits(target, features.pooler_output[0][None], batch)[0, -9:-1]
+        trained = caption_logits(target, features[None], batch)[0, -9:-1]
     torch.testing.assert_close(trained, torch.cat(output.logits), atol=1e-4, rtol=1e-4)
 
 
-def test_a_batch_shares_prefixes_and_learns_captions_only(
-    processor: Qwen2_5_VLProcessor, target: Qwen2_5_VLForConditionalGeneration
-) -> None:
+def test_a_batch_shares_prefixes_and_learns_captions_only(processor: Any, target: Any, family: Family) -> None:
     group = ClipGroup(target, processor, STAGE, [0, 1])
     batch = draw_captions(processor, group, 2, np.random.default_rng(0))
-    clips, visual_tokens = group.features.shape[:2]
-    assert visual_tokens == 4 * group.num_steps and clips == len(group.stories)
+    clips, visual_tokens = len(group.features), group.num_visual_tokens
+    assert group.features.shape[1] == family.tokens_per_step * group.num_steps and clips == len(group.stories)
+    assert visual_tokens - group.features.shape[1] == (1 if family is LLAVA_ONEVISION else 0)
     assert batch.suffixes.shape == batch.labels.shape and len(batch.suffixes) == 2 * clips
     assert (batch.prefix == target.config.video_token_id).sum() == visual_tokens
     for suffix, labels in zip(batch.suffixes, batch.labels, strict=True):
@@ -139,9 +156,7 @@ def test_a_batch_shares_prefixes_and_learns_captions_only(
     )
 
 
-def test_deepening_changes_no_logit(
-    processor: Qwen2_5_VLProcessor, target: Qwen2_5_VLForConditionalGeneration
-) -> None:
+def test_deepening_changes_no_logit(processor: Any, target: Any) -> None:
     group = ClipGroup(target, processor, STAGE, [0, 1])
     batch = draw_captions(processor, group, 1, np.random.default_rng(0))
     deeper = deepen(target, processor.tokenizer, 6)
@@ -156,7 +171,7 @@ def test_deepening_changes_no_logit(
 
 def test_longer_clips_come_in_smaller_groups() -> None:
     stage = Stage("long", 1, 24, (2, 6), (64, 1024), 4, 2, (0.02, 0.01))
-    assert [clips_for(stage, tokens // 4) for tokens in (64, 256, 1024)] == [6, 4, 2]
+    assert [clips_for(stage, tokens) for tokens in (64, 256, 1024)] == [6, 4, 2]
 
 
 def test_orthogonalized_matrices_have_singular_values_near_one() -> None:
@@ -238,9 +253,12 @@ def test_a_stopped_training_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("short_training")
-def test_a_training_leaves_a_loadable_fp32_target_rounded_to_bf16_with_its_provenance(tmp_path: Path) -> None:
-    pretrain.main(["--output", str(tmp_path), "--seed", "3"])
+def test_a_training_leaves_a_loadable_fp32_target_rounded_to_bf16_with_its_provenance(
+    family: Family, tmp_path: Path
+) -> None:
+    pretrain.main(["--output", str(tmp_path), "--seed", "3", "--family", family.name])
     target, processor = load_target(tmp_path)
+    assert type(target) is family.model_class
     assert target.dtype == torch.float32 and not target.training
     weights = list(target.state_dict().values())
     assert all(torch.equal(weight, weight.bfloat16().float()) for weight in weights)
@@ -249,6 +267,34 @@ def test_a_training_leaves_a_loadable_fp32_target_rounded_to_bf16_with_its_prove
     curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert [entry["stage"] for entry in curve if "validation_content_accuracy" in entry] == ["a", "b"]
     assert processor.tokenizer.eos_token_id == target.generation_config.eos_token_id
+    assert f"--family {family.name}" in provenance["command"]
+    other = next(each for each in FAMILIES if each is not family)
+    with pytest.raises(TrainingOptionsError, match=f"--family {family.name}"):
+        pretrain.Pretraining(tmp_path, 3, other).run()
+
+
+@pytest.mark.usefixtures("short_training")
+def test_checkpoints_from_before_there_were_families_are_taken_up(tmp_path: Path) -> None:
+    training = pretrain.Pretraining(tmp_path, 3)
+    training.prepare_stage()
+    training.log("a")
+    training.save()
+    saved = torch.load(training.checkpoint)
+    del saved["family"]
+    torch.save(saved, training.checkpoint)
+    assert pretrain.Pretraining(tmp_path, 3).resume()
+
+
+@pytest.mark.usefixtures("short_training")
+def test_captions_train_everything_but_the_tower(family: Family, tmp_path: Path) -> None:
+    training = pretrain.Pretraining(tmp_path, 3, family)
+    training.prepare_stage()
+    before = {name: weight.clone() for name, weight in training.target.state_dict().items()}
+    training.train_step()
+    tower = {id(weight) for weight in family.vision(training.target).parameters()}
+    for name, weight in training.target.named_parameters():
+        # The first step of a decoder layer's biases and norms is tiny, yet no zero.
+        assert torch.equal(weight, before[name]) == (id(weight) in tower), name
 
 
 def test_the_shipped_target_describes_unseen_clips() -> None:

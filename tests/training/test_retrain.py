@@ -1,6 +1,7 @@
 """The command that retrains the testbed's draft, on a shallow untrained target."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,15 +9,19 @@ import torch
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.testbed import retrain
+from sparrow_hf.testbed.families import LLAVA_ONEVISION, QWEN2_5_VL, Family
 from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.testbed.pretrain import export
 
 
 @pytest.fixture(scope="module")
 def target_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("target")
-    processor = build_processor()
-    target = build_target(processor.tokenizer, num_hidden_layers=2)
+    return untrained_target(tmp_path_factory.mktemp("target"), QWEN2_5_VL)
+
+
+def untrained_target(folder: Path, family: Family) -> Path:
+    processor = build_processor(family)
+    target = build_target(processor.tokenizer, num_hidden_layers=2, family=family)
     target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
     target.generation_config.min_new_tokens = 4
     export(target, processor, folder)
@@ -50,6 +55,29 @@ def test_one_command_makes_a_draft_and_its_baseline(tmp_path, target_folder):
     assert blind.config.num_glimpse_tokens == 0
     assert torch.equal(blind.fuse(embeds, states), blind.fuse(embeds, torch.zeros_like(states)))
     assert not torch.equal(blind.fuse(embeds, states), draft.fuse(embeds, states))
+
+
+def test_the_family_is_the_targets(tmp_path, monkeypatch):
+    # LLaVA-OneVision stacks videos: clips of one length are captioned together, others never.
+    monkeypatch.setattr(retrain, "CAPTION_BATCH_ROWS", 10_000)
+    folder = untrained_target(tmp_path / "target", LLAVA_ONEVISION)
+    target, processor = retrain.load_target(folder)
+    seeds = retrain.TRAIN_SEEDS[-6:]
+    together = dict(retrain.caption_clips(target, processor, seeds))
+    lengths = {sample["pixel_values_videos"].shape[1] for sample in together.values()}
+    assert 1 < len(lengths) < len(seeds)
+    for index, seed in enumerate(seeds):
+        ((_, alone),) = retrain.caption_clips(target, processor, [seed])
+        assert together[index]["answer_start"] == alone["answer_start"]
+        assert torch.equal(together[index]["input_ids"], alone["input_ids"])
+    command = ["--target", str(folder), "--clips", "6", "--validation-clips", "3", "--steps", "2"]
+    retrain.main([*command, "--output", str(tmp_path / "draft")])
+    draft = SparrowDraftModel.from_pretrained(tmp_path / "draft")
+    draft.bind(target)
+    fresh = retrain.build_draft(target)
+    assert not torch.equal(draft.fc.weight, fresh.fc.weight)
+    provenance = json.loads((tmp_path / "draft" / "PROVENANCE.json").read_text())
+    assert provenance["validation"]["eval_tau"] >= 1
 
 
 def test_a_recording_goes_on_and_belongs_to_one_target(tmp_path, target_folder):

@@ -5,31 +5,55 @@ Usable right after installation, offline: `load()` gives the models, `make_clip(
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..errors import TargetLoadError
+from .families import FAMILIES, LLAVA_ONEVISION, QWEN2_5_VL, Family, family_of
 from .nano import ASSETS, content_accuracy, load_target
 from .world import EVALUATION_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS, Clip, make_clip
 
 if TYPE_CHECKING:
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
-
     from ..modeling_sparrow import SparrowDraftModel
 
+SHIPPED = {QWEN2_5_VL.name: ASSETS, LLAVA_ONEVISION.name: ASSETS / LLAVA_ONEVISION.name}
+"""Folder of a family's `target` and `draft`."""
 
-def load() -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, SparrowDraftModel]:
-    """The trained target, its processor and its draft, in fp32 evaluation mode."""
+
+def load(family: str = QWEN2_5_VL.name) -> tuple[Any, Any, SparrowDraftModel]:
+    """A family's trained target, its processor and its draft, in fp32 evaluation mode.
+
+    Args:
+        family: `"qwen2.5-vl"` or `"llava-onevision"`.
+
+    Raises:
+        TargetLoadError: There is no such family, or its models do not ship with this version.
+    """
     from ..modeling_sparrow import SparrowDraftModel
 
-    target, processor = load_target()
-    return target, processor, SparrowDraftModel.from_pretrained(ASSETS / "draft").eval()
+    folder = SHIPPED.get(family)
+    if folder is None:
+        known = " and ".join(repr(name) for name in SHIPPED)
+        raise TargetLoadError(f"The testbed has the families {known}, none called {family!r}.")
+    missing = [part for part in ("target", "draft") if not (folder / part / "config.json").is_file()]
+    if missing:
+        raise TargetLoadError(
+            f"The {' and the '.join(missing)} of {family!r} do not ship with this version of the package. Train the "
+            f"target with `python -m sparrow_hf.testbed.pretrain --family {family} --output DIR`, then its draft with "
+            "`python -m sparrow_hf.testbed.retrain --target DIR --output DRAFT`, and load both from there."
+        )
+    target, processor = load_target(folder / "target")
+    return target, processor, SparrowDraftModel.from_pretrained(folder / "draft").eval()
 
 
 __all__ = [
     "EVALUATION_SEEDS",
+    "FAMILIES",
     "TRAIN_SEEDS",
     "VALIDATION_SEEDS",
     "Clip",
+    "Family",
     "content_accuracy",
+    "family_of",
     "load",
     "load_target",
     "make_clip",

@@ -10,22 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import (
-    DynamicCache,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-)
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from .captions import CLAIM_WORDS, STYLES, sample_prompt, write_caption
-from .nano import VOCABULARY_SIZE, build_target
+from .families import family_of
+from .nano import build_target
 from .scenes import Story, sample_story, sample_timeline
-from .vision_pretraining import through_codec, visual_features
-from .world import FRAMES_PER_SECOND, FRAMES_PER_STEP, TOKENS_PER_STEP, messages_for, render
+from .tokenizer import VOCABULARY_SIZE
+from .vision_pretraining import through_codec
+from .world import messages_for, render
 
 
 @dataclass(frozen=True)
@@ -66,35 +64,38 @@ class ClipGroup:
 
     def __init__(
         self,
-        target: Qwen2_5_VLForConditionalGeneration,
-        processor: Qwen2_5_VLProcessor,
+        target: Any,
+        processor: Any,
         stage: Stage,
         seed: list[int],
         process: int = 0,
         num_processes: int = 1,
     ):
+        family = family_of(target)
         rng = np.random.default_rng(seed)
-        low, high = (math.log(bound / TOKENS_PER_STEP) for bound in stage.visual_tokens)
+        low, high = (math.log(bound / family.tokens_per_step) for bound in stage.visual_tokens)
         self.num_steps = max(stage.scenes[1], round(math.exp(rng.uniform(low, high))))
+        num_clips = clips_for(stage, family.tokens_per_step * self.num_steps)
         self.stories: list[Story] = []
         frames = []
         if process:
             rng = np.random.default_rng([*seed, process])
-        for _ in range(max(1, round(clips_for(stage, self.num_steps) / num_processes))):
+        for _ in range(max(1, round(num_clips / num_processes))):
             story = sample_story(rng, *stage.scenes)
             frames.append(through_codec(render(story, sample_timeline(rng, story, self.num_steps), rng)))
             self.stories.append(story)
         # The tower looks at every temporal step by itself, so all clips may pass it as one.
         with torch.no_grad():
-            features = visual_features(target, processor, np.concatenate(frames))
-        self.features = features.view(len(frames), -1, features.shape[-1])
+            features = family.visual_features(target, processor, np.concatenate(frames))
+            self.features = features.view(len(frames), -1, features.shape[-1])
+            self.num_visual_tokens = family.video_rows(target, self.features).shape[1]
 
 
-def clips_for(stage: Stage, num_steps: int) -> int:
-    """How many clips of `num_steps` temporal steps a training step takes: about a constant number of rows."""
+def clips_for(stage: Stage, visual_tokens: int) -> int:
+    """How many clips of `visual_tokens` a training step takes: about a constant number of rows."""
     typical = math.sqrt(stage.visual_tokens[0] * stage.visual_tokens[1])
     caption_rows = 140 * stage.captions_per_clip
-    share = (typical + caption_rows) / (TOKENS_PER_STEP * num_steps + caption_rows)
+    share = (typical + caption_rows) / (visual_tokens + caption_rows)
     return max(1, round(stage.clips * share))
 
 
@@ -112,7 +113,7 @@ class CaptionBatch:
 
 
 def draw_captions(
-    processor: Qwen2_5_VLProcessor,
+    processor: Any,
     group: ClipGroup,
     captions_per_clip: int,
     rng: np.random.Generator,
@@ -130,7 +131,7 @@ def draw_captions(
             asked = tokenizer(prompt)["input_ids"]
             told = tokenizer(write(rng, story, name))["input_ids"] + [tokenizer.eos_token_id]
             video = asked.index(processor.video_token_id)
-            prefix = asked[:video] + [processor.video_token_id] * group.features.shape[1] + [asked[video + 1]]
+            prefix = asked[:video] + [processor.video_token_id] * group.num_visual_tokens + [asked[video + 1]]
             rows.append(asked[video + 2 :] + told)
             num_visible.append(len(told))
     suffixes = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
@@ -141,35 +142,27 @@ def draw_captions(
     return CaptionBatch(torch.tensor(prefix), suffixes, labels)
 
 
-def caption_logits(
-    target: Qwen2_5_VLForConditionalGeneration, features: torch.Tensor, batch: CaptionBatch
-) -> torch.Tensor:
+def caption_logits(target: Any, features: torch.Tensor, batch: CaptionBatch) -> torch.Tensor:
     """Logits `(captions, longest suffix, vocabulary)` of the suffixes, each after its clip.
 
-    Equal to the target's own forward on pixels and whole sequences, with the positions `generate()` uses: text goes on
-    counting after the video as if the video had the width of one picture.
+    Equal to the target's own forward on pixels and whole sequences, with the positions `generate()` uses.
     """
+    family = family_of(target)
     clips, captions = len(features), len(batch.suffixes)
-    whole = torch.cat([batch.prefix, batch.suffixes[0]])[None]
-    num_steps = features.shape[1] // TOKENS_PER_STEP
-    positions, _ = target.model.get_rope_index(
-        whole,
-        (whole == target.config.video_token_id).int() * 2,
-        video_grid_thw=torch.tensor([[num_steps, 4, 4]]),
-        second_per_grid_ts=[FRAMES_PER_STEP / FRAMES_PER_SECOND],
-    )
+    positions = family.positions(target, torch.cat([batch.prefix, batch.suffixes[0]])[None])
     prefix_positions, suffix_positions = positions.split([len(batch.prefix), batch.suffixes.shape[1]], dim=-1)
+    axes = positions.shape[:-2]
 
     embed = target.get_input_embeddings()
     rows = embed(batch.prefix).expand(clips, -1, -1).clone()
-    rows[:, batch.prefix == target.config.video_token_id] = features
+    rows[:, batch.prefix == target.config.video_token_id] = family.video_rows(target, features)
     decoder = target.model.language_model
     cache = DynamicCache(config=target.config.text_config)
-    decoder(inputs_embeds=rows, position_ids=prefix_positions.expand(-1, clips, -1), past_key_values=cache)
+    decoder(inputs_embeds=rows, position_ids=prefix_positions.expand(*axes, clips, -1), past_key_values=cache)
     cache.batch_repeat_interleave(captions // clips)
     states = decoder(
         inputs_embeds=embed(batch.suffixes),
-        position_ids=suffix_positions.expand(-1, captions, -1),
+        position_ids=suffix_positions.expand(*axes, captions, -1),
         past_key_values=cache,
     ).last_hidden_state
     return target.lm_head(states)
@@ -190,9 +183,7 @@ def caption_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tens
 
 
 @torch.no_grad()
-def deepen(
-    target: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, num_layers: int
-) -> Qwen2_5_VLForConditionalGeneration:
+def deepen(target: Any, tokenizer: PreTrainedTokenizerFast, num_layers: int) -> Any:
     """A target of `num_layers` decoder layers that computes exactly what `target` does.
 
     New layers stand evenly between the old ones and start as copies of the layer below that write nothing into the
@@ -213,6 +204,6 @@ def deepen(
                 deeper[f"{stem}.layers.{int(layer) * copies + copy}.{part}"] = (
                     torch.zeros_like(tensor) if silent else tensor.clone()
                 )
-    grown = build_target(tokenizer, num_layers)
+    grown = build_target(tokenizer, num_layers, family=family_of(target))
     grown.load_state_dict(deeper)
     return grown

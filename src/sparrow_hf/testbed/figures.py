@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import BatchFeature, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import BatchFeature
 
 from ..evaluation import Arm, compare, parse_tree, warm_up
 from ..evaluation.provenance import provenance
@@ -32,6 +32,7 @@ from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import draft_rows, visual_mask
 from ..video import prepare_inputs
+from .families import family_of
 from .nano import ASSETS, load_target
 from .report import write_report, write_rows
 from .world import EVALUATION_SEEDS, make_clip
@@ -78,8 +79,8 @@ CELLS = {
 class Bench:
     """The models under test, and what every measurement says about them."""
 
-    target: Qwen2_5_VLForConditionalGeneration
-    processor: Qwen2_5_VLProcessor
+    target: Any
+    processor: Any
     draft: SparrowDraftModel
     text_only_draft: SparrowDraftModel | None
     provenance: dict[str, Any]
@@ -96,7 +97,8 @@ class Bench:
     def inputs(self, seed: int, visual_tokens: int) -> BatchFeature:
         """The processed prompt of one clip, by way of an mp4 file."""
         with tempfile.TemporaryDirectory() as folder:
-            clip = make_clip(Path(folder) / "clip.mp4", seed, visual_tokens)
+            tokens_per_step = family_of(self.target).tokens_per_step
+            clip = make_clip(Path(folder) / "clip.mp4", seed, visual_tokens, tokens_per_step)
             return prepare_inputs(self.processor, clip.messages)
 
 

@@ -1,6 +1,7 @@
 """Trains the testbed's target from nothing.
 
     python -m sparrow_hf.testbed.pretrain --output target
+    python -m sparrow_hf.testbed.pretrain --output target --family llava-onevision
 
 Stages: the vision tower on named attributes; then, the tower frozen, the language model with half its layers on ever
 longer stories and clips; then at full depth. Run the command again to go on where it was stopped; processes of one
@@ -24,8 +25,8 @@ import torch
 from accelerate import PartialState
 from torch import distributed, nn
 from tqdm import tqdm
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
+from ..errors import TrainingOptionsError
 from ..evaluation.provenance import commit
 from .caption_training import (
     POOL_GROUPS,
@@ -38,9 +39,10 @@ from .caption_training import (
     draw_captions,
     token_weights,
 )
+from .families import FAMILIES, QWEN2_5_VL, Family
 from .muon import Muon
 from .nano import build_processor, build_target, content_accuracy, load_target
-from .vision_pretraining import ATTRIBUTES, VisionPretraining, rescale_merger
+from .vision_pretraining import VisionPretraining, rescale_features
 from .world import EVALUATION_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS
 
 VISION_STEPS = 800
@@ -63,7 +65,7 @@ FINAL_CHECKS = {64: 24, 400: 24, 2000: 12}
 """Evaluation clips the finished target is measured on, by visual tokens."""
 
 
-def export(target: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, folder: Path) -> None:
+def export(target: Any, processor: Any, folder: Path) -> None:
     """Saves a target to run in fp32, with its weights rounded to bf16 to halve the file."""
     rounded = copy.deepcopy(target).to(torch.bfloat16)
     rounded.save_pretrained(folder)
@@ -83,14 +85,18 @@ class Progress:
 
 
 class Pretraining:
-    """The whole training of the target, one optimizer step after another, from or to a checkpoint."""
+    """The whole training of a target, one optimizer step after another, from or to a checkpoint.
 
-    def __init__(self, output: Path, seed: int):
-        self.output, self.seed = output, seed
+    Raises:
+        TrainingOptionsError: `output` holds the training of another family.
+    """
+
+    def __init__(self, output: Path, seed: int, family: Family = QWEN2_5_VL):
+        self.output, self.seed, self.family = output, seed, family
         self.processes = PartialState(cpu=True)
-        self.processor = build_processor()
+        self.processor = build_processor(family)
         self.token_weights = token_weights(self.processor.tokenizer)
-        self.target = build_target(self.processor.tokenizer, STAGES[0].layers, seed)
+        self.target = build_target(self.processor.tokenizer, STAGES[0].layers, seed, family)
         self.progress = Progress()
         self.optimizers: list[torch.optim.Optimizer] = []
         self.groups: dict[int, ClipGroup] = {}
@@ -118,6 +124,7 @@ class Pretraining:
         temporary = self.checkpoint.with_suffix(".tmp")
         torch.save(
             {
+                "family": self.family.name,
                 "model": self.target.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "state": asdict(self.progress),
@@ -131,8 +138,15 @@ class Pretraining:
         if not self.checkpoint.exists():
             return False
         saved = torch.load(self.checkpoint, weights_only=True)
+        # Checkpoints from before there were two families name none.
+        found = saved.get("family", QWEN2_5_VL.name)
+        if found != self.family.name:
+            raise TrainingOptionsError(
+                f"{self.output} holds the training of a {found} target, not of {self.family.name}: go on with "
+                f"--family {found}, or name another --output."
+            )
         self.progress = Progress(**saved["state"])
-        self.target = build_target(self.processor.tokenizer, self.stage.layers)
+        self.target = build_target(self.processor.tokenizer, self.stage.layers, family=self.family)
         self.target.load_state_dict(saved["model"])
         self.prepare_stage()
         for optimizer, optimizer_state in zip(self.optimizers, saved["optimizers"], strict=True):
@@ -156,10 +170,11 @@ class Pretraining:
                 self.log(
                     "vision tower", step=step, loss=round(loss, 4), accuracy=[round(each, 4) for each in accuracy]
                 )
-        accuracies = dict(zip(ATTRIBUTES, vision.evaluate(VALIDATION_SEEDS[:VISION_VALIDATION_CLIPS]), strict=True))
+        validation = VALIDATION_SEEDS[:VISION_VALIDATION_CLIPS]
+        accuracies = dict(zip(self.family.attributes.classes, vision.evaluate(validation), strict=True))
         self.log("vision tower", validation_accuracy=accuracies)
         print(f"vision tower, validation accuracy by attribute: {accuracies}")
-        rescale_merger(self.target, self.processor, VALIDATION_SEEDS[:VISION_VALIDATION_CLIPS])
+        rescale_features(self.target, self.processor, validation)
 
     def prepare_stage(self) -> None:
         """Brings the target to the stage's depth, freezes the tower and makes new optimizers."""
@@ -167,7 +182,7 @@ class Pretraining:
             self.target = deepen(self.target, self.processor.tokenizer, self.stage.layers)
             self.optimizers = []
         self.target.requires_grad_(True)
-        self.target.model.visual.requires_grad_(False)
+        self.family.vision(self.target).requires_grad_(False)
         self.groups = {}
         if self.optimizers:
             return
@@ -285,7 +300,8 @@ class Pretraining:
             for tokens, clips in FINAL_CHECKS.items()
         }
         provenance = {
-            "command": f"python -m sparrow_hf.testbed.pretrain --output DIR --seed {self.seed}",
+            "command": "python -m sparrow_hf.testbed.pretrain --output DIR "
+            f"--seed {self.seed} --family {self.family.name}",
             "commit": commit(),
             "torch": torch.__version__,
             "seconds_of_training": round(self.progress.seconds),
@@ -302,17 +318,20 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line of the training."""
     parser = argparse.ArgumentParser(description="Train the testbed's target from nothing (resumes by itself).")
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained target")
+    parser.add_argument("--family", choices=[family.name for family in FAMILIES], default=QWEN2_5_VL.name)
     parser.add_argument("--seed", type=int, default=0, help="draws initial weights and training clips")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; more rarely help on a small machine")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
-    training = Pretraining(options.output, options.seed)
-    size = sum(parameter.numel() for parameter in build_target(training.processor.tokenizer, FULL_DEPTH).parameters())
+    family = next(family for family in FAMILIES if family.name == options.family)
+    training = Pretraining(options.output, options.seed, family)
+    whole = build_target(training.processor.tokenizer, FULL_DEPTH, family=family)
+    size = sum(parameter.numel() for parameter in whole.parameters())
     steps = sum(stage.steps for stage in STAGES)
     print(
-        f"Target of {size / 1e6:.2f} M parameters ({2 * size / 1e6:.1f} MB in bf16), {VISION_STEPS} + {steps} steps, "
-        "about 80 minutes on one core of a server CPU."
+        f"{family.name} target of {size / 1e6:.2f} M parameters ({2 * size / 1e6:.1f} MB in bf16), {VISION_STEPS} + "
+        f"{steps} steps, about 80 minutes on one core of a server CPU."
     )
     training.run()
 

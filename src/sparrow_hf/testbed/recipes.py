@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from ..evaluation.provenance import commit
 from ..modeling_sparrow import SparrowDraftModel
@@ -96,7 +96,7 @@ RECIPES = {
 }
 
 
-def record_all(target: Qwen2_5_VLForConditionalGeneration, processor: Any, folder: Path) -> None:
+def record_all(target: PreTrainedModel, processor: Any, folder: Path) -> None:
     """Records the training clips and the validation clips of every length, as far as they are not there yet."""
     record(target, processor, TRAIN_SEEDS[-CLIPS:], folder / "train")
     for length, clips in LENGTHS.items():

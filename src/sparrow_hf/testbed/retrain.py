@@ -2,6 +2,7 @@
 
     python -m sparrow_hf.testbed.retrain --target assets/target --output assets/draft
 
+The target may be of either family of the testbed: its folder tells which.
 Clips are rendered, sent through the codec and captioned greedily; the target is frozen, so its states are recorded
 once and any number of drafts can be trained from one recording (`--recording`). Run the command again to go on where
 it was stopped. `--text-only` trains the baseline that reads no target states, with the same clips, steps and batches.
@@ -22,7 +23,6 @@ import torch
 import transformers
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from ..evaluation.provenance import commit
 from ..modeling_sparrow import SparrowDraftModel
@@ -31,6 +31,7 @@ from ..training.files import last_checkpoint
 from ..training.recording import RecordedDataset, Recorder, target_digest
 from ..training.regenerate import generate_answers
 from ..video import prepare_inputs
+from .families import family_of
 from .muon import Muon
 from .nano import load_target
 from .vision_pretraining import through_codec
@@ -83,9 +84,9 @@ def clip_length(seed: int) -> int:
     return round(math.exp(rng.uniform(math.log(low), math.log(high))))
 
 
-def clip_prompt(processor: Qwen2_5_VLProcessor, seed: int, visual_tokens: int) -> dict[str, Any]:
+def clip_prompt(processor: Any, seed: int, visual_tokens: int, tokens_per_step: int) -> dict[str, Any]:
     """The processed prompt of one clip, its frames as a reader of its mp4 file gets them."""
-    script = write_script(seed, visual_tokens)
+    script = write_script(seed, visual_tokens, tokens_per_step)
     frames = through_codec(render(script.story, script.timeline, np.random.default_rng([seed, 1])))
     messages = messages_for("", script.prompt)
     messages[0]["content"][0] |= {"video": frames, "fps": FRAMES_PER_SECOND}
@@ -93,23 +94,24 @@ def clip_prompt(processor: Qwen2_5_VLProcessor, seed: int, visual_tokens: int) -
 
 
 def caption_clips(
-    target: Qwen2_5_VLForConditionalGeneration,
-    processor: Qwen2_5_VLProcessor,
+    target: Any,
+    processor: Any,
     seeds: Sequence[int],
     visual_tokens: int | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Index among `seeds` and sample of each clip, captioned greedily by the target in batches."""
+    tokens_per_step = family_of(target).tokens_per_step
     prompts = [
-        (index, clip_prompt(processor, seed, visual_tokens or clip_length(seed))) for index, seed in enumerate(seeds)
+        (index, clip_prompt(processor, seed, visual_tokens or clip_length(seed), tokens_per_step))
+        for index, seed in enumerate(seeds)
     ]
     # Clips of about one length share a batch.
     prompts.sort(key=lambda indexed: indexed[1]["input_ids"].shape[1])
     while prompts:
-        # Padded to the longest, the last one taken.
         size = max(
             size
             for size in range(1, len(prompts) + 1)
-            if size == 1 or size * prompts[size - 1][1]["input_ids"].shape[1] <= CAPTION_BATCH_ROWS
+            if size == 1 or _fit_together([each for _, each in prompts[:size]])
         )
         batch, prompts = prompts[:size], prompts[size:]
         answers = generate_answers(
@@ -123,9 +125,17 @@ def caption_clips(
             yield index, append_answer(prompt, answer)
 
 
+def _fit_together(prompts: list[dict[str, Any]]) -> bool:
+    """Whether prompts, shortest first, can be captioned together."""
+    # LLaVA-OneVision stacks videos, which must have one length then; Qwen2.5-VL's are patches one after another.
+    shapes = {prompt["pixel_values_videos"].shape[1:] for prompt in prompts}
+    # All are padded to the longest.
+    return len(shapes) == 1 and len(prompts) * prompts[-1]["input_ids"].shape[1] <= CAPTION_BATCH_ROWS
+
+
 def record(
-    target: Qwen2_5_VLForConditionalGeneration,
-    processor: Qwen2_5_VLProcessor,
+    target: Any,
+    processor: Any,
     seeds: Sequence[int],
     folder: Path,
     visual_tokens: int | None = None,
@@ -148,7 +158,7 @@ def record(
     processes.wait_for_everyone()
 
 
-def recorded_features(target: Qwen2_5_VLForConditionalGeneration) -> list[int]:
+def recorded_features(target: Any) -> list[int]:
     """Text layers that are recorded: after one and two thirds of the depth, and the last, which the draft reads."""
     depth = target.config.text_config.num_hidden_layers
     return [*sorted({max(1, depth // 3), max(1, 2 * depth // 3)}), -1]
@@ -201,9 +211,7 @@ class MuonWithAdam(Muon):
             parameter.sub_(mean / (square.sqrt() + 1e-8), alpha=vectors["lr"])
 
 
-def build_draft(
-    target: Qwen2_5_VLForConditionalGeneration, seed: int = 0, text_only: bool = False, **overrides: Any
-) -> SparrowDraftModel:
+def build_draft(target: Any, seed: int = 0, text_only: bool = False, **overrides: Any) -> SparrowDraftModel:
     """An untrained draft of the testbed; `overrides` are fields of its configuration, over `DRAFT`."""
     torch.manual_seed(seed)
     draft = SparrowDraftModel.from_target(target, **(DRAFT | (TEXT_ONLY_DRAFT if text_only else {}) | overrides))

@@ -21,9 +21,9 @@ FRAME_SIZE = 64
 """Height and width of a frame, in pixels."""
 FRAMES_PER_SECOND = 8
 FRAMES_PER_STEP = 2
-"""Frames the processor joins into one temporal step."""
+"""Frames of one temporal step: what Qwen2.5-VL's processor joins, and the shortest motion there is."""
 TOKENS_PER_STEP = 4
-"""Visual tokens of one temporal step: 2 × 2 merged patches of 32 × 32 pixels."""
+"""Visual tokens of one temporal step for Qwen2.5-VL: 2 × 2 merged patches of 32 × 32 pixels."""
 
 TRAIN_SEEDS = range(0, 1_000_000_000)
 VALIDATION_SEEDS = range(1_000_000_000, 1_100_000_000)
@@ -58,16 +58,24 @@ class Script(NamedTuple):
     caption: str
 
 
-def write_script(seed: int, visual_tokens: int) -> Script:
+class Pose(NamedTuple):
+    """How a scene's glyph stands in one frame: `x` and `y` pixels away from its place, `pixels` large (0: hidden)."""
+
+    x: int
+    y: int
+    pixels: int
+
+
+def write_script(seed: int, visual_tokens: int, tokens_per_step: int = TOKENS_PER_STEP) -> Script:
     """Draws story, layout in time, prompt and reference caption of the clip `seed`.
 
-    The clip has `visual_tokens` rounded to whole temporal steps, at least one step per scene.
+    The clip has `visual_tokens` rounded to whole temporal steps of `tokens_per_step`, at least one step per scene.
     """
     rng = np.random.default_rng(seed)
     story = sample_story(rng)
     style = STYLES[int(rng.integers(len(STYLES)))]
     prompt, caption = sample_prompt(rng, style), write_caption(rng, story, style)
-    num_steps = max(len(story), round(visual_tokens / TOKENS_PER_STEP))
+    num_steps = max(len(story), round(visual_tokens / tokens_per_step))
     return Script(story, sample_timeline(rng, story, num_steps), prompt, caption)
 
 
@@ -146,21 +154,27 @@ def _base_frame(scene: Scene, index: int, jitter: np.ndarray) -> np.ndarray:
     return frame
 
 
-def _draw_glyph(frame: np.ndarray, scene: Scene, jitter: np.ndarray, age: int, part: int, frozen: bool) -> None:
-    """Draws the main glyph as frame `part` (0 or 1) of its temporal step number `age`."""
-    x, y = GLYPH_CENTRE[0] + int(jitter[0]), GLYPH_CENTRE[1] + int(jitter[1])
+def pose_of(scene: Scene, step: Step, part: int) -> Pose:
+    """The pose of a scene's glyph in frame `part` (0 or 1) of a temporal step."""
     pixels = GLYPH_PIXELS[scene.glyph.size]
-    moment = FRAMES_PER_STEP * (age % MOTION_CYCLE) + (0 if frozen else part)
+    moment = FRAMES_PER_STEP * (step.age % MOTION_CYCLE) + (0 if step.frozen else part)
     if scene.motion in DIRECTIONS:
         # Two frames of one step always lie on the same side of the jump back to the start.
         travelled = SPEED * moment - SPEED * (FRAMES_PER_STEP * MOTION_CYCLE - 1) // 2
-        x += DIRECTIONS[scene.motion][0] * travelled
-        y += DIRECTIONS[scene.motion][1] * travelled
-    elif moment % 2 and scene.motion == "blink":
-        return
-    elif moment % 2 and scene.motion == "pulse":
-        pixels = int(SHRUNK * pixels)
-    _paste(frame, scene.glyph.shape, pixels, scene.glyph.colour, (x, y))
+        x, y = DIRECTIONS[scene.motion]
+        return Pose(x * travelled, y * travelled, pixels)
+    if moment % 2 and scene.motion == "blink":
+        return Pose(0, 0, 0)
+    if moment % 2 and scene.motion == "pulse":
+        return Pose(0, 0, int(SHRUNK * pixels))
+    return Pose(0, 0, pixels)
+
+
+def _draw_glyph(frame: np.ndarray, scene: Scene, jitter: np.ndarray, pose: Pose) -> None:
+    """Draws the main glyph in a pose."""
+    if pose.pixels:
+        centre = (GLYPH_CENTRE[0] + int(jitter[0]) + pose.x, GLYPH_CENTRE[1] + int(jitter[1]) + pose.y)
+        _paste(frame, scene.glyph.shape, pose.pixels, scene.glyph.colour, centre)
 
 
 def render(story: Story, timeline: list[Step], rng: np.random.Generator) -> np.ndarray:
@@ -173,7 +187,8 @@ def render(story: Story, timeline: list[Step], rng: np.random.Generator) -> np.n
             continue
         for part in range(FRAMES_PER_STEP):
             frame = bases[step.scene].copy()
-            _draw_glyph(frame, story[step.scene], jitters[step.scene], step.age, part, step.frozen)
+            scene = story[step.scene]
+            _draw_glyph(frame, scene, jitters[step.scene], pose_of(scene, step, part))
             frames[FRAMES_PER_STEP * number + part] = frame.round()
     return frames
 
@@ -202,18 +217,23 @@ def write_mp4(
         container.mux(stream.encode())
 
 
-def make_clip(path: str | PathLike[str], seed: int, visual_tokens: int = 400) -> Clip:
+def make_clip(
+    path: str | PathLike[str], seed: int, visual_tokens: int = 400, tokens_per_step: int = TOKENS_PER_STEP
+) -> Clip:
     """Writes the clip `seed` as an mp4 file and returns its messages and its reference caption.
 
     Args:
         path: Where to write; parent folders are made.
         seed: Draws everything. Use `EVALUATION_SEEDS` for clips the testbed's target has not seen.
-        visual_tokens: How long the clip is for the testbed's processor, in visual tokens (4 per 2 frames).
+        visual_tokens: How long the clip is, in visual tokens.
+        tokens_per_step: How many of them the target's processor makes of 2 frames: 4 for the testbed's Qwen2.5-VL,
+            8 for its LLaVA-OneVision (`Family.tokens_per_step`), which adds one at the end of every video. More
+            tokens per step make a shorter clip of the same story.
 
     Raises:
         MissingDependencyError: PyAV is not installed.
     """
-    script = write_script(seed, visual_tokens)
+    script = write_script(seed, visual_tokens, tokens_per_step)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(path, render(script.story, script.timeline, np.random.default_rng([seed, 1])))
