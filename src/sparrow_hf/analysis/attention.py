@@ -22,7 +22,7 @@ MAX_SCORES = 2**24
 
 
 def attention_rows(
-    attention: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], rows: Tensor
+    attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], rows: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Attention probabilities of some rows of one layer, a few rows at a time.
 
@@ -86,7 +86,7 @@ def watching_attention(
             handle.remove()
 
 
-def attention_modules(view: TargetView) -> list[nn.Module]:
+def attention_modules(view: TargetView) -> list[Any]:
     """The attention module of every layer.
 
     Raises:

@@ -60,15 +60,20 @@ def retention(
     visual = answered.is_visual.nonzero().squeeze(-1).cpu()
     input_ids = answered.inputs["input_ids"][:, : answered.prompt_length]
     found: dict[str, dict[float, Rounds]] = {}
+    # All and none of the rows are the same rows whatever the scores say.
+    replayed: dict[tuple[int, ...], Rounds] = {}
     for name in (*visual_scores, "strided"):
         found[name] = {}
         for share in shares:
             count = max(1, round(share * len(visual))) if share else 0
             kept = strided(visual, count) if name == "strided" else best_rows(visual, visual_scores[name], count)
-            rows = draft_rows(
-                input_ids[0], draft.config.visual_token_ids or [], count, visual_rows=kept.to(input_ids.device)
-            )
-            found[name][share] = replay(draft, answered, states, rows, max_new_tokens)
+            key = tuple(kept.tolist())
+            if key not in replayed:
+                rows = draft_rows(
+                    input_ids[0], draft.config.visual_token_ids or [], count, visual_rows=kept.to(input_ids.device)
+                )
+                replayed[key] = replay(draft, answered, states, rows, max_new_tokens)
+            found[name][share] = replayed[key]
     return found
 
 

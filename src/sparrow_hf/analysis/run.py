@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..errors import AnalysisError
+from ..errors import AnalysisError, ImageError, VideoError
 from ..generation.integration import follow
 from ..hidden_states import HiddenStateCollector
 from ..hub import tensor_digest
@@ -106,7 +106,7 @@ def analyze(
             try:
                 prompt = prepare_prompt(processor, *conversation, fps=fps, max_frames=max_frames)
                 answered = answer(target, prompt, max_new_tokens)
-            except AnalysisError as error:
+            except (AnalysisError, ImageError, VideoError) as error:
                 raise AnalysisError(f"prompt {index}: {error}") from error
             judge = None if score is None else _judge(processor, score)
             measured = measure(view, answered, layers, max_new_tokens, draft=draft, score=judge)

@@ -65,7 +65,7 @@ def analyze(
             fps=fps,
             max_frames=max_frames,
         )
-        report = {"provenance": provenance(model, target=target, draft=draft, prompts=prompts)} | summary
+        report = {"provenance": provenance(model, target_id=target, draft_id=draft, prompts=prompts)} | summary
         (output / "analysis.json").write_text(json.dumps(report, indent=2) + "\n")
         print_summary(summary, console)
         try:
