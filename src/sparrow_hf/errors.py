@@ -34,6 +34,10 @@ class HiddenStateCaptureError(SparrowError, RuntimeError):
     """The output hooks did not see the rows they were asked for (a target compiled before it was bound, say)."""
 
 
+class AnalysisError(SparrowError, ValueError):
+    """A prompt or a folder of results cannot be analysed: no visual rows, no instruction, or other settings."""
+
+
 class TransformersContractError(SparrowError, ImportError):
     """The installed transformers lacks, or has changed, an internal this package builds on."""
 

@@ -112,6 +112,7 @@ def draft_rows(
     num_glimpse_tokens: int,
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
+    visual_rows: Tensor | None = None,
 ) -> DraftRows:
     """Chooses the rows of one sequence that the draft keeps.
 
@@ -120,12 +121,15 @@ def draft_rows(
         visual_token_ids: The target's placeholder ids.
         num_glimpse_tokens: Visual rows to keep: evenly strided, or at random if a `generator` is given (training).
         attention_mask: `(L,)`, 0 on padding; padding is never kept.
+        visual_rows: `(M,)` positions of the visual rows to keep, whatever `num_glimpse_tokens` says (analysis).
     """
     is_visual = visual_mask(input_ids, visual_token_ids)
     present = torch.ones_like(is_visual) if attention_mask is None else attention_mask.bool()
     is_text = present & ~is_visual & ~frame_header_mask(is_visual)
     candidates = (is_visual & present).nonzero().squeeze(-1)
-    if generator is None:
+    if visual_rows is not None:
+        chosen = visual_rows
+    elif generator is None:
         chosen = strided(candidates, num_glimpse_tokens)
     else:
         order = torch.randperm(len(candidates), generator=generator, device=generator.device)

@@ -29,16 +29,23 @@ class SparrowCandidateGenerator(CandidateGenerator):
         draft: A draft bound to its target.
         input_ids: `(1, L)` the prompt, as far as the target's states of it will be given.
         attention_mask: `(1, L)`, 0 on left padding.
+        rows: The rows of the prompt to read; by default all text rows and the draft's `num_glimpse_tokens`.
     """
 
     requires_model_outputs = True
 
-    def __init__(self, draft: SparrowDraftModel, input_ids: Tensor, attention_mask: Tensor | None = None):
+    def __init__(
+        self,
+        draft: SparrowDraftModel,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        rows: DraftRows | None = None,
+    ):
         config = draft.config
         self.draft = draft
         self.device, self._dtype = draft.device, draft.dtype
         self.shape = config.tree_shape
-        self.rows: DraftRows = draft_rows(
+        self.rows: DraftRows = rows or draft_rows(
             input_ids[0],
             config.visual_token_ids or [],
             config.num_glimpse_tokens,

@@ -1,0 +1,140 @@
+"""Attention of chosen rows, without a matrix of all rows: where the target looks (paper, figures 2 and 5).
+
+The queries and keys of a layer are computed once more from the input of its attention module, seen by a hook, so any
+attention implementation will do (sdpa and FlashAttention never have the scores). Only chosen queries are taken, a
+bounded number of scores at a time: nothing grows with the square of the length.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedTargetError
+from ..targets import TargetView
+from .prompts import AnsweredPrompt
+
+#: Attention scores held at a time, over all heads: 64 MB in fp32.
+MAX_SCORES = 2**24
+
+
+def attention_rows(
+    attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], rows: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Attention probabilities of some rows of one layer, a few rows at a time.
+
+    Args:
+        attention: The layer's attention module.
+        hidden_states: `(1, L, H)` its input.
+        position_embeddings: Cosines and sines, `(1, L, head size)` each, that it was called with.
+        rows: `(n,)` the queries wanted, ascending.
+
+    Yields:
+        `(c,)` rows and their probabilities `(heads, c, L)` in fp32, over all earlier rows and themselves.
+    """
+    rotate = inspect.getmodule(type(attention)).apply_rotary_pos_emb  # type: ignore[union-attr]
+    cos, sin = position_embeddings
+
+    def project(kind: str, chosen: Tensor | slice) -> Tensor:
+        states = getattr(attention, f"{kind}_proj")(hidden_states[:, chosen])
+        states = states.unflatten(-1, (-1, attention.head_dim))
+        if hasattr(attention, f"{kind}_norm"):
+            states = getattr(attention, f"{kind}_norm")(states)
+        states = states.transpose(1, 2)
+        return rotate(states, states, cos[:, chosen], sin[:, chosen])[0][0]
+
+    keys = project("k", slice(None))  # (KV heads, L, head size)
+    num_heads = attention.q_proj.out_features // attention.head_dim
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+    for chunk in rows.to(hidden_states.device).split(max(1, MAX_SCORES // (num_heads * len(positions)))):
+        # The heads of one KV head are rows of one product: keys are never repeated.
+        queries = project("q", chunk).reshape(len(keys), -1, attention.head_dim)
+        scores = (queries @ keys.transpose(1, 2)).float() * attention.scaling
+        scores = scores.view(num_heads, len(chunk), len(positions))
+        yield chunk, scores.masked_fill_(positions > chunk[:, None], float("-inf")).softmax(dim=-1)
+
+
+@contextmanager
+def watching_attention(
+    view: TargetView, watch: Callable[[int, Iterator[tuple[Tensor, Tensor]]], None], rows: Tensor
+) -> Iterator[None]:
+    """While it lasts, `watch(layer index, attention_rows(...))` is called for every layer of every forward.
+
+    Args:
+        rows: `(n,)` the queries wanted, ascending.
+
+    Raises:
+        UnsupportedTargetError: The target's layers have no `self_attn` with separate queries and keys.
+    """
+
+    def hook(layer: int) -> Callable[..., None]:
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            watch(layer, attention_rows(module, kwargs["hidden_states"], kwargs["position_embeddings"], rows))
+
+        return before
+
+    handles = []
+    try:
+        for index, module in enumerate(attention_modules(view)):
+            handles.append(module.register_forward_pre_hook(hook(index), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_modules(view: TargetView) -> list[Any]:
+    """The attention module of every layer.
+
+    Raises:
+        UnsupportedTargetError: A layer has no `self_attn` with separate queries and keys.
+    """
+    modules = [getattr(layer, "self_attn", None) for layer in view.layers]
+    if not all(hasattr(module, "q_proj") and hasattr(module, "k_proj") for module in modules):
+        raise UnsupportedTargetError(
+            f"the layers of {type(view.model).__name__} have no self_attn with q_proj and k_proj: their attention "
+            "cannot be analysed"
+        )
+    return modules
+
+
+class AttentionMass:
+    """Where the last instruction token and the answer look, gathered over one forward.
+
+    Attributes:
+        mass: Query (`"last_instruction"`, or `"answer"`: the mean over its rows) → `(layers, heads, 3)` attention on
+            the rows of each of [`~sparrow_hf.analysis.prompts.GROUPS`]; sums to one.
+        visual_scores: `"last_instruction"` or `"all_text"` → `(V,)` attention that each visual row receives from the
+            last instruction token, or from all text rows of the prompt on average; mean over layers and heads.
+    """
+
+    def __init__(self, view: TargetView, answered: AnsweredPrompt):
+        self._view, self._answered = view, answered
+        layers, heads = len(view.layers), view.text_config.num_attention_heads
+        visual = int(answered.is_visual.sum())
+        self.mass = {query: torch.zeros((layers, heads, 3)) for query in ("last_instruction", "answer")}
+        self.visual_scores = {query: torch.zeros(visual) for query in ("last_instruction", "all_text")}
+
+    @contextmanager
+    def gathering(self) -> Iterator["AttentionMass"]:
+        """While it lasts, one forward over prompt and answer is to be run."""
+        text_rows = (~self._answered.is_visual).nonzero().squeeze(-1)
+        with watching_attention(self._view, self._add, text_rows):
+            yield self
+
+    def _add(self, layer: int, chunks: Iterator[tuple[Tensor, Tensor]]) -> None:
+        answered, layers = self._answered, len(self._view.layers)
+        num_text_rows = answered.prompt_length - len(self.visual_scores["all_text"])
+        for rows, probabilities in chunks:
+            device = probabilities.device
+            masses = (probabilities @ answered.groups.to(device, torch.float32)).cpu()  # (heads, c, 3)
+            received = probabilities[..., answered.is_visual.to(device)].mean(0).cpu()  # (c, V)
+            rows = rows.cpu()
+            last, is_answer = rows == answered.last_instruction_row, rows >= answered.prompt_length
+            self.mass["last_instruction"][layer] += masses[:, last].sum(1)
+            self.mass["answer"][layer] += masses[:, is_answer].sum(1) / len(answered.answer_ids)
+            self.visual_scores["last_instruction"] += received[last].sum(0) / layers
+            self.visual_scores["all_text"] += received[~is_answer].sum(0) / (layers * num_text_rows)

@@ -1,0 +1,196 @@
+"""What an analysis looks at: a prompt, the target's own greedy answer to it, and which row is what.
+
+Rows come in three groups: the *visual* ones (placeholders), the *instruction* (what the user asks) and *text*, which
+is everything else: system prompt, chat template, frame headers, and the answer.
+"""
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..configuration_sparrow import visual_token_ids
+from ..errors import AnalysisError
+from ..rows import visual_mask
+from ..targets import unwrap
+from ..video import prepare_inputs
+
+#: Names of the groups, in the order of every table.
+GROUPS = ("instruction", "visual", "text")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, processed.
+
+    Attributes:
+        inputs: What the target's processor returned: a batch of one, unpadded.
+        instruction: `(n,)` rows of the instruction, ascending.
+        reference: What a good answer says, for a scoring function.
+    """
+
+    inputs: dict[str, Any]
+    instruction: Tensor
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class AnsweredPrompt:
+    """A prompt with the target's greedy answer, ready for one forward over both.
+
+    Attributes:
+        prompt: The prompt.
+        inputs: The target's inputs for prompt and answer, with the positions `generate()` gave them.
+        is_visual: `(L,)` bool, over prompt and answer.
+        answer_ids: Tokens of the answer.
+    """
+
+    prompt: Prompt
+    inputs: dict[str, Any]
+    is_visual: Tensor
+    answer_ids: list[int]
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt, placeholders included."""
+        return len(self.is_visual) - len(self.answer_ids)
+
+    @property
+    def answer_rows(self) -> Tensor:
+        """`(A,)` rows of the answer."""
+        return torch.arange(self.prompt_length, len(self.is_visual), device=self.is_visual.device)
+
+    @property
+    def last_instruction_row(self) -> int:
+        """Row of the instruction's last token."""
+        return int(self.prompt.instruction[-1])
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """`(L, 3)` bool: which of [`GROUPS`] a row belongs to."""
+        instruction = torch.zeros_like(self.is_visual)
+        instruction[self.prompt.instruction] = True
+        return torch.stack((instruction, self.is_visual, ~(instruction | self.is_visual)), dim=-1)
+
+
+def prepare_prompt(
+    processor: Any,
+    messages: list[dict[str, Any]],
+    reference: str | None = None,
+    *,
+    fps: float | None = None,
+    max_frames: int | None = None,
+) -> Prompt:
+    """Processes one conversation and finds its instruction: the last text the user wrote.
+
+    Args:
+        processor: The target's processor.
+        messages: Chat messages that end with a user's turn, see [`~sparrow_hf.video.prepare_inputs`].
+        fps, max_frames: How densely to read video files.
+
+    Raises:
+        AnalysisError: The user wrote nothing, or the chat template left it out.
+    """
+    contents = [message["content"] for message in messages if message["role"] == "user"]
+    texts = [
+        text
+        for content in contents
+        for text in (
+            [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+        )
+    ]
+    if not texts or not texts[-1].strip():
+        raise AnalysisError("the messages hold no instruction: end the user's turn with a text")
+    inputs = dict(prepare_inputs(processor, messages, fps=fps, max_frames=max_frames))
+    return Prompt(inputs, find_text(processor.tokenizer, inputs["input_ids"][0], texts[-1]), reference)
+
+
+def find_text(tokenizer: Any, input_ids: Tensor, text: str) -> Tensor:
+    """`(n,)` rows of the last place in the `(L,)` ids that reads `text`, whatever the case and white space.
+
+    Raises:
+        AnalysisError: The decoded ids do not hold it.
+    """
+    special = torch.isin(input_ids, torch.tensor(sorted(set(tokenizer.all_special_ids))))
+    rows = (~special).nonzero().squeeze(-1)
+    ids = input_ids[rows].tolist()
+    wanted = _squeezed(text)
+
+    def reads(start: int, end: int) -> bool:
+        return wanted in _squeezed(tokenizer.decode(ids[start:end]))
+
+    # ids     … system … | describe this video . | assistant
+    #                  start ≤ here holds        end ≥ here holds
+    start = bisect_left(range(len(ids)), True, key=lambda index: not reads(index, len(ids))) - 1
+    if start < 0:
+        raise AnalysisError(f"the instruction {text!r} is not in the prompt as the tokenizer decodes it")
+    end = bisect_left(range(len(ids)), True, key=lambda index: reads(start, index))
+    return rows[start:end]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split()).casefold()
+
+
+@torch.no_grad()
+def answer(target: PreTrainedModel, prompt: Prompt, max_new_tokens: int) -> AnsweredPrompt:
+    """Lets the target answer greedily, without penalties, and lays out one forward over prompt and answer.
+
+    Raises:
+        AnalysisError: The prompt is padded, holds no visual rows, or more than one sequence.
+    """
+    model = unwrap(target)
+    inputs = {
+        name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in prompt.inputs.items()
+    }
+    input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if len(input_ids) != 1 or (mask is not None and not mask.bool().all()):
+        raise AnalysisError(
+            f"one unpadded prompt at a time, found a batch of {len(input_ids)}: process each by itself"
+        )
+    is_visual = visual_mask(input_ids[0], visual_token_ids(model.config))
+    if not is_visual.any():
+        raise AnalysisError("the prompt has no visual rows: there is nothing to analyse without a video or an image")
+    output = greedy(model, inputs, max_new_tokens)
+    answer_ids = output[0, input_ids.shape[1] :]
+    return AnsweredPrompt(
+        prompt,
+        _appended(model, inputs, answer_ids),
+        torch.cat((is_visual, torch.zeros_like(answer_ids, dtype=torch.bool))),
+        answer_ids.tolist(),
+    )
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, inputs: Mapping[str, Any], max_new_tokens: int) -> Tensor:
+    """`(1, L + A)` the prompt and its most probable answer, token by token; never a placeholder, which is no text."""
+    suppressed = [*(model.generation_config.suppress_tokens or []), *visual_token_ids(model.config)]
+    return model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,
+        suppress_tokens=suppressed,
+    )
+
+
+def _appended(model: PreTrainedModel, inputs: Mapping[str, Any], answer_ids: Tensor) -> dict[str, Any]:
+    """The inputs of one forward over prompt and answer."""
+    prompt_ids, added = inputs["input_ids"], answer_ids[None]
+    grown = dict(inputs)
+    for name, value in inputs.items():
+        # Whatever has one entry per token grows: the answer is attended to (1), and its type is text (0).
+        if isinstance(value, Tensor) and value.shape == prompt_ids.shape:
+            filler = torch.full_like(added, 1 if name == "attention_mask" else 0, dtype=value.dtype)
+            grown[name] = torch.cat((value, added if name == "input_ids" else filler), dim=1)
+    # With M-RoPE, generate() goes on at the last position + 1; asked about prompt and answer together, the model
+    # would go on at the largest one + 1.
+    positions = model._prepare_position_ids_for_generation(prompt_ids, dict(inputs))
+    steps = torch.arange(1, len(answer_ids) + 1, device=positions.device)
+    grown["position_ids"] = torch.cat((positions, positions[..., -1:] + steps), dim=-1)
+    return grown

@@ -1,0 +1,122 @@
+"""How far up the target needs its visual rows (paper, figures 3 and 5): they are hidden from layer x on.
+
+Rows that nobody may attend to are as good as absent, so from layer x on attention runs over the text rows alone, at
+their own positions: exact, with any attention implementation, and without a mask of rows × rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..targets import TargetView
+from .attention import attention_modules
+from .prompts import AnsweredPrompt, Prompt, greedy
+
+
+@contextmanager
+def hidden_visual_rows(view: TargetView, is_visual: Tensor, from_layer: int) -> Iterator[None]:
+    """While it lasts, layers `from_layer`, `from_layer` + 1, … (0-based) see no visual row of the prompt.
+
+    `from_layer` is the number of layers that still see them: the depth changes nothing, 0 is the target blindfolded,
+    its text rows standing where they stood. Forwards with a cache work too: the first one holds the whole prompt.
+
+    Args:
+        view: The target.
+        is_visual: `(L,)` bool: the visual ones among the rows of the first forward.
+        from_layer: The first layer that sees text rows only, 0 … depth.
+    """
+    text = (~is_visual).nonzero().squeeze(-1)
+    is_prefill = False
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        nonlocal is_prefill
+        kwargs = dict(kwargs)
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        is_prefill = kwargs["hidden_states"].shape[1] == len(is_visual)
+        if is_prefill:
+            kept = text.to(kwargs["hidden_states"].device)
+            kwargs["hidden_states"] = kwargs["hidden_states"][:, kept]
+            kwargs["position_embeddings"] = tuple(part[:, kept] for part in kwargs["position_embeddings"])
+            if mask is not None:
+                kwargs["attention_mask"] = mask[..., kept, :][..., kept]
+            if positions is not None:
+                # Only FlashAttention looks at these, and it would take a gap for the border of two packed sequences.
+                kwargs["position_ids"] = positions[..., : len(text)]
+        elif mask is not None and from_layer > 0:
+            # keys of this layer     text rows of the prompt | later rows
+            # columns of the mask    all rows of the prompt  | later rows      (as long as layer 0's cache)
+            later = torch.arange(len(is_visual), mask.shape[-1], device=mask.device)
+            kwargs["attention_mask"] = mask[..., torch.cat((text.to(mask.device), later))]
+        return args, kwargs
+
+    def after(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not is_prefill:
+            return output
+        attended = output[0].new_zeros((1, len(is_visual), output[0].shape[-1]))
+        attended[:, text.to(attended.device)] = output[0]
+        return attended, *output[1:]
+
+    handles = []
+    try:
+        for module in attention_modules(view)[from_layer:]:
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer_grid(depth: int, points: int = 9) -> list[int]:
+    """About `points` values of x, evenly spaced from 0 to the depth, both included."""
+    return sorted({round(index * depth / (points - 1)) for index in range(points)})
+
+
+@torch.no_grad()
+def predicted_tokens(view: TargetView, answered: AnsweredPrompt) -> Tensor:
+    """`(A,)` what the target holds most probable at every place of the answer, given all before it."""
+    outputs = view.model(**answered.inputs, use_cache=False, logits_to_keep=len(answered.answer_ids) + 1)
+    return outputs.logits[0, :-1].argmax(dim=-1)
+
+
+def agreement(view: TargetView, answered: AnsweredPrompt, expected: Tensor, layers: Sequence[int]) -> dict[int, int]:
+    """x → tokens of the answer that the target predicts as before when layers x, x + 1, … see no visual row.
+
+    Teacher-forced: every token is predicted after the same, seeing target's answer.
+
+    Args:
+        expected: `(A,)` what it predicts with all visual rows in sight, see [`predicted_tokens`].
+        layers: The values of x.
+    """
+    agreed = {}
+    for layer in layers:
+        with hidden_visual_rows(view, answered.is_visual, layer):
+            agreed[layer] = int((predicted_tokens(view, answered) == expected).sum())
+    return agreed
+
+
+def scores(
+    view: TargetView,
+    answered: AnsweredPrompt,
+    layers: Sequence[int],
+    max_new_tokens: int,
+    score: Callable[[list[int], Prompt], float],
+) -> dict[int, float]:
+    """x → score of the answer that the target writes freely when layers x, x + 1, … see no visual row.
+
+    Args:
+        score: Judges the ids of an answer, with the prompt's `reference` at hand.
+    """
+    inputs = answered.prompt.inputs
+    inputs = {
+        name: value.to(view.model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()
+    }
+    found = {}
+    for layer in layers:
+        with hidden_visual_rows(view, answered.is_visual[: answered.prompt_length], layer):
+            output = greedy(view.model, inputs, max_new_tokens)
+        found[layer] = score(output[0, answered.prompt_length :].tolist(), answered.prompt)
+    return found

@@ -1,0 +1,114 @@
+"""What visual rows do to the draft (paper, figure 1b): it decodes with all of them, a few, or none.
+
+Decoding is replayed along the target's greedy answer: the draft proposes, and is judged by the tokens the target has
+chosen, from states of one target forward. This commits the rounds of `generate()`, at the price of the draft alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..generation.candidate_generator import SparrowCandidateGenerator
+from ..generation.verification import walk
+from ..modeling_sparrow import SparrowDraftModel
+from ..rows import DraftRows, draft_rows, strided
+from .prompts import AnsweredPrompt
+
+#: Shares of the visual rows that the draft keeps.
+RETAINED_SHARES = (1.0, 0.25, 0.10, 0.05, 0.01, 0.0)
+
+
+class Rounds(NamedTuple):
+    """The rounds of one answer: the accepted drafts of each, and the tokens that all of them committed."""
+
+    accepted: list[int]
+    tokens: int
+
+
+def layers_of(draft: SparrowDraftModel) -> list[int]:
+    """The target's layers that the draft reads: its feature layers and its bridge layer.
+
+    All rows of them are needed here; 25,000 rows of a 7B target are 179 MB per layer in bf16.
+    """
+    return sorted({*draft.config.feature_layer_ids, int(draft.config.visual_bridge_layer or 0)})
+
+
+@torch.no_grad()
+def retention(
+    draft: SparrowDraftModel,
+    answered: AnsweredPrompt,
+    states: Mapping[int, Tensor],
+    visual_scores: Mapping[str, Tensor],
+    max_new_tokens: int,
+    shares: Sequence[float] = RETAINED_SHARES,
+) -> dict[str, dict[float, Rounds]]:
+    """Rounds of the answer when the draft keeps a share of the visual rows.
+
+    Args:
+        draft: A draft bound to the target.
+        answered: The prompt and the target's answer.
+        states: Layer of [`layers_of`] → `(1, L, H)` states of prompt and answer.
+        visual_scores: Name → `(V,)` scores of the visual rows; those of the highest scores are kept.
+        max_new_tokens: What the answer was limited to; the last tree is no deeper than there is room.
+        shares: 1.0 keeps all; any other share but 0 keeps one row at least.
+
+    Returns:
+        Name of the scores, or `"strided"` for even strides as the draft itself takes them → share → rounds.
+    """
+    visual = answered.is_visual.nonzero().squeeze(-1).cpu()
+    input_ids = answered.inputs["input_ids"][:, : answered.prompt_length]
+    found: dict[str, dict[float, Rounds]] = {}
+    # All and none of the rows are the same rows whatever the scores say.
+    replayed: dict[tuple[int, ...], Rounds] = {}
+    for name in (*visual_scores, "strided"):
+        found[name] = {}
+        for share in shares:
+            count = max(1, round(share * len(visual))) if share else 0
+            kept = strided(visual, count) if name == "strided" else best_rows(visual, visual_scores[name], count)
+            key = tuple(kept.tolist())
+            if key not in replayed:
+                rows = draft_rows(
+                    input_ids[0], draft.config.visual_token_ids or [], count, visual_rows=kept.to(input_ids.device)
+                )
+                replayed[key] = replay(draft, answered, states, rows, max_new_tokens)
+            found[name][share] = replayed[key]
+    return found
+
+
+def best_rows(rows: Tensor, scores: Tensor, count: int) -> Tensor:
+    """The `count` of the `(V,)` rows with the highest `(V,)` scores, ascending."""
+    return rows[scores.topk(count).indices.sort().values]
+
+
+def replay(
+    draft: SparrowDraftModel,
+    answered: AnsweredPrompt,
+    states: Mapping[int, Tensor],
+    rows: DraftRows,
+    max_new_tokens: int,
+) -> Rounds:
+    """Decodes along a known answer, the draft reading `rows` of the prompt; see [`retention`]."""
+    answer_ids, layers = answered.answer_ids, draft.config.feature_layer_ids
+    generator = SparrowCandidateGenerator(draft, answered.inputs["input_ids"][:, : answered.prompt_length], rows=rows)
+    wanted = generator.layers_to_collect
+    generator.prefill({layer: states[layer][:, at] for layer, at in wanted.items()}, answer_ids[0])
+    features = torch.cat([states[layer][:, answered.prompt_length :] for layer in layers], dim=-1)
+    accepted, committed = [], 1
+
+    def emit(node: int) -> tuple[int, bool]:
+        nonlocal committed
+        committed += 1
+        return answer_ids[committed - 1], committed == len(answer_ids)
+
+    while committed < len(answer_ids):
+        start = committed
+        # A round commits at most one token more than it drafts.
+        tree = generator.propose(max_levels=max_new_tokens - committed - 1)
+        accepted.append(walk(tree, emit)[1])
+        if committed < len(answer_ids):
+            # tokens      … root | a0  a1  a2        committed in this round
+            # states of     root   a0  a1            what the next trees grow from
+            generator.extend(features[:, start - 1 : committed - 1], answer_ids[start:committed])
+    return Rounds(accepted, len(answer_ids) - 1)

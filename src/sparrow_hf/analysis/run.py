@@ -1,0 +1,195 @@
+"""One analysis: every prompt answered, read and measured, and one file for each, so that it can be interrupted."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ..errors import AnalysisError, ImageError, VideoError
+from ..generation.integration import follow
+from ..hidden_states import HiddenStateCollector
+from ..hub import tensor_digest
+from ..modeling_sparrow import SparrowDraftModel
+from ..targets import TargetView
+from .attention import AttentionMass
+from .internalization import InputSimilarity
+from .prompts import AnsweredPrompt, Prompt, answer, prepare_prompt
+from .removal import agreement, layer_grid, predicted_tokens, scores
+from .retention import layers_of, retention
+from .summary import summarize
+
+#: Judges an answer: (its text, the reference) → a number, the larger the better.
+Score = Callable[[str, str], float]
+
+
+class Conversation(NamedTuple):
+    """What to ask: chat messages that end with a user's turn, and what a good answer says."""
+
+    messages: list[dict[str, Any]]
+    reference: str | None = None
+
+
+def analyze(
+    target: PreTrainedModel,
+    processor: ProcessorMixin,
+    conversations: Sequence[Conversation],
+    output: str | os.PathLike[str],
+    *,
+    draft: SparrowDraftModel | None = None,
+    layers: Sequence[int] | None = None,
+    max_new_tokens: int = 256,
+    score: Score | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Analyses a target over several prompts; see [`measure`] for what is measured, `docs/analysis.md` for its use.
+
+    Every prompt is answered once, read once, and read once more per value of x; with a `score` it is also answered
+    once per value of x. The target must serve nobody else meanwhile: hooks are put on its layers, and taken off again.
+
+    Args:
+        target: A video LLM.
+        processor: Its processor.
+        conversations: The prompts.
+        output: Folder of the records, one file per prompt. Run again, the analysis goes on with the first missing one.
+        draft: A draft of the target: how many tokens of its are accepted with which visual rows.
+        layers: Values of x, "visual rows are hidden from layer x on"; by default nine from 0 to the depth.
+        max_new_tokens: Longest answer, in tokens.
+        score: Judges answers whose conversation has a reference.
+        fps, max_frames: How densely to read video files.
+
+    Returns:
+        What [`~sparrow_hf.analysis.summary.summarize`] returns.
+
+    Raises:
+        AnalysisError: There is nothing to analyse, a conversation has no instruction or no visual rows, only some have
+            a reference, or the folder holds records of other settings or prompts.
+        UnsupportedTargetError: The target is of an architecture whose attention cannot be read.
+        BindingError: The draft is another target's.
+    """
+    view, folder = TargetView(target), Path(output) / "prompts"
+    if not conversations:
+        raise AnalysisError("there are no prompts to analyse: name at least one")
+    if score is not None and any(conversation.reference is None for conversation in conversations):
+        raise AnalysisError("answers are to be scored, but some prompts have no 'reference': add it, or do not score")
+    layers = layer_grid(len(view.layers)) if layers is None else sorted({*layers, len(view.layers)})
+    if not 0 <= layers[0] <= layers[-1] <= len(view.layers):
+        raise AnalysisError(f"layers must be 0 … {len(view.layers)} (the target's depth), found {layers}")
+    if draft is not None:
+        follow(draft, target)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "target": view.model.config._name_or_path,
+        "draft": None if draft is None else _digest(draft),
+        "layers": layers,
+        "max_new_tokens": max_new_tokens,
+        "scored": score is not None,
+        "fps": fps,
+        "max_frames": max_frames,
+    }
+    records = []
+    for index, conversation in enumerate(
+        tqdm(conversations, desc="Analysing", unit="prompt", disable=not show_progress)
+    ):
+        path, made_from = folder / f"{index:05}.json", settings | {"conversation": _fingerprint(conversation)}
+        if path.exists():
+            record = json.loads(path.read_text())
+            _check_same(path, record["made_from"], made_from)
+        else:
+            try:
+                prompt = prepare_prompt(processor, *conversation, fps=fps, max_frames=max_frames)
+                answered = answer(target, prompt, max_new_tokens)
+            except (AnalysisError, ImageError, VideoError) as error:
+                raise AnalysisError(f"prompt {index}: {error}") from error
+            judge = None if score is None else _judge(processor, score)
+            measured = measure(view, answered, layers, max_new_tokens, draft=draft, score=judge)
+            # Read back, so that a resumed analysis sums up the very same numbers.
+            text = json.dumps({"made_from": made_from} | measured)
+            partial = path.with_suffix(".partial")
+            partial.write_text(text + "\n")
+            os.replace(partial, path)
+            record = json.loads(text)
+        records.append(record)
+    return summarize(records)
+
+
+def measure(
+    view: TargetView,
+    answered: AnsweredPrompt,
+    layers: Sequence[int],
+    max_new_tokens: int,
+    *,
+    draft: SparrowDraftModel | None = None,
+    score: Callable[[list[int], Prompt], float] | None = None,
+) -> dict[str, Any]:
+    """The record of one prompt, as JSON holds it.
+
+    Args:
+        view: The target.
+        answered: The prompt and the target's answer.
+        layers: Values of x for [`~sparrow_hf.analysis.removal.agreement`].
+        max_new_tokens: What the answer was limited to.
+        draft: A draft bound to the target.
+        score: See [`~sparrow_hf.analysis.removal.scores`].
+
+    Returns:
+        `visual_tokens`, `text_tokens`, `answer_tokens`; `attention`: query → `(layers, heads, 3)` mass on instruction,
+        visual and text rows; `similarity`: `visual` or `text` → `(layers,)`; `agreed`: x → tokens; `score` and
+        `retention` (scores → share → `accepted` per round, `tokens`) where they were asked for.
+    """
+    states = HiddenStateCollector(dict.fromkeys(layers_of(draft) if draft is not None else []))
+    attention, similarity = AttentionMass(view, answered), InputSimilarity(view, answered)
+    with attention.gathering(), similarity.gathering(), states.active() if draft is not None else nullcontext():
+        expected = predicted_tokens(view, answered)
+    num_visual = int(answered.is_visual.sum())
+    record: dict[str, Any] = {
+        "visual_tokens": num_visual,
+        "text_tokens": answered.prompt_length - num_visual,
+        "answer_tokens": len(answered.answer_ids),
+        "attention": {query: mass.tolist() for query, mass in attention.mass.items()},
+        "similarity": {kind: cosines.tolist() for kind, cosines in similarity.similarity.items()},
+    }
+    if draft is not None:
+        collected = {layer: states.take(layer) for layer in layers_of(draft)}
+        kept = retention(draft, answered, collected, attention.visual_scores, max_new_tokens)
+        record["retention"] = {
+            name: {f"{share:g}": rounds._asdict() for share, rounds in shares.items()} for name, shares in kept.items()
+        }
+        del collected, states
+    record["agreed"] = _by_layer(agreement(view, answered, expected, layers))
+    if score is not None:
+        record["score"] = _by_layer(scores(view, answered, layers, max_new_tokens, score))
+    return record
+
+
+def _by_layer(figures: Mapping[int, float]) -> dict[str, float]:
+    return {str(layer): figure for layer, figure in figures.items()}
+
+
+def _judge(processor: Any, score: Score) -> Callable[[list[int], Prompt], float]:
+    return lambda ids, prompt: score(processor.tokenizer.decode(ids, skip_special_tokens=True), prompt.reference or "")
+
+
+def _digest(draft: SparrowDraftModel) -> str:
+    return tensor_digest({name: tensor.detach().cpu().contiguous() for name, tensor in draft.state_dict().items()})
+
+
+def _fingerprint(conversation: Conversation) -> str:
+    """Tells one conversation from another; pixels in memory are told by their bytes."""
+    as_text = json.dumps(conversation, default=lambda value: hashlib.sha256(bytes(value)).hexdigest())
+    return hashlib.sha256(as_text.encode()).hexdigest()
+
+
+def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    wrong = [
+        f"{name}: {found.get(name)!r}, now {value!r}" for name, value in wanted.items() if found.get(name) != value
+    ]
+    if wrong:
+        raise AnalysisError(f"{path} was made differently ({'; '.join(wrong)}): choose another folder, or delete it")

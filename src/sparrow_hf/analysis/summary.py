@@ -1,0 +1,113 @@
+"""What the records of single prompts add up to, and which layers that recommends for a draft."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+#: A target does without its visual rows if it still predicts this share of its own answer.
+AGREEMENT_KEPT = 0.98
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Layers of a draft for this target; see [`recommend`].
+
+    Attributes:
+        needed_layers: Layers that the target needs its visual rows in; the others can do without.
+        visual_bridge_layer, feature_layers: Fields of [`~sparrow_hf.SparrowDraftConfig`].
+    """
+
+    needed_layers: int
+    visual_bridge_layer: int
+    feature_layers: list[int]
+
+
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
+    """Figures over all prompts (`"all"`), over those of about one length (`"lengths"`, shortest first), and the
+    recommendation.
+
+    Lengths are grouped by powers of two: 256 … 511 visual tokens are one group.
+    """
+    groups: dict[int, list[Record]] = {}
+    for record in records:
+        groups.setdefault(int(record["visual_tokens"]).bit_length(), []).append(record)
+    everything = pool(records)
+    return {
+        "recommendation": vars(recommend(everything)),
+        "all": everything,
+        "lengths": [pool(groups[length]) for length in sorted(groups)],
+    }
+
+
+def pool(records: Sequence[Record]) -> dict[str, Any]:
+    """Figures over several prompts, in the layout of a record.
+
+    Attention and similarity are means over prompts; agreement and acceptance are totals over totals.
+
+    Returns:
+        `prompts`; `visual_tokens` (`min`, `mean`, `max`); `attention`: query → `(layers, heads, 3)`; `similarity`:
+        kind → `(layers,)`; `agreement`: x → share of the answers' tokens; `score` (if scored): x → mean;
+        `retention` (with a draft): scores → share → `tau`, `k` and `rounds`.
+    """
+    lengths = [record["visual_tokens"] for record in records]
+    pooled: dict[str, Any] = {
+        "prompts": len(records),
+        "visual_tokens": {"min": min(lengths), "mean": float(np.mean(lengths)), "max": max(lengths)},
+        "attention": _means(records, "attention"),
+        "similarity": _means(records, "similarity"),
+    }
+    tokens = sum(record["answer_tokens"] for record in records)
+    pooled["agreement"] = {
+        layer: sum(record["agreed"][layer] for record in records) / tokens for layer in records[0]["agreed"]
+    }
+    if "score" in records[0]:
+        pooled["score"] = _means(records, "score")
+    if "retention" in records[0]:
+        pooled["retention"] = {
+            name: {share: _acceptance([record["retention"][name][share] for record in records]) for share in shares}
+            for name, shares in records[0]["retention"].items()
+        }
+    return pooled
+
+
+def _means(records: Sequence[Record], figure: str) -> dict[str, Any]:
+    return {
+        name: np.mean([record[figure][name] for record in records], axis=0).tolist() for name in records[0][figure]
+    }
+
+
+def _acceptance(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rounds, tokens = sum(len(run["accepted"]) for run in runs), sum(run["tokens"] for run in runs)
+    accepted = sum(sum(run["accepted"]) for run in runs)
+    return {"tau": tokens / max(rounds, 1), "k": accepted / max(rounds, 1), "rounds": rounds}
+
+
+def recommend(pooled: Mapping[str, Any]) -> Recommendation:
+    """Which layers of this target a draft should read. A rule of thumb to start from; training is what decides.
+
+    1. *Needed layers*: the smallest measured x such that, hidden from layer x or any later one on, visual rows are
+       not missed: at least [`AGREEMENT_KEPT`] of the answers' tokens stay what they were.
+    2. *Bridge*: of the visual states that needed layers read (after 1 … x − 1 layers), the one least like what
+       entered the decoder: worked on most by the layers below, and still in use.
+    3. *Features*: the text states after the needed layer in which the answer looks at visual rows most, and after the
+       last needed layer, when everything seen has been written into the text rows; and the last layer's (−1), which
+       the head reads. What coincides is listed once.
+
+    Args:
+        pooled: What [`pool`] returns.
+    """
+    depth = len(pooled["similarity"]["visual"])
+    needed = depth
+    for layer in sorted(map(int, pooled["agreement"]), reverse=True):
+        if pooled["agreement"][str(layer)] < AGREEMENT_KEPT:
+            break
+        needed = layer
+    bridge = 1 + int(np.argmin(pooled["similarity"]["visual"][: max(1, needed - 1)]))
+    # (layers,) mean over heads, visual rows being the second group
+    looked = np.asarray(pooled["attention"]["answer"])[..., 1].mean(axis=1)
+    features = {1 + int(np.argmax(looked[: max(1, needed)])), max(1, needed)} - {depth}
+    return Recommendation(needed, bridge, [*sorted(features), -1])

@@ -1,0 +1,137 @@
+"""`sparrow analyze`: where a target attends, how far up it needs its visual rows, and what they do to a draft."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import MissingDependencyError
+from .common import Dtype, errors_as_sentences, load_target
+
+if TYPE_CHECKING:
+    from ..analysis import Conversation
+
+
+def analyze(
+    target: Annotated[str, typer.Option(help="The video LLM to look into: folder or Hub id.")],
+    prompts: Annotated[
+        str, typer.Option(help="Rows with 'messages': .jsonl, .parquet, a folder of save_to_disk, or a Hub id.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the results. Run again to go on where it was stopped.")],
+    draft: Annotated[str | None, typer.Option(help="A draft of the target: what visual rows do to it.")] = None,
+    split: Annotated[str, typer.Option(help="Split of --prompts.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 256,
+    fps: Annotated[float | None, typer.Option(min=0.01, help="Frames per second to see, at most.")] = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Frames to see of a video, at most.")] = None,
+    processor: Annotated[str | None, typer.Option(help="Processor of --target, if it lies elsewhere.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="What the target computes in.")] = Dtype.auto,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; auto spreads over all GPUs.")] = None,
+) -> None:
+    """Looks into a target over some prompts, and recommends the layers that a draft of it should read.
+
+    Writes analysis.json and, if matplotlib is installed, figures.
+    """
+    with errors_as_sentences():
+        from transformers.utils import logging
+
+        from .. import SparrowDraftModel
+        from ..analysis import analyze as run_analysis
+        from ..analysis import draw_figures
+        from ..analysis.removal import layer_grid
+        from ..evaluation.provenance import provenance
+        from ..targets import TargetView
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        console = Console()
+        conversations = read_conversations(prompts, split, limit)
+        model, its_processor = load_target(target, processor, dtype, device)
+        layers = layer_grid(len(TargetView(model).layers))
+        console.print(
+            f"{len(conversations)} prompts, each answered once and read {len(layers) + 1} times; results in {output}"
+        )
+        summary = run_analysis(
+            model,
+            its_processor,
+            conversations,
+            output,
+            draft=None if draft is None else SparrowDraftModel.from_pretrained(draft).eval(),
+            layers=layers,
+            max_new_tokens=max_new_tokens,
+            fps=fps,
+            max_frames=max_frames,
+        )
+        report = {"provenance": provenance(model, target_id=target, draft_id=draft, prompts=prompts)} | summary
+        (output / "analysis.json").write_text(json.dumps(report, indent=2) + "\n")
+        print_summary(summary, console)
+        try:
+            drawn = ", ".join(path.name for path in draw_figures(summary, output))
+            console.print(f"analysis.json, {drawn} in {output}")
+        except MissingDependencyError as error:
+            console.print(f"analysis.json in {output}; no figures: {error}", style="yellow", markup=False)
+
+
+def read_conversations(prompts: str, split: str, limit: int | None) -> "list[Conversation]":
+    """The prompts of `sparrow regenerate`'s rows; an answer at the end is their reference, unless they name one."""
+    from ..analysis import Conversation
+    from ..training.data import naming_row, text_of
+    from ..training.dataset import clean_messages, load_rows
+
+    rows = load_rows(prompts, split)
+    conversations = []
+    for index in range(min(len(rows), limit or len(rows))):
+        with naming_row(index):
+            messages = clean_messages(rows[index])
+            written = text_of(messages.pop()) if messages[-1]["role"] == "assistant" else None
+        conversations.append(Conversation(messages, rows[index].get("reference") or written))
+    return conversations
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """One table per question, a column per length, and the recommendation."""
+    lengths = summary["lengths"]
+    heads = [f"{pooled['visual_tokens']['mean']:,.0f} visual tokens" for pooled in lengths]
+
+    def show(title: str, first: str, rows: dict[str, list[str]]) -> None:
+        table = Table(first, *heads, title=title)
+        for name, cells in rows.items():
+            table.add_row(name, *cells)
+        console.print(table)
+
+    def mass(pooled: dict[str, Any], group: int) -> str:
+        layers = pooled["attention"]["last_instruction"]
+        shares = [head[group] for layer in layers for head in layer]
+        return f"{sum(shares) / len(shares):.1%}"
+
+    show(
+        "Attention of the last instruction token, all layers and heads",
+        "on rows of",
+        {
+            name: [mass(pooled, index) for pooled in lengths]
+            for index, name in enumerate(("instruction", "visual", "text"))
+        },
+    )
+    show(
+        "Tokens of the answer that stay if visual rows are hidden from layer x on",
+        "x",
+        {layer: [f"{pooled['agreement'][layer]:.1%}" for pooled in lengths] for layer in lengths[0]["agreement"]},
+    )
+    for name, shares in lengths[0].get("retention", {}).items():
+        show(
+            f"Tokens per target forward (τ), the draft's visual rows chosen by {name.replace('_', ' ')}",
+            "kept",
+            {
+                f"{float(share):.0%}": [f"{p['retention'][name][share]['tau']:.2f}" for p in lengths]
+                for share in shares
+            },
+        )
+    advice = summary["recommendation"]
+    console.print(
+        f"The target needs its visual rows in {advice['needed_layers']} layers. To start from: "
+        f"visual_bridge_layer={advice['visual_bridge_layer']}, feature_layers={advice['feature_layers']}",
+        markup=False,
+    )

@@ -1,0 +1,18 @@
+"""Who is looked into: each architecture in turn, and one for all."""
+
+import pytest
+from subjects import Subject
+
+from families import FAMILY_BY_NAME
+
+
+@pytest.fixture(scope="module", params=FAMILY_BY_NAME)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    """Each of the nine architectures in turn."""
+    return Subject(FAMILY_BY_NAME[request.param])
+
+
+@pytest.fixture(scope="session")
+def qwen() -> Subject:
+    """Qwen2.5-VL alone, for what does not depend on the family."""
+    return Subject(FAMILY_BY_NAME["qwen2_5_vl"])
