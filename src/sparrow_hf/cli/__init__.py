@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .bench import bench
 from .convert import convert
 from .demo import demo
 from .record import record
@@ -43,3 +44,4 @@ app.command(
 )(train)
 app.command()(vocab)
 app.command()(convert)
+app.command()(bench)
