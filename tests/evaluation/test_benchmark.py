@@ -11,8 +11,8 @@ from transformers import BatchFeature, PreTrainedModel
 
 from sparrow_hf import TREE_PRESETS, SparrowDraftModel
 from sparrow_hf.errors import BenchmarkError
+from sparrow_hf.evaluation import Arm, compare, metrics
 from sparrow_hf.evaluation import benchmark as benchmark_module
-from sparrow_hf.evaluation import compare, metrics
 from sparrow_hf.evaluation.arms import EVERY_ROW, Arms
 from sparrow_hf.evaluation.benchmark import Benchmark, Prompt
 from sparrow_hf.evaluation.metrics import count_asked
@@ -22,6 +22,7 @@ from sparrow_hf.evaluation.results import write_results
 
 from families import FAMILY_BY_NAME
 from oracles import drafting_around
+from tiny_targets import Family
 
 ROW_FIELDS = {
     "family", "arm", "visual_tokens", "temperature", "tree", "seed", "prompts", "tau", "k", "per_position",
@@ -141,6 +142,19 @@ def test_one_prefill_serves_all_arms(target: PreTrainedModel, draft_folder: str,
         assert run.draft_cache_rows == own[name].draft_cache_rows
     assert len({run.prefill_seconds for name, run in shared.items() if name != "prompt-lookup"}) == 1
     assert "_prefill" not in vars(target)
+
+
+def test_one_prefill_serves_every_family(family: Family):
+    target = family.build_target()
+    inputs = family.build_inputs(target)
+    arms = [
+        Arm("plain"),
+        Arm("draft", SparrowDraftModel.from_target(target, num_glimpse_tokens=2), TREE_PRESETS["chain-5"]),
+    ]
+    settings = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": family.visual_token_ids}
+    own, shared = (compare(target, arms, inputs, settings, shared_prefill=shared) for shared in (False, True))
+    assert own["draft"].differs_at is None and shared["draft"].differs_at is None
+    assert shared["draft"].accepted == own["draft"].accepted
 
 
 def test_a_replayed_prefill_is_the_prompts_own(target: PreTrainedModel, draft_folder: str):

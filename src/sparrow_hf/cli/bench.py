@@ -123,7 +123,7 @@ def bench(
             says_what_it_shows(its_processor) if testbed else None,
             {
                 "target_sha256": weights_of(target, model),
-                "draft_sha256": parser.weights,
+                "draft_sha256": sorted(filter(None, parser.weights.values())),
                 "prompts": "testbed" if testbed else prompts,
                 "dtype": str(model.dtype).removeprefix("torch."),
             },
@@ -146,7 +146,10 @@ def bench(
 
 def results_table(rows: list[dict[str, Any]]) -> Table:
     """The figures that matter most, one line per row of the results."""
-    table = Table("benchmark", "visual tokens", "T", "seed", "arm", "identical", "τ", "k", "DSR", "ESR", box=None)
+    table = Table("benchmark", "visual tokens", "T", "seed", box=None)
+    table.add_column("arm", overflow="fold")
+    for name in ("identical", "τ", "k", "DSR", "ESR"):
+        table.add_column(name, no_wrap=True)
     for row in rows:
         measured = [f"{row[name]:.2f}" if name in row else "" for name in ("tau", "k", "dsr", "esr")]
         table.add_row(
