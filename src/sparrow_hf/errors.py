@@ -62,6 +62,10 @@ class DiskBudgetError(SparrowError, OSError):
     """A recording would take more disk than it was given; what is complete stays and is used when it goes on."""
 
 
+class BenchmarkError(SparrowError, ValueError):
+    """A benchmark cannot be run or continued: an unknown arm, no prompts, measurements under other conditions."""
+
+
 class TrainingDataError(SparrowError, ValueError):
     """A training row cannot be trained on: no answer, placeholders without pixels, or a field of the wrong type."""
 

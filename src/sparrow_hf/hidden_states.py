@@ -5,7 +5,7 @@ hooks here keep only the rows the draft reads. They are installed once, when a d
 compiled call never fires), and do nothing unless the running thread has a collector.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -68,6 +68,18 @@ class HiddenStateCollector:
             yield self
         finally:
             _ACTIVE.reset(token)
+
+
+def replay(states: Mapping[int, Tensor]) -> None:
+    """Hands stored states to the running thread's collector, as the hooks would during the forward they come from.
+
+    Args:
+        states: Layer id → `(B, n, H)` states of all rows of the forward.
+    """
+    collector = _ACTIVE.get()
+    if collector is not None:
+        for layer, of_layer in states.items():
+            collector.collect(layer, of_layer)
 
 
 class _Hook:

@@ -6,6 +6,7 @@ import typer
 
 from .. import __version__
 from .analyze import analyze
+from .bench import bench
 from .convert import convert
 from .demo import demo
 from .record import record
@@ -45,3 +46,4 @@ app.command(
 app.command()(vocab)
 app.command()(convert)
 app.command()(analyze)
+app.command()(bench)

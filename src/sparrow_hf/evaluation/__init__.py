@@ -1,16 +1,26 @@
 """Measuring: arms side by side on the same inputs, and the figures that come out of it."""
 
 from ..generation.stopwatch import StopWatch
+from .arms import Arms
+from .benchmark import Benchmark, Prompt
 from .comparison import Arm, compare, first_difference, measure, parse_tree, warm_up
 from .metrics import Acceptance, Interval, Run, Speed, Spread, acceptance, end_to_end_ratio, speed, spread
+from .prefill import PrefillSnapshot
+from .results import write_results
+from .run_file import RunFile
 from .streaming import ProvenanceStreamer
 
 __all__ = [
     "Acceptance",
     "Arm",
+    "Arms",
+    "Benchmark",
     "Interval",
+    "PrefillSnapshot",
+    "Prompt",
     "ProvenanceStreamer",
     "Run",
+    "RunFile",
     "Speed",
     "Spread",
     "StopWatch",
@@ -23,4 +33,5 @@ __all__ = [
     "spread",
     "speed",
     "warm_up",
+    "write_results",
 ]

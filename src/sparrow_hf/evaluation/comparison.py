@@ -7,8 +7,8 @@ forward hook on the target counts its forwards.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,52 +20,84 @@ from ..configuration_sparrow import TREE_PRESETS, TreeShape, check_tree_shape
 from ..errors import DraftConfigError
 from ..generation.stopwatch import StopWatch
 from ..modeling_sparrow import SparrowDraftModel
-from .metrics import Run
+from .metrics import Run, count_asked
+from .prefill import PrefillSnapshot
 
 WARM_UP_TOKENS = 8
+#: Tokens per round that transformers asks an assistant model for, unless its generation config says otherwise.
+ASSISTANT_TOKENS = 20
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to generate. Without a draft and without prompt lookup it is plain `generate()`.
+    """One way to generate. Without a draft, an assistant and prompt lookup it is plain `generate()`.
 
     Attributes:
         name: What tables call it.
         draft: A Sparrow draft of the target.
         tree: The tree the draft grows; its configured one by default.
+        num_glimpse_tokens: Visual rows the draft keeps in its window; its configured number by default.
         prompt_lookup_num_tokens: Most tokens per round that transformers' prompt lookup copies from the context.
+        assistant: A small model of the target's own kind, run by transformers' assisted generation.
     """
 
     name: str
     draft: SparrowDraftModel | None = None
     tree: TreeShape | None = None
+    num_glimpse_tokens: int | None = None
     prompt_lookup_num_tokens: int | None = None
+    assistant: PreTrainedModel | None = None
 
     @property
     def num_draft_levels(self) -> int:
         """Most draft tokens a round can accept."""
+        if self.draft is not None:
+            return (self.tree or self.draft.config.tree_shape).num_draft_levels
+        if self.assistant is not None:
+            return self.assistant.generation_config.num_assistant_tokens or ASSISTANT_TOKENS
+        return self.prompt_lookup_num_tokens or 0
+
+    @property
+    def runs_stock_loop(self) -> bool:
+        """Whether transformers' own assisted loop does the decoding."""
+        return self.prompt_lookup_num_tokens is not None or self.assistant is not None
+
+    @property
+    def layers_read(self) -> set[int]:
+        """Layers of the target whose states the draft reads from the prefill."""
         if self.draft is None:
-            return self.prompt_lookup_num_tokens or 0
-        return (self.tree or self.draft.config.tree_shape).num_draft_levels
+            return set()
+        return {*self.draft.config.feature_layer_ids, int(self.draft.config.visual_bridge_layer or 0)}
 
     @contextmanager
     def options(self) -> Iterator[dict[str, Any]]:
-        """Arguments this arm adds to `generate()`; the draft has the arm's tree inside."""
+        """Arguments this arm adds to `generate()`; the draft has the arm's tree and glimpse inside."""
         if self.draft is None:
-            lookup = self.prompt_lookup_num_tokens
-            yield {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
+            named = {
+                "prompt_lookup_num_tokens": self.prompt_lookup_num_tokens,
+                "assistant_model": self.assistant,
+            }
+            yield {name: value for name, value in named.items() if value is not None}
             return
         config = self.draft.config
-        configured = config.tree_shape
+        configured, glimpse = config.tree_shape, config.num_glimpse_tokens
         config.set_tree_shape(self.tree or configured)
+        if self.num_glimpse_tokens is not None:
+            config.num_glimpse_tokens = self.num_glimpse_tokens
         try:
             yield {"assistant_model": self.draft}
         finally:
             config.set_tree_shape(configured)
+            config.num_glimpse_tokens = glimpse
 
 
 def measure(
-    target: PreTrainedModel, arm: Arm, inputs: Mapping[str, Tensor], settings: Mapping[str, Any], seed: int = 0
+    target: PreTrainedModel,
+    arm: Arm,
+    inputs: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    seed: int = 0,
+    prefill: PrefillSnapshot | None = None,
 ) -> tuple[Run, list[int]]:
     """One timed `generate()` call.
 
@@ -73,12 +105,20 @@ def measure(
         inputs: What the processor returned.
         settings: Further arguments of `generate()`, the same for every arm.
         seed: Of torch's global generator, for sampling.
+        prefill: The prefill of these inputs, done before: the call starts from a copy, and is credited with the time
+            it took. Arms that run transformers' own loop prefill for themselves.
 
     Returns:
         The measurement, and the generated tokens.
     """
     torch.manual_seed(seed)
-    with arm.options() as options, StopWatch(target) as watch:
+    is_replayed = prefill is not None and not arm.runs_stock_loop
+    memory_before = _start_counting_memory(target)
+    with ExitStack() as stack:
+        options = stack.enter_context(arm.options())
+        if prefill is not None and is_replayed:
+            inputs = stack.enter_context(prefill.replayed())
+        watch = stack.enter_context(StopWatch(target))
         target.generate(**inputs, **settings, **options, streamer=watch)
     run = Run(
         new_tokens=len(watch.tokens),
@@ -87,8 +127,9 @@ def measure(
         # Whoever streams whole rounds at once (transformers' own loop) tells with them what was accepted.
         accepted=[chunk - 1 for chunk in watch.chunks[1:]],
         num_draft_levels=arm.num_draft_levels,
-        prefill_seconds=watch.prefill_seconds,
+        prefill_seconds=prefill.seconds if prefill is not None and is_replayed else watch.prefill_seconds,
         decode_seconds=watch.decode_seconds,
+        peak_bytes=None if memory_before is None else torch.cuda.max_memory_allocated(target.device) - memory_before,
     )
     stats = None if arm.draft is None else arm.draft.last_generation
     if stats is not None:
@@ -109,6 +150,9 @@ def compare(
     settings: Mapping[str, Any],
     turn: int = 0,
     seed: int = 0,
+    *,
+    shared_prefill: bool = False,
+    is_content: Callable[[int], bool] | None = None,
 ) -> dict[str, Run]:
     """Measures every arm once on one prompt.
 
@@ -116,18 +160,35 @@ def compare(
         arms: The first one is the reference whose tokens all others must give.
         turn: Which arm begins, counted modulo their number. Raise it by one per call, so that no arm is always the one
             that runs first, or right after a slow one.
+        shared_prefill: Compute the prompt once, and let every arm start from a copy (see [`PrefillSnapshot`]).
+        is_content: Whether a token id belongs to a content word; fills [`Run`]'s `asked` for arms with a draft.
 
     Returns:
         Arm name → measurement.
     """
     first = turn % len(arms)
-    measured = {arm.name: measure(target, arm, inputs, settings, seed) for arm in (*arms[first:], *arms[:first])}
-    reference = measured[arms[0].name][1]
-    return {
-        arm.name: dataclasses.replace(run, differs_at=first_difference(reference, tokens))
-        for arm in arms
-        for run, tokens in [measured[arm.name]]
+    layers = set().union(*(arm.layers_read for arm in arms))
+    prefill = PrefillSnapshot(target, inputs, settings, layers) if shared_prefill else None
+    measured = {
+        arm.name: measure(target, arm, inputs, settings, seed, prefill) for arm in (*arms[first:], *arms[:first])
     }
+    reference = measured[arms[0].name][1]
+    runs = {}
+    for arm in arms:
+        run, tokens = measured[arm.name]
+        asked = None
+        if is_content is not None and arm.draft is not None:
+            asked = count_asked(tokens, run.accepted, run.num_draft_levels, settings["max_new_tokens"], is_content)
+        runs[arm.name] = dataclasses.replace(run, differs_at=first_difference(reference, tokens), asked=asked)
+    return runs
+
+
+def _start_counting_memory(target: PreTrainedModel) -> int | None:
+    """Bytes allocated on the target's GPU now, its peak counted anew from here; `None` on a CPU."""
+    if target.device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(target.device)
+    return torch.cuda.memory_allocated(target.device)
 
 
 def warm_up(

@@ -40,6 +40,9 @@ class Run:
         differs_at: Index of the first generated token that is not plain `generate()`'s; `None` if all are.
         draft_seconds, verify_seconds: The draft's own account of the decode time; `None` without a Sparrow draft.
         draft_cache_rows: Most rows the draft's cache ever held; `None` without a Sparrow draft.
+        peak_bytes: Most memory the call had allocated beyond what was there before; `None` where nobody counts (CPU).
+        asked: Class of words → how many of its tokens the draft was asked for, and how many it got accepted (see
+            [`count_asked`]); `None` if nobody told the classes.
     """
 
     new_tokens: int
@@ -53,6 +56,8 @@ class Run:
     draft_seconds: float | None = None
     verify_seconds: float | None = None
     draft_cache_rows: int | None = None
+    peak_bytes: int | None = None
+    asked: dict[str, list[int]] | None = None
 
     @property
     def seconds(self) -> float:
@@ -152,6 +157,43 @@ def acceptance(runs: Sequence[Run]) -> Acceptance:
         histogram=[_ratio(accepted.count(count), rounds) for count in range(levels + 1)],
         forwards_per_token=_ratio(sum(run.rounds + 1 for run in runs), sum(run.new_tokens for run in runs)),
     )
+
+
+def count_asked(
+    tokens: Sequence[int],
+    accepted: Sequence[int],
+    num_draft_levels: int,
+    max_new_tokens: int,
+    is_content: Callable[[int], bool],
+) -> dict[str, list[int]]:
+    """How many tokens of content and of function words the draft was asked for, and how many it got accepted.
+
+    A round asks for its accepted tokens and for the one that came instead of the first rejected one; the token after
+    a draft that was accepted to the end was never asked for. The prefill's token belongs to no round.
+
+        round   a1 a2 x          accepted 2 of 5: asked for 3
+        round   a1 a2 a3 a4 a5 + accepted 5 of 5: asked for 5
+
+    Args:
+        tokens: Generated tokens, the prefill's first.
+        accepted: Accepted draft tokens of each round.
+        num_draft_levels: Most tokens a round drafts.
+        max_new_tokens: Longest text allowed: rounds close to it draft less.
+        is_content: Whether a token id belongs to a content word.
+
+    Returns:
+        `{"content": [asked, accepted], "function": [asked, accepted]}`.
+    """
+    counts = {"content": [0, 0], "function": [0, 0]}
+    start = 1
+    for taken in accepted:
+        levels = min(num_draft_levels, max_new_tokens - start - 1)
+        for offset, token in enumerate(tokens[start : start + min(taken + 1, levels)]):
+            count = counts["content" if is_content(token) else "function"]
+            count[0] += 1
+            count[1] += offset < taken
+        start += taken + 1
+    return counts
 
 
 def speed(plain: Sequence[Run], runs: Sequence[Run]) -> Speed:

@@ -11,10 +11,7 @@ are.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,15 +24,15 @@ from transformers import BatchFeature
 
 from ..evaluation import Arm, compare, parse_tree, warm_up
 from ..evaluation.provenance import provenance
+from ..evaluation.run_file import RunFile, digest
 from ..generation.candidate_generator import SparrowCandidateGenerator
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import draft_rows, visual_mask
-from ..video import prepare_inputs
-from .families import family_of
 from .nano import ASSETS, load_target
+from .prompts import clip_inputs
 from .report import write_report, write_rows
-from .world import EVALUATION_SEEDS, make_clip
+from .world import EVALUATION_SEEDS
 
 COMMAND = "python -m sparrow_hf.testbed.figures --text-only-draft DIR --output docs/data/testbed.json"
 DIGESTS = ("target_sha256", "draft_sha256", "text_only_draft_sha256")
@@ -96,10 +93,7 @@ class Bench:
 
     def inputs(self, seed: int, visual_tokens: int) -> BatchFeature:
         """The processed prompt of one clip, by way of an mp4 file."""
-        with tempfile.TemporaryDirectory() as folder:
-            tokens_per_step = family_of(self.target).tokens_per_step
-            clip = make_clip(Path(folder) / "clip.mp4", seed, visual_tokens, tokens_per_step)
-            return prepare_inputs(self.processor, clip.messages)
+        return clip_inputs(self.target, self.processor, seed, visual_tokens)
 
 
 def load_bench(target_dir: Path, draft_dir: Path, text_only_dir: Path | None) -> Bench:
@@ -116,45 +110,6 @@ def load_bench(target_dir: Path, draft_dir: Path, text_only_dir: Path | None) ->
     return Bench(target, processor, draft, text_only, provenance(target, command=COMMAND, **digests))
 
 
-def digest(folder: Path) -> str:
-    """First half of the SHA-256 of a model's weights."""
-    sha = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        sha.update(file.read_bytes())
-    return sha.hexdigest()[:32]
-
-
-class RunFile:
-    """Measurements of one cell, one JSON line for each, appended as soon as they are made.
-
-    Raises:
-        ValueError: The file holds measurements of other weights.
-    """
-
-    def __init__(self, path: Path, bench: Bench):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text() if path.exists() else ""
-        # A process that was killed may have left half a line.
-        complete = text[: text.rfind("\n") + 1]
-        if complete != text:
-            path.write_text(complete)
-        self.lines = [json.loads(line) for line in complete.splitlines()]
-        for line in self.lines:
-            if any(line["provenance"][name] != bench.provenance[name] for name in DIGESTS):
-                raise ValueError(f"{path} was measured with other weights: delete it, or choose another --runs")
-
-    def done(self, seed: int) -> bool:
-        """Whether the clip `seed` is measured."""
-        return any(line["seed"] == seed for line in self.lines)
-
-    def append(self, line: dict[str, Any]) -> None:
-        """Adds one measurement and writes it out."""
-        self.lines.append(line)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
 def measure_cell(bench: Bench, name: str, cell: Cell, runs: RunFile) -> None:
     """Measures the clips of a cell that are not measured yet."""
     arms = [arm for arm in map(bench.arm, (PLAIN, *cell.arms)) if arm is not None]
@@ -163,7 +118,7 @@ def measure_cell(bench: Bench, name: str, cell: Cell, runs: RunFile) -> None:
         settings |= {"temperature": cell.temperature, "top_k": 0}
     is_warm = False
     for turn, seed in enumerate(tqdm(EVALUATION_SEEDS[: cell.clips], desc=name)):
-        if runs.done(seed):
+        if runs.done(seed=seed):
             continue
         inputs = bench.inputs(seed, cell.visual_tokens)
         if not is_warm:
@@ -209,7 +164,7 @@ def prefilled_generator(bench: Bench, inputs: BatchFeature) -> SparrowCandidateG
 def measure_draft_steps(bench: Bench, runs: RunFile) -> None:
     """Times growing a tree alone, after prompts that differ in nothing but the length of the video."""
     for seed in tqdm(EVALUATION_SEEDS[:STEP_CLIPS], desc=STEP_CELL):
-        if runs.done(seed):
+        if runs.done(seed=seed):
             continue
         prompts = {tokens: bench.inputs(seed, tokens) for tokens in STEP_VISUAL_TOKENS}
         steps: dict[str, dict[str, float]] = {}
@@ -259,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
         bench = load_bench(options.target, options.draft, options.text_only_draft)
         announce(bench, names)
         for name in names:
-            runs = RunFile(options.runs / f"{name}.jsonl", bench)
+            runs = RunFile(options.runs / f"{name}.jsonl", {name: bench.provenance[name] for name in DIGESTS})
             if name == STEP_CELL:
                 measure_draft_steps(bench, runs)
             else:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import Run, acceptance, speed
+from ..evaluation import Run
+from ..evaluation.report import numbers, provenance_section, table
+from ..evaluation.results import figures, merge
+from ..evaluation.run_file import read_lines
 
 FAMILY = "qwen2_5_vl"
 STEP_FILE = "draft-step.jsonl"
@@ -38,7 +41,7 @@ def write_rows(runs: Path, output: Path, note: str = "") -> None:
     rows: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
     for path in sorted(runs.glob("*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = read_lines(path)
         if path.name == STEP_FILE:
             steps = step_rows(lines)
         elif lines:
@@ -50,7 +53,6 @@ def write_rows(runs: Path, output: Path, note: str = "") -> None:
 def arm_row(cell: str, arm: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All figures of one arm in one cell."""
     runs, plain = ([Run(**line["runs"][name]) for line in lines] for name in (arm, PLAIN))
-    taken, faster = acceptance(runs), speed(plain, runs)
     tree = lines[0]["trees"][arm]
     row: dict[str, Any] = {
         "family": FAMILY,
@@ -62,25 +64,7 @@ def arm_row(cell: str, arm: str, lines: Sequence[dict[str, Any]]) -> dict[str, A
         "prompts": len(lines),
         "seed": min(line["seed"] for line in lines),
         "identical": sum(run.differs_at is None for run in runs),
-        "output_tokens": statistics.median(run.new_tokens for run in runs),
-        "rounds": taken.rounds,
-        "tau": taken.tau,
-        "tau_interval": taken.tau_interval,
-        "k": taken.k,
-        "per_position": taken.per_position,
-        "per_position_conditional": taken.conditional,
-        "histogram": taken.histogram,
-        "forwards_per_token": taken.forwards_per_token,
-        "dsr": faster.dsr.median,
-        "dsr_quartiles": faster.dsr[1:],
-        "dsr_interval": faster.dsr_interval,
-        "esr": faster.esr.median,
-        "esr_quartiles": faster.esr[1:],
-        "esr_from_dsr": faster.esr_from_dsr,
-        "prefill_share": faster.prefill_share.median,
-        "plain_ms_per_token": faster.plain_ms_per_token.median,
-        "ms_per_token": faster.ms_per_token.median,
-    }
+    } | figures(plain, runs)
     if tree is not None:
         row |= phases(runs) | draft_cache(runs, lines, tree)
     return row | {"provenance": merge(line["provenance"] for line in lines)}
@@ -140,27 +124,17 @@ def step_rows(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def merge(provenances: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One provenance for several runs; where they differ (a run resumed later, say), all values."""
-    merged: dict[str, list[Any]] = {}
-    for provenance in provenances:
-        for name, value in provenance.items():
-            if value not in merged.setdefault(name, []):
-                merged[name].append(value)
-    return {name: values[0] if len(values) == 1 else values for name, values in merged.items()}
-
-
 # -- Markdown ---------------------------------------------------------------------------------------------------------
 
 
 def write_report(data: Path, report: Path) -> None:
     """Writes the tables of a JSON file as Markdown."""
-    figures = json.loads(data.read_text())
-    rows, steps = figures["rows"], figures["draft_step"]
+    results = json.loads(data.read_text())
+    rows, steps = results["rows"], results["draft_step"]
     command = rows[0]["provenance"]["command"] if rows else steps[0]["provenance"]["command"]
     parts = [INTRODUCTION.format(command=command + " --report " + report.as_posix(), data=data.as_posix())]
-    if figures["note"]:
-        parts.append(figures["note"] + "\n")
+    if results["note"]:
+        parts.append(results["note"] + "\n")
     for cell in dict.fromkeys(row["cell"] for row in rows):
         parts.append(cell_section(cell, [row for row in rows if row["cell"] == cell]))
     if steps:
@@ -243,23 +217,3 @@ def step_section(steps: Sequence[dict[str, Any]]) -> str:
         "lengths, which take turns.\n\n"
         + table(["tree", "visual tokens", "rows the draft keeps", "ms per tree", "relative"], rows)
     )
-
-
-def provenance_section(provenances: Sequence[dict[str, Any]]) -> str:
-    """Where the figures come from."""
-    merged = merge(provenances)
-    rows = [
-        [name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)] for name, value in merged.items()
-    ]
-    return "## Provenance\n\n" + table(["", ""], rows)
-
-
-def numbers(values: Sequence[float]) -> str:
-    """Shares as `.93 .85 …`."""
-    return " ".join(f"{value:.2f}".removeprefix("0") for value in values)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,122 @@
+"""Arms by name: what a command line calls them, and what they are made of."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from ..configuration_sparrow import TREE_PRESETS
+from ..errors import BenchmarkError
+from ..generation.integration import follow
+from ..modeling_sparrow import SparrowDraftModel
+from .comparison import Arm, parse_tree
+from .run_file import digest
+
+PLAIN, NO_DRAFT = "plain", "none"
+PROMPT_LOOKUP_TOKENS = 5
+#: What `glimpse=all` sets: more visual rows than any video has.
+EVERY_ROW = 10**9
+
+_DRAFT = re.compile(r"draft(?::(?P<source>.+?))?(?:@(?P<tree>[^/@]+))?(?:/glimpse=(?P<glimpse>\d+|all))?")
+_LOOKUP = re.compile(r"prompt-lookup(?:-(?P<tokens>[1-9]\d*))?")
+
+
+class Arms:
+    """Makes arms of one target from their names, loading every draft and assistant once.
+
+    | name | arm |
+    |---|---|
+    | `plain` | `generate()` as it is |
+    | `none` | our loop without a draft: what of a speed-up is not the draft's |
+    | `prompt-lookup[-N]` | transformers copies up to N tokens per round from the context |
+    | `assistant:ID` | transformers' assisted generation with a small model |
+    | `draft[:ID][@TREE][/glimpse=M]` | a draft, `ID` a folder or Hub id, with a tree and M (or `all`) visual rows |
+
+    Args:
+        target: Every draft is bound to it.
+        draft: Folder or Hub id of the draft that `none` and `draft` without an `ID` mean.
+
+    Attributes:
+        weights: Where drafts and assistants came from → what tells their weights from others (see [`weights_of`]).
+    """
+
+    def __init__(self, target: PreTrainedModel, draft: str | None = None):
+        self.target = target
+        self.weights: dict[str, str | None] = {}
+        self._draft = draft
+        self._loaded: dict[str, Any] = {}
+
+    def parse(self, names: Iterable[str]) -> list[Arm]:
+        """The arms of these names, plain `generate()` first whether it is named or not.
+
+        Raises:
+            BenchmarkError: A name is not understood, or its draft or assistant cannot be loaded.
+            BindingError: A draft was made for another target.
+        """
+        return [self.arm(name) for name in dict.fromkeys((PLAIN, *names))]
+
+    def arm(self, name: str) -> Arm:
+        """The arm of one name; raises as [`parse`] does."""
+        if name == PLAIN:
+            return Arm(name)
+        if name == NO_DRAFT:
+            return Arm(name, self._bound_draft(name, None), TREE_PRESETS["none"])
+        if found := _LOOKUP.fullmatch(name):
+            return Arm(name, prompt_lookup_num_tokens=int(found["tokens"] or PROMPT_LOOKUP_TOKENS))
+        if name.startswith("assistant:"):
+            return Arm(name, assistant=self._assistant(name))
+        if found := _DRAFT.fullmatch(name):
+            draft = self._bound_draft(name, found["source"])
+            glimpse = found["glimpse"]
+            return Arm(
+                name,
+                draft,
+                parse_tree(found["tree"]) if found["tree"] else draft.config.tree_shape,
+                EVERY_ROW if glimpse == "all" else int(glimpse) if glimpse else draft.config.num_glimpse_tokens,
+            )
+        raise BenchmarkError(
+            f"unknown arm {name!r}: give plain, none, prompt-lookup[-N], assistant:ID or "
+            "draft[:ID][@TREE][/glimpse=M], such as draft@48-5-10/glimpse=0"
+        )
+
+    def _bound_draft(self, name: str, source: str | None) -> SparrowDraftModel:
+        source = source or self._draft
+        if source is None:
+            raise BenchmarkError(f"arm {name!r} needs a draft: name one with --draft, or inside the arm as draft:ID")
+        draft = self._load(f"draft {source!r}", source, AutoModel.from_pretrained)
+        if not isinstance(draft, SparrowDraftModel):
+            raise BenchmarkError(f"arm {name!r}: {source!r} is a {type(draft).__name__}, not a draft of this package")
+        follow(draft, self.target)
+        self.weights[source] = weights_of(source, draft)
+        return draft
+
+    def _assistant(self, name: str) -> PreTrainedModel:
+        source = name.removeprefix("assistant:")
+
+        def load(source: str) -> Any:
+            try:
+                assistant = AutoModelForImageTextToText.from_pretrained(source, dtype=self.target.dtype)
+            except ValueError:
+                assistant = AutoModelForCausalLM.from_pretrained(source, dtype=self.target.dtype)
+            return assistant.to(self.target.device)
+
+        assistant = self._load(f"assistant {source!r}", source, load)
+        self.weights[source] = weights_of(source, assistant)
+        return assistant
+
+    def _load(self, what: str, source: str, load: Any) -> Any:
+        if what not in self._loaded:
+            try:
+                self._loaded[what] = load(source).eval()
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise BenchmarkError(f"{what} cannot be loaded: {reason}") from error
+        return self._loaded[what]
+
+
+def weights_of(source: str, model: PreTrainedModel) -> str | None:
+    """What tells a model's weights from others: a digest of the files in a folder, the commit of a Hub repository."""
+    folder = Path(source)
+    return digest(folder) if folder.is_dir() else getattr(model.config, "_commit_hash", None)

@@ -1,0 +1,172 @@
+"""Measures arms on prompts: every arm on every prompt, at several temperatures and seeds, in one process.
+
+Each measured prompt is written to a run file at once; a benchmark that was stopped goes on where it was.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from tqdm import tqdm
+from transformers import BatchFeature, PreTrainedModel
+
+from ..configuration_sparrow import visual_token_ids
+from ..errors import BenchmarkError
+from ..rows import visual_mask
+from ..targets import unwrap
+from .arms import EVERY_ROW
+from .comparison import Arm, compare, warm_up
+from .provenance import provenance
+from .run_file import RunFile
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of a benchmark.
+
+    Attributes:
+        name: Tells it from the others of the same length.
+        length: What it is grouped by: visual tokens asked for, most frames, or `None` where all go together.
+        read: Decodes the video and runs the processor.
+    """
+
+    name: str
+    length: int | None
+    read: Callable[[], BatchFeature]
+
+
+class Setting(NamedTuple):
+    """One way to draw tokens; temperature 0 is greedy."""
+
+    temperature: float
+    seed: int
+
+
+@dataclass
+class Benchmark:
+    """What is measured, and under which conditions.
+
+    Args:
+        name: Of the benchmark; its run file is called so.
+        target: The video LLM, in evaluation mode.
+        arms: The first one is plain `generate()` (see [`~sparrow_hf.evaluation.arms.Arms`]).
+        temperatures: 0 is greedy.
+        seeds: Of torch's global generator, before every sampled call. Greedy text does not depend on them and is
+            measured once, under the first.
+        max_new_tokens: Longest answer.
+        shared_prefill: Compute the prompt once for all arms (see
+            [`~sparrow_hf.evaluation.prefill.PrefillSnapshot`]).
+        is_content: Whether a token id belongs to a content word, for the split of acceptance.
+        conditions: What else must not change between two parts of a measurement, JSON types: digests of the weights,
+            where the prompts came from.
+
+    Raises:
+        BenchmarkError: There is nothing to measure.
+    """
+
+    name: str
+    target: PreTrainedModel
+    arms: Sequence[Arm]
+    prompts: Sequence[Prompt]
+    temperatures: Sequence[float] = (0.0,)
+    seeds: Sequence[int] = (0,)
+    max_new_tokens: int = 320
+    shared_prefill: bool = False
+    is_content: Callable[[int], bool] | None = None
+    conditions: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not self.temperatures or not self.seeds:
+            raise BenchmarkError("a benchmark needs at least one prompt, one temperature and one seed")
+        self.conditions = self.conditions | {
+            "arms": [arm.name for arm in self.arms],
+            "max_new_tokens": self.max_new_tokens,
+            "shared_prefill": self.shared_prefill,
+        }
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Temperatures and seeds that every prompt is measured at."""
+        return [
+            Setting(temperature, seed)
+            for temperature in self.temperatures
+            for seed in (self.seeds if temperature > 0 else self.seeds[:1])
+        ]
+
+    def open_runs(self, folder: Path) -> RunFile:
+        """The file of this benchmark's measurements in a folder, with those that were made before.
+
+        Raises:
+            BenchmarkError: They were made under other conditions.
+        """
+        return RunFile(folder / f"{self.name}.jsonl", self.conditions)
+
+    def missing(self, runs: RunFile) -> Iterator[tuple[Prompt, list[Setting]]]:
+        """Prompts that are not measured yet, each with the settings it still needs."""
+        for prompt in self.prompts:
+            settings = [setting for setting in self.settings if not runs.done(**_key(prompt, setting))]
+            if settings:
+                yield prompt, settings
+
+    def measure(self, runs: RunFile) -> None:
+        """Measures what is missing, one line per prompt and setting.
+
+        Raises:
+            VideoError: A video cannot be read; what was measured before it stays.
+        """
+        details = provenance(self.target, **self.conditions)
+        todo = list(self.missing(runs))
+        is_warm = False
+        with tqdm(total=sum(len(settings) for _, settings in todo), desc=self.name, unit="prompt") as progress:
+            for prompt, settings in todo:
+                inputs = prompt.read().to(self.target.device, self.target.dtype)
+                if not is_warm:
+                    warm_up(self.target, self.arms, inputs, self.generate_arguments(settings[0].temperature))
+                    is_warm = True
+                for setting in settings:
+                    measured = compare(
+                        self.target,
+                        self.arms,
+                        inputs,
+                        self.generate_arguments(setting.temperature),
+                        # As many lines as there are lie behind us: the arms take turns across a stop as well.
+                        turn=len(runs.lines),
+                        seed=setting.seed,
+                        shared_prefill=self.shared_prefill,
+                        is_content=self.is_content,
+                    )
+                    runs.append(
+                        {"benchmark": self.name, "family": unwrap(self.target).config.model_type}
+                        | _key(prompt, setting)
+                        | {
+                            "visual_tokens": count_visual_tokens(self.target, inputs["input_ids"]),
+                            "arms": {arm.name: describe(arm) for arm in self.arms},
+                            "runs": {arm: asdict(run) for arm, run in measured.items()},
+                            "provenance": details,
+                        }
+                    )
+                    progress.update()
+
+    def generate_arguments(self, temperature: float) -> dict[str, Any]:
+        """Arguments of `generate()` that all arms get: greedy, or the target's plain distribution at a temperature."""
+        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": temperature > 0}
+        if temperature > 0:
+            arguments |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        return arguments
+
+
+def _key(prompt: Prompt, setting: Setting) -> dict[str, Any]:
+    return {"prompt": prompt.name, "length": prompt.length} | setting._asdict()
+
+
+def describe(arm: Arm) -> dict[str, Any]:
+    """The tree `[nodes, levels, beam]` of an arm and its glimpse; `None` where it has none."""
+    glimpse = arm.num_glimpse_tokens
+    return {"tree": arm.tree, "glimpse": "all" if glimpse == EVERY_ROW else glimpse}
+
+
+def count_visual_tokens(target: PreTrainedModel, input_ids: Tensor) -> int:
+    """How many rows of a prompt are image or video placeholders."""
+    return int(visual_mask(input_ids, visual_token_ids(unwrap(target).config)).sum())

@@ -1,0 +1,147 @@
+"""Rows of a results file as Markdown tables."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .arms import PLAIN
+from .results import merge
+
+INTRODUCTION = """# Results
+
+Written by `sparrow bench` from `{data}`; do not edit by hand.
+
+*plain* is transformers' `generate()` in the same process; every arm answers every prompt, the order rotates. τ is
+tokens per target forward after the prefill, pooled over rounds, with a 95 % interval by resampling prompts; k is
+accepted draft tokens per round. DSR compares seconds per token after the prefill (the draft's prefill and first tree
+are inside), ESR whole calls, video encoder and prefill included; both are medians over prompts, with quartiles.
+Decoding the video and the processor are outside of both. A column that is empty could not be measured here.
+"""
+
+
+def write_report(data: Path, report: Path) -> None:
+    """Writes the tables of a results file, one section per benchmark, length, temperature and seed."""
+    results = json.loads(data.read_text())
+    parts = [INTRODUCTION.format(data=data.as_posix())]
+    if results["note"]:
+        parts.append(results["note"] + "\n")
+    sections: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        key = tuple(row[name] for name in ("benchmark", "family", "visual_tokens", "temperature", "seed"))
+        sections.setdefault(key, []).append(row)
+    parts += [section(rows) for rows in sections.values()]
+    parts.append(provenance_section([row["provenance"] for row in results["rows"]]))
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text("\n".join(parts))
+
+
+def section(rows: Sequence[dict[str, Any]]) -> str:
+    """The arms of one table: what was accepted, how fast it was, where the time and the memory went."""
+    plain = next(row for row in rows if row["arm"] == PLAIN)
+    kind = "greedy" if plain["temperature"] == 0 else f"T = {plain['temperature']:g}, seed {plain['seed']}"
+    head = (
+        f"## {plain['benchmark']}: {plain['family']}, {plain['visual_tokens']} visual tokens, {kind}\n\n"
+        f"{plain['prompts']} prompts of {plain['visual_tokens_range'][0]} to {plain['visual_tokens_range'][1]} visual "
+        "tokens"
+    )
+    if "tau" not in plain:
+        return head + "; every one was answered with a single token, so there is nothing to compare.\n"
+    left_out = f" {plain['too_short']} were answered with a single token and are left out." * bool(plain["too_short"])
+    rivals = [row for row in rows if row["arm"] != PLAIN]
+    return (
+        f"{head}, {plain['output_tokens']:.0f} tokens per answer.{left_out} Plain `generate()`: "
+        f"{plain['plain_ms_per_token']:.1f} ms per token, and {plain['prefill_share']:.0%} of the call for the "
+        f"prefill.\n\n{acceptance_table(rivals)}\n{speed_table(rivals)}"
+    )
+
+
+def acceptance_table(rows: Sequence[dict[str, Any]]) -> str:
+    """How much of each draft the target took."""
+    return table(
+        [
+            "arm",
+            "identical",
+            "τ",
+            "95 % interval",
+            "k",
+            "P(k ≥ 1, 2, …)",
+            "P(k ≥ j given k ≥ j − 1)",
+            "content words",
+            "function words",
+        ],
+        [
+            [
+                row["arm"],
+                f"{row['identical']}/{row['prompts']}",
+                f"{row['tau']:.2f}",
+                "{:.2f} … {:.2f}".format(*row["tau_interval"]),
+                f"{row['k']:.2f}",
+                numbers(row["per_position"]),
+                numbers(row["per_position_conditional"]),
+                optional(row["content_acceptance"], ".2f"),
+                optional(row["function_acceptance"], ".2f"),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def speed_table(rows: Sequence[dict[str, Any]]) -> str:
+    """How fast each arm was, and what it took."""
+    return table(
+        [
+            "arm",
+            "DSR",
+            "quartiles",
+            "95 % interval",
+            "ESR",
+            "quartiles",
+            "ms/token",
+            "draft, ms/round",
+            "verify, ms/round",
+            "draft cache rows",
+            "extra memory, MB",
+        ],
+        [
+            [
+                row["arm"],
+                f"{row['dsr']:.2f}",
+                "{:.2f} … {:.2f}".format(*row["dsr_quartiles"]),
+                "{:.2f} … {:.2f}".format(*row["dsr_interval"]),
+                f"{row['esr']:.2f}",
+                "{:.2f} … {:.2f}".format(*row["esr_quartiles"]),
+                f"{row['ms_per_token']:.1f}",
+                optional(row["draft_ms"], ".1f"),
+                optional(row["verify_ms"], ".1f"),
+                optional(row["draft_cache_rows"], "d"),
+                optional(row["peak_extra_mb"], ".0f"),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def provenance_section(provenances: Sequence[dict[str, Any]]) -> str:
+    """Where the figures come from."""
+    merged = merge(provenances)
+    rows = [
+        [name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)] for name, value in merged.items()
+    ]
+    return "## Provenance\n\n" + table(["", ""], rows)
+
+
+def optional(value: float | None, layout: str) -> str:
+    """A number in a layout, or nothing."""
+    return "" if value is None else format(value, layout)
+
+
+def numbers(values: Sequence[float]) -> str:
+    """Shares as `.93 .85 …`."""
+    return " ".join(f"{value:.2f}".removeprefix("0") for value in values)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,140 @@
+"""From single measurements to the rows of a results file: one row per arm, visual length, temperature and seed."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .arms import PLAIN
+from .metrics import Run, acceptance, speed
+from .run_file import read_lines
+
+KEY = ("benchmark", "family", "length", "temperature", "seed")
+"""Fields of a measurement that are the same for all measurements of one table."""
+
+
+def write_results(runs: Path, output: Path, note: str = "") -> list[dict[str, Any]]:
+    """Pools all run files of a folder into the JSON file `output`; returns its rows.
+
+    Args:
+        note: What a reader must know about the circumstances.
+    """
+    rows: list[dict[str, Any]] = []
+    for path in sorted(runs.glob("*.jsonl")):
+        tables: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for line in read_lines(path):
+            tables.setdefault(tuple(line[name] for name in KEY), []).append(line)
+        for lines in tables.values():
+            rows += [result_row(arm, lines) for arm in lines[0]["runs"]]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"note": note, "rows": rows}, indent=1) + "\n")
+    return rows
+
+
+def result_row(arm: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All figures of one arm over the prompts of one table.
+
+    A prompt that some arm answered with its first token has no decode speed. It is left out of every figure of every
+    arm, `identical` excepted, and counted as `too_short`.
+    """
+    pairs = [(Run(**line["runs"][PLAIN]), Run(**line["runs"][arm])) for line in lines]
+    decoded = [all(run["decode_tokens"] for run in line["runs"].values()) for line in lines]
+    plain, runs = ([pair[i] for pair, used in zip(pairs, decoded, strict=True) if used] for i in (0, 1))
+    visual = [line["visual_tokens"] for line in lines]
+    differences = [run.differs_at for _, run in pairs if run.differs_at is not None]
+    row: dict[str, Any] = {name: lines[0][name] for name in KEY if name != "length"} | {
+        "arm": arm,
+        "visual_tokens": round(statistics.median(visual)),
+        "visual_tokens_range": [min(visual), max(visual)],
+        "tree": lines[0]["arms"][arm]["tree"],
+        "glimpse": lines[0]["arms"][arm]["glimpse"],
+        "prompts": len(lines),
+        "too_short": len(lines) - len(runs),
+        "identical": len(lines) - len(differences),
+        "first_differences": sorted(differences),
+    }
+    if runs:
+        row |= figures(plain, runs) | phases(runs) | content_acceptance(runs) | memory(plain, runs)
+    return row | {"provenance": merge(line["provenance"] for line in lines)}
+
+
+def figures(plain: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:
+    """Acceptance and speed of an arm, with their spread."""
+    taken, faster = acceptance(runs), speed(plain, runs)
+    return {
+        "output_tokens": statistics.median(run.new_tokens for run in runs),
+        "rounds": taken.rounds,
+        "tau": taken.tau,
+        "tau_interval": taken.tau_interval,
+        "k": taken.k,
+        "per_position": taken.per_position,
+        "per_position_conditional": taken.conditional,
+        "histogram": taken.histogram,
+        "forwards_per_token": taken.forwards_per_token,
+        "dsr": faster.dsr.median,
+        "dsr_quartiles": faster.dsr[1:],
+        "dsr_interval": faster.dsr_interval,
+        "esr": faster.esr.median,
+        "esr_quartiles": faster.esr[1:],
+        "esr_from_dsr": faster.esr_from_dsr,
+        "prefill_share": faster.prefill_share.median,
+        "plain_ms_per_token": faster.plain_ms_per_token.median,
+        "ms_per_token": faster.ms_per_token.median,
+    }
+
+
+def phases(runs: Sequence[Run]) -> dict[str, Any]:
+    """Where the time of a call goes.
+
+    `draft_ms` and `verify_ms` are medians per round. `phase_ms` is the median call: prefill (video encoder included),
+    draft (its prefill too), verify (target forwards, walk and commit), other (the rest of `generate()`). Arms without
+    a Sparrow draft or our loop know only prefill and other.
+    """
+    own = [run for run in runs if run.draft_seconds is not None and run.verify_seconds is not None]
+    calls: dict[str, list[float]] = {
+        "prefill": [run.prefill_seconds for run in runs],
+        "draft": [run.draft_seconds or 0.0 for run in own],
+        "verify": [run.verify_seconds or 0.0 for run in own],
+        "other": [run.decode_seconds - (run.draft_seconds or 0.0) - (run.verify_seconds or 0.0) for run in runs],
+    }
+    return {
+        "draft_ms": _median_ms([(run.draft_seconds or 0.0) / run.rounds for run in own]),
+        "verify_ms": _median_ms([(run.verify_seconds or 0.0) / run.rounds for run in own]),
+        "phase_ms": {name: _median_ms(seconds) for name, seconds in calls.items()},
+        "draft_cache_rows": max((run.draft_cache_rows or 0 for run in own), default=None),
+    }
+
+
+def content_acceptance(runs: Sequence[Run]) -> dict[str, Any]:
+    """Share of the tokens asked of the draft that it got accepted, apart for content and function words."""
+    counted = [run.asked for run in runs if run.asked is not None]
+    shares: dict[str, float | None] = {}
+    for name in ("content", "function"):
+        asked, accepted = (sum(counts[name][i] for counts in counted) for i in (0, 1))
+        shares[f"{name}_acceptance"] = accepted / asked if asked else None
+    return shares
+
+
+def memory(plain: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:
+    """Most memory in MB (10⁶ bytes) that a call took beyond plain `generate()`'s peak on the same prompt."""
+    extra = [
+        run.peak_bytes - base.peak_bytes
+        for base, run in zip(plain, runs, strict=True)
+        if run.peak_bytes is not None and base.peak_bytes is not None
+    ]
+    return {"peak_extra_mb": max(extra) / 1e6 if extra else None}
+
+
+def merge(provenances: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One provenance for several runs; where they differ (a run resumed later, say), all values."""
+    merged: dict[str, list[Any]] = {}
+    for provenance in provenances:
+        for name, value in provenance.items():
+            if value not in merged.setdefault(name, []):
+                merged[name].append(value)
+    return {name: values[0] if len(values) == 1 else values for name, values in merged.items()}
+
+
+def _median_ms(seconds: Sequence[float]) -> float | None:
+    return 1000 * statistics.median(seconds) if seconds else None

@@ -1,0 +1,66 @@
+"""Single measurements on disk, so that a stopped benchmark goes on where it was."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import BenchmarkError
+
+
+class RunFile:
+    """Measurements made under the same conditions, one JSON line for each, appended as soon as they are made.
+
+    Args:
+        conditions: What must be the same for all lines, JSON types; compared with each line's `"provenance"`.
+
+    Raises:
+        BenchmarkError: The file holds measurements made under other conditions.
+    """
+
+    def __init__(self, path: Path, conditions: Mapping[str, Any]):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text() if path.exists() else ""
+        # A process that was killed may have left half a line.
+        complete = text[: text.rfind("\n") + 1]
+        if complete != text:
+            path.write_text(complete)
+        self.lines = [json.loads(line) for line in complete.splitlines()]
+        for line in self.lines:
+            others = {
+                "weights" if name.endswith("sha256") else name.replace("_", " ")
+                for name, value in conditions.items()
+                if line["provenance"].get(name) != value
+            }
+            if others:
+                raise BenchmarkError(
+                    f"{path} was measured with other {', '.join(sorted(others))}: delete it, or choose another folder "
+                    "with --runs"
+                )
+
+    def done(self, **key: Any) -> bool:
+        """Whether there is a measurement with these fields."""
+        return any(all(line[name] == value for name, value in key.items()) for line in self.lines)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds one measurement and writes it out."""
+        self.lines.append(line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The measurements of a file, without the half line that a running or killed process may have left."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def digest(folder: Path) -> str:
+    """First half of the SHA-256 of a model's weights."""
+    sha = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                sha.update(block)
+    return sha.hexdigest()[:32]

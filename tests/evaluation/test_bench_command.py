@@ -1,0 +1,81 @@
+"""`sparrow bench` from the command line, on an untrained target."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf.cli import app
+from sparrow_hf.generation.emission import TokenEmitter
+from sparrow_hf.testbed.nano import build_processor, build_target
+from sparrow_hf.testbed.world import make_clip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Options that name an untrained target and its draft."""
+    folder = tmp_path_factory.mktemp("models")
+    processor = build_processor()
+    target = build_target(processor.tokenizer, num_hidden_layers=2)
+    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
+    target.save_pretrained(folder / "target")
+    processor.save_pretrained(folder / "target")
+    SparrowDraftModel.from_target(target, num_glimpse_tokens=4).save_pretrained(folder / "draft")
+    return ["--target", folder / "target", "--draft", folder / "draft", "--device", "cpu", "--max-new-tokens", 8]
+
+
+def bench(folder: Path, *arguments: object) -> Result:
+    where = ("--output", folder / "results.json", "--runs", folder / "runs", "--report", folder / "results.md")
+    command = ["bench", *map(str, where), *map(str, arguments)]
+    return CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+
+
+def test_clips_of_the_testbed(models: list[object], tmp_path: Path):
+    options = [*models, "--testbed", "--visual-tokens", 40, "--visual-tokens", 32, "--limit", 1, "--shared-prefill"]
+    arms = ["--arms", "none", "--arms", "draft@chain-2/glimpse=0"]
+    result = bench(tmp_path, *options, *arms, "--temperatures", 0, "--temperatures", 1, "--seeds", 3)
+    assert result.exit_code == 0, result.output
+    assert "2 prompts × 2 temperatures and seeds × 3 arms; to do: 12 calls of up to 8 tokens" in result.output
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["visual_tokens"], row["temperature"]) for row in rows[::3]] == [(32, 0), (32, 1), (40, 0), (40, 1)]
+    assert {row["seed"] for row in rows} == {3}
+    assert rows[2]["content_acceptance"] is not None or rows[2]["function_acceptance"] is not None
+    assert "draft@chain-2/glimpse=0" in result.output and "1/1" in result.output
+    assert "## bench: qwen2_5_vl, 32 visual tokens, greedy" in (tmp_path / "results.md").read_text()
+
+    again = bench(tmp_path, *options, *arms, "--temperatures", 0, "--temperatures", 1, "--seeds", 3)
+    assert "to do: 0 calls" in again.output
+    other = bench(tmp_path, *options, "--arms", "none")
+    assert other.exit_code == 2 and "other arms" in other.output
+
+
+def test_rows_of_ones_own_and_a_wrong_token(models: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make_clip(tmp_path / "clip.mp4", 1, 32)
+    content = [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "describe this video ."}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"messages": [{"role": "user", "content": content}]}) + "\n")
+    right = TokenEmitter.choose
+    monkeypatch.setattr(TokenEmitter, "choose", lambda self, *args: (right(self, *args) + 1) % 300)
+    result = bench(tmp_path, *models, "--prompts", prompts, "--max-frames", 8, "--arms", "none")
+    assert result.exit_code == 1, result.output
+    assert "0/1" in result.output
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ([], "either --testbed, or --prompts"),
+        (["--testbed", "--prompts", "rows.jsonl"], "either --testbed, or --prompts"),
+        (["--testbed", "--max-frames", "4"], "leave out --max-frames"),
+        (["--prompts", "rows.jsonl", "--visual-tokens", "400"], "--visual-tokens is for --testbed"),
+        (["--prompts", "mlvu:nowhere"], "download MLVU/MVLU"),
+        (["--testbed", "--arms", "oak"], "unknown arm 'oak'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(wrong: list[str], sentence: str, models: list[object], tmp_path: Path):
+    result = bench(tmp_path, *models, *wrong)
+    assert result.exit_code == 2
+    assert sentence in result.output
+    assert "Traceback" not in result.output

@@ -1,0 +1,134 @@
+"""Public data sets from small local copies of the same schema; other rows through `load_rows`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from sparrow_hf.errors import BenchmarkError
+from sparrow_hf.evaluation.prompts import conversation_prompts, read_conversations
+from sparrow_hf.evaluation.video_datasets import EXPLAIN, read_dataset
+from sparrow_hf.rows import visual_mask
+from sparrow_hf.testbed.nano import build_processor
+from sparrow_hf.testbed.world import make_clip
+
+
+def touch(path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"video")
+    return str(path.resolve())
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows))
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows).to_parquet(path)
+
+
+def asked(row: dict[str, Any]) -> tuple[str, str]:
+    """Video and question of a row."""
+    [turn] = row["messages"]
+    video, text = turn["content"]
+    return video["video"], text["text"]
+
+
+def test_video_detail_caption(tmp_path: Path):
+    row = {"video_name": "v_abc", "question": "Describe the video.", "answer": "A dog."}
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [row, row | {"video_name": "v_gone"}])
+    path = touch(tmp_path / "Test_Videos" / "v_abc.mkv")
+    rows, missing = read_dataset("videodetailcaption", tmp_path)
+    assert [asked(row) for row in rows] == [(path, "Describe the video.")]
+    assert rows[0]["reference"] == "A dog."
+    assert missing == ["v_gone"]
+
+
+def test_mvbench_tells_videos_of_one_name_apart(tmp_path: Path):
+    row = {"video": "video_1.mp4", "question": "How many?", "candidates": ["1", "2"], "answer": "2"}
+    write_json(tmp_path / "json" / "moving_count.json", [row])
+    write_json(tmp_path / "json" / "action_count.json", [row])
+    write_json(tmp_path / "json" / "action_antonym.json", [row | {"video": "9.webm"}])
+    clevrer = touch(tmp_path / "video" / "data0613" / "clevrer" / "video_validation" / "video_1.mp4")
+    perception = touch(tmp_path / "video" / "perception" / "videos" / "video_1.mp4")
+    something = touch(tmp_path / "video" / "ssv2_video_mp4" / "9.webm")
+    rows, missing = read_dataset("mvbench", tmp_path)
+    assert {asked(row)[0] for row in rows} == {clevrer, perception, something}
+    assert asked(rows[0])[1] == f"How many?\n(A) 1\n(B) 2\n{EXPLAIN}"
+    assert rows[0]["reference"] == "2" and not missing
+
+
+def test_long_video_bench(tmp_path: Path):
+    row = {
+        "video_id": "x", "id": "x_0", "video_path": "x.mp4", "subtitle_path": "x_en.json", "question": "What next?",
+        "option0": "rain", "option1": "sun", "option2": "N/A", "option3": "N/A", "option4": "N/A", "correct_choice": 1,
+        "duration": 8.0, "duration_group": 15, "question_category": "T3E", "topic_category": "NP",
+        "starting_timestamp_for_subtitles": 0.0,
+    }  # fmt: skip
+    write_parquet(tmp_path / "validation-00000-of-00001.parquet", [row])
+    path = touch(tmp_path / "videos" / "x.mp4")
+    [row] = read_dataset("longvideobench", tmp_path).rows
+    assert asked(row) == (path, f"What next?\n(A) rain\n(B) sun\n{EXPLAIN}")
+    assert row["reference"] == "sun"
+
+
+def test_mlvu_asks_for_choices_and_for_summaries(tmp_path: Path):
+    choice = {"video": "1.mp4", "duration": 9.0, "question": "Who?", "candidates": ["a", "b"], "answer": "b",
+              "question_type": "plotQA"}  # fmt: skip
+    summary = {"video": "1.mp4", "duration": 9.0, "question": "Sum it up.", "answer": "It ends.",
+               "question_type": "summary"}  # fmt: skip
+    write_json(tmp_path / "MLVU" / "json" / "1_plotQA.json", [choice])
+    write_json(tmp_path / "MLVU" / "json" / "9_summary.json", [summary])
+    first, last = (touch(tmp_path / "MLVU" / "video" / task / "1.mp4") for task in ("1_plotQA", "9_summary"))
+    rows, _ = read_dataset("mlvu", tmp_path)
+    assert [asked(row) for row in rows] == [(first, f"Who?\n(A) a\n(B) b\n{EXPLAIN}"), (last, "Sum it up.")]
+
+
+def test_what_is_wrong_with_a_copy_is_said(tmp_path: Path):
+    with pytest.raises(BenchmarkError, match="unknown data set 'imagenet'"):
+        read_dataset("imagenet", tmp_path)
+    with pytest.raises(BenchmarkError, match="download MLVU/MVLU"):
+        read_dataset("mlvu", tmp_path / "nowhere")
+    with pytest.raises(BenchmarkError, match=r"1_plotQA\.json, 2_needle\.json"):
+        read_dataset("mlvu", tmp_path)
+    write_json(tmp_path / "1_plotQA.json", [{"clip": "1.mp4", "question": "Who?"}])
+    with pytest.raises(BenchmarkError, match=r"not of MLVU/MVLU's schema .*it has clip, question"):
+        read_dataset("mlvu", tmp_path)
+    (tmp_path / "1_plotQA.json").write_text("{")
+    with pytest.raises(BenchmarkError, match="is not JSON"):
+        read_dataset("mlvu", tmp_path)
+
+
+def test_a_limit_takes_from_everywhere_and_keeps_the_numbers(tmp_path: Path):
+    row = {"video": "1.mp4", "duration": 9.0, "candidates": ["a"], "answer": "a", "question_type": "plotQA"}
+    write_json(tmp_path / "1_plotQA.json", [row | {"question": str(index)} for index in range(6)])
+    touch(tmp_path / "1_plotQA" / "1.mp4")
+    rows, _ = read_conversations(f"mlvu:{tmp_path}", limit=3)
+    assert [(row["row_index"], asked(row)[1][0]) for row in rows] == [(0, "0"), (2, "2"), (4, "4")]
+
+
+def test_rows_of_messages_become_prompts_of_each_length(tmp_path: Path):
+    make_clip(tmp_path / "clip.mp4", 1, 32)
+    turn = {"role": "user", "content": [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "what ?"}]}
+    answered = [turn, {"role": "assistant", "content": "a dot"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in ([turn], answered, [turn])))
+    rows, missing = read_conversations(str(path), limit=2)
+    # The answer is the target's to write.
+    assert [len(row["messages"]) for row in rows] == [1, 1] and not missing
+    processor = build_processor()
+    prompts = conversation_prompts(processor, rows, max_frames=[8, 4])
+    assert [(prompt.name, prompt.length) for prompt in prompts] == [
+        ("row 0", 4), ("row 1", 4), ("row 0", 8), ("row 1", 8)
+    ]  # fmt: skip
+    counts = [int(visual_mask(prompt.read()["input_ids"], [processor.video_token_id]).sum()) for prompt in prompts]
+    assert counts == [8, 8, 16, 16]
+    assert [prompt.length for prompt in conversation_prompts(processor, rows)] == [None, None]
+
+    path.write_text(json.dumps({"messages": answered[1:]}) + "\n")
+    with pytest.raises(BenchmarkError, match="row 0 asks nothing"):
+        read_conversations(str(path))
