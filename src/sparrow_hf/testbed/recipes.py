@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from ..evaluation.provenance import commit
 from ..modeling_sparrow import SparrowDraftModel
+from ..rows import EVERY_VISUAL_ROW
 from ..training import ALL_VISUAL_ROWS, DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainer
 from ..training.recording import RecordedDataset, target_digest
 from .nano import ASSETS, load_target
@@ -39,8 +40,6 @@ FEATURE_LAYERS = [8, 16, -1]
 LENGTHS = {400: 24, 2000: 12, 8000: 4}
 """Visual tokens → validation clips of that length. None of them is among the evaluation clips of any other figure."""
 FIRST_CLIP = 10_000
-EVERY_ROW = 1_000_000
-"""A glimpse larger than any clip."""
 LOSSES = ("soft_cross_entropy_weight", "probability_l1_weight", "list_mle_weight", "feature_smooth_l1_weight")
 
 
@@ -79,7 +78,7 @@ RECIPES = {
     "text rows only": Recipe({"num_glimpse_tokens": 0}, _visual(0)),
     "glimpse of 16": Recipe({"num_glimpse_tokens": 16}, {"num_visual_rows_max": 16}),
     "glimpse of 256": Recipe({"num_glimpse_tokens": 256}, {"num_visual_rows_max": 256}),
-    "all visual rows": Recipe({"num_glimpse_tokens": EVERY_ROW}, _visual(ALL_VISUAL_ROWS)),
+    "all visual rows": Recipe({"num_glimpse_tokens": EVERY_VISUAL_ROW}, _visual(ALL_VISUAL_ROWS)),
     "1 pass": Recipe({"num_mtp_steps": 1}),
     "2 passes": Recipe({"num_mtp_steps": 2}),
     "4 passes": Recipe({"num_mtp_steps": 4}),
