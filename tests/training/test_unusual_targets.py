@@ -1,0 +1,63 @@
+"""Targets that are not plain fp32 modules in memory, offloaded to disk or quantised, teach and verify all the same."""
+
+import pytest
+import torch
+from conftest import greedy
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments, append_answer
+
+
+@pytest.fixture
+def offloaded(target: PreTrainedModel, tmp_path) -> PreTrainedModel:
+    target.save_pretrained(tmp_path / "target")
+    decoder = "model.language_model"
+    device_map = dict.fromkeys((f"{decoder}.embed_tokens", f"{decoder}.norm", f"{decoder}.rotary_emb"), "cpu")
+    device_map |= {f"{decoder}.layers.{layer}": "cpu" for layer in range(len(target.get_decoder().layers))}
+    device_map |= dict.fromkeys((f"{decoder}.layers.1", "model.visual", "lm_head"), "disk")
+    folders = {"offload_folder": tmp_path / "offload", "offload_buffers": True}
+    return type(target).from_pretrained(tmp_path / "target", device_map=device_map, **folders).eval()
+
+
+def train(draft, target, rows, folder, steps):
+    arguments = SparrowTrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        max_steps=steps,
+        learning_rate=1e-2,
+        per_device_train_batch_size=2,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    SparrowTrainer(draft, target, arguments, train_dataset=rows).train()
+
+
+def test_an_offloaded_target_trains_the_same_draft(target, offloaded, samples, prompts, tmp_path):
+    assert any(parameter.is_meta for parameter in offloaded.parameters())
+    weights = []
+    for teacher in (target, offloaded):
+        torch.manual_seed(0)
+        draft = SparrowDraftModel.from_target(target, num_mtp_steps=2, num_draft_levels=3)
+        train(draft, teacher, samples, tmp_path / "training", steps=3)
+        weights.append(draft.state_dict())
+        plain = target.generate(**prompts[0], **greedy(12))
+        assert torch.equal(teacher.generate(**prompts[0], **greedy(12), assistant_model=draft), plain)
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_target_of_4_bits_teaches_a_draft_by_heart(target, prompts, tmp_path):
+    target.save_pretrained(tmp_path / "target")
+    # Its weights are expanded before every product, so a row's result does not depend on the rows beside it.
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    quantised = type(target).from_pretrained(tmp_path / "target", quantization_config=four_bits, device_map="cpu")
+    assert "4bit" in type(quantised.get_decoder().layers[0].mlp.up_proj).__name__
+    plain = quantised.generate(**prompts[0], **greedy(20))
+    row = append_answer(prompts[0], plain[0, prompts[0]["input_ids"].shape[1] :].tolist())
+    torch.manual_seed(0)
+    draft = SparrowDraftModel.from_target(quantised, num_mtp_steps=3, num_draft_levels=3)
+    train(draft, quantised, [row], tmp_path / "training", steps=40)
+    assert torch.equal(quantised.generate(**prompts[0], **greedy(20), assistant_model=draft), plain)
+    # 1 token from the prefill, then 4 per round.
+    assert draft.last_generation.accepted[:4] == [3, 3, 3, 3]
