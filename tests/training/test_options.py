@@ -41,7 +41,7 @@ def test_a_preset_in_the_file_counts(tmp_path):
         ([*NEEDED, "--speed", "9"], "--speed"),
         ([*NEEDED, "--learning-rate", "fast"], "fast"),
         ([*NEEDED, "--preset", "papers"], "papers"),
-        ([*NEEDED, "--lora", "8"], "--warm_start"),
+        ([*NEEDED, "--lora", "8"], "--warm-start"),
         ([*NEEDED, "--warm-start", "d", "--num-mtp-steps", "2"], "num_mtp_steps"),
         ([*NEEDED, "--num-visual-rows-min", "9", "--num-visual-rows-max", "3"], "num_visual_rows"),
         ([*NEEDED, "--config", "nowhere.yaml"], "nowhere.yaml"),

@@ -103,7 +103,7 @@ def bench(
         conversations = None if prompts is None else read_conversations(prompts, split, limit)
         model, its_processor = load_target(target, processor, dtype, device)
         if conversations is None:
-            asked = clip_prompts(target, its_processor, limit, visual_tokens or [400])
+            asked = clip_prompts(model, its_processor, limit, visual_tokens or [400])
         else:
             if missing := conversations.missing:
                 console.print(
