@@ -13,7 +13,7 @@ from sparrow_hf import TREE_PRESETS, SparrowDraftModel
 from sparrow_hf.errors import BenchmarkError
 from sparrow_hf.evaluation import Arm, compare, metrics
 from sparrow_hf.evaluation import benchmark as benchmark_module
-from sparrow_hf.evaluation.arms import EVERY_ROW, Arms
+from sparrow_hf.evaluation.arms import Arms
 from sparrow_hf.evaluation.benchmark import Benchmark, Prompt
 from sparrow_hf.evaluation.metrics import count_asked
 from sparrow_hf.evaluation.prefill import PrefillSnapshot
@@ -71,7 +71,7 @@ def test_arms_by_name(target: PreTrainedModel, draft_folder: str):
     assert none.tree == TREE_PRESETS["none"]
     assert lookup.prompt_lookup_num_tokens == lookup.num_draft_levels == 3
     assert (draft.tree, draft.num_glimpse_tokens) == (draft.draft.config.tree_shape, 4)
-    assert (tree.tree, tree.num_glimpse_tokens) == ((10, 2, 4), EVERY_ROW)
+    assert (tree.tree, tree.num_glimpse_tokens) == ((10, 2, 4), EVERY_VISUAL_ROW)
     assert blind.num_glimpse_tokens == 0
     assert (other.name, other.num_draft_levels) == (f"draft:{draft_folder}@chain-2", 2)
     # One checkpoint, one model.

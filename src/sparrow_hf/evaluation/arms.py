@@ -11,13 +11,12 @@ from ..configuration_sparrow import TREE_PRESETS
 from ..errors import BenchmarkError
 from ..generation.integration import follow
 from ..modeling_sparrow import SparrowDraftModel
+from ..rows import EVERY_VISUAL_ROW
 from .comparison import Arm, parse_tree
 from .run_file import digest
 
 PLAIN, NO_DRAFT = "plain", "none"
 PROMPT_LOOKUP_TOKENS = 5
-#: What `glimpse=all` sets: more visual rows than any video has.
-EVERY_ROW = 10**9
 
 _DRAFT = re.compile(r"draft(?::(?P<source>.+?))?(?:@(?P<tree>[^/@]+))?(?:/glimpse=(?P<glimpse>\d+|all))?")
 _LOOKUP = re.compile(r"prompt-lookup(?:-(?P<tokens>[1-9]\d*))?")
@@ -74,7 +73,7 @@ class Arms:
                 name,
                 draft,
                 parse_tree(found["tree"]) if found["tree"] else draft.config.tree_shape,
-                EVERY_ROW if glimpse == "all" else int(glimpse) if glimpse else draft.config.num_glimpse_tokens,
+                EVERY_VISUAL_ROW if glimpse == "all" else int(glimpse) if glimpse else draft.config.num_glimpse_tokens,
             )
         raise BenchmarkError(
             f"unknown arm {name!r}: give plain, none, prompt-lookup[-N], assistant:ID or "

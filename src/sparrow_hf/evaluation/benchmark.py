@@ -14,9 +14,8 @@ from transformers import BatchFeature, PreTrainedModel
 
 from ..configuration_sparrow import visual_token_ids
 from ..errors import BenchmarkError
-from ..rows import visual_mask
+from ..rows import EVERY_VISUAL_ROW, visual_mask
 from ..targets import unwrap
-from .arms import EVERY_ROW
 from .comparison import Arm, compare, warm_up
 from .provenance import provenance
 from .run_file import RunFile
@@ -164,7 +163,7 @@ def _key(prompt: Prompt, setting: Setting) -> dict[str, Any]:
 def describe(arm: Arm) -> dict[str, Any]:
     """The tree `[nodes, levels, beam]` of an arm and its glimpse; `None` where it has none."""
     glimpse = arm.num_glimpse_tokens
-    return {"tree": arm.tree, "glimpse": "all" if glimpse == EVERY_ROW else glimpse}
+    return {"tree": arm.tree, "glimpse": "all" if glimpse == EVERY_VISUAL_ROW else glimpse}
 
 
 def count_visual_tokens(target: PreTrainedModel, input_ids: Tensor) -> int:
