@@ -19,6 +19,7 @@ from sparrow_hf.evaluation.metrics import count_asked
 from sparrow_hf.evaluation.prefill import PrefillSnapshot
 from sparrow_hf.evaluation.report import write_report
 from sparrow_hf.evaluation.results import write_results
+from sparrow_hf.rows import EVERY_VISUAL_ROW
 
 from families import FAMILY_BY_NAME
 from oracles import drafting_around
