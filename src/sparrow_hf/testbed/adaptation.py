@@ -98,7 +98,9 @@ def compare(target: Qwen2_5_VLForConditionalGeneration, recording: Path, work: P
     def measure(name: str, draft: SparrowDraftModel, steps: int) -> None:
         rows = RecordedDataset(recording / "train", draft)
         validation = RecordedDataset(recording / f"validation-{LENGTH}", draft)
-        trainer = build_trainer(draft, rows, None, work / name.replace(" ", "-"), max_steps=steps)
+        # Started over if it is stopped: the seconds are those of the whole training.
+        folder = work / name.replace(" ", "-")
+        trainer = build_trainer(draft, rows, None, folder, max_steps=steps, save_strategy="no")
         start = time.monotonic()
         if steps:
             train(trainer)
@@ -125,6 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     target, processor = load_target()
     folder = options.work / "target"
     print(
@@ -132,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
         "half an hour on one core of a server CPU."
     )
     if not folder.exists():
-        options.work.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         fine_tune(target, processor, folder)
     target, processor = load_target(folder)
     recording = options.work / "recording"

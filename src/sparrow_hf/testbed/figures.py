@@ -127,6 +127,7 @@ def measure_cell(bench: Bench, name: str, cell: Cell, runs: RunFile) -> None:
         measured = compare(bench.target, arms, inputs, settings, turn, seed)
         runs.append(
             {
+                "family": bench.target.config.model_type,
                 "seed": seed,
                 "visual_tokens": cell.visual_tokens,
                 "temperature": cell.temperature,

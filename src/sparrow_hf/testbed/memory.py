@@ -100,13 +100,13 @@ def main(arguments: list[str] | None = None) -> None:
         for variant in tqdm(VARIANTS, desc="memory"):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
                 grown[variant] = fresh.submit(measure, variant, Path(folder) / "samples.pt").result()
-    shares = {variant: round(size / grown["forward"], 3) for variant, size in grown.items()}
+    shares = {variant: size / grown["forward"] for variant, size in grown.items()}
     for variant, size in grown.items():
         print(f"{variant}: {size / 1e6:.0f} MB, {shares[variant]:.2f} of the target's forward")
     results = {
         "visual_tokens": int((samples[1]["input_ids"] == processor.video_token_id).sum()),
         "bytes": grown,
-        "of_forward": shares,
+        "of_forward": {variant: round(share, 3) for variant, share in shares.items()},
         "provenance": provenance(target, command="python -m sparrow_hf.testbed.memory"),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -211,6 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     target, processor = load_target(options.target)
     recording = options.recording or options.work / "recording"
     record_all(target, processor, recording)

@@ -13,7 +13,6 @@ from ..evaluation.report import numbers, provenance_section, table
 from ..evaluation.results import figures, merge
 from ..evaluation.run_file import read_lines
 
-FAMILY = "qwen2_5_vl"
 STEP_FILE = "draft-step.jsonl"
 PLAIN = "plain"
 
@@ -55,7 +54,7 @@ def arm_row(cell: str, arm: str, lines: Sequence[dict[str, Any]]) -> dict[str, A
     runs, plain = ([Run(**line["runs"][name]) for line in lines] for name in (arm, PLAIN))
     tree = lines[0]["trees"][arm]
     row: dict[str, Any] = {
-        "family": FAMILY,
+        "family": lines[0]["family"],
         "cell": cell,
         "arm": arm,
         "tree": tree,
