@@ -21,7 +21,7 @@ def train(folder: Path, processes: int) -> dict:
     path = os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])
     launch = [sys.executable]
     if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*launch, str(HERE / "train_in_processes.py"), str(folder), str(4 // processes)]
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
