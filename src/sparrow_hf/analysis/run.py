@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ..errors import AnalysisError, ImageError, VideoError
 from ..generation.integration import follow
 from ..hidden_states import HiddenStateCollector
-from ..hub import tensor_digest
+from ..hub import target_digest, tensor_digest
 from ..modeling_sparrow import SparrowDraftModel
 from ..targets import TargetView
 from .attention import AttentionMass
@@ -87,7 +87,10 @@ def analyze(
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "target": view.model.config._name_or_path,
-        "draft": None if draft is None else _digest(draft),
+        "target_sha256": target_digest(view.model),
+        "dtype": str(view.dtype),
+        "draft": None if draft is None else tensor_digest(draft.state_dict()),
+        "tree": None if draft is None else list(draft.config.tree_shape),
         "layers": layers,
         "max_new_tokens": max_new_tokens,
         "scored": score is not None,
@@ -175,10 +178,6 @@ def _by_layer(figures: Mapping[int, float]) -> dict[str, float]:
 
 def _judge(processor: Any, score: Score) -> Callable[[list[int], Prompt], float]:
     return lambda ids, prompt: score(processor.tokenizer.decode(ids, skip_special_tokens=True), prompt.reference or "")
-
-
-def _digest(draft: SparrowDraftModel) -> str:
-    return tensor_digest({name: tensor.detach().cpu().contiguous() for name, tensor in draft.state_dict().items()})
 
 
 def _fingerprint(conversation: Conversation) -> str:
