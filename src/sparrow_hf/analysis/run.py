@@ -160,7 +160,8 @@ def measure(
         "similarity": {kind: cosines.tolist() for kind, cosines in similarity.similarity.items()},
     }
     if draft is not None:
-        collected = {layer: states.take(layer) for layer in layers_of(draft)}
+        # A target spread over several devices leaves the states of each layer on another one.
+        collected = {layer: states.take(layer).to(draft.device) for layer in layers_of(draft)}
         kept = retention(draft, answered, collected, attention.visual_scores, max_new_tokens)
         record["retention"] = {
             name: {f"{share:g}": rounds._asdict() for share, rounds in shares.items()} for name, shares in kept.items()
