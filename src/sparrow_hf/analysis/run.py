@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
@@ -19,20 +19,13 @@ from ..modeling_sparrow import SparrowDraftModel
 from ..targets import TargetView
 from .attention import AttentionMass
 from .internalization import InputSimilarity
-from .prompts import AnsweredPrompt, Prompt, answer, prepare_prompt
+from .prompts import AnsweredPrompt, Conversation, Prompt, answer, prepare_prompt
 from .removal import agreement, layer_grid, predicted_tokens, scores
 from .retention import layers_of, retention
 from .summary import summarize
 
 #: Judges an answer: (its text, the reference) → a number, the larger the better.
 Score = Callable[[str, str], float]
-
-
-class Conversation(NamedTuple):
-    """What to ask: chat messages that end with a user's turn, and what a good answer says."""
-
-    messages: list[dict[str, Any]]
-    reference: str | None = None
 
 
 def analyze(

@@ -31,9 +31,9 @@ from ..configuration_sparrow import SparrowDraftConfig, published_name
 from ..errors import DiskBudgetError, TrainingDataError
 from ..hub import target_digest
 from ..modeling_sparrow import SparrowDraftModel
+from ..prompts import Rows, naming_row
 from ..rows import draft_rows
-from .data import SparrowDataCollator, TrainingStates, naming_row, read_with_target
-from .dataset import Rows
+from .data import SparrowDataCollator, TrainingStates, read_with_target
 from .files import atomic_file, check_provenance, remove_partial_files
 
 PROVENANCE_FILE = "recording.json"
