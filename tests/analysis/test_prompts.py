@@ -21,7 +21,7 @@ def test_groups_part_the_rows_and_the_instruction_is_found(subject: Subject) -> 
     assert torch.equal(answered.groups[:, 1], answered.is_visual)
     assert not answered.is_visual[answered.prompt_length :].any()
     assert ids[answered.prompt_length :].tolist() == answered.answer_ids
-    assert len(answered.answer_rows) == len(answered.answer_ids) <= MAX_NEW_TOKENS
+    assert 0 < len(answered.answer_ids) <= MAX_NEW_TOKENS
 
 
 def test_one_forward_over_prompt_and_answer_is_decoding(subject: Subject) -> None:

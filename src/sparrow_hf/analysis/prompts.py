@@ -89,11 +89,6 @@ class AnsweredPrompt:
         return len(self.is_visual) - len(self.answer_ids)
 
     @property
-    def answer_rows(self) -> Tensor:
-        """`(A,)` rows of the answer."""
-        return torch.arange(self.prompt_length, len(self.is_visual), device=self.is_visual.device)
-
-    @property
     def last_instruction_row(self) -> int:
         """Row of the instruction's last token."""
         return int(self.prompt.instruction[-1])
