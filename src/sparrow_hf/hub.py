@@ -11,6 +11,7 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration_sparrow import SparrowDraftConfig
@@ -71,6 +72,18 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def target_digest(target: PreTrainedModel) -> str:
+    """SHA-256 of a target's weights. Of weights that are offloaded to disk, name and shape have to do."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(target.state_dict().items()):
+        sha.update(name.encode())
+        if tensor.is_meta:
+            sha.update(str(tuple(tensor.shape)).encode())
+        else:
+            sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def check_digest(files: Iterable[Path], expected: str) -> None:

@@ -1,4 +1,4 @@
-"""Rows of conversations: where they are read from, and what a good one looks like. Training and evaluation read them.
+"""Rows of conversations: where they are read from, and what a good one looks like. For training, evaluation, analysis.
 
 A row is `{"messages": [...]}`: turns with a `role` and a `content` that is text or a list of parts, `{"type": "text",
 "text": …}`, `{"type": "image", "image": …}` and `{"type": "video", "video": …}`, by path, URL or bytes.
@@ -6,12 +6,13 @@ A row is `{"messages": [...]}`: turns with a `role` and a `content` that is text
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from torch.utils.data import Dataset, IterableDataset
 
-from .errors import TrainingDataError
+from .errors import ImageError, SparrowError, TrainingDataError, VideoError
 from .video import is_url, media_source
 
 #: What [`load_rows`] adds to a row: where it stands, and the folder its relative paths start from.
@@ -163,3 +164,41 @@ def _clean_part(part: Any, folder: str | None) -> dict[str, Any]:
         source = str(Path(folder or "") / os.fspath(source))
     rate = {"fps": part["fps"]} if part.get("fps") is not None else {}
     return {"type": kind, kind: source} | rate
+
+
+def split_answer(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
+    """The turns of a row up to its last question, cleaned, and the answer that is written behind it, if any.
+
+    Raises:
+        TrainingDataError: The row has no well-formed messages, or nothing but answers; it is named by its index.
+    """
+    with naming_row(row.get(ROW_INDEX)):
+        messages = clean_messages(row)
+        written: list[str] = []
+        while messages and messages[-1]["role"] == "assistant":
+            written.insert(0, text_of(messages.pop()))
+        if not messages:
+            raise TrainingDataError("it asks nothing, its turns are all answers: put the question before them")
+        return messages, "\n".join(written) or None
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of a chat message, whichever way its content is written."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+@contextmanager
+def naming_row(index: int | None) -> Iterator[None]:
+    """Turns whatever a bad row makes processors stumble over into a [`TrainingDataError`] that names the row."""
+    try:
+        yield
+    # A missing size, a video too few, a wrong type: processors raise what their code happens to run into.
+    except (VideoError, ImageError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        prefix = "" if index is None else f"row {index}: "
+        if isinstance(error, TrainingDataError) and str(error).startswith(prefix):
+            raise
+        kind = "" if isinstance(error, SparrowError) else f"{type(error).__name__}: "
+        raise TrainingDataError(f"{prefix}{kind}{error}") from error

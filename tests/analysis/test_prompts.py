@@ -1,12 +1,15 @@
 """Answers, the forward over prompt and answer, and which row belongs to which group."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from subjects import MAX_NEW_TOKENS, QUESTION, Subject
 
-from sparrow_hf.analysis.prompts import Prompt, answer, find_text, prepare_prompt
+from sparrow_hf.analysis.prompts import Conversation, Prompt, answer, find_text, prepare_prompt, read_conversations
 from sparrow_hf.configuration_sparrow import visual_token_ids
-from sparrow_hf.errors import AnalysisError
+from sparrow_hf.errors import AnalysisError, TrainingDataError
 from sparrow_hf.testbed.nano import build_processor
 
 
@@ -18,7 +21,7 @@ def test_groups_part_the_rows_and_the_instruction_is_found(subject: Subject) -> 
     assert torch.equal(answered.groups[:, 1], answered.is_visual)
     assert not answered.is_visual[answered.prompt_length :].any()
     assert ids[answered.prompt_length :].tolist() == answered.answer_ids
-    assert len(answered.answer_rows) == len(answered.answer_ids) <= MAX_NEW_TOKENS
+    assert 0 < len(answered.answer_ids) <= MAX_NEW_TOKENS
 
 
 def test_one_forward_over_prompt_and_answer_is_decoding(subject: Subject) -> None:
@@ -63,3 +66,24 @@ def test_padding_and_prompts_without_visual_rows_are_refused(qwen: Subject) -> N
     padded["attention_mask"][0, 0] = 0
     with pytest.raises(AnalysisError, match="unpadded"):
         answer(qwen.target, Prompt(padded, torch.tensor([1])), 4)
+
+
+def test_answers_of_rows_are_references_and_are_not_asked(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "what ?"}]
+    first = {"role": "assistant", "content": "a dot"}
+    second = {"role": "assistant", "content": [{"type": "text", "text": "a red one"}]}
+    rows = [
+        {"messages": asked, "reference": None},
+        {"messages": [*asked, first], "reference": "a circle"},
+        {"messages": [*asked, first, *asked, first, second], "reference": None},
+        {"messages": [first], "reference": None},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_conversations(str(path), limit=3) == [
+        Conversation(asked, None),
+        Conversation(asked, "a circle"),
+        Conversation([*asked, first, *asked], "a dot\na red one"),
+    ]
+    with pytest.raises(TrainingDataError, match="row 3: it asks nothing"):
+        read_conversations(str(path))

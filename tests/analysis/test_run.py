@@ -2,6 +2,7 @@
 
 import json
 import sys
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -97,6 +98,24 @@ def test_records_of_other_settings_or_prompts_are_refused(whole, models, convers
     other = SparrowDraftModel.from_target(models[0], num_glimpse_tokens=4)
     with pytest.raises(AnalysisError, match="draft: "):
         analyzed(models, conversations, folder, draft=other, **options)
+
+
+def test_records_of_other_weights_trees_or_dtypes_are_refused(whole, models, conversations, monkeypatch):
+    """The name of the target stays what it was: a folder may hold other weights by now."""
+    _, folder = whole
+    target, processor, draft = models
+    options = {"score": lambda text, reference: 1.0}
+    with monkeypatch.context() as patched, pytest.raises(AnalysisError, match=r"\(target_sha256: '\w+', now '\w+'\)"):
+        weight = target.get_output_embeddings().weight
+        patched.setattr(weight, "data", weight.data + 1)
+        analyzed(models, conversations, folder, **options)
+    with monkeypatch.context() as patched, pytest.raises(AnalysisError, match=r"\(tree: \[.*\], now \[30, 4, 8\]\)"):
+        for name, value in (("num_tree_nodes", 30), ("num_draft_levels", 4), ("beam_width", 8)):
+            patched.setattr(draft.config, name, value)
+        analyzed(models, conversations, folder, **options)
+    halved = deepcopy(target).to(torch.bfloat16), processor, None
+    with pytest.raises(AnalysisError, match=r"dtype: 'torch.float32', now 'torch.bfloat16'"):
+        analyzed(halved, conversations, folder, **options)
 
 
 def test_what_cannot_be_analysed_is_said(models, conversations, tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pytest
 
-from sparrow_hf.errors import BenchmarkError
+from sparrow_hf.errors import BenchmarkError, TrainingDataError
 from sparrow_hf.evaluation.prompts import conversation_prompts, read_conversations
 from sparrow_hf.evaluation.video_datasets import EXPLAIN, read_dataset
 from sparrow_hf.rows import visual_mask
@@ -130,5 +130,5 @@ def test_rows_of_messages_become_prompts_of_each_length(tmp_path: Path):
     assert [prompt.length for prompt in conversation_prompts(processor, rows)] == [None, None]
 
     path.write_text(json.dumps({"messages": answered[1:]}) + "\n")
-    with pytest.raises(BenchmarkError, match="row 0 asks nothing"):
+    with pytest.raises(TrainingDataError, match="row 0: it asks nothing"):
         read_conversations(str(path))

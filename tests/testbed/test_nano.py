@@ -10,6 +10,7 @@ import torch
 from transformers import AutoProcessor
 
 from sparrow_hf.errors import TrainingOptionsError
+from sparrow_hf.evaluation.benchmark import count_visual_tokens
 from sparrow_hf.testbed import EVALUATION_SEEDS, caption_training, content_accuracy, load_target, nano, pretrain
 from sparrow_hf.testbed.caption_training import (
     IGNORED,
@@ -26,7 +27,7 @@ from sparrow_hf.testbed.caption_training import (
 from sparrow_hf.testbed.captions import vocabulary
 from sparrow_hf.testbed.families import FAMILIES, LLAVA_ONEVISION, QWEN2_5_VL, Family
 from sparrow_hf.testbed.muon import Muon, orthogonalize
-from sparrow_hf.testbed.nano import ASSETS, build_processor, build_target, num_visual_tokens
+from sparrow_hf.testbed.nano import ASSETS, build_processor, build_target
 from sparrow_hf.testbed.world import make_clip, messages_for
 from sparrow_hf.video import prepare_inputs, read_video
 
@@ -78,7 +79,7 @@ def check_visual_tokens(family: Family, size: tuple[int, int, int], tokens: int,
     target = build_target(processor.tokenizer, num_hidden_layers=1, family=family)
     video = np.zeros((*size, 3), dtype=np.uint8)
     inputs = prepare_inputs(processor, messages_for(video, "describe this video in detail ."))
-    assert num_visual_tokens(target, inputs["input_ids"]) == tokens
+    assert count_visual_tokens(target, inputs["input_ids"]) == tokens
     assert inputs["pixel_values_videos"].shape == pixels
     with torch.no_grad():
         assert target(**inputs).logits.shape == (1, inputs["input_ids"].shape[1], 384)
@@ -92,7 +93,7 @@ def test_a_clip_has_the_visual_tokens_it_was_asked_for(
     inputs = prepare_inputs(processor, clip.messages)
     newline = 1 if family is LLAVA_ONEVISION else 0
     per_step = family.tokens_per_step
-    assert num_visual_tokens(target, inputs["input_ids"]) == per_step * round(visual_tokens / per_step) + newline
+    assert count_visual_tokens(target, inputs["input_ids"]) == per_step * round(visual_tokens / per_step) + newline
     same_story = make_clip(tmp_path / "other.mp4", EVALUATION_SEEDS[0], visual_tokens)
     assert clip.caption == same_story.caption
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from sparrow_hf.errors import ImageError, TrainingDataError, VideoError
+from sparrow_hf.prompts import clean_messages
 from sparrow_hf.rows import visual_mask
 from sparrow_hf.testbed.nano import build_processor
 from sparrow_hf.testbed.world import make_clip
@@ -22,7 +23,6 @@ from sparrow_hf.training import (
     media_keys,
     refuse_shared_media,
 )
-from sparrow_hf.training.dataset import clean_messages
 from sparrow_hf.video import prepare_inputs, read_image, read_video
 
 from families import FAMILY_BY_NAME

@@ -1,7 +1,8 @@
 """Looking into a target: where it attends, how far up it needs its visual rows, and what these do to a draft."""
 
 from .figures import draw_figures
-from .run import Conversation, analyze
+from .prompts import Conversation, read_conversations
+from .run import analyze
 from .summary import Recommendation, recommend
 
-__all__ = ["Conversation", "Recommendation", "analyze", "draw_figures", "recommend"]
+__all__ = ["Conversation", "Recommendation", "analyze", "draw_figures", "read_conversations", "recommend"]

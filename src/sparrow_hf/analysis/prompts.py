@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,40 @@ from transformers import PreTrainedModel
 
 from ..configuration_sparrow import visual_token_ids
 from ..errors import AnalysisError
+from ..prompts import load_rows, split_answer
 from ..rows import visual_mask
 from ..targets import unwrap
 from ..video import prepare_inputs
 
 #: Names of the groups, in the order of every table.
 GROUPS = ("instruction", "visual", "text")
+
+
+class Conversation(NamedTuple):
+    """What to ask: chat messages that end with a user's turn, and what a good answer says."""
+
+    messages: list[dict[str, Any]]
+    reference: str | None = None
+
+
+def read_conversations(source: str, split: str = "train", limit: int | None = None) -> list[Conversation]:
+    """The first conversations of a source; the answer of a row is its reference, unless it names one.
+
+    Args:
+        source: Whatever [`~sparrow_hf.prompts.load_rows`] reads.
+        split: Of the source.
+        limit: Most conversations.
+
+    Raises:
+        TrainingDataError: The rows cannot be read, or one has no well-formed messages, or asks nothing.
+    """
+    rows = load_rows(source, split)
+    conversations = []
+    for index in range(len(rows))[:limit]:
+        row = rows[index]
+        messages, written = split_answer(row)
+        conversations.append(Conversation(messages, row.get("reference") or written))
+    return conversations
 
 
 @dataclass(frozen=True)
@@ -59,11 +87,6 @@ class AnsweredPrompt:
     def prompt_length(self) -> int:
         """Tokens of the prompt, placeholders included."""
         return len(self.is_visual) - len(self.answer_ids)
-
-    @property
-    def answer_rows(self) -> Tensor:
-        """`(A,)` rows of the answer."""
-        return torch.arange(self.prompt_length, len(self.is_visual), device=self.is_visual.device)
 
     @property
     def last_instruction_row(self) -> int:

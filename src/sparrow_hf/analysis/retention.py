@@ -49,7 +49,7 @@ def retention(
     Args:
         draft: A draft bound to the target.
         answered: The prompt and the target's answer.
-        states: Layer of [`layers_of`] → `(1, L, H)` states of prompt and answer.
+        states: Layer of [`layers_of`] → `(1, L, H)` states of prompt and answer, on the draft's device.
         visual_scores: Name → `(V,)` scores of the visual rows; those of the highest scores are kept.
         max_new_tokens: What the answer was limited to; the last tree is no deeper than there is room.
         shares: 1.0 keeps all; any other share but 0 keeps one row at least.
@@ -58,7 +58,7 @@ def retention(
         Name of the scores, or `"strided"` for even strides as the draft itself takes them → share → rounds.
     """
     visual = answered.is_visual.nonzero().squeeze(-1).cpu()
-    input_ids = answered.inputs["input_ids"][:, : answered.prompt_length]
+    input_ids = _prompt_ids(answered, draft)
     found: dict[str, dict[float, Rounds]] = {}
     # All and none of the rows are the same rows whatever the scores say.
     replayed: dict[tuple[int, ...], Rounds] = {}
@@ -89,9 +89,9 @@ def replay(
     rows: DraftRows,
     max_new_tokens: int,
 ) -> Rounds:
-    """Decodes along a known answer, the draft reading `rows` of the prompt; see [`retention`]."""
+    """Decodes along a known answer, the draft reading `rows` of the prompt, on its device; see [`retention`]."""
     answer_ids, layers = answered.answer_ids, draft.config.feature_layer_ids
-    generator = SparrowCandidateGenerator(draft, answered.inputs["input_ids"][:, : answered.prompt_length], rows=rows)
+    generator = SparrowCandidateGenerator(draft, _prompt_ids(answered, draft), rows=rows)
     wanted = generator.layers_to_collect
     generator.prefill({layer: states[layer][:, at] for layer, at in wanted.items()}, answer_ids[0])
     features = torch.cat([states[layer][:, answered.prompt_length :] for layer in layers], dim=-1)
@@ -112,3 +112,8 @@ def replay(
             # states of     root   a0  a1            what the next trees grow from
             generator.extend(features[:, start - 1 : committed - 1], answer_ids[start:committed])
     return Rounds(accepted, len(answer_ids) - 1)
+
+
+def _prompt_ids(answered: AnsweredPrompt, draft: SparrowDraftModel) -> Tensor:
+    """`(1, L)` ids of the prompt where the draft is: the end of a target that is spread over devices."""
+    return answered.inputs["input_ids"][:, : answered.prompt_length].to(draft.device)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
@@ -14,25 +14,18 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ..errors import AnalysisError, ImageError, VideoError
 from ..generation.integration import follow
 from ..hidden_states import HiddenStateCollector
-from ..hub import tensor_digest
+from ..hub import target_digest, tensor_digest
 from ..modeling_sparrow import SparrowDraftModel
 from ..targets import TargetView
 from .attention import AttentionMass
 from .internalization import InputSimilarity
-from .prompts import AnsweredPrompt, Prompt, answer, prepare_prompt
+from .prompts import AnsweredPrompt, Conversation, Prompt, answer, prepare_prompt
 from .removal import agreement, layer_grid, predicted_tokens, scores
 from .retention import layers_of, retention
 from .summary import summarize
 
 #: Judges an answer: (its text, the reference) → a number, the larger the better.
 Score = Callable[[str, str], float]
-
-
-class Conversation(NamedTuple):
-    """What to ask: chat messages that end with a user's turn, and what a good answer says."""
-
-    messages: list[dict[str, Any]]
-    reference: str | None = None
 
 
 def analyze(
@@ -87,7 +80,10 @@ def analyze(
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "target": view.model.config._name_or_path,
-        "draft": None if draft is None else _digest(draft),
+        "target_sha256": target_digest(view.model),
+        "dtype": str(view.dtype),
+        "draft": None if draft is None else tensor_digest(draft.state_dict()),
+        "tree": None if draft is None else list(draft.config.tree_shape),
         "layers": layers,
         "max_new_tokens": max_new_tokens,
         "scored": score is not None,
@@ -157,7 +153,8 @@ def measure(
         "similarity": {kind: cosines.tolist() for kind, cosines in similarity.similarity.items()},
     }
     if draft is not None:
-        collected = {layer: states.take(layer) for layer in layers_of(draft)}
+        # A target spread over several devices leaves the states of each layer on another one.
+        collected = {layer: states.take(layer).to(draft.device) for layer in layers_of(draft)}
         kept = retention(draft, answered, collected, attention.visual_scores, max_new_tokens)
         record["retention"] = {
             name: {f"{share:g}": rounds._asdict() for share, rounds in shares.items()} for name, shares in kept.items()
@@ -175,10 +172,6 @@ def _by_layer(figures: Mapping[int, float]) -> dict[str, float]:
 
 def _judge(processor: Any, score: Score) -> Callable[[list[int], Prompt], float]:
     return lambda ids, prompt: score(processor.tokenizer.decode(ids, skip_special_tokens=True), prompt.reference or "")
-
-
-def _digest(draft: SparrowDraftModel) -> str:
-    return tensor_digest({name: tensor.detach().cpu().contiguous() for name, tensor in draft.state_dict().items()})
 
 
 def _fingerprint(conversation: Conversation) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,9 +10,6 @@ from rich.table import Table
 
 from ..errors import MissingDependencyError
 from .common import Dtype, errors_as_sentences, load_target
-
-if TYPE_CHECKING:
-    from ..analysis import Conversation
 
 
 def analyze(
@@ -40,7 +37,7 @@ def analyze(
 
         from .. import SparrowDraftModel
         from ..analysis import analyze as run_analysis
-        from ..analysis import draw_figures
+        from ..analysis import draw_figures, read_conversations
         from ..analysis.removal import layer_grid
         from ..evaluation.provenance import provenance
         from ..targets import TargetView
@@ -73,22 +70,6 @@ def analyze(
             console.print(f"analysis.json, {drawn} in {output}")
         except MissingDependencyError as error:
             console.print(f"analysis.json in {output}; no figures: {error}", style="yellow", markup=False)
-
-
-def read_conversations(prompts: str, split: str, limit: int | None) -> "list[Conversation]":
-    """The prompts of `sparrow regenerate`'s rows; an answer at the end is their reference, unless they name one."""
-    from ..analysis import Conversation
-    from ..training.data import naming_row, text_of
-    from ..training.dataset import clean_messages, load_rows
-
-    rows = load_rows(prompts, split)
-    conversations = []
-    for index in range(min(len(rows), limit or len(rows))):
-        with naming_row(index):
-            messages = clean_messages(rows[index])
-            written = text_of(messages.pop()) if messages[-1]["role"] == "assistant" else None
-        conversations.append(Conversation(messages, rows[index].get("reference") or written))
-    return conversations
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import ProcessorMixin
 
 from ..errors import BenchmarkError
-from ..prompts import ROW_INDEX, clean_messages, load_rows
+from ..prompts import ROW_INDEX, load_rows, split_answer
 from ..video import prepare_inputs
 from .benchmark import Prompt
 from .video_datasets import DATASETS, Conversations, read_dataset
@@ -27,7 +27,7 @@ def read_conversations(source: str, split: str = "train", limit: int | None = No
 
     Raises:
         BenchmarkError: The data set cannot be read, or no row is left.
-        TrainingDataError: The rows cannot be read, or one has no well-formed messages.
+        TrainingDataError: The rows cannot be read, or one has no well-formed messages, or asks nothing.
     """
     name, colon, folder = source.partition(":")
     if colon and name in DATASETS:
@@ -39,20 +39,10 @@ def read_conversations(source: str, split: str = "train", limit: int | None = No
     else:
         found = load_rows(source, split)
         rows, missing = [found[index] for index in range(len(found))[:limit]], []
-    rows = [row | {"messages": question(row)} for row in rows]
+    rows = [row | {"messages": split_answer(row)[0]} for row in rows]
     if not rows:
         raise BenchmarkError(f"{source} has no rows to ask")
     return Conversations(rows, missing)
-
-
-def question(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The turns of a row up to the last one that is not the assistant's."""
-    messages = clean_messages(row)
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
-        raise BenchmarkError(f"row {row.get(ROW_INDEX)} asks nothing: it holds only answers")
-    return messages
 
 
 def conversation_prompts(

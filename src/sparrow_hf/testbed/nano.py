@@ -73,11 +73,6 @@ def load_target(folder: str | PathLike[str] | None = None) -> tuple[Any, Any]:
     return target.eval(), AutoProcessor.from_pretrained(folder)
 
 
-def num_visual_tokens(target: Any, input_ids: torch.Tensor) -> int:
-    """How many rows of a prompt are visual."""
-    return int((input_ids == target.config.video_token_id).sum() + (input_ids == target.config.image_token_id).sum())
-
-
 @torch.no_grad()
 def content_accuracy(target: Any, processor: Any, seeds: Iterable[int] | Sequence[int], visual_tokens: int) -> float:
     """Share of what clips show (entities, colours, motions, places, order) that greedy captions get right.

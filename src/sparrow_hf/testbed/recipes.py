@@ -26,10 +26,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..evaluation.provenance import commit
+from ..hub import target_digest
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import EVERY_VISUAL_ROW
 from ..training import ALL_VISUAL_ROWS, DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainer
-from ..training.recording import RecordedDataset, target_digest
+from ..training.recording import RecordedDataset
 from .nano import ASSETS, load_target
 from .retrain import DRAFT, build_draft, build_trainer, record, train
 from .world import TRAIN_SEEDS, VALIDATION_SEEDS

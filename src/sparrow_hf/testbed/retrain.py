@@ -25,10 +25,11 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..evaluation.provenance import commit
+from ..hub import target_digest
 from ..modeling_sparrow import SparrowDraftModel
 from ..training import SparrowTrainer, SparrowTrainingArguments, append_answer
 from ..training.files import last_checkpoint
-from ..training.recording import RecordedDataset, Recorder, target_digest
+from ..training.recording import RecordedDataset, Recorder
 from ..training.regenerate import generate_answers
 from ..video import prepare_inputs
 from .families import family_of

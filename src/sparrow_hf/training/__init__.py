@@ -1,10 +1,11 @@
 """Training a draft: arguments, data, the passes of multi-token prediction, their losses, and the trainer."""
 
+from ..prompts import load_rows
 from .arguments import ALL_VISUAL_ROWS, DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainingArguments
 from .callbacks import DecodingCallback
 from .curves import plot_curves
 from .data import SparrowDataCollator, TrainingStates, append_answer, read_with_target
-from .dataset import load_rows, media_keys, refuse_shared_media
+from .dataset import media_keys, refuse_shared_media
 from .trainer import SparrowTrainer
 from .vocabulary import load_vocabulary
 

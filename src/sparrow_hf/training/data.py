@@ -3,14 +3,13 @@
 A dataset row is one of three dictionaries, and the collator takes any mix of them:
 
 * a conversation: `messages` (the last turn is the answer), or `messages` and `answer` (text) or `answer_ids` (the very
-  tokens the target wrote); `load_rows` in `dataset.py` reads them;
+  tokens the target wrote); `load_rows` reads them;
 * a processed conversation: `answer_start` and the tensors of the target's processor for this one conversation, batch
   dimension included, with the answer's ids appended (see [`append_answer`]);
 * a [`TrainingStates`]: the target has read it already.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from ..errors import ImageError, SparrowError, TrainingDataError, VideoError
+from ..errors import TrainingDataError
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
+from ..prompts import ROW_INDEX, clean_messages, naming_row, text_of
 from ..rows import DraftRows, draft_rows, visual_mask
 from ..video import prepare_inputs
-from .dataset import ROW_INDEX, clean_messages
 
 
 @dataclass
@@ -238,20 +237,6 @@ class SparrowDataCollator:
         return append_answer(prepare_prompt(self.processor, row, messages, self.fps, self.max_frames), answer_ids)
 
 
-@contextmanager
-def naming_row(index: int | None) -> Iterator[None]:
-    """Turns whatever a bad row makes processors stumble over into a [`TrainingDataError`] that names the row."""
-    try:
-        yield
-    # A missing size, a video too few, a wrong type: processors raise what their code happens to run into.
-    except (VideoError, ImageError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        prefix = "" if index is None else f"row {index}: "
-        if isinstance(error, TrainingDataError) and str(error).startswith(prefix):
-            raise
-        kind = "" if isinstance(error, SparrowError) else f"{type(error).__name__}: "
-        raise TrainingDataError(f"{prefix}{kind}{error}") from error
-
-
 def row_index(row: Mapping[str, Any] | TrainingStates) -> int | None:
     """Where a row of [`load_rows`] stands in its dataset; `None` for any other row."""
     return None if isinstance(row, TrainingStates) else row.get(ROW_INDEX)
@@ -277,11 +262,3 @@ def prepare_prompt(
             max_frames=max_frames if row.get("max_frames") is None else row["max_frames"],
         )
     )
-
-
-def text_of(message: Mapping[str, Any]) -> str:
-    """The text of a chat message, whichever way its content is written."""
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")

@@ -1,4 +1,4 @@
-"""Rows as training takes them: read by `sparrow_hf.prompts`, and split so that none held out was trained on."""
+"""Which videos and images rows show: none held out may have been trained on."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,19 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import TrainingDataError
-from ..prompts import ROW_FOLDER, ROW_INDEX, Rows, StreamedRows, clean_messages, load_rows
+from ..prompts import clean_messages
 from ..video import is_url
-
-__all__ = [
-    "ROW_FOLDER",
-    "ROW_INDEX",
-    "Rows",
-    "StreamedRows",
-    "clean_messages",
-    "load_rows",
-    "media_keys",
-    "refuse_shared_media",
-]
 
 #: Pairs of rows that [`refuse_shared_media`] names.
 MAX_NAMED_PAIRS = 10

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..errors import MissingDependencyError, TrainingOptionsError
 from ..modeling_sparrow import SparrowDraftModel
+from ..prompts import load_rows
 from .arguments import SparrowTrainingArguments
 from .callbacks import DecodingCallback
 from .curves import plot_curves
-from .dataset import load_rows, refuse_shared_media
+from .dataset import refuse_shared_media
 from .files import last_checkpoint
 from .lora import add_lora, merge_lora
 from .options import TrainingOptions

@@ -12,7 +12,6 @@ Files are whole or absent, so a recording that was stopped goes on where it was,
 are stored in the target's own dtype: training from them equals training beside the target to the last bit.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -27,14 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from ..configuration_sparrow import SparrowDraftConfig, published_name
 from ..errors import DiskBudgetError, TrainingDataError
+from ..hub import target_digest
 from ..modeling_sparrow import SparrowDraftModel
+from ..prompts import Rows, naming_row
 from ..rows import draft_rows
-from .data import SparrowDataCollator, TrainingStates, naming_row, read_with_target
-from .dataset import Rows
+from .data import SparrowDataCollator, TrainingStates, read_with_target
 from .files import atomic_file, check_provenance, remove_partial_files
 
 PROVENANCE_FILE = "recording.json"
@@ -311,15 +310,3 @@ def describe(draft: SparrowDraftModel, visual_rows: bool) -> dict[str, Any]:
         "text_layers": recorded_layers(draft.config),
         "visual_layers": [draft.config.visual_bridge_layer] if visual_rows else [],
     }
-
-
-def target_digest(target: PreTrainedModel) -> str:
-    """SHA-256 of a target's weights. Of weights that are offloaded to disk, name and shape have to do."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(target.state_dict().items()):
-        sha.update(name.encode())
-        if tensor.is_meta:
-            sha.update(str(tuple(tensor.shape)).encode())
-        else:
-            sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()

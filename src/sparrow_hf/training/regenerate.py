@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
+from ..prompts import ROW_FOLDER, ROW_INDEX, Rows, naming_row, split_answer
 from ..video import is_url
-from .data import naming_row, prepare_prompt
-from .dataset import ROW_FOLDER, ROW_INDEX, Rows, clean_messages
+from .data import prepare_prompt
 from .files import atomic_file, check_provenance, remove_partial_files
 
 PROVENANCE_FILE = "provenance.json"
@@ -170,9 +170,7 @@ def _prepare(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A row as it will be stored, and its processed prompt."""
     with naming_row(index):
-        messages = clean_messages(row)
-        if messages[-1]["role"] == "assistant":
-            messages.pop()
+        messages, _ = split_answer(row)
         prompt = prepare_prompt(processor, row, messages, **sampling)
         stored = sampling | {
             name: value
