@@ -69,10 +69,15 @@ def test_rows_of_ones_own_and_a_wrong_token(models: list[object], tmp_path: Path
 
 def test_a_sampled_text_of_transformers_own_loop_is_no_wrong_one(models: list[object], tmp_path: Path):
     options = [*models, "--testbed", "--visual-tokens", 32, "--limit", 1, "--temperatures", 1]
-    result = bench(tmp_path, *options, "--arms", "prompt-lookup")
-    assert result.exit_code == 0, result.output
-    [run] = [json.loads(line)["runs"] for line in (tmp_path / "runs" / "bench.jsonl").read_text().splitlines()]
-    assert run["prompt-lookup"]["differs_at"] is not None
+    for arm, code in (("prompt-lookup", 0), ("none", 1)):
+        command = (*options, "--name", arm, "--arms", arm)
+        assert bench(tmp_path, *command).exit_code == 0
+        path = tmp_path / "runs" / f"{arm}.jsonl"
+        line = json.loads(path.read_text())
+        line["runs"][arm]["differs_at"] = 3
+        path.write_text(json.dumps(line) + "\n")
+        result = bench(tmp_path, *command)
+        assert (result.exit_code, "to do: 0 calls" in result.output) == (code, True), result.output
 
 
 @pytest.mark.parametrize(
