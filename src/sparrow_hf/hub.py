@@ -127,7 +127,11 @@ def read_provenance(source: str | Path, **hub_options: Any) -> dict[str, Any]:
 
 
 def write_companions(
-    folder: Path, config: SparrowDraftConfig, provenance: Mapping[str, Any], repo_id: str | None = None
+    folder: Path,
+    draft_class: type,
+    config: SparrowDraftConfig,
+    provenance: Mapping[str, Any],
+    repo_id: str | None = None,
 ) -> None:
     """Writes `PROVENANCE.json`, and `README.md` unless the one that is there is the user's own.
 
@@ -142,13 +146,16 @@ def write_companions(
     (folder / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2, default=str) + "\n")
     card = folder / CARD_FILE
     if not card.exists() or CARD_MARK in card.read_text():
-        card.write_text(str(model_card(config, provenance, repo_id)))
+        card.write_text(str(model_card(draft_class, config, provenance, repo_id)))
 
 
-def model_card(config: SparrowDraftConfig, provenance: Mapping[str, Any], repo_id: str | None = None) -> ModelCard:
+def model_card(
+    draft_class: type, config: SparrowDraftConfig, provenance: Mapping[str, Any], repo_id: str | None = None
+) -> ModelCard:
     """The card of a draft.
 
     Args:
+        draft_class: The draft's, whose `from_pretrained` loads it.
         config: The draft's.
         provenance: What is known of its making. The card shows `license` (an identifier of the Hub), `datasets`
             (their ids), `data` (a sentence), `recipe` (name → value), `command`, and `acceptance` (rows of a table:
@@ -173,7 +180,7 @@ def model_card(config: SparrowDraftConfig, provenance: Mapping[str, Any], repo_i
         f"of the {config.block_type} kind over the hidden states of the target's text tokens. The generated text is "
         "the target's own; the draft makes it arrive sooner. It holds neither embedding nor head and runs only with "
         "its target.",
-        _usage(target or "path/to/the/target", repo_id or "path/to/this/draft"),
+        _usage(draft_class, target or "path/to/the/target", repo_id or "path/to/this/draft"),
         _making(provenance),
         _acceptance(provenance.get("acceptance")),
         _limits(config),
@@ -181,15 +188,19 @@ def model_card(config: SparrowDraftConfig, provenance: Mapping[str, Any], repo_i
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{CARD_MARK}\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 
-def _usage(target: str, draft: str) -> str:
+def _usage(draft_class: type, target: str, draft: str) -> str:
+    from . import __all__ as public_names
+
+    name = draft_class.__name__
+    module = __package__ if name in public_names else draft_class.__module__
     return f"""## Use
 
 ```python
-from sparrow_hf import SparrowDraftModel
+from {module} import {name}
 from transformers import AutoModelForImageTextToText
 
 target = AutoModelForImageTextToText.from_pretrained("{target}")
-draft = SparrowDraftModel.from_pretrained("{draft}")
+draft = {name}.from_pretrained("{draft}")
 output = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)
 print(draft.last_generation)
 ```"""

@@ -209,7 +209,7 @@ class SparrowDraftModel(PreTrainedModel):
         finally:
             self.config.tensors_sha256 = None
         if is_main_process:
-            hub.write_companions(Path(save_directory), self.config, self.provenance)
+            hub.write_companions(Path(save_directory), type(self), self.config, self.provenance)
         if push_to_hub and is_main_process:
             self.push_to_hub(options.pop("repo_id", Path(save_directory).name), **options)
 
@@ -243,7 +243,7 @@ class SparrowDraftModel(PreTrainedModel):
                 published = Path(api.hf_hub_download(repo_id, hub.CARD_FILE, revision=revision))
                 (Path(folder) / hub.CARD_FILE).write_text(published.read_text())
             self.save_pretrained(folder)
-            hub.write_companions(Path(folder), self.config, self.provenance, repo_id)
+            hub.write_companions(Path(folder), type(self), self.config, self.provenance, repo_id)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,

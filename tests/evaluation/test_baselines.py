@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from sparrow_hf import SparrowCandidateGenerator, SparrowDraftModel
 from sparrow_hf.errors import DraftLoadError
@@ -257,7 +257,7 @@ def test_saved_and_copied_drafts_are_the_same(tmp_path, name, target) -> None:
     draft = make_draft(name, target)
     draft.save_pretrained(tmp_path)
     loaded = BASELINES[name].draft_class.from_pretrained(tmp_path)
-    for twin in (loaded, copy.deepcopy(draft)):
+    for twin in (loaded, AutoModel.from_pretrained(tmp_path), copy.deepcopy(draft)):
         assert type(twin) is type(draft) and twin.config.to_diff_dict() == draft.config.to_diff_dict()
         assert twin.state_dict().keys() == draft.state_dict().keys()
         for key, tensor in draft.state_dict().items():
@@ -265,3 +265,9 @@ def test_saved_and_copied_drafts_are_the_same(tmp_path, name, target) -> None:
     if name != "msd":
         with pytest.raises(DraftLoadError, match="unexpected_keys"):
             SparrowDraftModel.from_pretrained(tmp_path)
+    # The card says how to load it.
+    loading = (tmp_path / "README.md").read_text().split("```python\n")[1].split("target =")[0]
+    names: dict[str, Any] = {}
+    exec(loading, names)
+    assert names[type(draft).__name__] is type(draft)
+    assert f"draft = {type(draft).__name__}.from_pretrained(" in (tmp_path / "README.md").read_text()

@@ -43,7 +43,7 @@ def test_clips_of_the_testbed(models: list[object], tmp_path: Path):
     assert {row["seed"] for row in rows} == {3}
     assert rows[2]["content_acceptance"] is not None or rows[2]["function_acceptance"] is not None
     assert "draft@chain-2/glimpse=0" in result.output and "1/1" in result.output
-    assert "## bench: qwen2_5_vl, 32 visual tokens, greedy" in (tmp_path / "results.md").read_text()
+    assert "## bench: qwen2_5_vl, length 32, 32 visual tokens, greedy" in (tmp_path / "results.md").read_text()
 
     again = bench(tmp_path, *options, *arms, "--temperatures", 0, "--temperatures", 1, "--seeds", 3)
     assert "to do: 0 calls" in again.output
@@ -61,6 +61,23 @@ def test_rows_of_ones_own_and_a_wrong_token(models: list[object], tmp_path: Path
     result = bench(tmp_path, *models, "--prompts", prompts, "--max-frames", 8, "--arms", "none")
     assert result.exit_code == 1, result.output
     assert "0/1" in result.output
+    for changed in (["--fps", 2], ["--split", "train"], ["--processor", models[1]]):
+        name = changed[0].removeprefix("--")
+        result = bench(tmp_path, *models, "--prompts", prompts, "--max-frames", 8, "--arms", "none", *changed)
+        assert result.exit_code == 2 and f"other {name}" in result.output
+
+
+def test_a_sampled_text_of_transformers_own_loop_is_no_wrong_one(models: list[object], tmp_path: Path):
+    options = [*models, "--testbed", "--visual-tokens", 32, "--limit", 1, "--temperatures", 1]
+    for arm, code in (("prompt-lookup", 0), ("none", 1)):
+        command = (*options, "--name", arm, "--arms", arm)
+        assert bench(tmp_path, *command).exit_code == 0
+        path = tmp_path / "runs" / f"{arm}.jsonl"
+        line = json.loads(path.read_text())
+        line["runs"][arm]["differs_at"] = 3
+        path.write_text(json.dumps(line) + "\n")
+        result = bench(tmp_path, *command)
+        assert (result.exit_code, "to do: 0 calls" in result.output) == (code, True), result.output
 
 
 @pytest.mark.parametrize(
@@ -69,6 +86,8 @@ def test_rows_of_ones_own_and_a_wrong_token(models: list[object], tmp_path: Path
         ([], "either --testbed, or --prompts"),
         (["--testbed", "--prompts", "rows.jsonl"], "either --testbed, or --prompts"),
         (["--testbed", "--max-frames", "4"], "leave out --max-frames"),
+        (["--testbed", "--split", "test"], "leave out --max-frames, --fps and --split"),
+        (["--prompts", "mlvu:copy", "--split", "test"], "has no splits to choose from, found 'test'"),
         (["--prompts", "rows.jsonl", "--visual-tokens", "400"], "--visual-tokens is for --testbed"),
         (["--prompts", "mlvu:nowhere"], "download MLVU/MVLU"),
         (["--testbed", "--arms", "oak"], "unknown arm 'oak'"),

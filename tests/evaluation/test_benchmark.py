@@ -14,6 +14,7 @@ from sparrow_hf.errors import BenchmarkError
 from sparrow_hf.evaluation import Arm, compare, metrics
 from sparrow_hf.evaluation import benchmark as benchmark_module
 from sparrow_hf.evaluation.arms import Arms
+from sparrow_hf.evaluation.baselines import ViSpecDraftModel
 from sparrow_hf.evaluation.benchmark import Benchmark, Prompt
 from sparrow_hf.evaluation.metrics import count_asked
 from sparrow_hf.evaluation.prefill import PrefillSnapshot
@@ -230,7 +231,7 @@ def test_from_prompts_to_rows(run: Any, tmp_path: Path, monkeypatch: pytest.Monk
 
     write_report(tmp_path / "results.json", tmp_path / "results.md")
     report = (tmp_path / "results.md").read_text()
-    assert "## tiny: qwen2_5_vl, 8 visual tokens, greedy" in report
+    assert "## tiny: qwen2_5_vl, length 4, 8 visual tokens, greedy" in report
     assert "| draft@chain-3 | 2/2 |" in report and "a note" in report
 
     # A stopped run: one whole line less, and half a line too many. Only what is missing is measured again.
@@ -248,11 +249,88 @@ def test_from_prompts_to_rows(run: Any, tmp_path: Path, monkeypatch: pytest.Monk
     sampled = [row for row in run() if row["temperature"] == 1]
     assert len(measured) == 1 + 4 * 2
     assert {row["seed"] for row in sampled} == {0, 1}
-    assert all(row["identical"] == 2 for row in sampled if row["arm"] != "prompt-lookup")
+    for row in sampled:
+        # transformers' own loop draws other random numbers: another text, of which only the decoding is compared.
+        own = row["arm"] != "prompt-lookup"
+        assert (row["identical"], row["first_differences"]) == ((2, []) if own else (None, None))
+        assert (row["esr"] is not None) == (row["esr_quartiles"] is not None) == own
+        assert row["dsr"] > 0
+    write_report(tmp_path / "results.json", tmp_path / "results.md")
     with pytest.raises(BenchmarkError, match="other weights"):
         run(weights="def")
     with pytest.raises(BenchmarkError, match="other arms"):
         run(arms=["none"])
+
+
+def test_a_draft_set_otherwise_is_another_arm(run: Any, draft_folder: str):
+    run(arms=["draft"], temperatures=(0.0,))
+    path = Path(draft_folder) / "config.json"
+    written = path.read_text()
+    # No weight changes, and neither does the arm's name.
+    path.write_text(json.dumps(json.loads(written) | {"num_glimpse_tokens": 3}))
+    try:
+        with pytest.raises(BenchmarkError, match="other arms"):
+            run(arms=["draft"], temperatures=(0.0,))
+    finally:
+        path.write_text(written)
+
+
+def test_lengths_are_told_apart_where_the_prompts_are_equally_long(
+    target: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Short videos have no more frames, however many may be seen."""
+    monkeypatch.setattr(metrics, "BOOTSTRAP_SAMPLES", 20)
+    asked = [Prompt("noise", most, partial(read, target, 4, 0)) for most in (4, 8)]
+    bench = Benchmark("tiny", target, Arms(target).parse(["prompt-lookup"]), asked, max_new_tokens=LENGTH)
+    bench.measure(bench.open_runs(tmp_path / "runs"))
+    rows = write_results(tmp_path / "runs", tmp_path / "results.json")
+    assert [(row["length"], row["visual_tokens"]) for row in rows] == [(4, 8), (4, 8), (8, 8), (8, 8)]
+    write_report(tmp_path / "results.json", tmp_path / "results.md")
+    report = (tmp_path / "results.md").read_text()
+    assert "length 4, 8 visual tokens" in report and "length 8, 8 visual tokens" in report
+
+
+def test_what_a_generation_config_asks_for_is_off(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch):
+    def processors(temperature: float) -> list[str]:
+        found = []
+        right = type(target)._get_logits_processor
+
+        def look(self: Any, *args: Any, **kwargs: Any) -> Any:
+            found.append([type(processor).__name__ for processor in right(self, *args, **kwargs)])
+            return right(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(target), "_get_logits_processor", look)
+            target.generate(**read(target, 4, 0), **bench.generate_arguments(temperature))
+        return found[0]
+
+    bench = Benchmark("tiny", target, [Arm("plain")], [Prompt("noise", None, dict)], max_new_tokens=2)
+    for name, value in {"repetition_penalty": 1.05, "top_k": 5, "top_p": 0.8, "min_p": 0.1, "typical_p": 0.5}.items():
+        monkeypatch.setattr(target.generation_config, name, value)
+    assert processors(0.0) == ["SuppressTokensLogitsProcessor"]
+    assert processors(0.7) == ["SuppressTokensLogitsProcessor", "TemperatureLogitsWarper"]
+
+
+def test_memory_of_an_arm_that_prefills_for_itself_is_not_compared(run: Any, tmp_path: Path):
+    run(temperatures=(0.0,), shared_prefill=True)
+    path = tmp_path / "runs" / "tiny.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        for measured in line["runs"].values():
+            measured["peak_bytes"] = 5_000_000
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = write_results(tmp_path / "runs", tmp_path / "results.json")
+    assert {row["arm"]: row["peak_extra_mb"] for row in rows} == {
+        "plain": 0, "none": 0, "prompt-lookup": None, "draft@chain-3": 0
+    }  # fmt: skip
+
+
+def test_a_saved_baseline_is_an_arm(target: PreTrainedModel, tmp_path: Path):
+    ViSpecDraftModel.from_target(target).save_pretrained(tmp_path)
+    arms = Arms(target).parse([f"draft:{tmp_path}@chain-2"])
+    assert type(arms[1].draft) is ViSpecDraftModel
+    run = compare(target, arms, read(target, 4, 0), {"max_new_tokens": LENGTH, "do_sample": False})[arms[1].name]
+    assert run.differs_at is None and run.draft_cache_rows is not None
 
 
 def test_a_text_that_differs_is_counted(run: Any, tmp_path: Path, target: PreTrainedModel):

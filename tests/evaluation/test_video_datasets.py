@@ -18,7 +18,7 @@ from sparrow_hf.testbed.world import make_clip
 def touch(path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"video")
-    return str(path.resolve())
+    return str(path.absolute())
 
 
 def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -39,12 +39,11 @@ def asked(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def test_video_detail_caption(tmp_path: Path):
-    row = {"video_name": "v_abc", "question": "Describe the video.", "answer": "A dog."}
+    row = {"video_name": "v_abc", "question": "Describe the video."}
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [row, row | {"video_name": "v_gone"}])
     path = touch(tmp_path / "Test_Videos" / "v_abc.mkv")
     rows, missing = read_dataset("videodetailcaption", tmp_path)
     assert [asked(row) for row in rows] == [(path, "Describe the video.")]
-    assert rows[0]["reference"] == "A dog."
     assert missing == ["v_gone"]
 
 
@@ -59,7 +58,7 @@ def test_mvbench_tells_videos_of_one_name_apart(tmp_path: Path):
     rows, missing = read_dataset("mvbench", tmp_path)
     assert {asked(row)[0] for row in rows} == {clevrer, perception, something}
     assert asked(rows[0])[1] == f"How many?\n(A) 1\n(B) 2\n{EXPLAIN}"
-    assert rows[0]["reference"] == "2" and not missing
+    assert not missing
 
 
 def test_long_video_bench(tmp_path: Path):
@@ -73,7 +72,15 @@ def test_long_video_bench(tmp_path: Path):
     path = touch(tmp_path / "videos" / "x.mp4")
     [row] = read_dataset("longvideobench", tmp_path).rows
     assert asked(row) == (path, f"What next?\n(A) rain\n(B) sun\n{EXPLAIN}")
-    assert row["reference"] == "sun"
+
+
+def test_videos_may_be_links(tmp_path: Path):
+    copy = tmp_path / "copy"
+    write_json(copy / "1_plotQA.json", [{"video": "1.mp4", "question": "Who?", "candidates": ["a"]}])
+    (copy / "1_plotQA").mkdir()
+    (copy / "1_plotQA" / "1.mp4").symlink_to(touch(tmp_path / "cache" / "blob"))
+    [row] = read_dataset("mlvu", copy).rows
+    assert asked(row)[0] == str(copy / "1_plotQA" / "1.mp4")
 
 
 def test_mlvu_asks_for_choices_and_for_summaries(tmp_path: Path):

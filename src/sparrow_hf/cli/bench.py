@@ -63,7 +63,7 @@ def bench(
     ),
     report: Annotated[Path | None, typer.Option(help="Write the tables to this Markdown file.")] = None,
     note: Annotated[str, typer.Option(help="What readers must know about the circumstances.")] = "",
-    split: Annotated[str, typer.Option(help="Split of --prompts.")] = "train",
+    split: Annotated[str | None, typer.Option(help="Split of --prompts with rows (default train).")] = None,
     processor: Annotated[str | None, typer.Option(help="Processor of --target, if it lies elsewhere.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="What the target computes in.")] = Dtype.auto,
     device: Annotated[str | None, typer.Option(help="Where the target runs: cpu, cuda, cuda:1, …")] = None,
@@ -71,7 +71,7 @@ def bench(
     """Measures arms against plain generate() on the same prompts, in turns, in one process.
 
     Says how much there is to do before it starts; run it again to go on where it was stopped. Ends with 1 if an arm's
-    fp32 text is not plain generate()'s.
+    fp32 text is not plain generate()'s; sampled texts of transformers' own assisted loop never are, and do not count.
     """
     with errors_as_sentences():
         import torch
@@ -90,9 +90,10 @@ def bench(
         console = Console()
         if testbed == (prompts is not None):
             raise BenchmarkError("say what to ask: either --testbed, or --prompts with rows or a data set")
-        if testbed and (max_frames or fps is not None):
+        if testbed and (max_frames or fps is not None or split is not None):
             raise BenchmarkError(
-                "--testbed clips are as long as --visual-tokens says: leave out --max-frames and --fps"
+                "--testbed clips are made, and as long as --visual-tokens says: leave out --max-frames, --fps and "
+                "--split"
             )
         if not testbed and visual_tokens:
             raise BenchmarkError("--visual-tokens is for --testbed: the length of your own videos is --max-frames")
@@ -125,6 +126,9 @@ def bench(
                 "target_sha256": weights_of(target, model),
                 "draft_sha256": sorted(filter(None, parser.weights.values())),
                 "prompts": "testbed" if testbed else prompts,
+                "split": split,
+                "fps": fps,
+                "processor": processor,
                 "dtype": str(model.dtype).removeprefix("torch."),
             },
         )
@@ -146,19 +150,21 @@ def bench(
 
 def results_table(rows: list[dict[str, Any]]) -> Table:
     """The figures that matter most, one line per row of the results."""
+    from ..evaluation.report import optional
+
     table = Table("benchmark", "visual tokens", "T", "seed", box=None)
     table.add_column("arm", overflow="fold")
     for name in ("identical", "τ", "k", "DSR", "ESR"):
         table.add_column(name, no_wrap=True)
     for row in rows:
-        measured = [f"{row[name]:.2f}" if name in row else "" for name in ("tau", "k", "dsr", "esr")]
+        measured = [optional(row.get(name), ".2f") for name in ("tau", "k", "dsr", "esr")]
         table.add_row(
             row["benchmark"],
             str(row["visual_tokens"]),
             f"{row['temperature']:g}",
             str(row["seed"]),
             row["arm"],
-            f"{row['identical']}/{row['prompts']}",
+            "" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
             *measured,
         )
     return table

@@ -12,6 +12,7 @@ from ..errors import BenchmarkError
 from ..generation.integration import follow
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import EVERY_VISUAL_ROW
+from . import baselines  # noqa: F401 - so that AutoModel knows their drafts
 from .comparison import Arm, parse_tree
 from .run_file import digest
 

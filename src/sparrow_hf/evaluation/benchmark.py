@@ -3,6 +3,7 @@
 Each measured prompt is written to a run file at once; a benchmark that was stopped goes on where it was.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,7 +60,7 @@ class Benchmark:
             [`~sparrow_hf.evaluation.prefill.PrefillSnapshot`]).
         is_content: Whether a token id belongs to a content word, for the split of acceptance.
         conditions: What else must not change between two parts of a measurement, JSON types: digests of the weights,
-            where the prompts came from.
+            where the prompts came from and how they were read.
 
     Raises:
         BenchmarkError: There is nothing to measure.
@@ -80,7 +81,9 @@ class Benchmark:
         if not self.prompts or not self.temperatures or not self.seeds:
             raise BenchmarkError("a benchmark needs at least one prompt, one temperature and one seed")
         self.conditions = self.conditions | {
-            "arms": [arm.name for arm in self.arms],
+            # With what they are made of: a name may leave tree and glimpse to the draft's configuration. Through JSON,
+            # as they come back from the run file.
+            "arms": json.loads(json.dumps({arm.name: describe(arm) for arm in self.arms})),
             "max_new_tokens": self.max_new_tokens,
             "shared_prefill": self.shared_prefill,
         }
@@ -141,7 +144,7 @@ class Benchmark:
                         | _key(prompt, setting)
                         | {
                             "visual_tokens": count_visual_tokens(self.target, inputs["input_ids"]),
-                            "arms": {arm.name: describe(arm) for arm in self.arms},
+                            "arms": self.conditions["arms"],
                             "runs": {arm: asdict(run) for arm, run in measured.items()},
                             "provenance": details,
                         }
@@ -149,10 +152,18 @@ class Benchmark:
                     progress.update()
 
     def generate_arguments(self, temperature: float) -> dict[str, Any]:
-        """Arguments of `generate()` that all arms get: greedy, or the target's plain distribution at a temperature."""
-        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": temperature > 0}
+        """Arguments of `generate()` that all arms get: greedy, or the target's plain distribution at a temperature.
+
+        What the target's `generation_config` asks for beyond that (a repetition penalty, nucleus sampling) is off.
+        """
+        arguments: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": temperature > 0,
+            "repetition_penalty": 1.0,
+        }
         if temperature > 0:
-            arguments |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+            # A min_p of 0 would change nothing either, but sort the vocabulary at every token.
+            arguments |= {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
         return arguments
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .arms import PLAIN
-from .results import merge
+from .results import KEY, merge
 
 INTRODUCTION = """# Results
 
@@ -16,7 +16,9 @@ Written by `sparrow bench` from `{data}`; do not edit by hand.
 tokens per target forward after the prefill, pooled over rounds, with a 95 % interval by resampling prompts; k is
 accepted draft tokens per round. DSR compares seconds per token after the prefill (the draft's prefill and first tree
 are inside), ESR whole calls, video encoder and prefill included; both are medians over prompts, with quartiles.
-Decoding the video and the processor are outside of both. A column that is empty could not be measured here.
+Decoding the video and the processor are outside of both. Draft ms per round is all of the draft's time, its prefill
+included, over the rounds. A sampled text of transformers' assisted loop (prompt lookup, assistants) is another one
+than plain's, so there is no identity and no ESR. A column that is empty could not be measured here.
 """
 
 
@@ -28,7 +30,7 @@ def write_report(data: Path, report: Path) -> None:
         parts.append(results["note"] + "\n")
     sections: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in results["rows"]:
-        key = tuple(row[name] for name in ("benchmark", "family", "visual_tokens", "temperature", "seed"))
+        key = tuple(row[name] for name in KEY)
         sections.setdefault(key, []).append(row)
     parts += [section(rows) for rows in sections.values()]
     parts.append(provenance_section([row["provenance"] for row in results["rows"]]))
@@ -40,8 +42,9 @@ def section(rows: Sequence[dict[str, Any]]) -> str:
     """The arms of one table: what was accepted, how fast it was, where the time and the memory went."""
     plain = next(row for row in rows if row["arm"] == PLAIN)
     kind = "greedy" if plain["temperature"] == 0 else f"T = {plain['temperature']:g}, seed {plain['seed']}"
+    length = "" if plain["length"] is None else f"length {plain['length']}, "
     head = (
-        f"## {plain['benchmark']}: {plain['family']}, {plain['visual_tokens']} visual tokens, {kind}\n\n"
+        f"## {plain['benchmark']}: {plain['family']}, {length}{plain['visual_tokens']} visual tokens, {kind}\n\n"
         f"{plain['prompts']} prompts of {plain['visual_tokens_range'][0]} to {plain['visual_tokens_range'][1]} visual "
         "tokens"
     )
@@ -73,7 +76,7 @@ def acceptance_table(rows: Sequence[dict[str, Any]]) -> str:
         [
             [
                 row["arm"],
-                f"{row['identical']}/{row['prompts']}",
+                "" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
                 f"{row['tau']:.2f}",
                 "{:.2f} … {:.2f}".format(*row["tau_interval"]),
                 f"{row['k']:.2f}",
@@ -109,8 +112,8 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['dsr']:.2f}",
                 "{:.2f} … {:.2f}".format(*row["dsr_quartiles"]),
                 "{:.2f} … {:.2f}".format(*row["dsr_interval"]),
-                f"{row['esr']:.2f}",
-                "{:.2f} … {:.2f}".format(*row["esr_quartiles"]),
+                optional(row["esr"], ".2f"),
+                "" if row["esr_quartiles"] is None else "{:.2f} … {:.2f}".format(*row["esr_quartiles"]),
                 f"{row['ms_per_token']:.1f}",
                 optional(row["draft_ms"], ".1f"),
                 optional(row["verify_ms"], ".1f"),

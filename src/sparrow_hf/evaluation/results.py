@@ -37,13 +37,17 @@ def result_row(arm: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     A prompt that some arm answered with its first token has no decode speed. It is left out of every figure of every
     arm, `identical` excepted, and counted as `too_short`.
+
+    transformers' own assisted loop draws other random numbers than plain `generate()`: its sampled texts are others,
+    so `identical`, `first_differences` and the `esr` of whole calls are `None`. And it prefills for itself where the
+    others share a prefill: `peak_extra_mb` is `None` there.
     """
     pairs = [(Run(**line["runs"][PLAIN]), Run(**line["runs"][arm])) for line in lines]
     decoded = [all(run["decode_tokens"] for run in line["runs"].values()) for line in lines]
     plain, runs = ([pair[i] for pair, used in zip(pairs, decoded, strict=True) if used] for i in (0, 1))
     visual = [line["visual_tokens"] for line in lines]
     differences = [run.differs_at for _, run in pairs if run.differs_at is not None]
-    row: dict[str, Any] = {name: lines[0][name] for name in KEY if name != "length"} | {
+    row: dict[str, Any] = {name: lines[0][name] for name in KEY} | {
         "arm": arm,
         "visual_tokens": round(statistics.median(visual)),
         "visual_tokens_range": [min(visual), max(visual)],
@@ -56,7 +60,17 @@ def result_row(arm: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     if runs:
         row |= figures(plain, runs) | phases(runs) | content_acceptance(runs) | memory(plain, runs)
+    if runs_stock_loop(arm, [run for _, run in pairs]):
+        if row["temperature"] > 0:
+            row |= dict.fromkeys(("identical", "first_differences", "esr", "esr_quartiles", "esr_from_dsr"))
+        if lines[0]["provenance"]["shared_prefill"]:
+            row["peak_extra_mb"] = None
     return row | {"provenance": merge(line["provenance"] for line in lines)}
+
+
+def runs_stock_loop(arm: str, runs: Sequence[Run]) -> bool:
+    """Whether transformers' own assisted loop decoded: all but it and plain `generate()` time their phases."""
+    return arm != PLAIN and all(run.verify_seconds is None for run in runs)
 
 
 def figures(plain: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:
@@ -87,8 +101,9 @@ def figures(plain: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:
 def phases(runs: Sequence[Run]) -> dict[str, Any]:
     """Where the time of a call goes.
 
-    `draft_ms` and `verify_ms` are medians per round. `phase_ms` is the median call: prefill (video encoder included),
-    draft (its prefill too), verify (target forwards, walk and commit), other (the rest of `generate()`). Arms without
+    `draft_ms` and `verify_ms` are medians per round, the draft's whole prefill spread over the rounds. `phase_ms` is
+    the median call: prefill (video encoder included), draft (its prefill too), verify (target forwards, walk and
+    commit), other (the rest of `generate()`). Arms without
     a Sparrow draft or our loop know only prefill and other.
     """
     own = [run for run in runs if run.draft_seconds is not None and run.verify_seconds is not None]

@@ -24,19 +24,16 @@ class VideoDataset:
     """Where the rows of a data set lie in a copy of it, and what they say.
 
     Attributes:
-        hub_id, split: Its place on the Hub.
+        hub_id: Its place on the Hub.
         files: File name (a glob) of the rows → folder that their videos lie below; `""` is the whole copy.
         video: Column of the video's name; a name without a suffix may have any of `VIDEO_SUFFIXES`.
         prompt: A row's question, as it is asked.
-        reference: A row's answer.
     """
 
     hub_id: str
-    split: str
     files: Mapping[str, str]
     video: str
     prompt: Callable[[Row], str]
-    reference: Callable[[Row], str]
 
 
 def ask_for_choice(question: str, options: list[str]) -> str:
@@ -55,22 +52,15 @@ def _numbered_options(row: Row) -> list[str]:
     return [option for option in options if option != "N/A"]
 
 
-def _answer(row: Row) -> str:
-    return str(row["answer"])
-
-
 DATASETS: dict[str, VideoDataset] = {
     "videodetailcaption": VideoDataset(
         hub_id="lmms-lab/VideoDetailCaption",
-        split="test",
         files={"test-*.parquet": ""},
         video="video_name",
         prompt=lambda row: row["question"],
-        reference=_answer,
     ),
     "mvbench": VideoDataset(
         hub_id="OpenGVLab/MVBench",
-        split="train",
         files={
             f"{task}.json": folder
             for folder, tasks in {
@@ -90,19 +80,15 @@ DATASETS: dict[str, VideoDataset] = {
         },
         video="video",
         prompt=_with_candidates,
-        reference=_answer,
     ),
     "longvideobench": VideoDataset(
         hub_id="longvideobench/LongVideoBench",
-        split="validation",
         files={"validation-*.parquet": ""},
         video="video_path",
         prompt=lambda row: ask_for_choice(row["question"], _numbered_options(row)),
-        reference=lambda row: _numbered_options(row)[row["correct_choice"]],
     ),
     "mlvu": VideoDataset(
         hub_id="MLVU/MVLU",
-        split="dev",
         files={
             f"{task}.json": task
             for task in (
@@ -119,7 +105,6 @@ DATASETS: dict[str, VideoDataset] = {
         },
         video="video",
         prompt=_with_candidates,
-        reference=_answer,
     ),
 }
 
@@ -128,7 +113,7 @@ class Conversations(NamedTuple):
     """What a copy of a data set holds.
 
     Attributes:
-        rows: `{"messages", "reference"}`, one per question whose video is there.
+        rows: `{"messages"}`, one per question whose video is there.
         missing: Names of videos that rows ask about and the copy does not have.
     """
 
@@ -159,7 +144,7 @@ def read_dataset(name: str, folder: Path) -> Conversations:
         for index, row in enumerate(_read_rows(path)):
             try:
                 video = _find(videos, folder, str(row[dataset.video]), below)
-                prompt, reference = dataset.prompt(row), dataset.reference(row)
+                prompt = dataset.prompt(row)
             except (KeyError, TypeError, IndexError) as error:
                 raise BenchmarkError(
                     f"row {index} of {path} is not of {dataset.hub_id}'s schema ({type(error).__name__}: {error}); it "
@@ -169,7 +154,7 @@ def read_dataset(name: str, folder: Path) -> Conversations:
                 missing.append(str(row[dataset.video]))
                 continue
             content = [{"type": "video", "video": str(video)}, {"type": "text", "text": prompt}]
-            rows.append({"messages": [{"role": "user", "content": content}], "reference": reference})
+            rows.append({"messages": [{"role": "user", "content": content}]})
     if not rows:
         raise BenchmarkError(
             f"{folder} has no question of {dataset.hub_id} with its video ({len(missing)} videos are missing): "
@@ -202,14 +187,14 @@ def _videos_by_name(folder: Path) -> dict[str, list[Path]]:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in VIDEO_SUFFIXES:
             for name in {path.name, path.stem}:
-                found.setdefault(name, []).append(path.resolve())
+                found.setdefault(name, []).append(path.absolute())
     return found
 
 
 def _find(videos: Mapping[str, list[Path]], folder: Path, name: str, below: str) -> Path | None:
     """The first video of a name that lies below a folder called `below`, wherever in the copy that is."""
     for path in videos.get(PurePath(name).name, []):
-        parents = path.relative_to(folder.resolve()).parts[:-1]
+        parents = path.relative_to(folder.absolute()).parts[:-1]
         if not below or any(PurePath(part).match(below) for part in parents):
             return path
     return None

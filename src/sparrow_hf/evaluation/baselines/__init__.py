@@ -1,6 +1,7 @@
 """Rivals of Sparrow that are trained as it is: same decoding loop, same trainer, same data; only the draft differs.
 
-Each is written anew from the published description; docs/baselines.md says what it keeps of the original. Train one:
+Each is written anew from the published description; docs/baselines.md says what it keeps of the original. `AutoModel`
+loads them once this is imported. Train one:
 
     baseline = BASELINES["msd"]
     draft = baseline.draft_class.from_target(target, **baseline.draft)
@@ -10,10 +11,16 @@ Each is written anew from the published description; docs/baselines.md says what
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import AutoConfig, AutoModel
+
 from ...modeling_sparrow import SparrowDraftModel
 from ...rows import EVERY_VISUAL_ROW
 from .hivis import HiViSDraftConfig, HiViSDraftModel
 from .vispec import ViSpecDraftConfig, ViSpecDraftModel
+
+for _draft_class in (ViSpecDraftModel, HiViSDraftModel):
+    AutoConfig.register(_draft_class.config_class.model_type, _draft_class.config_class, exist_ok=True)
+    AutoModel.register(_draft_class.config_class, _draft_class, exist_ok=True)
 
 
 @dataclass(frozen=True)
