@@ -10,8 +10,7 @@ ALL_VISUAL_ROWS = -1
 
 #: Named recipes, as fields of [`SparrowTrainingArguments`]. `"paper"` is Sparrow's: every visual row in training
 #: (IVSB), passes by causal re-input, and the losses and optimiser of ViSpec, whose code it descends from (its own are
-#: not published). `"default"` is the glimpse's, chosen after a first trial; the two are not yet measured against each
-#: other.
+#: not published). `"default"` is the glimpse's: nothing measured better on the testbed (docs/recipes.md).
 TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "probability_l1_weight": 10.0,
