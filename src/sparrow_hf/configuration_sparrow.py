@@ -218,6 +218,11 @@ class SparrowDraftConfig(PreTrainedConfig):
         """`feature_layers` with −1 written as the number of target layers (= the post-norm state)."""
         return tuple(self.target_num_hidden_layers if layer == -1 else layer for layer in self.feature_layers or [-1])
 
+    @property
+    def layer_ids_read(self) -> set[int]:
+        """All target layers whose states a draft may read: its feature layers and its bridge layer."""
+        return {*self.feature_layer_ids, int(self.visual_bridge_layer or 0)}
+
     def check(self) -> None:
         """Raises [`DraftConfigError`] if a field is out of range; runs on construction."""
         depth = self.target_num_hidden_layers

@@ -124,7 +124,7 @@ def bind(config: SparrowDraftConfig, target: PreTrainedModel) -> TargetView:
             "target's own, the acceptance may be lower",
             stacklevel=4,
         )
-    install_hooks(view.layers, view.norm, {*config.feature_layer_ids, int(config.visual_bridge_layer or 0)})
+    install_hooks(view.layers, view.norm, config.layer_ids_read)
     return view
 
 

@@ -32,7 +32,7 @@ def layers_of(draft: SparrowDraftModel) -> list[int]:
 
     All rows of them are needed here; 25,000 rows of a 7B target are 179 MB per layer in bf16.
     """
-    return sorted({*draft.config.feature_layer_ids, int(draft.config.visual_bridge_layer or 0)})
+    return sorted(draft.config.layer_ids_read)
 
 
 @torch.no_grad()

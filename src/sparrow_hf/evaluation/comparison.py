@@ -65,9 +65,7 @@ class Arm:
     @property
     def layers_read(self) -> set[int]:
         """Layers of the target whose states the draft reads from the prefill."""
-        if self.draft is None:
-            return set()
-        return {*self.draft.config.feature_layer_ids, int(self.draft.config.visual_bridge_layer or 0)}
+        return set() if self.draft is None else self.draft.config.layer_ids_read
 
     @contextmanager
     def options(self) -> Iterator[dict[str, Any]]:

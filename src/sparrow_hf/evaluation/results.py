@@ -103,8 +103,7 @@ def phases(runs: Sequence[Run]) -> dict[str, Any]:
 
     `draft_ms` and `verify_ms` are medians per round, the draft's whole prefill spread over the rounds. `phase_ms` is
     the median call: prefill (video encoder included), draft (its prefill too), verify (target forwards, walk and
-    commit), other (the rest of `generate()`). Arms without
-    a Sparrow draft or our loop know only prefill and other.
+    commit), other (the rest of `generate()`). Arms without our loop know only prefill and other.
     """
     own = [run for run in runs if run.draft_seconds is not None and run.verify_seconds is not None]
     calls: dict[str, list[float]] = {
