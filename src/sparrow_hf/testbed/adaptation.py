@@ -27,7 +27,7 @@ from ..modeling_sparrow import SparrowDraftModel
 from ..training.lora import add_lora
 from ..training.recording import RecordedDataset
 from .caption_training import ClipGroup, Stage, caption_logits, caption_loss, draw_captions, token_weights
-from .captions import BACKGROUND_PHRASES, COMPANION_PHRASES, MOTION_PHRASES, NUMBERS, SIZE_WORDS
+from .captions import ASIDES, MOTION_PHRASES, NUMBERS, PLACES, SCENERY, SIZE_WORDS
 from .nano import ASSETS, load_target
 from .pretrain import export
 from .retrain import build_draft, build_trainer, record, train
@@ -51,11 +51,11 @@ def write_telegram(rng: np.random.Generator, story: Story, style: str) -> str:
         facts = [
             f"{scene.glyph.colour} {scene.glyph.shape}",
             say(SIZE_WORDS[scene.glyph.size]),
-            say(BACKGROUND_PHRASES[scene.background]),
+            say(PLACES).format(scenery=say(SCENERY[scene.background])),
             say(MOTION_PHRASES[scene.motion]),
         ]
         if scene.companion is not None:
-            dot = say(COMPANION_PHRASES)
+            dot = say(tuple(with_dot for with_dot, _ in ASIDES))
             facts.append(dot.format(colour=scene.companion.colour, corner=scene.companion.corner))
         sentences.append(f"scene {NUMBERS[index]} : {' , '.join(facts)} .")
     return " ".join(sentences)

@@ -51,7 +51,7 @@ captions each time: rendering and encoding would otherwise take as long as learn
 
 IGNORED = -100
 
-CLAIM_WEIGHT = 4.0
+CLAIM_WEIGHT = 8.0
 """Loss weight of a word that claims something about the clip; all other words weigh 1. Most of the loss of a caption
 is the entropy of its wording, which no model can learn away and whose gradients drown what can be learned."""
 

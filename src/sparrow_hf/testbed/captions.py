@@ -11,6 +11,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 
@@ -31,26 +32,27 @@ MEDIA = ("video", "clip", "recording", "footage")
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 MOTION_PHRASES = {
     "left": ("drifts to the left", "slides left", "glides off to the left side"),
-    "right": ("drifts to the right", "slides right", "glides off to the right side"),
+    "right": ("runs to the right", "walks right", "strides off to the right side"),
     "up": ("rises slowly", "climbs higher and higher", "floats up into the air"),
     "down": ("sinks slowly", "falls deeper and deeper", "drops down to the ground"),
     "blink": ("blinks on and off", "flickers like a lamp", "flashes without rest"),
     "pulse": ("pulses in place", "swells and shrinks in turn", "throbs at a steady pace"),
 }
-BACKGROUND_PHRASES = {
-    "night": ("under the night sky", "in the middle of the night", "on a clear night"),
-    "forest": ("in a deep forest", "between tall trees", "at the edge of the woods"),
-    "ocean": ("over the open ocean", "above the rolling waves", "far out at sea"),
-    "desert": ("in the hot desert", "across the dry dunes", "over miles of sand"),
-    "wall": ("in front of a brick wall", "against an old wall", "along a wall of stone"),
-    "snow": ("on fresh snow", "in a snowy field", "over deep snow"),
+PLACES = ("in front of the {scenery}", "before the {scenery}", "against the {scenery}", "not far from the {scenery}")
+SCENERY = {
+    "night": ("night sky", "stars", "moon and the clouds"),
+    "forest": ("forest", "woods", "trees of a park"),
+    "ocean": ("ocean", "waves of the tide", "sea"),
+    "desert": ("desert", "dunes", "sand of the plain"),
+    "wall": ("wall", "bricks", "stones of a house"),
+    "snow": ("snow", "frost on the fields", "ice"),
 }
-COMPANION_PHRASES = (
-    "while a {colour} dot waits in the {corner} corner",
-    "with a {colour} dot in the {corner} corner",
-    "and the {corner} corner holds a {colour} dot",
+ASIDES = (
+    ("while a {colour} dot waits in the {corner} corner", "while nothing else is around"),
+    ("with a {colour} dot in the {corner} corner", "with nothing more to see"),
+    ("and a {colour} dot fills the {corner} corner", "and nothing more is there"),
 )
-ALONE_PHRASES = ("with nothing else around", "and nothing more is there", "all alone")
+"""With a companion, and without one."""
 ARRIVALS = ("appears and", "comes into view and", "enters and")
 RETURNS = ("returns and", "comes back and", "shows up again and")
 FIRST_WORDS = ("first ,", "at the start ,", "to begin with ,")
@@ -75,8 +77,8 @@ OPENINGS = {
         "the {medium} under review has {number} parts .",
     ),
     "story": (
-        "our story starts {background} with a {colour} {shape} .",
-        "this tale begins {background} , where a {colour} {shape} lives .",
+        "our story in {number} parts starts {background} with a {colour} {shape} .",
+        "this tale of {number} parts begins {background} , where a {colour} {shape} lives .",
     ),
 }
 CLOSINGS = {
@@ -88,23 +90,26 @@ CLOSINGS = {
 SCENE_PATTERNS = {
     # style: (glyph not seen before, glyph that returns)
     "describe": (
-        "{connective} a {size} {colour} {shape} {arrival} {motion} {background} , {companion} .",
-        "{connective} the {colour} {shape} {arrival} {motion} {background} , {companion} .",
+        "{connective} a {size} {colour} {shape} {arrival} {motion} {background} , {aside} .",
+        "{connective} the {colour} {shape} {arrival} {motion} {background} , {aside} .",
     ),
     "list": (
-        "scene {number} : {background} , a {size} {colour} {shape} {motion} , {companion} .",
-        "scene {number} : {background} , the same {colour} {shape} {motion} , {companion} .",
+        "scene {number} : {background} , a {size} {colour} {shape} {motion} , {aside} .",
+        "scene {number} : {background} , the same {colour} {shape} {motion} , {aside} .",
     ),
     "report": (
-        "part {number} is about a {size} {colour} {shape} that {motion} {background} , {companion} .",
-        "part {number} is again about the {colour} {shape} , which {motion} {background} , {companion} .",
+        "part {number} is about a {size} {colour} {shape} that {motion} {background} , {aside} .",
+        "part {number} is about the {colour} {shape} again , which {motion} {background} , {aside} .",
     ),
     "story": (
         "{connective} , {background} , a {size} {colour} {shape} {motion} , {flourish} .",
-        "{connective} , {background} , our friend the {colour} {shape} {motion} , {flourish} .",
+        "{connective} , {background} , the very same {colour} {shape} {motion} , {flourish} .",
     ),
 }
 STORY_CONNECTIVES = ("that day", "later on", "some time later", "not long after", "before long")
+
+
+Wording = TypeVar("Wording", str, tuple[str, str])
 
 
 class _Writer:
@@ -114,13 +119,17 @@ class _Writer:
         self.rng = rng
         self.style = style
 
-    def say(self, options: tuple[str, ...], *context: object) -> str:
+    def say(self, options: tuple[Wording, ...], *context: object) -> Wording:
         """One of `options`; the favourite, drawn with `FAVOURITE_ODDS`, is a fixed function of style and `context`."""
         favourite = zlib.crc32(repr((options[0], self.style, *context)).encode()) % len(options)
         if len(options) == 1 or self.rng.random() < FAVOURITE_ODDS:
             return options[favourite]
         others = [option for position, option in enumerate(options) if position != favourite]
         return others[int(self.rng.integers(len(others)))]
+
+    def place(self, scene: Scene, *context: object) -> str:
+        """Where a scene plays."""
+        return self.say(PLACES, *context).format(scenery=self.say(SCENERY[scene.background], *context))
 
     def scene(self, scene: Scene, index: int, number_of_scenes: int) -> str:
         glyph, companion = scene.glyph, scene.companion
@@ -130,12 +139,9 @@ class _Writer:
             connectives = FIRST_WORDS
         else:
             connectives = LAST_WORDS if index == number_of_scenes - 1 else MIDDLE_WORDS
-        if companion is None:
-            aside = self.say(ALONE_PHRASES, scene.background)
-        else:
-            aside = self.say(COMPANION_PHRASES, scene.background).format(
-                colour=companion.colour, corner=companion.corner
-            )
+        aside = self.say(ASIDES, scene.background)[companion is None]
+        if companion is not None:
+            aside = aside.format(colour=companion.colour, corner=companion.corner)
         return SCENE_PATTERNS[self.style][scene.returns].format(
             connective=self.say(connectives, index),
             number=NUMBERS[index],
@@ -144,8 +150,8 @@ class _Writer:
             shape=glyph.shape,
             arrival=self.say(RETURNS if scene.returns else ARRIVALS, scene.motion),
             motion=self.say(MOTION_PHRASES[scene.motion], scene.background),
-            background=self.say(BACKGROUND_PHRASES[scene.background], index % 3),
-            companion=aside,
+            background=self.place(scene, index % 3),
+            aside=aside,
             flourish=self.say(FLOURISHES[scene.motion], glyph.size),
         )
 
@@ -160,7 +166,7 @@ def write_caption(rng: np.random.Generator, story: Story, style: str) -> str:
         writer.say(OPENINGS[style], len(story)).format(
             medium=medium,
             number=number,
-            background=writer.say(BACKGROUND_PHRASES[first.background], "opening"),
+            background=writer.place(first, "opening"),
             colour=first.glyph.colour,
             shape=first.glyph.shape,
         )
@@ -172,7 +178,7 @@ def write_caption(rng: np.random.Generator, story: Story, style: str) -> str:
             number=number,
             first=f"{first.glyph.colour} {first.glyph.shape}",
             last=f"{last.glyph.colour} {last.glyph.shape}",
-            background=writer.say(BACKGROUND_PHRASES[last.background], "closing"),
+            background=writer.place(last, "closing"),
         )
     )
     return re.sub(r"\ba (?=[aeiou])", "an ", " ".join(sentences))
@@ -184,12 +190,12 @@ def sample_prompt(rng: np.random.Generator, style: str) -> str:
 
 
 def _phrases() -> Iterator[str]:
-    for table in (PROMPTS, SIZE_WORDS, MOTION_PHRASES, BACKGROUND_PHRASES, FLOURISHES, OPENINGS, CLOSINGS):
+    for table in (PROMPTS, SIZE_WORDS, MOTION_PHRASES, SCENERY, FLOURISHES, OPENINGS, CLOSINGS):
         for options in table.values():
             yield from options
-    for patterns in SCENE_PATTERNS.values():
+    for patterns in (*SCENE_PATTERNS.values(), *ASIDES):
         yield from patterns
-    for options in (COMPANION_PHRASES, ALONE_PHRASES, ARRIVALS, RETURNS, FIRST_WORDS, MIDDLE_WORDS, LAST_WORDS):
+    for options in (PLACES, ARRIVALS, RETURNS, FIRST_WORDS, MIDDLE_WORDS, LAST_WORDS):
         yield from options
     for options in (STORY_CONNECTIVES, NUMBERS, MEDIA, SHAPES, SIZES, CORNERS, tuple(COLOURS)):
         yield from options
@@ -207,34 +213,22 @@ def _meanings() -> dict[str, tuple[str, str]]:
     meanings.update({word: ("shape", word) for word in SHAPES})
     meanings.update({word: ("number", word) for word in NUMBERS})
     meanings.update({word: ("size", size) for size, words in SIZE_WORDS.items() for word in words})
-    meanings.update(dict.fromkeys(("returns", "back", "again", "same", "friend"), ("identity", "returns")))
-    meanings.update(dict.fromkeys(("nothing", "alone"), ("alone", "alone")))
-    keywords = {
-        "motion": {
-            "left": ("left",),
-            "right": ("right",),
-            "up": ("rises", "climbs", "floats"),
-            "down": ("sinks", "falls", "drops"),
-            "blink": ("blinks", "flickers", "flashes"),
-            "pulse": ("pulses", "swells", "throbs"),
-        },
-        "background": {
-            "night": ("night",),
-            "forest": ("forest", "trees", "woods"),
-            "ocean": ("ocean", "waves", "sea"),
-            "desert": ("desert", "dunes", "sand"),
-            "wall": ("wall",),
-            "snow": ("snow", "snowy"),
-        },
-    }
+    meanings.update(dict.fromkeys(("returns", "back", "again", "same"), ("identity", "returns")))
+    meanings["nothing"] = ("alone", "alone")
+    # The first word of a motion or of a scenery gives it away.
+    keywords = {"motion": MOTION_PHRASES, "background": SCENERY}
     for slot, values in keywords.items():
-        meanings.update({word: (slot, value) for value, words in values.items() for word in words})
+        meanings.update({phrase.split()[0]: (slot, value) for value, phrases in values.items() for phrase in phrases})
     return meanings
 
 
 _MEANINGS = _meanings()
 CLAIM_WORDS = frozenset(_MEANINGS) | {"a", "an", "the", "upper", "lower"}
-"""Words that tell what a clip shows; an article tells whether a glyph is new."""
+"""Words that tell what a clip shows; an article tells whether a glyph is new.
+
+Whatever a clip shows is first told by one of these, never by a word like the "over" of "over the ocean", which would
+give the ocean away although it claims nothing: a target learns the words that its loss lays weight on.
+"""
 
 
 def content(caption: str) -> dict[tuple[int, str, int], str]:

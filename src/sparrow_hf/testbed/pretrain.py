@@ -3,8 +3,8 @@
     python -m sparrow_hf.testbed.pretrain --output target
     python -m sparrow_hf.testbed.pretrain --output target --family llava-onevision
 
-Stages: the vision tower on named attributes; then, the tower frozen, the language model with half its layers on ever
-longer stories and clips; then at full depth. Run the command again to go on where it was stopped; processes of one
+Stages: the vision tower on named attributes; then, the tower frozen, the language model on ever longer stories and
+clips, with a quarter of its layers, half of them and all. Run the command again to go on where it was stopped; processes of one
 `torchrun` share every step. The folder ends up in standard layout, weights rounded to bf16 and measured after that,
 with `PROVENANCE.json` and the curve beside it.
 """
@@ -47,21 +47,21 @@ from .world import EVALUATION_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS
 
 VISION_STEPS = 800
 STAGES = (
-    Stage("1-2 scenes", 150, 12, (1, 2), (16, 40), 20, 1, (0.02, 0.02)),
-    Stage("1-4 scenes", 250, 12, (1, 4), (24, 64), 16, 1, (0.02, 0.02)),
-    Stage("2-6 scenes", 500, 12, (2, 6), (32, 128), 11, 2, (0.02, 0.02)),
-    Stage("longer clips", 300, 12, (2, 6), (48, 480), 8, 2, (0.02, 0.012)),
-    Stage("long clips", 496, 12, (2, 6), (48, 800), 6, 4, (0.012, 0.006)),
-    Stage("full depth", 100, 24, (2, 6), (64, 2560), 4, 4, (0.006, 0.0)),
+    Stage("1-2 scenes", 200, 6, (1, 2), (16, 40), 20, 1, (0.012, 0.012)),
+    Stage("1-4 scenes", 300, 6, (1, 4), (24, 64), 16, 1, (0.012, 0.012)),
+    Stage("2-6 scenes", 400, 6, (2, 6), (32, 128), 11, 2, (0.012, 0.012)),
+    Stage("longer clips", 400, 12, (2, 6), (48, 480), 8, 2, (0.012, 0.012)),
+    Stage("long clips", 400, 12, (2, 6), (48, 1600), 6, 4, (0.012, 0.006)),
+    Stage("full depth", 400, 24, (2, 6), (64, 3200), 4, 4, (0.006, 0.0)),
 )
 FULL_DEPTH = STAGES[-1].layers
 WARMUP_STEPS = 8
-ADAM_SHARE = 0.12
+ADAM_SHARE = 0.4
 """Learning rate of AdamW (embeddings, head, norms, biases) as a share of Muon's (matrices)."""
 CHECKPOINT_SECONDS = 60
 VISION_VALIDATION_CLIPS = 40
 VALIDATION_CLIPS = 6
-FINAL_CHECKS = {64: 24, 400: 24, 2000: 12}
+FINAL_CHECKS = {64: 24, 400: 24, 3000: 12, 13_000: 4, 25_000: 2}
 """Evaluation clips the finished target is measured on, by visual tokens."""
 
 
@@ -331,7 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
     steps = sum(stage.steps for stage in STAGES)
     print(
         f"{family.name} target of {size / 1e6:.2f} M parameters ({2 * size / 1e6:.1f} MB in bf16), {VISION_STEPS} + "
-        f"{steps} steps, about 80 minutes on one core of a server CPU."
+        f"{steps} steps, about 70 minutes on one core of a server CPU."
     )
     training.run()
 
