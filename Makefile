@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full testbed recipes quality style
+.PHONY: help install demo test test-full testbed results recipes quality style
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,8 +37,15 @@ test-full: $(STAMP)  ## Every test, the long ones included
 	@$(BIN)/python -m pytest -m "" --timeout 3600 $(PYTEST_ARGS)
 
 testbed: $(STAMP)  ## Train the built-in models again from nothing into TESTBED (hours; resumes)
-	@$(BIN)/python -m sparrow_hf.testbed.pretrain --output $(TESTBED)/target
-	@$(BIN)/python -m sparrow_hf.testbed.retrain --target $(TESTBED)/target --output $(TESTBED)/draft
+	@for family in qwen2.5-vl llava-onevision; do \
+		$(BIN)/python -m sparrow_hf.testbed.pretrain --family $$family --output $(TESTBED)/$$family/target && \
+		$(BIN)/python -m sparrow_hf.testbed.retrain --target $(TESTBED)/$$family/target \
+			--output $(TESTBED)/$$family/draft || exit 1; \
+	done
+
+results: $(STAMP)  ## Train the rivals, measure everything, write docs/results.md (hours; resumes)
+	@$(BIN)/python -m sparrow_hf.testbed.results --work $(TESTBED)/results --processes 2 \
+		--output docs/data/results.json --report docs/results.md
 
 recipes: $(STAMP)  ## Compare training recipes on the built-in target: docs/recipes.md (hours; resumes)
 	@$(BIN)/python -m sparrow_hf.testbed.recipes --work $(TESTBED)/recipes --processes 2 \

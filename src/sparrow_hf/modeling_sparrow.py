@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
@@ -74,6 +74,17 @@ class SparrowDraftModel(PreTrainedModel):
         self.provenance: dict[str, Any] = {}
         self._set_unregistered(None)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.feature_fc and isinstance(module, nn.Linear):
+            # Several feature layers start where one does: [0 | … | I], the last layer's states alone.
+            hidden, layers = self.config.hidden_size, self.config.feature_layer_ids
+            last = layers.index(max(layers))
+            start = torch.zeros_like(module.weight)
+            start[:, last * hidden : (last + 1) * hidden] = torch.eye(hidden)
+            initialization.copy_(module.weight, start)
 
     def _set_unregistered(self, target: "TargetView | None") -> None:
         # `nn.Module.__setattr__` would register the target's modules as the draft's own.

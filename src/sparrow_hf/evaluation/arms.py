@@ -1,7 +1,7 @@
 """Arms by name: what a command line calls them, and what they are made of."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,17 @@ class Arms:
     Args:
         target: Every draft is bound to it.
         draft: Folder or Hub id of the draft that `none` and `draft` without an `ID` mean.
+        folders: Short names for the `ID` of drafts and assistants → their folder or Hub id.
 
     Attributes:
         weights: Where drafts and assistants came from → what tells their weights from others (see [`weights_of`]).
     """
 
-    def __init__(self, target: PreTrainedModel, draft: str | None = None):
+    def __init__(self, target: PreTrainedModel, draft: str | None = None, folders: Mapping[str, str] | None = None):
         self.target = target
         self.weights: dict[str, str | None] = {}
         self._draft = draft
+        self._folders = folders or {}
         self._loaded: dict[str, Any] = {}
 
     def parse(self, names: Iterable[str]) -> list[Arm]:
@@ -85,6 +87,7 @@ class Arms:
         source = source or self._draft
         if source is None:
             raise BenchmarkError(f"arm {name!r} needs a draft: name one with --draft, or inside the arm as draft:ID")
+        source = self._folders.get(source, source)
         draft = self._load(f"draft {source!r}", source, AutoModel.from_pretrained)
         if not isinstance(draft, SparrowDraftModel):
             raise BenchmarkError(f"arm {name!r}: {source!r} is a {type(draft).__name__}, not a draft of this package")
@@ -94,6 +97,7 @@ class Arms:
 
     def _assistant(self, name: str) -> PreTrainedModel:
         source = name.removeprefix("assistant:")
+        source = self._folders.get(source, source)
 
         def load(source: str) -> Any:
             try:

@@ -20,6 +20,14 @@ def write_results(runs: Path, output: Path, note: str = "") -> list[dict[str, An
     Args:
         note: What a reader must know about the circumstances.
     """
+    rows = pool_runs(runs)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"note": note, "rows": rows}, indent=1) + "\n")
+    return rows
+
+
+def pool_runs(runs: Path) -> list[dict[str, Any]]:
+    """The rows of all run files of a folder: one per arm, visual length, temperature and seed."""
     rows: list[dict[str, Any]] = []
     for path in sorted(runs.glob("*.jsonl")):
         tables: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -27,8 +35,6 @@ def write_results(runs: Path, output: Path, note: str = "") -> list[dict[str, An
             tables.setdefault(tuple(line[name] for name in KEY), []).append(line)
         for lines in tables.values():
             rows += [result_row(arm, lines) for arm in lines[0]["runs"]]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"note": note, "rows": rows}, indent=1) + "\n")
     return rows
 
 

@@ -202,7 +202,7 @@ def _phrases() -> Iterator[str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word and punctuation mark a prompt or caption can hold, sorted."""
+    """Every word and punctuation mark a prompt or caption can hold, sorted; but for "an", which is spelled."""
     words = {word for phrase in _phrases() for word in re.sub(r"\{\w+\}", " ", phrase).split()}
     return sorted(words)
 
@@ -223,7 +223,7 @@ def _meanings() -> dict[str, tuple[str, str]]:
 
 
 _MEANINGS = _meanings()
-CLAIM_WORDS = frozenset(_MEANINGS) | {"a", "an", "the", "upper", "lower"}
+CLAIM_WORDS = frozenset(_MEANINGS) | {"a", "the", "upper", "lower"}
 """Words that tell what a clip shows; an article tells whether a glyph is new.
 
 Whatever a clip shows is first told by one of these, never by a word like the "over" of "over the ocean", which would

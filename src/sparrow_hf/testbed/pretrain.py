@@ -4,9 +4,9 @@
     python -m sparrow_hf.testbed.pretrain --output target --family llava-onevision
 
 Stages: the vision tower on named attributes; then, the tower frozen, the language model on ever longer stories and
-clips, with a quarter of its layers, half of them and all. Run the command again to go on where it was stopped; processes of one
-`torchrun` share every step. The folder ends up in standard layout, weights rounded to bf16 and measured after that,
-with `PROVENANCE.json` and the curve beside it.
+clips, with a quarter of its layers, half of them and all. Run the command again to go on where it was stopped;
+processes of one `torchrun` share every step. The folder ends up in standard layout, weights rounded to bf16 and
+measured after that, with `PROVENANCE.json` and the curve beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import copy
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +87,23 @@ class Progress:
 class Pretraining:
     """The whole training of a target, one optimizer step after another, from or to a checkpoint.
 
+    Args:
+        output: Folder of the finished target.
+        seed: Draws initial weights and training clips.
+        family: What is trained.
+        depth: Decoder layers of the finished target; stages that would have more have so many.
+
     Raises:
         TrainingOptionsError: `output` holds the training of another family.
     """
 
-    def __init__(self, output: Path, seed: int, family: Family = QWEN2_5_VL):
-        self.output, self.seed, self.family = output, seed, family
+    def __init__(self, output: Path, seed: int, family: Family = QWEN2_5_VL, depth: int = FULL_DEPTH):
+        self.output, self.seed, self.family, self.depth = output, seed, family, depth
+        self.stages = [replace(stage, layers=min(stage.layers, depth)) for stage in STAGES]
         self.processes = PartialState(cpu=True)
         self.processor = build_processor(family)
         self.token_weights = token_weights(self.processor.tokenizer)
-        self.target = build_target(self.processor.tokenizer, STAGES[0].layers, seed, family)
+        self.target = build_target(self.processor.tokenizer, self.stages[0].layers, seed, family)
         self.progress = Progress()
         self.optimizers: list[torch.optim.Optimizer] = []
         self.groups: dict[int, ClipGroup] = {}
@@ -107,7 +114,7 @@ class Pretraining:
     @property
     def stage(self) -> Stage:
         """The stage being trained."""
-        return STAGES[self.progress.stage]
+        return self.stages[self.progress.stage]
 
     def log(self, stage: str, **entry: Any) -> None:
         """Adds a line to the curve."""
@@ -198,7 +205,7 @@ class Pretraining:
         number, step, stage = self.progress.stage, self.progress.step, self.stage
         first, last = stage.learning_rate
         rate = first + (last - first) * step / stage.steps
-        if number == 0 or STAGES[number - 1].layers != stage.layers:
+        if number == 0 or self.stages[number - 1].layers != stage.layers:
             rate *= min(1.0, (step + 1) / WARMUP_STEPS)
         return rate
 
@@ -281,9 +288,9 @@ class Pretraining:
         while True:
             self.train_stage()
             if self.processes.is_main_process:
-                deep = deepen(self.target, self.processor.tokenizer, FULL_DEPTH)
+                deep = deepen(self.target, self.processor.tokenizer, self.depth)
                 export(deep, self.processor, self.output / "training" / "snapshot")
-            if self.stage is STAGES[-1]:
+            if self.stage is self.stages[-1]:
                 break
             self.progress.stage, self.progress.step = self.progress.stage + 1, 0
             self.prepare_stage()
@@ -301,12 +308,12 @@ class Pretraining:
         }
         provenance = {
             "command": "python -m sparrow_hf.testbed.pretrain --output DIR "
-            f"--seed {self.seed} --family {self.family.name}",
+            f"--seed {self.seed} --family {self.family.name} --depth {self.depth}",
             "commit": commit(),
             "torch": torch.__version__,
             "seconds_of_training": round(self.progress.seconds),
             "vision_steps": VISION_STEPS,
-            "stages": [vars(stage) for stage in STAGES],
+            "stages": [vars(stage) for stage in self.stages],
             "content_accuracy_after_bf16_rounding": accuracies,
             "evaluation_clips": {str(tokens): clips for tokens, clips in FINAL_CHECKS.items()},
         }
@@ -320,13 +327,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained target")
     parser.add_argument("--family", choices=[family.name for family in FAMILIES], default=QWEN2_5_VL.name)
     parser.add_argument("--seed", type=int, default=0, help="draws initial weights and training clips")
+    parser.add_argument("--depth", type=int, default=FULL_DEPTH, help="decoder layers; fewer make a small sibling")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; more rarely help on a small machine")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
     family = next(family for family in FAMILIES if family.name == options.family)
-    training = Pretraining(options.output, options.seed, family)
-    whole = build_target(training.processor.tokenizer, FULL_DEPTH, family=family)
+    training = Pretraining(options.output, options.seed, family, options.depth)
+    whole = build_target(training.processor.tokenizer, options.depth, family=family)
     size = sum(parameter.numel() for parameter in whole.parameters())
     steps = sum(stage.steps for stage in STAGES)
     print(

@@ -38,6 +38,7 @@ from .nano import load_target
 from .vision_pretraining import through_codec
 from .world import FRAMES_PER_SECOND, TRAIN_SEEDS, VALIDATION_SEEDS, messages_for, render, write_script
 
+CLIPS, VALIDATION_CLIPS, STEPS = 1024, 64, 600
 SHORT_CLIPS, LONG_CLIPS = (32, 400), (400, 2048)
 """Visual tokens of a clip, drawn evenly on a logarithmic scale from one of the two."""
 LONG_SHARE = 0.08
@@ -140,22 +141,29 @@ def record(
     seeds: Sequence[int],
     folder: Path,
     visual_tokens: int | None = None,
+    projected: Path | None = None,
 ) -> None:
     """Records all clips in `folder`: what is not there yet is captioned, read and stored.
 
-    Processes of one launch share the work. Clips have `visual_tokens`, or lengths drawn from their seeds.
+    Processes of one launch share the work. Clips have `visual_tokens`, or lengths drawn from their seeds. A second
+    recording of the same captions, `projected`, has the projected visual features in place of the middle layer's.
     """
     processes = PartialState(cpu=True)
-    draft = SparrowDraftModel.from_target(target, feature_layers=recorded_features(target))
     source = {"first_clip": seeds[0], "clips": len(seeds), "visual_tokens": visual_tokens}
-    recorder = Recorder(draft, folder, source=source)
+    features = recorded_features(target)
+    recorders = [Recorder(SparrowDraftModel.from_target(target, feature_layers=features), folder, source=source)]
+    if projected is not None:
+        draft = SparrowDraftModel.from_target(target, feature_layers=features, visual_bridge_layer=0)
+        recorders.append(Recorder(draft, projected, source=source))
     own = range(0, len(seeds), CLIPS_PER_BATCH)[processes.process_index :: processes.num_processes]
     for start in tqdm(own, desc=f"recording {folder.name}", disable=not processes.is_main_process):
         chunk = seeds[start : start + CLIPS_PER_BATCH]
         # Whole chunks: how captions are padded must not depend on where a run was stopped.
-        if not all(recorder.path(start + offset).exists() for offset in range(len(chunk))):
+        paths = [recorder.path(start + offset) for recorder in recorders for offset in range(len(chunk))]
+        if not all(path.exists() for path in paths):
             for offset, sample in caption_clips(target, processor, chunk, visual_tokens):
-                recorder.write(start + offset, sample)
+                for recorder in recorders:
+                    recorder.write(start + offset, sample)
     processes.wait_for_everyone()
 
 
@@ -212,10 +220,16 @@ class MuonWithAdam(Muon):
             parameter.sub_(mean / (square.sqrt() + 1e-8), alpha=vectors["lr"])
 
 
-def build_draft(target: Any, seed: int = 0, text_only: bool = False, **overrides: Any) -> SparrowDraftModel:
+def build_draft(
+    target: Any,
+    seed: int = 0,
+    text_only: bool = False,
+    draft_class: type[SparrowDraftModel] = SparrowDraftModel,
+    **overrides: Any,
+) -> SparrowDraftModel:
     """An untrained draft of the testbed; `overrides` are fields of its configuration, over `DRAFT`."""
     torch.manual_seed(seed)
-    draft = SparrowDraftModel.from_target(target, **(DRAFT | (TEXT_ONLY_DRAFT if text_only else {}) | overrides))
+    draft = draft_class.from_target(target, **(DRAFT | (TEXT_ONLY_DRAFT if text_only else {}) | overrides))
     if text_only:
         blindfold(draft)
     return draft
@@ -260,9 +274,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--target", type=Path, required=True, help="folder of the trained target")
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained draft")
     parser.add_argument("--recording", type=Path, help="folder of the recorded states (default: OUTPUT/recording)")
-    parser.add_argument("--clips", type=int, default=1024, help="training clips")
-    parser.add_argument("--validation-clips", type=int, default=64, help="clips the curve is measured on")
-    parser.add_argument("--steps", type=int, default=1800, help="optimizer steps")
+    parser.add_argument("--clips", type=int, default=CLIPS, help="training clips")
+    parser.add_argument(
+        "--validation-clips", type=int, default=VALIDATION_CLIPS, help="clips the curve is measured on"
+    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0, help="draws initial weights, order, visual rows")
     parser.add_argument("--text-only", action="store_true", help="train the baseline that reads no target states")
     parser.add_argument("--record-only", action="store_true", help="stop before training; processes may share this")
@@ -300,6 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
         "target_sha256": target_digest(target),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "steps": options.steps,
         "clips": [min(TRAIN_SEEDS[-options.clips :]), options.clips],
         "answer_tokens": sum(rows.answer_length(index) for index in range(len(rows))),
         "draft": {name: getattr(trainer.draft.config, name) for name in DRAFT},

@@ -1,0 +1,56 @@
+"""What `sparrow analyze` finds out about the testbed's targets, on clips whose captions are scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...analysis import Conversation, analyze
+from ...evaluation.provenance import provenance
+from ...evaluation.run_file import digest
+from ...modeling_sparrow import SparrowDraftModel
+from .. import SHIPPED
+from ..captions import content_score
+from ..families import Family
+from ..nano import MAX_CAPTION_TOKENS, load_target
+from ..world import EVALUATION_SEEDS, make_clip
+
+CLIPS = {400: 6, 3000: 3}
+"""Visual tokens → clips."""
+DRAFT = "msd"
+"""The draft whose visual rows are taken away: one that was trained with all of them."""
+
+
+def score(caption: str, reference: str) -> float:
+    """Share of the claims that a caption gets right."""
+    agreed, claimed = content_score(caption, reference)
+    return agreed / claimed
+
+
+def analyse(family: Family, draft_folder: Path, work: Path, command: str) -> None:
+    """Analyses a family's target; records of a stopped analysis are not made again."""
+    folder, target_folder = work / "analysis", SHIPPED[family.name] / "target"
+    target, processor = load_target(target_folder)
+    conversations = []
+    for length, clips in CLIPS.items():
+        for seed in EVALUATION_SEEDS[:clips]:
+            clip = make_clip(folder / "clips" / f"{length}-{seed}.mp4", seed, length, family.tokens_per_step)
+            conversations.append(Conversation(clip.messages, clip.caption))
+    draft = SparrowDraftModel.from_pretrained(draft_folder).eval()
+    draft.config.set_tree_shape("chain-5")
+    summary = analyze(
+        target,
+        processor,
+        conversations,
+        folder,
+        draft=draft,
+        score=score,
+        max_new_tokens=MAX_CAPTION_TOKENS,
+    )
+    details = {"command": command, "target_sha256": digest(target_folder), "draft_sha256": digest(draft_folder)}
+    report: dict[str, Any] = {
+        "family": target.config.model_type,
+        "provenance": provenance(target, **details),
+    } | summary
+    (work / f"{family.name}.analysis.json").write_text(json.dumps(report) + "\n")

@@ -1,0 +1,141 @@
+"""What `make results` measures: cells of arms that answer the same prompts, by family.
+
+An arm's name is `sparrow bench`'s; `draft:NAME` is a contender (see `contenders.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...evaluation.arms import Arms
+from ...evaluation.benchmark import Benchmark, Prompt
+from ...evaluation.run_file import digest
+from ..captions import STYLES
+from ..prompts import clip_prompts, picture_prompts, says_what_it_shows, text_prompts
+from .contenders import PROVENANCE_FILE, SHIPPED_DRAFT, SIBLING
+
+MAX_NEW_TOKENS = 320
+
+_DEFAULT = ("draft:sparrow@chain-5", "draft:sparrow@chain-7", "draft:sparrow@30-4-8", "draft:sparrow@48-5-10")
+_RIVALS = (
+    "prompt-lookup",
+    f"assistant:{SIBLING}",
+    "draft:text-only@chain-5",
+    "draft:msd@chain-5",
+    "draft:msd@chain-5/glimpse=0",
+    "draft:vispec@chain-5",
+    "draft:hivis@chain-5",
+)
+_ABLATIONS = (
+    "draft:paper@chain-5",
+    "draft:paper@chain-5/glimpse=all",
+    "draft:no-bridge@chain-5",
+    "draft:no-bridge@chain-5/glimpse=all",
+    "draft:no-mtp@chain-5",
+    "draft:no-window@chain-5",
+)
+_GLIMPSES = tuple(f"draft:sparrow@chain-5/glimpse={rows}" for rows in (0, 16, 256, "all"))
+_TREES_OF_RIVALS = ("draft:paper@48-5-10", "draft:msd@48-5-10", "draft:vispec@48-5-10", "draft:hivis@48-5-10")
+_LONG = (
+    "none",
+    *_DEFAULT,
+    *_RIVALS,
+    "draft:paper@chain-5",
+    "draft:paper@chain-5/glimpse=all",
+    "draft:no-bridge@chain-5",
+    "draft:no-window@chain-5",
+    "draft:sparrow@chain-5/glimpse=0",
+)
+_FEW = ("none", "prompt-lookup", *_DEFAULT, "draft:paper@chain-5", "draft:msd@chain-5", "draft:vispec@chain-5")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Arms that answer the same prompts.
+
+    Attributes:
+        arms: Beside plain `generate()`, which always takes part.
+        prompts: How many.
+        visual_tokens: Of a clip; `None` where the prompts show none.
+        kind: `clip`, `picture` or `text`.
+        temperature: 0 is greedy.
+        dtype: What target and drafts compute in.
+    """
+
+    arms: tuple[str, ...]
+    prompts: int
+    visual_tokens: int | None = None
+    kind: str = "clip"
+    temperature: float = 0.0
+    dtype: str = "float32"
+
+
+CELLS: dict[str, Cell] = {
+    "video-400": Cell(("none", *_DEFAULT, *_RIVALS, *_ABLATIONS, *_GLIMPSES, *_TREES_OF_RIVALS), 16, 400),
+    "video-3000": Cell(("none", *_DEFAULT, *_RIVALS, *_ABLATIONS, *_GLIMPSES, *_TREES_OF_RIVALS), 8, 3000),
+    "video-13000": Cell(_LONG, 4, 13_000),
+    "video-25000": Cell(_LONG, 2, 25_000),
+    "sampling-400": Cell(_FEW, 16, 400, temperature=1.0),
+    "sampling-3000": Cell(_FEW, 8, 3000, temperature=1.0),
+    "pictures": Cell(_FEW, 16, kind="picture"),
+    "text": Cell(_FEW, len(STYLES) * 2, kind="text"),
+    "bfloat16-400": Cell(("none", *_DEFAULT), 16, 400, dtype="bfloat16"),
+}
+
+
+def is_ready(arm: str, folders: Mapping[str, Path]) -> bool:
+    """Whether the contender that an arm names, if it names one, is finished."""
+    named = re.match(r"(?:draft|assistant):([\w-]+)", arm)
+    return named is None or (folders[named[1]] / PROVENANCE_FILE).exists()
+
+
+def benchmark(
+    family: str, name: str, target_folder: Path, target: Any, processor: Any, folders: Mapping[str, Path], command: str
+) -> Benchmark:
+    """A cell, ready to be measured. Arms whose contender is not finished are left out.
+
+    Args:
+        family: Of the testbed.
+        name: Of the cell.
+        target_folder: Where the target was loaded from.
+        target, processor: In fp32; brought to the cell's dtype.
+        folders: Short name → folder of every contender.
+        command: For the provenance of every row.
+    """
+    cell = CELLS[name]
+    target = target.to(getattr(torch, cell.dtype))
+    arms = Arms(target, str(folders[SHIPPED_DRAFT]), {name: str(folder) for name, folder in folders.items()})
+    return Benchmark(
+        f"{family}-{name}",
+        target,
+        arms.parse(arm for arm in cell.arms if is_ready(arm, folders)),
+        prompts_of(cell, target, processor),
+        [cell.temperature],
+        max_new_tokens=MAX_NEW_TOKENS,
+        # Whoever prefills for himself is the only one to pay for a video that takes longer than all the rest.
+        shared_prefill=cell.visual_tokens is not None and cell.visual_tokens >= 3000,
+        is_content=says_what_it_shows(processor),
+        conditions={
+            "command": command,
+            "target_sha256": digest(target_folder),
+            "draft_sha256": sorted(filter(None, arms.weights.values())),
+            "prompts": cell.kind,
+            "dtype": cell.dtype,
+        },
+    )
+
+
+def prompts_of(cell: Cell, target: Any, processor: Any) -> Sequence[Prompt]:
+    """The prompts of a cell; none of them was trained on."""
+    if cell.kind == "picture":
+        return picture_prompts(processor, cell.prompts)
+    if cell.kind == "text":
+        return text_prompts(processor, cell.prompts)
+    assert cell.visual_tokens is not None
+    return clip_prompts(target, processor, cell.prompts, [cell.visual_tokens])
