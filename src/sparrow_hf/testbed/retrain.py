@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,9 +39,12 @@ from .world import FRAMES_PER_SECOND, TRAIN_SEEDS, VALIDATION_SEEDS, messages_fo
 
 CLIPS, VALIDATION_CLIPS, STEPS = 1024, 64, 600
 SHORT_CLIPS, LONG_CLIPS = (32, 400), (400, 2048)
-"""Visual tokens of a clip, drawn evenly on a logarithmic scale from one of the two."""
+"""Visual tokens of a clip, from one of the two."""
 LONG_SHARE = 0.08
-CLIPS_PER_BATCH = 64
+NUM_LENGTHS = 12
+"""Lengths in each of the two, evenly spread on a logarithmic scale: few, because some processors take only clips of
+one length together."""
+CLIPS_PER_BATCH = 128
 """Clips captioned at a time, before they are read and stored."""
 CAPTION_BATCH_ROWS = 16_384
 """Prompt rows, padding included, of clips captioned together: a decoding step costs the same for few or many."""
@@ -83,7 +85,7 @@ def clip_length(seed: int) -> int:
     """Visual tokens of the training or validation clip `seed`."""
     rng = np.random.default_rng([seed, 2])
     low, high = LONG_CLIPS if rng.random() < LONG_SHARE else SHORT_CLIPS
-    return round(math.exp(rng.uniform(math.log(low), math.log(high))))
+    return round(low * (high / low) ** (rng.integers(NUM_LENGTHS) / (NUM_LENGTHS - 1)))
 
 
 def clip_prompt(processor: Any, seed: int, visual_tokens: int, tokens_per_step: int) -> dict[str, Any]:
