@@ -16,8 +16,9 @@ DEFAULT_ARMS = ["none", "prompt-lookup", "draft@chain-5", "draft@48-5-10"]
 def bench(
     output: Annotated[Path, typer.Option(help="JSON file of the results: one row per arm, length and temperature.")],
     target: Annotated[
-        str | None, typer.Option(help="The video LLM: folder or Hub id (default: the built-in).")
+        str | None, typer.Option(help="The video LLM: folder or Hub id (default: a built-in one).")
     ] = None,
+    family: Annotated[str, typer.Option(help="Which built-in models: qwen2.5-vl or llava-onevision.")] = "qwen2.5-vl",
     draft: Annotated[
         str | None, typer.Option(help="The draft of the arms `none` and `draft`: folder or Hub id.")
     ] = None,
@@ -82,8 +83,8 @@ def bench(
         from ..evaluation.prompts import conversation_prompts, read_conversations
         from ..evaluation.report import write_report
         from ..evaluation.results import write_results
-        from ..testbed.nano import ASSETS
-        from ..testbed.prompts import clip_prompts, says_what_it_shows
+        from ..testbed import shipped
+        from ..testbed.prompts import clip_prompts, knows_the_world, says_what_it_shows
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -100,7 +101,8 @@ def bench(
         if target is None:
             # So small that a second thread costs more than it computes.
             torch.set_num_threads(1)
-            target, draft, device = str(ASSETS / "target"), draft or str(ASSETS / "draft"), device or "cpu"
+            folder = shipped(family)
+            target, draft, device = str(folder / "target"), draft or str(folder / "draft"), device or "cpu"
         conversations = None if prompts is None else read_conversations(prompts, split, limit)
         model, its_processor = load_target(target, processor, dtype, device)
         if conversations is None:
@@ -121,7 +123,7 @@ def bench(
             seeds or [0],
             max_new_tokens,
             shared_prefill,
-            says_what_it_shows(its_processor) if testbed else None,
+            says_what_it_shows(its_processor) if testbed and knows_the_world(its_processor) else None,
             {
                 "target_sha256": weights_of(target, model),
                 "draft_sha256": sorted(filter(None, parser.weights.values())),

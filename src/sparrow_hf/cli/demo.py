@@ -27,6 +27,7 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest caption, in tokens.")] = 320,
     output: Annotated[Path | None, typer.Option(help="Folder to keep the clips in.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the verdict to this file.")] = None,
+    family: Annotated[str, typer.Option(help="Which built-in models: qwen2.5-vl or llava-onevision.")] = "qwen2.5-vl",
     target: Annotated[str | None, typer.Option(help="Your own video LLM: folder or Hub id.")] = None,
     draft: Annotated[str | None, typer.Option(help="Your own draft: folder or Hub id.")] = None,
     processor: Annotated[str | None, typer.Option(help="Processor of --target, if it lies elsewhere.")] = None,
@@ -54,10 +55,10 @@ def demo(
         shape = None if tree is None else parse_tree(tree)
         console = Console()
         with console.status("Loading the models"):
-            models = load_models(target, draft, processor, device)
+            models = load_models(target, draft, processor, device, family)
         with tempfile.TemporaryDirectory() as scratch:
             if video is None:
-                prompts = unseen_clips(output or Path(scratch), seed, clips, visual_tokens)
+                prompts = unseen_clips(models.target, output or Path(scratch), seed, clips, visual_tokens)
             else:
                 prompts = iter([question_about(video, question)])
             verdict = run_demo(

@@ -119,16 +119,21 @@ class Verdict:
 
 
 def load_models(
-    target: str | None, draft: str | None, processor: str | None = None, device: str | None = None
+    target: str | None,
+    draft: str | None,
+    processor: str | None = None,
+    device: str | None = None,
+    family: str = "qwen2.5-vl",
 ) -> Models:
-    """Loads from folders or Hub ids; what is not named is the testbed's.
+    """Loads from folders or Hub ids; what is not named is the testbed's, of a family.
 
     Raises:
         DemoError: Something is not there, or is not what it should be.
+        TargetLoadError: There is no such family.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from ..testbed import ASSETS
+    from ..testbed import shipped
 
     if target is None:
         # So small that a second thread costs more than it computes.
@@ -136,7 +141,8 @@ def load_models(
         device = device or "cpu"
     elif draft is None:
         raise DemoError("A target of your own needs a draft made for it: name one with --draft.")
-    target, draft = target or str(ASSETS / "target"), draft or str(ASSETS / "draft")
+    if target is None or draft is None:
+        target, draft = target or str(shipped(family) / "target"), draft or str(shipped(family) / "draft")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Models(
         _load(
@@ -157,13 +163,19 @@ def _load(what: str, name: str, load: Callable[[], Any]) -> Any:
         raise DemoError(f"The {what} {name!r} cannot be loaded: {reason}") from error
 
 
-def unseen_clips(folder: Path, seed: int, count: int, visual_tokens: int) -> Iterator[Prompt]:
-    """Writes clips of the testbed's world that its models have not seen, one at a time."""
-    from ..testbed import EVALUATION_SEEDS, make_clip
+def unseen_clips(target: Any, folder: Path, seed: int, count: int, visual_tokens: int) -> Iterator[Prompt]:
+    """Writes clips of the testbed's world that its models have not seen, one at a time.
+
+    They have so many visual tokens for targets of the testbed's families; for others they are as long as for its
+    Qwen2.5-VL.
+    """
+    from ..testbed import EVALUATION_SEEDS, FAMILIES, QWEN2_5_VL, make_clip
+
+    family = next((family for family in FAMILIES if isinstance(target, family.model_class)), QWEN2_5_VL)
 
     for clip_seed in EVALUATION_SEEDS[seed : seed + count]:
         path = folder / f"clip-{clip_seed}.mp4"
-        yield Prompt(path.name, make_clip(path, clip_seed, visual_tokens).messages)
+        yield Prompt(path.name, make_clip(path, clip_seed, visual_tokens, family.tokens_per_step).messages)
 
 
 def question_about(video: Path, question: str) -> Prompt:

@@ -5,6 +5,7 @@ Usable right after installation, offline: `load()` gives the models, `make_clip(
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TargetLoadError
@@ -30,6 +31,13 @@ def load(family: str = QWEN2_5_VL.name) -> tuple[Any, Any, SparrowDraftModel]:
     """
     from ..modeling_sparrow import SparrowDraftModel
 
+    folder = shipped(family)
+    target, processor = load_target(folder / "target")
+    return target, processor, SparrowDraftModel.from_pretrained(folder / "draft").eval()
+
+
+def shipped(family: str = QWEN2_5_VL.name) -> Path:
+    """The folder of a family's `target` and `draft`; raises as `load` does."""
     folder = SHIPPED.get(family)
     if folder is None:
         known = " and ".join(repr(name) for name in SHIPPED)
@@ -41,13 +49,13 @@ def load(family: str = QWEN2_5_VL.name) -> tuple[Any, Any, SparrowDraftModel]:
             f"target with `python -m sparrow_hf.testbed.pretrain --family {family} --output DIR`, then its draft with "
             "`python -m sparrow_hf.testbed.retrain --target DIR --output DRAFT`, and load both from there."
         )
-    target, processor = load_target(folder / "target")
-    return target, processor, SparrowDraftModel.from_pretrained(folder / "draft").eval()
+    return folder
 
 
 __all__ = [
     "EVALUATION_SEEDS",
     "FAMILIES",
+    "QWEN2_5_VL",
     "TRAIN_SEEDS",
     "VALIDATION_SEEDS",
     "Clip",
@@ -57,4 +65,5 @@ __all__ = [
     "load",
     "load_target",
     "make_clip",
+    "shipped",
 ]

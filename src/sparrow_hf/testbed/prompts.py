@@ -72,6 +72,11 @@ def text_prompts(processor: ProcessorMixin, number: int) -> list[Prompt]:
     ]
 
 
+def knows_the_world(processor: Any) -> bool:
+    """Whether a tokenizer has the world's words as tokens, so that [`says_what_it_shows`] means something."""
+    return set(CLAIM_WORDS) <= set(processor.tokenizer.get_vocab())
+
+
 def says_what_it_shows(processor: Any) -> Callable[[int], bool]:
     """Whether a token id is a word that tells what a clip shows: the content words of the world."""
     return set(processor.tokenizer.convert_tokens_to_ids(sorted(CLAIM_WORDS))).__contains__
