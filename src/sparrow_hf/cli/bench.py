@@ -34,7 +34,7 @@ def bench(
         list[str] | None,
         typer.Option(
             help="What to measure beside plain generate() (repeat for several): none, prompt-lookup[-N], "
-            "assistant:ID, draft[:ID][@TREE][/glimpse=M]."
+            "assistant:ID, specvlm:ID, draft[:ID][@TREE][/glimpse=M]."
         ),
     ] = None,
     visual_tokens: Annotated[

@@ -32,6 +32,7 @@ class Arms:
     | `none` | our loop without a draft: what of a speed-up is not the draft's |
     | `prompt-lookup[-N]` | transformers copies up to N tokens per round from the context |
     | `assistant:ID` | transformers' assisted generation with a small model |
+    | `specvlm:ID` | the same on a prompt whose visual tokens the target has sifted |
     | `draft[:ID][@TREE][/glimpse=M]` | a draft, `ID` a folder or Hub id, with a tree and M (or `all`) visual rows |
 
     Args:
@@ -67,8 +68,9 @@ class Arms:
             return Arm(name, self._bound_draft(name, None), TREE_PRESETS["none"])
         if found := _LOOKUP.fullmatch(name):
             return Arm(name, prompt_lookup_num_tokens=int(found["tokens"] or PROMPT_LOOKUP_TOKENS))
-        if name.startswith("assistant:"):
-            return Arm(name, assistant=self._assistant(name))
+        kind, _, source = name.partition(":")
+        if kind in ("assistant", "specvlm") and source:
+            return Arm(name, assistant=self._assistant(source), prunes_prompt=kind == "specvlm")
         if found := _DRAFT.fullmatch(name):
             draft = self._bound_draft(name, found["source"])
             glimpse = found["glimpse"]
@@ -79,7 +81,7 @@ class Arms:
                 EVERY_VISUAL_ROW if glimpse == "all" else int(glimpse) if glimpse else draft.config.num_glimpse_tokens,
             )
         raise BenchmarkError(
-            f"unknown arm {name!r}: give plain, none, prompt-lookup[-N], assistant:ID or "
+            f"unknown arm {name!r}: give plain, none, prompt-lookup[-N], assistant:ID, specvlm:ID or "
             "draft[:ID][@TREE][/glimpse=M], such as draft@48-5-10/glimpse=0"
         )
 
@@ -95,8 +97,7 @@ class Arms:
         self.weights[source] = weights_of(source, draft)
         return draft
 
-    def _assistant(self, name: str) -> PreTrainedModel:
-        source = name.removeprefix("assistant:")
+    def _assistant(self, source: str) -> PreTrainedModel:
         source = self._folders.get(source, source)
 
         def load(source: str) -> Any:

@@ -20,6 +20,7 @@ from ..configuration_sparrow import TREE_PRESETS, TreeShape, check_tree_shape
 from ..errors import DraftConfigError
 from ..generation.stopwatch import StopWatch
 from ..modeling_sparrow import SparrowDraftModel
+from .baselines import specvlm
 from .metrics import Run, count_asked
 from .prefill import PrefillSnapshot
 
@@ -39,6 +40,7 @@ class Arm:
         num_glimpse_tokens: Visual rows the draft keeps in its window; its configured number by default.
         prompt_lookup_num_tokens: Most tokens per round that transformers' prompt lookup copies from the context.
         assistant: A small model of the target's own kind, run by transformers' assisted generation.
+        prunes_prompt: The assistant reads a prompt that the target has sifted (see [`specvlm`]).
     """
 
     name: str
@@ -47,12 +49,15 @@ class Arm:
     num_glimpse_tokens: int | None = None
     prompt_lookup_num_tokens: int | None = None
     assistant: PreTrainedModel | None = None
+    prunes_prompt: bool = False
 
     @property
     def num_draft_levels(self) -> int:
         """Most draft tokens a round can accept."""
         if self.draft is not None:
             return (self.tree or self.draft.config.tree_shape).num_draft_levels
+        if self.prunes_prompt:
+            return specvlm.NUM_DRAFT_TOKENS
         if self.assistant is not None:
             return self.assistant.generation_config.num_assistant_tokens or ASSISTANT_TOKENS
         return self.prompt_lookup_num_tokens or 0
@@ -116,6 +121,8 @@ def measure(
         options = stack.enter_context(arm.options())
         if prefill is not None and is_replayed:
             inputs = stack.enter_context(prefill.replayed())
+        if arm.prunes_prompt and arm.assistant is not None:
+            stack.enter_context(specvlm.drafting_on_pruned_prompts(target, arm.assistant, inputs))
         watch = stack.enter_context(StopWatch(target))
         target.generate(**inputs, **settings, **options, streamer=watch)
     run = Run(

@@ -92,13 +92,17 @@ class Pretraining:
         seed: Draws initial weights and training clips.
         family: What is trained.
         depth: Decoder layers of the finished target; stages that would have more have so many.
+        tower: Folder of a finished target of the family, whose tower this one gets: transformers hands an assistant
+            the target's own encoding of a video, so a small sibling must see as the target does.
 
     Raises:
         TrainingOptionsError: `output` holds the training of another family.
     """
 
-    def __init__(self, output: Path, seed: int, family: Family = QWEN2_5_VL, depth: int = FULL_DEPTH):
-        self.output, self.seed, self.family, self.depth = output, seed, family, depth
+    def __init__(
+        self, output: Path, seed: int, family: Family = QWEN2_5_VL, depth: int = FULL_DEPTH, tower: Path | None = None
+    ):
+        self.output, self.seed, self.family, self.depth, self.tower = output, seed, family, depth, tower
         self.stages = [replace(stage, layers=min(stage.layers, depth)) for stage in STAGES]
         self.processes = PartialState(cpu=True)
         self.processor = build_processor(family)
@@ -168,6 +172,10 @@ class Pretraining:
 
     def train_vision(self) -> None:
         """First stage; short enough to be started over if it is stopped."""
+        if self.tower is not None:
+            finished, _ = load_target(self.tower)
+            self.family.vision(self.target).load_state_dict(self.family.vision(finished).state_dict())
+            return
         start = time.monotonic()
         vision = VisionPretraining(self.target, self.processor, TRAIN_SEEDS, VISION_STEPS, self.seed)
         for step in tqdm(range(VISION_STEPS), desc="vision tower"):
@@ -308,11 +316,12 @@ class Pretraining:
         }
         provenance = {
             "command": "python -m sparrow_hf.testbed.pretrain --output DIR "
-            f"--seed {self.seed} --family {self.family.name} --depth {self.depth}",
+            f"--seed {self.seed} --family {self.family.name} --depth {self.depth}"
+            + (" --tower TARGET" if self.tower else ""),
             "commit": commit(),
             "torch": torch.__version__,
             "seconds_of_training": round(self.progress.seconds),
-            "vision_steps": VISION_STEPS,
+            "vision_steps": 0 if self.tower else VISION_STEPS,
             "stages": [vars(stage) for stage in self.stages],
             "content_accuracy_after_bf16_rounding": accuracies,
             "evaluation_clips": {str(tokens): clips for tokens, clips in FINAL_CHECKS.items()},
@@ -328,12 +337,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--family", choices=[family.name for family in FAMILIES], default=QWEN2_5_VL.name)
     parser.add_argument("--seed", type=int, default=0, help="draws initial weights and training clips")
     parser.add_argument("--depth", type=int, default=FULL_DEPTH, help="decoder layers; fewer make a small sibling")
+    parser.add_argument("--tower", type=Path, help="finished target whose vision tower to take")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; more rarely help on a small machine")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
     family = next(family for family in FAMILIES if family.name == options.family)
-    training = Pretraining(options.output, options.seed, family, options.depth)
+    training = Pretraining(options.output, options.seed, family, options.depth, options.tower)
     whole = build_target(training.processor.tokenizer, options.depth, family=family)
     size = sum(parameter.numel() for parameter in whole.parameters())
     steps = sum(stage.steps for stage in STAGES)

@@ -26,6 +26,7 @@ _DEFAULT = ("draft:sparrow@chain-5", "draft:sparrow@chain-7", "draft:sparrow@30-
 _RIVALS = (
     "prompt-lookup",
     f"assistant:{SIBLING}",
+    f"specvlm:{SIBLING}",
     "draft:text-only@chain-5",
     "draft:msd@chain-5",
     "draft:msd@chain-5/glimpse=0",
@@ -91,7 +92,7 @@ CELLS: dict[str, Cell] = {
 
 def is_ready(arm: str, folders: Mapping[str, Path]) -> bool:
     """Whether the contender that an arm names, if it names one, is finished."""
-    named = re.match(r"(?:draft|assistant):([\w-]+)", arm)
+    named = re.match(r"(?:draft|assistant|specvlm):([\w-]+)", arm)
     return named is None or (folders[named[1]] / PROVENANCE_FILE).exists()
 
 

@@ -14,7 +14,16 @@ Judged = tuple[bool | None, str]
 """Whether it holds (`None`: cannot be told), and the figures."""
 
 CHAIN = "draft:sparrow@chain-5"
-RIVALS = ("prompt-lookup", "assistant:", "draft:text-only", "draft:msd", "draft:vispec", "draft:hivis", "none")
+RIVALS = (
+    "prompt-lookup",
+    "assistant:",
+    "specvlm:",
+    "draft:text-only",
+    "draft:msd",
+    "draft:vispec",
+    "draft:hivis",
+    "none",
+)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def train_sibling(family: Family, work: Path) -> None:
     """Trains the small target that drafts for the large one in transformers' assisted generation."""
     folder = work / "drafts" / SIBLING
     if not (folder / PROVENANCE_FILE).exists():
-        Pretraining(folder, SEED, family, SIBLING_DEPTH).run()
+        Pretraining(folder, SEED, family, SIBLING_DEPTH, SHIPPED[family.name] / "target").run()
 
 
 def folders_of(family: Family, work: Path) -> dict[str, Path]:

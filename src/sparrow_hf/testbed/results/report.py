@@ -37,6 +37,7 @@ ARMS = {
     "none": "our loop without a draft",
     "prompt-lookup": "prompt lookup",
     "assistant:sibling": "a small sibling LM",
+    "specvlm:sibling": "SpecVLM-like: the sibling on a sifted prompt",
     "draft:text-only@chain-5": "text-only",
     "draft:msd@chain-5": "MSD-like",
     "draft:msd@chain-5/glimpse=0": "MSD-like, visual rows deleted",
