@@ -19,9 +19,9 @@ from lossless import RecordingStreamer
 SEEDS = testbed.EVALUATION_SEEDS[-4:]
 
 
-@pytest.fixture(scope="module")
-def models() -> tuple[Any, Any, SparrowDraftModel]:
-    return testbed.load()
+@pytest.fixture(scope="module", params=[family.name for family in testbed.FAMILIES])
+def models(request: pytest.FixtureRequest) -> tuple[Any, Any, SparrowDraftModel]:
+    return testbed.load(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,9 @@ def clips(
     models: tuple[Any, Any, SparrowDraftModel], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("clips")
+    steps = testbed.family_of(models[0]).tokens_per_step
     return [
-        dict(prepare_inputs(models[1], testbed.make_clip(folder / f"{seed}.mp4", seed, visual_tokens=200).messages))
+        dict(prepare_inputs(models[1], testbed.make_clip(folder / f"{seed}.mp4", seed, 200, steps).messages))
         for seed in SEEDS
     ]
 
@@ -82,7 +83,7 @@ def test_other_pixels_change_what_is_proposed(models, clips) -> None:
     draft.config.set_tree_shape("48-5-10")
     proposals = []
     inputs = clips[0]
-    for pixels in (inputs["pixel_values_videos"], inputs["pixel_values_videos"].flip(0)):
+    for pixels in (each["pixel_values_videos"] for each in clips[:2]):
         generator = SparrowCandidateGenerator(draft, inputs["input_ids"])
         draft.bind(target)
         with torch.no_grad(), HiddenStateCollector(generator.layers_to_collect).active() as collector:
@@ -108,7 +109,8 @@ def test_what_ships_is_small_and_says_where_it_comes_from() -> None:
     files = [path for path in Path(ASSETS).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 20e6
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
-    for part in ("target", "draft"):
-        provenance = json.loads((ASSETS / part / "PROVENANCE.json").read_text())
-        assert provenance["command"].startswith("python -m sparrow_hf.testbed.")
-        assert provenance["commit"]
+    for folder in testbed.SHIPPED.values():
+        for part in ("target", "draft"):
+            provenance = json.loads((folder / part / "PROVENANCE.json").read_text())
+            assert provenance["command"].startswith("python -m sparrow_hf.testbed.")
+            assert provenance["commit"]
