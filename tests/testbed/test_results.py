@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf.rows import EVERY_VISUAL_ROW
 from sparrow_hf.testbed import retrain
 from sparrow_hf.testbed.families import QWEN2_5_VL
 from sparrow_hf.testbed.nano import build_processor, build_target
@@ -16,8 +18,9 @@ from sparrow_hf.testbed.pretrain import export
 from sparrow_hf.testbed.results import __main__ as command
 from sparrow_hf.testbed.results import analyses, cells, contenders, draft_steps
 from sparrow_hf.testbed.results.cells import Cell
-from sparrow_hf.testbed.results.claims import CLAIMS, paragraph
+from sparrow_hf.testbed.results.claims import OURS, PAPERS, RIVALS, paragraph
 from sparrow_hf.testbed.results.table import Results
+from sparrow_hf.training import ALL_VISUAL_ROWS
 
 CHAIN, RIVAL = "draft:sparrow@chain-5", "draft:msd@chain-5"
 
@@ -31,16 +34,17 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     target.generation_config.min_new_tokens = 5
     export(target, processor, tmp_path / "shipped" / "target")
     (tmp_path / "shipped" / "target" / "PROVENANCE.json").write_text(
-        json.dumps({"content_accuracy_after_bf16_rounding": {"24": 0.96, "48": 0.96}})
+        json.dumps(
+            {"content_accuracy_after_bf16_rounding": {"24": 0.96, "48": 0.96}, "evaluation_clips": {"24": 2, "48": 1}}
+        )
     )
     loaded, _ = retrain.load_target(tmp_path / "shipped" / "target")
     draft = retrain.build_draft(loaded)
     draft.save_pretrained(tmp_path / "shipped" / "draft")
     (tmp_path / "shipped" / "draft" / "PROVENANCE.json").write_text(json.dumps({"steps": 2}))
     for module in (contenders, analyses, command):
-        monkeypatch.setattr(module, "SHIPPED", {QWEN2_5_VL.name: tmp_path / "shipped"})
+        monkeypatch.setattr(module, "SHIPPED", {QWEN2_5_VL.name: tmp_path / "shipped", "llava-onevision": tmp_path})
     monkeypatch.setattr(contenders, "CLIPS", 2)
-    monkeypatch.setattr(contenders, "SIBLING_DEPTH", 1)
     monkeypatch.setattr(retrain, "SHORT_CLIPS", (16, 24))
     monkeypatch.setattr(retrain, "LONG_SHARE", 0.0)
     monkeypatch.setattr(retrain, "MAX_CAPTION_TOKENS", 8)
@@ -74,8 +78,8 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def place_sibling(work: Path) -> None:
     processor = build_processor()
-    export(build_target(processor.tokenizer, 1, seed=1), processor, work / "drafts" / "sibling")
-    (work / "drafts" / "sibling" / "PROVENANCE.json").write_text("{}")
+    export(build_target(processor.tokenizer, 1, seed=1), processor, work / "sibling")
+    (work / "sibling" / "finished.json").write_text("{}")
 
 
 def test_from_models_to_the_report(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,8 +87,8 @@ def test_from_models_to_the_report(shipped: Path, monkeypatch: pytest.MonkeyPatc
     arguments = ["--work", str(shipped / "work"), "--output", str(output), "--report", str(report)]
     arguments += ["--families", "qwen2.5-vl", "--contenders", "msd", "text-only"]
     command.main(arguments)
-    found = Results(output)
-    assert found.families == ["qwen2_5_vl"] and found.lengths("qwen2_5_vl") == [24, 48]
+    found = Results.read(output)
+    assert list(found.families) == ["qwen2_5_vl"] and found.lengths("qwen2_5_vl") == [24, 48]
     # `paper` was not trained, so its arm is left out; everything else was measured.
     assert [row["arm"] for row in found.cell("qwen2_5_vl", "video-24")] == [
         "plain",
@@ -99,12 +103,13 @@ def test_from_models_to_the_report(shipped: Path, monkeypatch: pytest.MonkeyPatc
         if dtype == "float32":
             assert row["identical"] in (row["prompts"], None)
     text = report.read_text()
-    assert "**Drafting loses nothing: holds here.**" in text
+    assert "**Drafting loses nothing: holds.**" in text
     assert "| **Sparrow (ours), glimpse of 64** |" in text
+    assert {row["prompts"] for row in found.shared} == {1} and {row["length"] for row in found.shared} == {24, 48}
     for name in ("tau", "dsr", "qwen2_5_vl/retention", "qwen2_5_vl/removal"):
         assert f"](figures/{name}.png)" in text
         assert (report.parent / "figures" / f"{name}.png").stat().st_size > 1000
-    assert report.with_name("results-tables.md").read_text().count("## qwen2.5-vl-") == 6
+    assert report.with_name("results-tables.md").read_text().count(": qwen2_5_vl, ") == 6
 
     def refuse(*arguments: Any) -> None:
         raise AssertionError("this was done already")
@@ -115,71 +120,158 @@ def test_from_models_to_the_report(shipped: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sparrow_hf.analysis.run.measure", refuse)
     command.main(arguments)
     assert json.loads(output.read_text()) == data
+    # Another target starts anew: nothing of the old one's is taken for its own.
+    weights = load_file(shipped / "shipped" / "target" / "model.safetensors")
+    weights["lm_head.weight"] += 1
+    save_file(weights, shipped / "shipped" / "target" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AssertionError, match="done already"):
+        command.main([*arguments, "--parts", "train"])
+    command.main([*arguments, "--parts"])
+    assert json.loads(output.read_text())["rows"] == []
+    assert report.read_text().startswith("# The evidence")
 
 
-def test_every_contender_can_be_built(shipped: Path) -> None:
+def test_every_contender_can_be_built_and_reads_what_it_learned_from(shipped: Path) -> None:
     target, _ = retrain.load_target(shipped / "shipped" / "target")
     layers = {}
     for name, contender in contenders.CONTENDERS.items():
         draft = retrain.build_draft(target, 0, name == "text-only", contender.draft_class, **contender.draft)
         assert isinstance(draft, SparrowDraftModel) and name in contenders.MEANINGS
         layers[name] = draft.config.visual_bridge_layer
+        # No draft is shown visual rows in use that it never saw, nor asked to do without what it was promised.
+        glimpse, most = draft.config.num_glimpse_tokens, contender.training.get("num_visual_rows_max", 64)
+        if name not in ("paper", "no-bridge", "no-mtp", "text-only"):
+            assert (glimpse, most) in {(64, 64), (0, 0), (EVERY_VISUAL_ROW, ALL_VISUAL_ROWS)}, name
+        else:
+            assert glimpse == 0
     assert {name for name, layer in layers.items() if layer == 0} == {"msd", "vispec"}
     assert set(layers.values()) == {0, 1}
 
 
-def made_up(**taus: float) -> Results:
-    """Results of one family with these τ at 400, `NAME_400=…`, and 25,000 visual tokens."""
-    rows = []
-    for key, tau in taus.items():
-        name, _, length = key.rpartition("_")
-        rows.append(
-            {
-                "family": "qwen2_5_vl",
-                "benchmark": f"qwen2.5-vl-video-{length}",
-                "arm": name,
-                "tau": tau,
-                "dsr": tau / 2,
-            }
-        )
-    results = Results.__new__(Results)
-    results.rows, results.families = rows, ["qwen2_5_vl"]
-    results.targets, results.analyses, results.draft_steps = {"qwen2_5_vl": {"400": 0.97, "25000": 0.96}}, {}, []
-    return results
+FAMILY = "qwen2_5_vl"
+
+
+def made_up(taus: dict[str, dict[int, float]], right: dict[int, float] | None = None) -> Results:
+    """Results of one family: arm → length → τ, DSR being half of it, and how much of the target's text is right."""
+    found = [
+        {
+            "family": FAMILY,
+            "arm": arm,
+            "length": length,
+            "benchmark": f"video-{length}",
+            "tau": tau,
+            "dsr": tau / 2,
+            "esr": tau / 3,
+            "prefill_share": length / 1e5,
+            "draft_cache_rows": 200,
+            "identical": 4,
+            "prompts": 4,
+            "provenance": {"dtype": "float32"},
+        }
+        for arm, lengths in taus.items()
+        for length, tau in lengths.items()
+    ]
+    accuracy = {str(length): share for length, share in (right or {400: 0.97, 25_000: 0.96}).items()}
+    steps = [{"family": FAMILY, "tree": "chain-5", "visual_tokens": n, "milliseconds": 5.0} for n in (400, 25_000)]
+    family = {"content_accuracy": accuracy, "clips": {}, "draft_steps": 600, "analysis": None}
+    return Results({"note": "", "rows": found, "shared": found, "draft_steps": steps, "families": {FAMILY: family}})
 
 
 def verdict(title: str, results: Results) -> str:
-    claim = next(claim for claim in CLAIMS if claim.title.startswith(title))
+    claim = next(claim for claim in (*PAPERS, *OURS) if claim.title.startswith(title))
     return paragraph(claim, results)
 
 
+MSD, ALL_ROWS, PAPER = "draft:msd@chain-5", "draft:all-rows@chain-5", "draft:paper@chain-5"
+EVERY_RIVAL = {arm: {400: 3.0, 25_000: 3.0} for arm in RIVALS.values()}
+ABLATED = {"draft:no-bridge@chain-5": {400: 3.5, 25_000: 4.0}, "draft:no-mtp@chain-5": {400: 3.5, 25_000: 4.0}}
+
+
 @pytest.mark.parametrize(
-    "title, name, short, long, expected",
+    ("title", "taus", "expected"),
     [
-        ("Drafts that keep", "draft:msd@chain-5", 4.0, 3.0, "holds here"),
-        ("Drafts that keep", "draft:msd@chain-5", 4.0, 3.9, "does not hold here"),
-        ("τ does not fall", CHAIN, 4.0, 3.9, "holds here"),
-        ("τ does not fall", CHAIN, 4.0, 3.7, "does not hold here"),
-        ("Sampling", CHAIN, 4.0, 3.7, "cannot be told here"),
+        ("Figure 1a", {MSD: {400: 4.0, 25_000: 3.0}, ALL_ROWS: {400: 4.0, 25_000: 3.5}}, "holds"),
+        ("Figure 1a", {MSD: {400: 4.0, 25_000: 3.0}, ALL_ROWS: {400: 4.0, 25_000: 3.9}}, "does not hold"),
+        ("Figure 1a", {MSD: {400: 4.0}, ALL_ROWS: {400: 4.0}}, "cannot be told here"),
+        ("Figure 1b", {MSD: {400: 4.0, 25_000: 3.0}, f"{MSD}/glimpse=0": {400: 3.0, 25_000: 3.1}}, "holds"),
+        ("Figure 1b", {MSD: {400: 4.0, 25_000: 3.0}, f"{MSD}/glimpse=0": {400: 4.1, 25_000: 2.9}}, "does not hold"),
+        ("Figure 2", {CHAIN: {400: 4.0}}, "cannot be told here"),
+        ("Tables 2 and 3", EVERY_RIVAL | {PAPER: {400: 2.0, 25_000: 3.1}}, "holds"),
+        ("Tables 2 and 3", EVERY_RIVAL | {PAPER: {400: 4.0, 25_000: 2.9}}, "does not hold"),
+        # A rival is missing.
+        ("Tables 2 and 3", {MSD: {25_000: 3.0}, PAPER: {25_000: 3.1}}, "cannot be told here"),
+        ("Table 3", {PAPER: {400: 4.0, 25_000: 3.9}}, "holds"),
+        ("Table 3", {PAPER: {400: 4.0, 25_000: 3.7}}, "does not hold"),
+        ("Table 3", {PAPER: {400: 4.0}}, "cannot be told here"),
+        (
+            "Table 4",
+            ABLATED | {PAPER: {400: 4.0, 25_000: 3.9}, f"{PAPER}/glimpse=all": {400: 4.2, 25_000: 1.2}},
+            "holds",
+        ),
+        (
+            "Table 4",
+            ABLATED | {PAPER: {400: 3.4, 25_000: 3.9}, f"{PAPER}/glimpse=all": {400: 4.2, 25_000: 1.2}},
+            "does not hold",
+        ),
+        ("Table 6", {CHAIN: {400: 4.0, 25_000: 4.0}}, "holds"),
+        ("Drafting", {CHAIN: {400: 4.0}}, "holds"),
+        ("Drafting", {"prompt-lookup": {400: 4.0}}, "cannot be told here"),
+        # A glimpse of another size is not the default.
+        (
+            "No chain",
+            {CHAIN: {400: 2.1}, f"{CHAIN}/glimpse=all": {400: 1.0}, "draft:sparrow@48-5-10": {400: 1}},
+            "holds",
+        ),
+        ("No chain", {CHAIN: {400: 2.1, 25_000: 1.9}}, "does not hold"),
+        (
+            "A glimpse",
+            {
+                CHAIN: {400: 4.2, 25_000: 4.0},
+                f"{CHAIN}/glimpse=0": {400: 4.0, 25_000: 3.9},
+                PAPER: {400: 3, 25_000: 3},
+            },
+            "holds",
+        ),
+        (
+            "A glimpse",
+            {
+                CHAIN: {400: 4.2, 25_000: 4.0},
+                f"{CHAIN}/glimpse=0": {400: 4.0, 25_000: 4.1},
+                PAPER: {400: 3, 25_000: 3},
+            },
+            "does not hold",
+        ),
+        ("The draft's cost", {CHAIN: {400: 4.2, 25_000: 4.0}}, "holds"),
     ],
 )
-def test_verdicts_follow_from_the_figures(title: str, name: str, short: float, long: float, expected: str) -> None:
-    figures = {f"{name}_400": short, f"{name}_25000": long, f"{CHAIN}_400": 4.0}
-    figures |= {"draft:no-window@chain-5_400": short, "draft:no-window@chain-5_25000": long}
-    figures |= {f"{name}_400": short}
-    assert f": {expected}.**" in verdict(title, made_up(**figures))
+def test_verdicts_follow_from_the_figures(title: str, taus: dict[str, dict[int, float]], expected: str) -> None:
+    assert f": {expected}.** Qwen2.5-VL: " in verdict(title, made_up(taus))
+
+
+def test_a_draft_whose_cache_grows_is_told() -> None:
+    results = made_up({CHAIN: {400: 4.0, 25_000: 4.0}})
+    results.shared[1]["draft_cache_rows"] = 240
+    assert ": does not hold.**" in verdict("The draft's cost", results)
+    results.shared[1]["draft_cache_rows"] = 210
+    results.draft_steps[1]["milliseconds"] = 6.0
+    assert ": does not hold.**" in verdict("The draft's cost", results)
 
 
 def test_where_the_target_errs_nothing_is_asked_of_the_draft() -> None:
-    results_there = made_up(**{f"{CHAIN}_400": 4.0, f"{CHAIN}_25000": 2.0})
-    results_there.targets["qwen2_5_vl"]["25000"] = 0.5
-    assert ": cannot be told here.**" in verdict("τ does not fall", results_there)
-    assert "2.00 at 25,000 (target 0.50 right)" in verdict("τ does not fall", results_there)
+    taus = {PAPER: {400: 4.0, 3000: 3.9, 25_000: 2.0}}
+    told = verdict("Table 3", made_up(taus, {400: 0.97, 3000: 0.96, 25_000: 0.5}))
+    assert ": holds.**" in told and "2.00 at 25,000 (target 0.50 right); judged at 3,000." in told
+    assert ": cannot be told here.**" in verdict("Table 3", made_up(taus, {400: 0.9, 3000: 0.96, 25_000: 0.97}))
 
 
-def test_the_best_rival_is_named() -> None:
-    figures = {f"{CHAIN}_400": 4.0, f"{CHAIN}_25000": 4.0, "draft:msd@chain-5_25000": 3.0, "prompt-lookup_25000": 2.0}
-    assert "DSR 2.00 (chain-5) against 1.50 (msd@chain-5) at 25,000" in verdict("Sparrow decodes", made_up(**figures))
-    assert ": holds here.**" in verdict("Sparrow decodes", made_up(**figures))
-    figures["draft:msd@chain-5_25000"] = 5.0
-    assert ": does not hold here.**" in verdict("Sparrow decodes", made_up(**figures))
+def test_the_best_rival_and_the_margin_are_named() -> None:
+    rivals = EVERY_RIVAL | {"draft:vispec@chain-5": {400: 3.2, 25_000: 3.2}, PAPER: {400: 4.0, 25_000: 4.0}}
+    assert "2.00 against 1.60 (ViSpec-like) at 25,000, margin +25%" in verdict("Tables 2 and 3", made_up(rivals))
+
+
+def test_families_that_differ_are_named() -> None:
+    results = made_up({CHAIN: {400: 2.1}})
+    results.families["llava_onevision"] = results.families[FAMILY]
+    assert ": holds (Qwen2.5-VL), cannot be told here (LLaVA-OneVision).**" in verdict("No chain", results)
+    results.rows.append(results.rows[0] | {"family": "llava_onevision", "dsr": 0.9})
+    assert ": holds (Qwen2.5-VL), does not hold (LLaVA-OneVision).**" in verdict("No chain", results)

@@ -13,6 +13,7 @@ from sparrow_hf.testbed.scenes import (
     BACKGROUNDS,
     BLANK,
     COLOURS,
+    CORNERS,
     MOTIONS,
     SHAPES,
     Companion,
@@ -132,7 +133,7 @@ def test_what_a_clip_shows_is_first_told_by_a_claim_word(style: str) -> None:
         *(replace(scene, background=background) for background in BACKGROUNDS[1:]),
         replace(scene, companion=None),
         replace(scene, companion=Companion("blue", "upper left")),
-        replace(scene, companion=Companion("lime", "lower right")),
+        *(replace(scene, companion=Companion("lime", corner)) for corner in CORNERS[1:]),
         replace(scene, returns=True),
     ]
     for other in others:

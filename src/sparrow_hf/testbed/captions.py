@@ -223,11 +223,12 @@ def _meanings() -> dict[str, tuple[str, str]]:
 
 
 _MEANINGS = _meanings()
-CLAIM_WORDS = frozenset(_MEANINGS) | {"a", "the", "upper", "lower"}
+CLAIM_WORDS = frozenset(_MEANINGS) | {"a", "the", "upper", "lower", "left", "right"}
 """Words that tell what a clip shows; an article tells whether a glyph is new.
 
 Whatever a clip shows is first told by one of these, never by a word like the "over" of "over the ocean", which would
-give the ocean away although it claims nothing: a target learns the words that its loss lays weight on.
+give the ocean away although it claims nothing: a target learns the words that its loss lays weight on. (One exception:
+the n of "an orange".)
 """
 
 

@@ -92,6 +92,10 @@ class Family(ABC):
     def vision(self, target: Any) -> nn.Module:
         """All that makes rows of pixels: trained first, then frozen."""
 
+    def seeing(self, target: Any) -> list[nn.Parameter]:
+        """All parameters on the way from pixels to the rows that the language model gets for a video."""
+        return list(self.vision(target).parameters())
+
     @abstractmethod
     def vision_head(self, target: Any) -> nn.Linear:
         """The last layer of `vision`, in which the scale of the rows can be set."""
@@ -254,6 +258,9 @@ class LlavaOnevision(Family):
 
     def vision(self, target: Any) -> nn.Module:
         return nn.ModuleList([target.model.vision_tower, target.model.multi_modal_projector])
+
+    def seeing(self, target: Any) -> list[nn.Parameter]:
+        return [*super().seeing(target), target.model.image_newline]
 
     def vision_head(self, target: Any) -> nn.Linear:
         return target.model.multi_modal_projector.linear_2

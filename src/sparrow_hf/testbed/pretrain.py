@@ -17,6 +17,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,19 +92,31 @@ class Pretraining:
         output: Folder of the finished target.
         seed: Draws initial weights and training clips.
         family: What is trained.
-        depth: Decoder layers of the finished target; stages that would have more have so many.
+        depth: Decoder layers of the finished target, all by default; stages that would have more have so many.
         tower: Folder of a finished target of the family, whose tower this one gets: transformers hands an assistant
             the target's own encoding of a video, so a small sibling must see as the target does.
 
     Raises:
-        TrainingOptionsError: `output` holds the training of another family.
+        TrainingOptionsError: `output` holds the training of another family, or the stages cannot end at this depth.
     """
 
     def __init__(
-        self, output: Path, seed: int, family: Family = QWEN2_5_VL, depth: int = FULL_DEPTH, tower: Path | None = None
+        self,
+        output: Path,
+        seed: int,
+        family: Family = QWEN2_5_VL,
+        depth: int | None = None,
+        tower: Path | None = None,
     ):
+        depth = depth or FULL_DEPTH
         self.output, self.seed, self.family, self.depth, self.tower = output, seed, family, depth, tower
         self.stages = [replace(stage, layers=min(stage.layers, depth)) for stage in STAGES]
+        layers = [stage.layers for stage in self.stages]
+        if layers[-1] != depth or any(after % before for before, after in pairwise(layers)):
+            raise TrainingOptionsError(
+                f"a target of {depth} layers cannot be grown from {layers[0]}: choose at most {STAGES[0].layers} "
+                f"layers, or {', '.join(sorted({str(stage.layers) for stage in STAGES[1:]}))}."
+            )
         self.processes = PartialState(cpu=True)
         self.processor = build_processor(family)
         self.token_weights = token_weights(self.processor.tokenizer)
@@ -174,7 +187,9 @@ class Pretraining:
         """First stage; short enough to be started over if it is stopped."""
         if self.tower is not None:
             finished, _ = load_target(self.tower)
-            self.family.vision(self.target).load_state_dict(self.family.vision(finished).state_dict())
+            with torch.no_grad():
+                for own, seen in zip(self.family.seeing(self.target), self.family.seeing(finished), strict=True):
+                    own.copy_(seen)
             return
         start = time.monotonic()
         vision = VisionPretraining(self.target, self.processor, TRAIN_SEEDS, VISION_STEPS, self.seed)
@@ -197,7 +212,9 @@ class Pretraining:
             self.target = deepen(self.target, self.processor.tokenizer, self.stage.layers)
             self.optimizers = []
         self.target.requires_grad_(True)
-        self.family.vision(self.target).requires_grad_(False)
+        frozen = self.family.seeing(self.target) if self.tower else self.family.vision(self.target).parameters()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         self.groups = {}
         if self.optimizers:
             return
@@ -336,7 +353,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained target")
     parser.add_argument("--family", choices=[family.name for family in FAMILIES], default=QWEN2_5_VL.name)
     parser.add_argument("--seed", type=int, default=0, help="draws initial weights and training clips")
-    parser.add_argument("--depth", type=int, default=FULL_DEPTH, help="decoder layers; fewer make a small sibling")
+    parser.add_argument(
+        "--depth", type=int, help=f"decoder layers (default: {FULL_DEPTH}); fewer make a small sibling"
+    )
     parser.add_argument("--tower", type=Path, help="finished target whose vision tower to take")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; more rarely help on a small machine")
     options = parser.parse_args(arguments)
@@ -344,12 +363,13 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     family = next(family for family in FAMILIES if family.name == options.family)
     training = Pretraining(options.output, options.seed, family, options.depth, options.tower)
-    whole = build_target(training.processor.tokenizer, options.depth, family=family)
+    whole = build_target(training.processor.tokenizer, training.depth, family=family)
     size = sum(parameter.numel() for parameter in whole.parameters())
     steps = sum(stage.steps for stage in STAGES)
+    vision_steps = 0 if options.tower else VISION_STEPS
     print(
-        f"{family.name} target of {size / 1e6:.2f} M parameters ({2 * size / 1e6:.1f} MB in bf16), {VISION_STEPS} + "
-        f"{steps} steps, about 70 minutes on one core of a server CPU."
+        f"{family.name} target of {size / 1e6:.2f} M parameters ({2 * size / 1e6:.1f} MB in bf16), {vision_steps} + "
+        f"{steps} steps, up to 70 minutes on one core of a server CPU."
     )
     training.run()
 

@@ -1,4 +1,4 @@
-"""Rivals of Sparrow that are trained as it is: same decoding loop, same trainer, same data; only the draft differs.
+"""Rivals of Sparrow. Most are trained as it is: same decoding loop, same trainer, same data; only the draft differs.
 
 Each is written anew from the published description; docs/baselines.md says what it keeps of the original. `AutoModel`
 loads them once this is imported. Train one:
@@ -6,6 +6,8 @@ loads them once this is imported. Train one:
     baseline = BASELINES["msd"]
     draft = baseline.draft_class.from_target(target, **baseline.draft)
     SparrowTrainer(draft, target, SparrowTrainingArguments("msd", **baseline.training), train_dataset=rows).train()
+
+`specvlm` needs no training, but a small sibling of the target, and runs in transformers' own loop.
 """
 
 from dataclasses import dataclass, field
@@ -67,7 +69,7 @@ BASELINES: dict[str, Baseline] = {
     "msd-deleted": Baseline(draft=_MSD_DRAFT | {"num_glimpse_tokens": 0}, weights_of="msd"),
     "vispec": Baseline(
         ViSpecDraftModel,
-        draft={"num_mtp_steps": 2},
+        draft={"num_mtp_steps": 2, "num_glimpse_tokens": EVERY_VISUAL_ROW},
         training=_ALL_VISUAL_ROWS
         | {
             "probability_l1_weight": 10.0,
@@ -80,7 +82,7 @@ BASELINES: dict[str, Baseline] = {
             "visual_full": 0.5,
         },
     ),
-    "hivis": Baseline(HiViSDraftModel, training={"num_visual_rows_max": 0}),
+    "hivis": Baseline(HiViSDraftModel, draft={"num_glimpse_tokens": 0}, training={"num_visual_rows_max": 0}),
 }
 
 __all__ = [

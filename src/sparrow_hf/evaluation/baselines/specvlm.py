@@ -60,8 +60,8 @@ def drafting_on_pruned_prompts(
     """While it lasts, the target's assisted generation with `assistant_model=sibling` drafts on the pruned prompt.
 
     Args:
-        inputs: What the processor made of the prompt. The sibling looks at the video by itself: `generate()` hands an
-            assistant the target's own encoding of it, which another model's decoder cannot read.
+        inputs: What the processor made of the prompt. The sibling looks at the video by itself: `generate()` would
+            hand it the target's own encoding of it, which only a sibling with the same tower can read.
 
     Raises:
         UnsupportedTargetError: The target's attention cannot be read.
@@ -80,8 +80,9 @@ def drafting_on_pruned_prompts(
 class PrunedPromptGenerator(CandidateGenerator):
     """Chains that a sibling drafts greedily after its own reading of the pruned prompt.
 
-    The first call drafts nothing: the target's prefill comes then, and the attention its text rows pay is watched.
-    The second call has the sibling read what is left of the prompt, rows at their old positions.
+    The first call drafts nothing: the sibling looks at the video, the target's prefill comes, and the attention its
+    text rows pay is watched. The second call has the sibling read what is left of the prompt, rows at their old
+    positions.
 
     Args:
         target, sibling: Video LLMs of one vocabulary.
@@ -112,6 +113,8 @@ class PrunedPromptGenerator(CandidateGenerator):
             self._watching = self._stack.enter_context(ExitStack())
             text_rows = (~self._is_visual).nonzero().squeeze(-1)
             self._watching.enter_context(watching_attention(self._target, self._add, text_rows))
+            with torch.no_grad():
+                self._prompt = embedded_prompt(self._sibling, self._inputs)
             return input_ids, None
         self._watching.close()
         room = min(NUM_DRAFT_TOKENS, self._max_length - input_ids.shape[1] - 1)
@@ -153,7 +156,7 @@ class PrunedPromptGenerator(CandidateGenerator):
 
     def _read_prompt(self) -> None:
         """The sibling's prefill, of the rows that stay."""
-        embeds, positions, visual = embedded_prompt(self._sibling, self._inputs)
+        embeds, positions, visual = self._prompt
         chosen = choose_visual(self._scores)
         kept = ~self._is_visual
         kept[self._is_visual.nonzero().squeeze(-1)[chosen]] = True

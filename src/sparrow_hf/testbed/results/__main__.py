@@ -4,7 +4,8 @@
 
 For each family: the contenders are trained on the target's own captions, every cell is measured, the target is
 analysed. Run the command again to go on where it was stopped. Families share nothing, so two processes may work on one
-each (`--families`); whoever writes the results takes all there are.
+each (`--families`); whoever writes the results takes all there are. What belongs to a target lies in a folder that has
+its digest in the name: another target starts anew.
 """
 
 from __future__ import annotations
@@ -20,44 +21,45 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ...evaluation.results import pool_runs
-from ...hub import target_digest
-from .. import FAMILIES, SHIPPED
+from ...evaluation.run_file import digest
+from .. import FAMILIES, SHIPPED, shipped
 from ..families import Family
 from ..nano import load_target
 from ..retrain import CLIPS
-from .analyses import DRAFT, analyse
-from .cells import CELLS, benchmark
+from .analyses import ANALYSIS_FILE, DRAFT, analyse
+from .cells import CELLS, benchmark, pool_cells, pool_shared
 from .contenders import (
     CONTENDERS,
-    PROVENANCE_FILE,
     SHIPPED_DRAFT,
     folders_of,
     is_finished,
     record_clips,
+    shipped_steps,
     train_contender,
     train_sibling,
 )
 from .draft_steps import measure_draft_steps, pool_draft_steps
 from .report import write_report
 
-COMMAND = "python -m sparrow_hf.testbed.results --work DIR --output docs/data/results.json"
 PARTS = ("train", "measure", "analyse")
 TRAINED = [name for name in CONTENDERS if name != SHIPPED_DRAFT]
 
 
+def work_of(family: Family, work: Path) -> Path:
+    """The folder of a family's present target."""
+    return work / f"{family.name}-{digest(SHIPPED[family.name] / 'target')[:8]}"
+
+
 def train_all(family: Family, work: Path, names: Sequence[str], processes: int) -> None:
-    """Trains the contenders that are not there yet, several at a time, for as many steps as the shipped draft."""
-    target_folder, folders = SHIPPED[family.name] / "target", folders_of(family, work)
-    target, _ = load_target(target_folder)
-    sha256, steps = target_digest(target), shipped_steps(family)
-    todo = [name for name in names if not is_finished(folders[name], steps, sha256)]
+    """Trains the contenders that are not there yet, several at a time."""
+    train_sibling(family, work)
+    todo = [name for name in names if not is_finished(folders_of(family, work)[name])]
     if not todo:
         return
-    record_clips(target_folder, work)
+    record_clips(family, work)
     # A forked process would inherit the threads of this one's tensors.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        running = [pool.submit(train_contender, target_folder, work, name, steps) for name in todo]
+        running = [pool.submit(train_contender, family, work, name) for name in todo]
         try:
             for run in tqdm(as_completed(running), desc=f"{family.name} drafts", total=len(running)):
                 run.result()
@@ -65,49 +67,52 @@ def train_all(family: Family, work: Path, names: Sequence[str], processes: int) 
             pool.shutdown(cancel_futures=True)
 
 
-def shipped_steps(family: Family) -> int:
-    """Optimizer steps of the draft that ships."""
-    return json.loads((SHIPPED[family.name] / "draft" / PROVENANCE_FILE).read_text())["steps"]
-
-
-def measure_all(family: Family, work: Path, runs: Path, cells: Sequence[str]) -> None:
+def measure_all(family: Family, work: Path, cells: Sequence[str]) -> None:
     """Measures what is missing of the cells of a family, and its draft steps."""
     target_folder, folders = SHIPPED[family.name] / "target", folders_of(family, work)
     for name in cells:
         target, processor = load_target(target_folder)
-        cell = benchmark(family.name, name, target_folder, target, processor, folders, COMMAND)
-        cell.measure(cell.open_runs(runs))
+        cell = benchmark(name, target_folder, target, processor, folders)
+        cell.measure(cell.open_runs(work / "runs"))
     target, processor = load_target(target_folder)
-    measure_draft_steps(family.name, target_folder, target, processor, folders[SHIPPED_DRAFT], runs, COMMAND)
+    measure_draft_steps(target_folder, target, processor, folders[SHIPPED_DRAFT], work / "runs")
 
 
-def write_results(work: Path, runs: Path, output: Path, note: str) -> None:
-    """Everything measured so far as one JSON file."""
-    results: dict[str, Any] = {
-        "note": note,
-        "rows": pool_runs(runs),
-        "draft_steps": pool_draft_steps(runs),
-        "analyses": [json.loads(path.read_text()) for path in sorted(work.glob("*/*.analysis.json"))],
-        "targets": {
-            json.loads((folder / "target" / "config.json").read_text())["model_type"]: json.loads(
-                (folder / "target" / "PROVENANCE.json").read_text()
-            )["content_accuracy_after_bf16_rounding"]
-            for folder in SHIPPED.values()
-            if (folder / "target" / "PROVENANCE.json").is_file()
-        },
-    }
+def write_results(work: Path, output: Path, note: str) -> None:
+    """Everything measured so far of the present targets as one JSON file."""
+    results: dict[str, Any] = {"note": note, "rows": [], "shared": [], "draft_steps": [], "families": {}}
+    for family in FAMILIES:
+        if not (SHIPPED[family.name] / "target").is_dir():
+            continue
+        folder = work_of(family, work)
+        if not (folder / "runs").is_dir():
+            continue
+        results["rows"] += pool_cells(folder / "runs")
+        results["shared"] += pool_shared(folder / "runs")
+        results["draft_steps"] += pool_draft_steps(folder / "runs")
+        provenance = json.loads((SHIPPED[family.name] / "target" / "PROVENANCE.json").read_text())
+        analysis = folder / ANALYSIS_FILE
+        model_type = json.loads((SHIPPED[family.name] / "target" / "config.json").read_text())["model_type"]
+        results["families"][model_type] = {
+            "content_accuracy": provenance["content_accuracy_after_bf16_rounding"],
+            "clips": provenance["evaluation_clips"],
+            "draft_steps": shipped_steps(family),
+            "analysis": json.loads(analysis.read_text()) if analysis.exists() else None,
+        }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line of the evidence."""
+    """Command line of the evidence.
+
+    Raises:
+        TargetLoadError: The models of a family do not ship with this version.
+    """
     parser = argparse.ArgumentParser(description="Train, measure and tell everything in docs/results.md (resumes).")
     parser.add_argument("--work", type=Path, required=True, help="folder of recordings, drafts and single runs")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument(
-        "--report", type=Path, help="Markdown file; its figures go into the folder `figures` beside it"
-    )
+    parser.add_argument("--report", type=Path, help="Markdown file; pictures go into `figures` beside it")
     parser.add_argument("--families", nargs="+", choices=SHIPPED, default=list(SHIPPED), help="which families")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what to do before writing")
     parser.add_argument(
@@ -124,8 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     # So small that a second thread costs more than it computes.
     torch.set_num_threads(1)
-    runs = options.work / "runs"
     families = [family for family in FAMILIES if family.name in options.families]
+    for family in families:
+        shipped(family.name)
     if options.parts:
         answers = sum((1 + len(CELLS[name].arms)) * CELLS[name].prompts for name in options.cells)
         print(
@@ -135,15 +141,15 @@ def main(arguments: list[str] | None = None) -> None:
             flush=True,
         )
     for family in families:
-        work = options.work / family.name
+        work = work_of(family, options.work)
         if "train" in options.parts:
-            train_sibling(family, work)
             train_all(family, work, options.contenders, options.processes)
         if "measure" in options.parts:
-            measure_all(family, work, runs, options.cells)
+            measure_all(family, work, options.cells)
         if "analyse" in options.parts:
-            analyse(family, folders_of(family, work)[DRAFT], work, COMMAND)
-    write_results(options.work, runs, options.output, options.note)
+            folder = folders_of(family, work)[DRAFT]
+            analyse(family, folder if is_finished(folder) else None, work)
+        write_results(options.work, options.output, options.note)
     if options.report is not None:
         write_report(options.output, options.report)
 

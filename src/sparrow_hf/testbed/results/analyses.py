@@ -18,6 +18,8 @@ from ..world import EVALUATION_SEEDS, make_clip
 
 CLIPS = {400: 6, 3000: 3}
 """Visual tokens → clips."""
+ANALYSIS_FILE = "analysis.json"
+COMMAND = "python -m sparrow_hf.testbed.results --work DIR --output docs/data/results.json --parts analyse"
 DRAFT = "msd"
 """The draft whose visual rows are taken away: one that was trained with all of them."""
 
@@ -28,8 +30,12 @@ def score(caption: str, reference: str) -> float:
     return agreed / claimed
 
 
-def analyse(family: Family, draft_folder: Path, work: Path, command: str) -> None:
-    """Analyses a family's target; records of a stopped analysis are not made again."""
+def analyse(family: Family, draft_folder: Path | None, work: Path) -> None:
+    """Analyses a family's target; records of a stopped analysis are not made again.
+
+    Args:
+        draft_folder: The draft whose visual rows are taken away, if there is one.
+    """
     folder, target_folder = work / "analysis", SHIPPED[family.name] / "target"
     target, processor = load_target(target_folder)
     conversations = []
@@ -37,8 +43,10 @@ def analyse(family: Family, draft_folder: Path, work: Path, command: str) -> Non
         for seed in EVALUATION_SEEDS[:clips]:
             clip = make_clip(folder / "clips" / f"{length}-{seed}.mp4", seed, length, family.tokens_per_step)
             conversations.append(Conversation(clip.messages, clip.caption))
-    draft = SparrowDraftModel.from_pretrained(draft_folder).eval()
-    draft.config.set_tree_shape("chain-5")
+    draft = None
+    if draft_folder is not None:
+        draft = SparrowDraftModel.from_pretrained(draft_folder).eval()
+        draft.config.set_tree_shape("chain-5")
     summary = analyze(
         target,
         processor,
@@ -48,9 +56,8 @@ def analyse(family: Family, draft_folder: Path, work: Path, command: str) -> Non
         score=score,
         max_new_tokens=MAX_CAPTION_TOKENS,
     )
-    details = {"command": command, "target_sha256": digest(target_folder), "draft_sha256": digest(draft_folder)}
-    report: dict[str, Any] = {
-        "family": target.config.model_type,
-        "provenance": provenance(target, **details),
-    } | summary
-    (work / f"{family.name}.analysis.json").write_text(json.dumps(report) + "\n")
+    details = {"command": COMMAND, "target_sha256": digest(target_folder)}
+    if draft_folder is not None:
+        details["draft_sha256"] = digest(draft_folder)
+    report: dict[str, Any] = {"provenance": provenance(target, **details)} | summary
+    (work / ANALYSIS_FILE).write_text(json.dumps(report) + "\n")

@@ -1,4 +1,4 @@
-"""What `make results` measures: cells of arms that answer the same prompts, by family.
+"""What `make results` measures: cells of arms that answer the same prompts.
 
 An arm's name is `sparrow bench`'s; `draft:NAME` is a contender (see `contenders.py`).
 """
@@ -15,10 +15,11 @@ import torch
 
 from ...evaluation.arms import Arms
 from ...evaluation.benchmark import Benchmark, Prompt
-from ...evaluation.run_file import digest
+from ...evaluation.results import pool_runs, result_row
+from ...evaluation.run_file import digest, read_lines
 from ..captions import STYLES
 from ..prompts import clip_prompts, picture_prompts, says_what_it_shows, text_prompts
-from .contenders import PROVENANCE_FILE, SHIPPED_DRAFT, SIBLING
+from .contenders import SHIPPED_DRAFT, SIBLING, is_finished
 
 MAX_NEW_TOKENS = 320
 
@@ -33,26 +34,17 @@ _RIVALS = (
     "draft:vispec@chain-5",
     "draft:hivis@chain-5",
 )
+_PAPER = ("draft:paper@chain-5", "draft:paper@chain-5/glimpse=all")
 _ABLATIONS = (
-    "draft:paper@chain-5",
-    "draft:paper@chain-5/glimpse=all",
     "draft:no-bridge@chain-5",
     "draft:no-bridge@chain-5/glimpse=all",
     "draft:no-mtp@chain-5",
-    "draft:no-window@chain-5",
+    "draft:all-rows@chain-5",
 )
 _GLIMPSES = tuple(f"draft:sparrow@chain-5/glimpse={rows}" for rows in (0, 16, 256, "all"))
-_TREES_OF_RIVALS = ("draft:paper@48-5-10", "draft:msd@48-5-10", "draft:vispec@48-5-10", "draft:hivis@48-5-10")
-_LONG = (
-    "none",
-    *_DEFAULT,
-    *_RIVALS,
-    "draft:paper@chain-5",
-    "draft:paper@chain-5/glimpse=all",
-    "draft:no-bridge@chain-5",
-    "draft:no-window@chain-5",
-    "draft:sparrow@chain-5/glimpse=0",
-)
+_TREES = ("draft:paper@48-5-10", "draft:msd@48-5-10", "draft:vispec@48-5-10", "draft:hivis@48-5-10")
+_ALL = ("none", *_DEFAULT, *_RIVALS, *_PAPER, *_ABLATIONS, *_GLIMPSES, *_TREES)
+_LONG = ("none", *_DEFAULT, *_RIVALS, *_PAPER, *_ABLATIONS, *_GLIMPSES[:1])
 _FEW = ("none", "prompt-lookup", *_DEFAULT, "draft:paper@chain-5", "draft:msd@chain-5", "draft:vispec@chain-5")
 
 
@@ -78,42 +70,45 @@ class Cell:
 
 
 CELLS: dict[str, Cell] = {
-    "video-400": Cell(("none", *_DEFAULT, *_RIVALS, *_ABLATIONS, *_GLIMPSES, *_TREES_OF_RIVALS), 16, 400),
-    "video-3000": Cell(("none", *_DEFAULT, *_RIVALS, *_ABLATIONS, *_GLIMPSES, *_TREES_OF_RIVALS), 8, 3000),
+    "video-400": Cell(_ALL, 16, 400),
+    "video-3000": Cell(_ALL, 8, 3000),
     "video-13000": Cell(_LONG, 4, 13_000),
-    "video-25000": Cell(_LONG, 2, 25_000),
+    "video-25000": Cell(_LONG, 4, 25_000),
     "sampling-400": Cell(_FEW, 16, 400, temperature=1.0),
     "sampling-3000": Cell(_FEW, 8, 3000, temperature=1.0),
     "pictures": Cell(_FEW, 16, kind="picture"),
     "text": Cell(_FEW, len(STYLES) * 2, kind="text"),
     "bfloat16-400": Cell(("none", *_DEFAULT), 16, 400, dtype="bfloat16"),
 }
+VIDEO = "video-"
+"""Cells of greedy answers about clips are called so; the same stories come first in all of them."""
+
+
+def command(name: str) -> str:
+    """What measures a cell."""
+    return f"python -m sparrow_hf.testbed.results --work DIR --output docs/data/results.json --cells {name}"
 
 
 def is_ready(arm: str, folders: Mapping[str, Path]) -> bool:
     """Whether the contender that an arm names, if it names one, is finished."""
     named = re.match(r"(?:draft|assistant|specvlm):([\w-]+)", arm)
-    return named is None or (folders[named[1]] / PROVENANCE_FILE).exists()
+    return named is None or is_finished(folders[named[1]])
 
 
-def benchmark(
-    family: str, name: str, target_folder: Path, target: Any, processor: Any, folders: Mapping[str, Path], command: str
-) -> Benchmark:
+def benchmark(name: str, target_folder: Path, target: Any, processor: Any, folders: Mapping[str, Path]) -> Benchmark:
     """A cell, ready to be measured. Arms whose contender is not finished are left out.
 
     Args:
-        family: Of the testbed.
         name: Of the cell.
         target_folder: Where the target was loaded from.
         target, processor: In fp32; brought to the cell's dtype.
         folders: Short name → folder of every contender.
-        command: For the provenance of every row.
     """
     cell = CELLS[name]
     target = target.to(getattr(torch, cell.dtype))
     arms = Arms(target, str(folders[SHIPPED_DRAFT]), {name: str(folder) for name, folder in folders.items()})
     return Benchmark(
-        f"{family}-{name}",
+        name,
         target,
         arms.parse(arm for arm in cell.arms if is_ready(arm, folders)),
         prompts_of(cell, target, processor),
@@ -123,7 +118,7 @@ def benchmark(
         shared_prefill=cell.visual_tokens is not None and cell.visual_tokens >= 3000,
         is_content=says_what_it_shows(processor),
         conditions={
-            "command": command,
+            "command": command(name),
             "target_sha256": digest(target_folder),
             "draft_sha256": sorted(filter(None, arms.weights.values())),
             "prompts": cell.kind,
@@ -140,3 +135,33 @@ def prompts_of(cell: Cell, target: Any, processor: Any) -> Sequence[Prompt]:
         return text_prompts(processor, cell.prompts)
     assert cell.visual_tokens is not None
     return clip_prompts(target, processor, cell.prompts, [cell.visual_tokens])
+
+
+def pool_cells(runs: Path) -> list[dict[str, Any]]:
+    """The rows of all cells; what is there of an arm that had nothing to decode is left out."""
+    return [row for row in pool_runs(runs) if row["benchmark"] in CELLS and "tau" in row]
+
+
+def pool_shared(runs: Path) -> list[dict[str, Any]]:
+    """Arms of the greedy video cells over the clips that all lengths have: what lengths are to be compared on."""
+    cells = {
+        CELLS[path.stem].visual_tokens: read_lines(path)
+        for path in sorted(runs.glob(f"{VIDEO}*.jsonl"))
+        if path.stem in CELLS
+    }
+    if not cells:
+        return []
+    shared = set.intersection(*({line["prompt"] for line in lines} for lines in cells.values()))
+    rows = []
+    for length, lines in sorted(cells.items()):
+        chosen = [line for line in lines if line["prompt"] in shared]
+        rows += [
+            {
+                name: row[name]
+                for name in ("family", "arm", "prompts", "tau", "tau_interval", "dsr", "draft_cache_rows")
+            }
+            | {"length": length}
+            for row in (result_row(arm, chosen) for arm in (chosen[0]["runs"] if chosen else ()))
+            if "tau" in row
+        ]
+    return rows

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...evaluation.baselines import BASELINES, Baseline
 from ...evaluation.provenance import commit
-from ...hub import target_digest
 from ...training.recording import RecordedDataset
 from .. import SHIPPED
 from ..families import Family
@@ -24,73 +24,78 @@ from ..retrain import CLIPS, TEXT_ONLY_RECIPE, build_draft, build_trainer, recor
 from ..world import TRAIN_SEEDS
 
 SEED = 0
-PROVENANCE_FILE = "PROVENANCE.json"
 SHIPPED_DRAFT, TEXT_ONLY = "sparrow", "text-only"
 SIBLING, SIBLING_DEPTH = "sibling", 4
+FINISHED_FILE = "finished.json"
+"""Written last: where it lies, the contender is whole."""
 
-
-def _recipe(name: str) -> Baseline:
-    return Baseline(draft=RECIPES[name].draft, training=RECIPES[name].training)
-
+_PAPER = RECIPES["paper"]
+_NO_VISUAL_ROWS = {"num_visual_rows_min": 0, "num_visual_rows_max": 0}
 
 #: Short name → what tells the draft from the testbed's default, which is `sparrow`.
 CONTENDERS: dict[str, Baseline] = {
     SHIPPED_DRAFT: Baseline(),
-    "paper": _recipe("paper"),
-    "no-bridge": _recipe("text rows only"),
-    "no-mtp": _recipe("1 pass"),
-    "no-window": _recipe("all visual rows"),
+    "paper": Baseline(draft=_PAPER.draft, training=_PAPER.training),
+    "no-bridge": Baseline(draft=_PAPER.draft, training=_PAPER.training | _NO_VISUAL_ROWS),
+    "no-mtp": Baseline(draft=_PAPER.draft | {"num_mtp_steps": 1}, training=_PAPER.training),
+    "all-rows": Baseline(draft=RECIPES["all visual rows"].draft, training=RECIPES["all visual rows"].training),
     TEXT_ONLY: Baseline(training=TEXT_ONLY_RECIPE),
     **{name: baseline for name, baseline in BASELINES.items() if baseline.weights_of is None},
 }
 
 MEANINGS = {
     SHIPPED_DRAFT: "Sparrow, this package's default: a glimpse of 64 visual rows",
-    "paper": "Sparrow as published: all visual rows in training, none in use",
-    "no-bridge": "Sparrow without IVSB: never sees a visual row",
-    "no-mtp": "Sparrow trained in one pass, without MTP",
-    "no-window": "Sparrow without VATA: all visual rows, in training and in use",
+    "paper": "Sparrow as published: all visual rows in training (IVSB), two passes (MTP), none in use (VATA)",
+    "no-bridge": "as published, without IVSB: never sees a visual row",
+    "no-mtp": "as published, without MTP: one pass",
+    "all-rows": "this package's recipe with all visual rows, in training and in use",
     TEXT_ONLY: "a language model of the same shape that reads no target states",
     "msd": "MSD-like: all projected visual rows",
     "vispec": "ViSpec-like: the video squeezed into one row and one vector",
     "hivis": "HiViS-like: text rows only, a learned correction per step",
+    SIBLING: f"a whole target of {SIBLING_DEPTH} layers with the same tower, trained on reference captions",
 }
 
 
-def record_clips(target_folder: Path, work: Path) -> None:
+def shipped_steps(family: Family) -> int:
+    """Optimizer steps of the draft that ships: what every contender gets."""
+    return json.loads((SHIPPED[family.name] / "draft" / "PROVENANCE.json").read_text())["steps"]
+
+
+def record_clips(family: Family, work: Path) -> None:
     """Has the target caption and read the training clips, for drafts of its middle layer and of its projector."""
-    target, processor = load_target(target_folder)
+    target, processor = load_target(SHIPPED[family.name] / "target")
     seeds = TRAIN_SEEDS[-CLIPS:]
     record(target, processor, seeds, work / "recording" / "train", projected=work / "recording" / "projected")
 
 
 def train_sibling(family: Family, work: Path) -> None:
     """Trains the small target that drafts for the large one in transformers' assisted generation."""
-    folder = work / "drafts" / SIBLING
-    if not (folder / PROVENANCE_FILE).exists():
+    folder = folders_of(family, work)[SIBLING]
+    if not is_finished(folder):
         Pretraining(folder, SEED, family, SIBLING_DEPTH, SHIPPED[family.name] / "target").run()
+        _finish(folder, depth=SIBLING_DEPTH)
 
 
 def folders_of(family: Family, work: Path) -> dict[str, Path]:
-    """Folder of every contender, and of the sibling; where a `PROVENANCE.json` lies, it is finished."""
-    folders = {name: work / "drafts" / name for name in (*CONTENDERS, SIBLING)}
-    return folders | {SHIPPED_DRAFT: SHIPPED[family.name] / "draft"}
+    """Folder of every contender, and of the sibling."""
+    drafts = work / f"drafts-{shipped_steps(family)}"
+    return {name: drafts / name for name in (*CONTENDERS, SIBLING)} | {
+        SHIPPED_DRAFT: SHIPPED[family.name] / "draft",
+        SIBLING: work / SIBLING,
+    }
 
 
-def is_finished(folder: Path, steps: int, target_sha256: str) -> bool:
-    """Whether a draft of this target, trained for so many steps, lies in a folder."""
-    made = folder / PROVENANCE_FILE
-    if not made.exists():
-        return False
-    provenance = json.loads(made.read_text())
-    return (provenance["target_sha256"], provenance["steps"]) == (target_sha256, steps)
+def is_finished(folder: Path) -> bool:
+    """Whether a contender's training came to its end. What ships did."""
+    return (folder / FINISHED_FILE).exists() or any(folder == shipped / "draft" for shipped in SHIPPED.values())
 
 
-def train_contender(target_folder: Path, work: Path, name: str, steps: int) -> None:
+def train_contender(family: Family, work: Path, name: str) -> None:
     """Trains one contender on one thread, from its last checkpoint if there is one, and saves it."""
     torch.set_num_threads(1)
-    contender, folder = CONTENDERS[name], work / "drafts" / name
-    target, _ = load_target(target_folder)
+    contender, folder, steps = CONTENDERS[name], folders_of(family, work)[name], shipped_steps(family)
+    target, _ = load_target(SHIPPED[family.name] / "target")
     draft = build_draft(target, SEED, name == TEXT_ONLY, contender.draft_class, **contender.draft)
     recording = work / "recording" / ("projected" if draft.config.visual_bridge_layer == 0 else "train")
     rows = RecordedDataset(recording, draft)
@@ -99,16 +104,10 @@ def train_contender(target_folder: Path, work: Path, name: str, steps: int) -> N
     )
     train(trainer)
     draft.save_pretrained(folder)
-    provenance = {
-        "contender": name,
-        "steps": steps,
-        "seed": SEED,
-        "clips": CLIPS,
-        "training": contender.training,
-        "commit": commit(),
-        "target_sha256": target_digest(target),
-    }
-    # Last, and at once: where it lies, the draft is whole.
-    unfinished = folder / f"{PROVENANCE_FILE}.partial"
-    unfinished.write_text(json.dumps(provenance, indent=1) + "\n")
-    os.replace(unfinished, folder / PROVENANCE_FILE)
+    _finish(folder, steps=steps, clips=CLIPS, seed=SEED, draft=contender.draft, training=contender.training)
+
+
+def _finish(folder: Path, **details: Any) -> None:
+    unfinished = folder / f"{FINISHED_FILE}.partial"
+    unfinished.write_text(json.dumps(details | {"commit": commit()}, indent=1) + "\n")
+    os.replace(unfinished, folder / FINISHED_FILE)

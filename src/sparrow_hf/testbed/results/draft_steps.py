@@ -22,7 +22,8 @@ from ..world import EVALUATION_SEEDS
 VISUAL_TOKENS = (400, 3000, 25_000)
 CLIPS, REPEATS = 2, 60
 TREES = ("chain-5", "48-5-10")
-SUFFIX = "draft-steps"
+FILE = "draft.steps"
+COMMAND = "python -m sparrow_hf.testbed.results --work DIR --output docs/data/results.json --parts measure"
 
 
 @torch.no_grad()
@@ -37,15 +38,13 @@ def prefilled_generator(target: Any, draft: SparrowDraftModel, inputs: Any) -> S
 
 
 @torch.no_grad()
-def measure_draft_steps(
-    family: str, target_folder: Path, target: Any, processor: Any, draft_folder: Path, runs: Path, command: str
-) -> None:
+def measure_draft_steps(target_folder: Path, target: Any, processor: Any, draft_folder: Path, runs: Path) -> None:
     """Times growing a tree, the lengths in turns, on clips that are not measured yet."""
-    conditions = {"command": command, "target_sha256": digest(target_folder), "draft_sha256": digest(draft_folder)}
-    file = RunFile(runs / f"{family}.{SUFFIX}", conditions)
+    conditions = {"command": COMMAND, "target_sha256": digest(target_folder), "draft_sha256": digest(draft_folder)}
+    file = RunFile(runs / FILE, conditions)
     draft = SparrowDraftModel.from_pretrained(draft_folder).eval()
     draft.bind(target)
-    for seed in tqdm(EVALUATION_SEEDS[:CLIPS], desc=f"{family} draft steps"):
+    for seed in tqdm(EVALUATION_SEEDS[:CLIPS], desc="draft steps"):
         if file.done(seed=seed):
             continue
         prompts = {tokens: clip_inputs(target, processor, seed, tokens) for tokens in VISUAL_TOKENS}
@@ -72,21 +71,19 @@ def measure_draft_steps(
 
 
 def pool_draft_steps(runs: Path) -> list[dict[str, Any]]:
-    """One row per family, tree and length: the median over clips."""
-    rows = []
-    for path in sorted(runs.glob(f"*.{SUFFIX}")):
-        lines = read_lines(path)
-        for tree in TREES:
-            for tokens in VISUAL_TOKENS:
-                taken = [line["milliseconds"][tree][str(tokens)] for line in lines]
-                rows.append(
-                    {
-                        "family": lines[0]["family"],
-                        "tree": tree,
-                        "visual_tokens": tokens,
-                        "clips": len(lines),
-                        "milliseconds": statistics.median(taken),
-                        "provenance": lines[0]["provenance"],
-                    }
-                )
-    return rows
+    """One row per tree and length: the median over clips."""
+    lines = read_lines(runs / FILE) if (runs / FILE).exists() else []
+    if not lines:
+        return []
+    return [
+        {
+            "family": lines[0]["family"],
+            "tree": tree,
+            "visual_tokens": tokens,
+            "clips": len(lines),
+            "milliseconds": statistics.median(line["milliseconds"][tree][str(tokens)] for line in lines),
+            "provenance": lines[0]["provenance"],
+        }
+        for tree in TREES
+        for tokens in VISUAL_TOKENS
+    ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...evaluation.report import numbers, optional, provenance_section, section, table
-from ..retrain import CLIPS, STEPS
-from .claims import CLAIMS, paragraph
+from ..retrain import CLIPS
+from .cells import VIDEO, command
+from .claims import DEFAULT, OURS, PAPERS, paragraph
 from .contenders import MEANINGS
 from .figures import draw_all
 from .table import NAMES, Results
@@ -19,17 +20,16 @@ INTRODUCTION = """# The evidence
 Written by `make results` from `{data}`; do not edit by hand. Every single table is in [{tables}]({tables}).
 
 Two tiny targets of the real architectures, trained by this project on a rendered video world, stand in for the paper's
-7B ones; prompts are real mp4 files through the real processors. *plain* is transformers' `generate()` in the same
-process. τ is tokens per target forward after the prefill, DSR the speed-up of decoding, ESR of whole calls (see
-[benchmark.md](benchmark.md)). All drafts have one layer, the same {clips} captions, optimiser and {steps} steps. Two
-visual lengths differ in nothing but how long the same stories last. Figures are CPU ones: where a GPU would change the
-picture, it is said.
+7B ones; clips are real mp4 files through the real processors. *plain* is transformers' `generate()` in the same
+process. τ is tokens per target forward, DSR the speed-up of decoding, ESR of whole calls
+([benchmark.md](benchmark.md)). Drafts have one layer and learned from the same {clips} captions with the same
+optimiser for as many steps ({steps}). Longer clips show the same stories, more slowly and with more idle stretches;
+where lengths are compared, it is on the clips that all of them have. DSR leaves out what happens before the first
+token: the whole prefill of the sibling, for one, while that of a draft is inside. All of this ran on a CPU.
 
-| draft | what it is |
+| contender | what it is |
 | --- | --- |
 {meanings}
-
-The paper's own figures stand in [method notes of the paper](https://arxiv.org/abs/2602.15318), never beside ours.
 """
 
 #: Arm → its name in the tables that sum up.
@@ -45,10 +45,10 @@ ARMS = {
     "draft:hivis@chain-5": "HiViS-like",
     "draft:paper@chain-5": "Sparrow as published",
     "draft:paper@chain-5/glimpse=all": "… without VATA",
-    "draft:no-bridge@chain-5": "Sparrow without IVSB",
-    "draft:no-bridge@chain-5/glimpse=all": "… and without VATA",
-    "draft:no-mtp@chain-5": "Sparrow without MTP",
-    "draft:no-window@chain-5": "all middle-layer rows",
+    "draft:no-bridge@chain-5": "… without IVSB",
+    "draft:no-bridge@chain-5/glimpse=all": "… without IVSB and VATA",
+    "draft:no-mtp@chain-5": "… without MTP",
+    "draft:all-rows@chain-5": "our recipe with all visual rows",
     "draft:sparrow@chain-5/glimpse=0": "Sparrow (ours), no glimpse",
     "draft:sparrow@chain-5/glimpse=16": "… glimpse of 16",
     "draft:sparrow@chain-5": "**Sparrow (ours), glimpse of 64**",
@@ -57,6 +57,20 @@ ARMS = {
     "draft:sparrow@chain-7": "**… chain of 7**",
     "draft:sparrow@30-4-8": "… 30-4-8",
     "draft:sparrow@48-5-10": "… 48-5-10",
+    "draft:paper@48-5-10": "Sparrow as published, 48-5-10",
+    "draft:msd@48-5-10": "MSD-like, 48-5-10",
+    "draft:vispec@48-5-10": "ViSpec-like, 48-5-10",
+    "draft:hivis@48-5-10": "HiViS-like, 48-5-10",
+}
+#: Picture → what it shows, and which of the paper's it answers.
+PICTURES = {
+    "tau": "τ by visual length (Figure 1a)",
+    "dsr": "DSR by visual length (Figure 1a)",
+    "retention": "τ of the MSD-like draft with a share of its visual rows (Figure 1b)",
+    "attention": "Where the last instruction token looks (Figure 2)",
+    "removal": "What stays if visual rows are hidden from layer x on (Figures 3 and 5)",
+    "heads": "Attention that visual rows receive, by layer and head (Figure 5)",
+    "similarity": "States and what entered the decoder (Figure 6)",
 }
 #: Cells of prompts that are not greedy videos → their heads.
 OTHERS = {"sampling-400": "T = 1, 400", "sampling-3000": "T = 1, 3000", "pictures": "pictures", "text": "text only"}
@@ -64,57 +78,63 @@ OTHERS = {"sampling-400": "T = 1, 400", "sampling-3000": "T = 1, 3000", "picture
 
 def write_report(data: Path, report: Path) -> None:
     """Writes the report, its pictures (folder `figures` beside it) and the file of all tables."""
-    results = Results(data)
+    results = Results.read(data)
     tables = report.with_name(f"{report.stem}-tables.md")
     meanings = "\n".join(f"| {name} | {meaning} |" for name, meaning in MEANINGS.items())
+    steps = " and ".join(sorted({str(family["draft_steps"]) for family in results.families.values()}))
     parts = [
-        INTRODUCTION.format(data=data.as_posix(), tables=tables.name, clips=CLIPS, steps=STEPS, meanings=meanings)
+        INTRODUCTION.format(data=data.as_posix(), tables=tables.name, clips=CLIPS, steps=steps, meanings=meanings)
     ]
     if results.note:
         parts.append(results.note + "\n")
-    parts.append("## What the paper claims\n\n" + "\n".join(paragraph(claim, results) for claim in CLAIMS))
+    parts.append("## What the paper claims\n\n" + "\n".join(paragraph(claim, results) for claim in PAPERS))
+    parts.append("## What this package claims\n\n" + "\n".join(paragraph(claim, results) for claim in OURS))
     for family in results.families:
         parts.append(f"## {NAMES.get(family, family)}\n\n{summary(results, family)}")
-    pictures = draw_all(results, report.parent / "figures")
     parts.append("## Pictures\n")
-    for family, paths in pictures.items():
-        if family:
-            parts.append(f"### {NAMES.get(family, family)}\n")
-        parts += [f"![{path.stem}]({Path(os.path.relpath(path, report.parent)).as_posix()})\n" for path in paths]
-    parts.append(provenance_section([row["provenance"] for row in results.rows]))
+    for family, paths in draw_all(results, report.parent / "figures").items():
+        parts += [
+            f"{PICTURES[path.stem]}{f', {NAMES.get(family, family)}' if family else ''}\n\n"
+            f"![{PICTURES[path.stem]}]({Path(os.path.relpath(path, report.parent)).as_posix()})\n"
+            for path in paths
+        ]
+    parts.append(provenance_section([_brief(row["provenance"]) for row in results.rows]))
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text("\n".join(parts))
     write_tables(results, tables)
+
+
+def _brief(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Without what differs from cell to cell: that stands in the file of all tables."""
+    return {name: value for name, value in provenance.items() if name not in ("arms", "command", "prompts")}
 
 
 def write_tables(results: Results, path: Path) -> None:
     """Every cell's whole tables."""
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in results.rows:
-        cells.setdefault((row["benchmark"], row["length"], row["temperature"], row["seed"]), []).append(row)
+        cells.setdefault((row["family"], row["benchmark"], row["temperature"], row["seed"]), []).append(row)
     parts = ["# All tables\n\nWritten by `make results`; what the columns mean: [benchmark.md](benchmark.md).\n"]
-    parts += [section(rows) for rows in cells.values()]
+    parts += [f"{section(rows)}\n`{command(rows[0]['benchmark'])}`\n" for rows in cells.values()]
     path.write_text("\n".join(parts))
 
 
 def summary(results: Results, family: str) -> str:
     """One family's tables: greedy on videos by length, other prompts, where the time goes, draft steps."""
     lengths = results.lengths(family)
-    right = results.targets.get(family, {})
-    trust = ", ".join(f"{share:.2f} at {int(length):,}" for length, share in right.items())
-    cells = [f"video-{length}" for length in lengths]
-    heads = [f"{length:,}" for length in lengths]
+    right, clips = results.families[family]["content_accuracy"], results.families[family]["clips"]
+    trust = ", ".join(f"{share:.2f} at {int(length):,} ({clips[length]} clips)" for length, share in right.items())
     parts = [
         f"Claims of the target's own captions that are right, by visual tokens: {trust}.\n",
         "Greedy, by visual tokens: τ / DSR.\n",
-        arms_table(results, family, cells, heads),
+        arms_table(results, family, {f"{VIDEO}{length}": f"{length:,}" for length in lengths}),
     ]
     others = [cell for cell in OTHERS if results.cell(family, cell)]
     if others:
-        parts += ["Other prompts: τ / DSR.\n", arms_table(results, family, others, [OTHERS[cell] for cell in others])]
+        parts += ["Other prompts: τ / DSR.\n", arms_table(results, family, {cell: OTHERS[cell] for cell in others})]
     parts += [
         "How deep the default's chain of 5 is accepted, and what a call consists of.\n",
-        phases(results, family, cells),
+        phases(results, family),
     ]
     steps = [step for step in results.draft_steps if step["family"] == family]
     if steps:
@@ -122,27 +142,30 @@ def summary(results: Results, family: str) -> str:
     return "\n".join(parts)
 
 
-def arms_table(results: Results, family: str, cells: Sequence[str], heads: Sequence[str]) -> str:
-    """τ / DSR of every arm, a column per cell."""
+def arms_table(results: Results, family: str, cells: Mapping[str, str]) -> str:
+    """τ / DSR of every arm, a column per cell (→ its head)."""
     rows = []
     for arm, name in ARMS.items():
         found = [results.row(family, cell, arm) for cell in cells]
         if any(found):
             rows.append([name, *("" if row is None else f"{row['tau']:.2f} / {row['dsr']:.2f}" for row in found)])
+    prompts = [max((row["prompts"] for row in results.cell(family, cell)), default=0) for cell in cells]
+    heads = [f"{head} ({count} prompts)" for head, count in zip(cells.values(), prompts, strict=True)]
     return table(["arm", *heads], rows)
 
 
-def phases(results: Results, family: str, cells: Sequence[str]) -> str:
-    """Acceptance by position and the phases of a call, of the default."""
+def phases(results: Results, family: str) -> str:
+    """Acceptance by position and the phases of a call, of the default's chain of 5."""
     rows = []
-    for cell in cells:
-        row = results.row(family, cell, "draft:sparrow@chain-5")
+    for length in results.lengths(family):
+        row = results.row(family, f"{VIDEO}{length}", f"{DEFAULT}@chain-5")
         if row is not None:
             taken = row["phase_ms"]
             rows.append(
                 [
-                    cell.removeprefix("video-"),
+                    f"{length:,}",
                     f"{row['k']:.2f}",
+                    "{:.2f} … {:.2f}".format(*row["tau_interval"]),
                     numbers(row["per_position"]),
                     f"{optional(row['content_acceptance'], '.2f')} / {optional(row['function_acceptance'], '.2f')}",
                     f"{row['prefill_share']:.0%}",
@@ -151,7 +174,15 @@ def phases(results: Results, family: str, cells: Sequence[str]) -> str:
                     optional(row["draft_cache_rows"], "d"),
                 ]
             )
-    head = ["visual tokens", "k", "P(k ≥ 1, 2, …)", "content / function words", "prefill share of plain", "ESR"]
+    head = [
+        "visual tokens",
+        "k",
+        "τ, 95 % interval",
+        "P(k ≥ 1, 2, …)",
+        "content / function words",
+        "prefill share of plain",
+        "ESR",
+    ]
     return table([*head, "prefill + draft + verify + other, ms", "draft cache rows"], rows)
 
 
