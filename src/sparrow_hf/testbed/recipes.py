@@ -175,6 +175,7 @@ def write_report(rows: list[dict[str, Any]], path: Path) -> None:
         "The optimiser is the testbed's (Muon) in all rows, also in the paper's: at its own learning rate, made for a",
         "thousand times the steps, nothing is learned here.",
         "",
+        *_earlier_target(rows),
         f"| recipe | {' | '.join(lengths)} | seeds | steps |",
         f"|---|{'---|' * (len(lengths) + 2)}",
     ]
@@ -194,6 +195,18 @@ def write_report(rows: list[dict[str, Any]], path: Path) -> None:
             table.append((mean, f"| {label} | {' | '.join(cells)} | {len(runs)} | {runs[0]['steps']} |"))
     lines += [line for _, line in sorted(table, key=lambda entry: -entry[0])]
     path.write_text("\n".join(lines) + "\n")
+
+
+def _earlier_target(rows: list[dict[str, Any]]) -> list[str]:
+    """A remark, if the runs are not of the target that ships."""
+    measured = rows[0]["target_sha256"]
+    if measured == target_digest(load_target()[0]):
+        return []
+    return [
+        f"**Measured on another target than the one that ships**: sha256 `{measured[:16]}…`, at commit "
+        f"`{rows[0]['commit'][:12]}`.",
+        "",
+    ]
 
 
 def _mean_and_range(values: list[float]) -> str:
