@@ -55,7 +55,7 @@ def test_identical_and_accepted_in_depth(models, clips, tree: str, sampling: dic
         frontier_rows = (draft.config.num_draft_levels - 1) * draft.config.beam_width
         assert stats.max_draft_cache_length <= len(kept.indices) + stats.new_tokens + frontier_rows
     # A draft out of step with its training (positions, shift, rows) accepts almost nothing.
-    assert tokens / rounds > (3.5 if not sampling["do_sample"] else 2.0)
+    assert tokens / rounds > (4.0 if not sampling["do_sample"] else 2.5)
 
 
 def test_chain_in_the_stock_loop_takes_as_many_rounds(models, clips, monkeypatch: pytest.MonkeyPatch) -> None:
