@@ -145,7 +145,7 @@ def test_figures(whole, tmp_path):
 
 
 def test_without_matplotlib_figures_name_the_install_line(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["sparrow_hf.analysis.figures"], "is_matplotlib_available", lambda: False)
+    monkeypatch.setattr(sys.modules["sparrow_hf.plotting"], "is_matplotlib_available", lambda: False)
     with pytest.raises(MissingDependencyError, match=r"sparrow-hf\[plot\]"):
         draw_figures(whole[0], tmp_path)
 
@@ -163,7 +163,7 @@ def test_the_command(models, conversations, tmp_path, monkeypatch):
     def invoke():
         return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
-    monkeypatch.setattr(sys.modules["sparrow_hf.analysis.figures"], "is_matplotlib_available", lambda: False)
+    monkeypatch.setattr(sys.modules["sparrow_hf.plotting"], "is_matplotlib_available", lambda: False)
     result = invoke()
     assert result.exit_code == 0, result.output
     assert "2 prompts, each answered once and read 4 times" in result.output
