@@ -34,7 +34,7 @@ def new_figure(count: int) -> tuple[Figure, Sequence[Axes]]:
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
-def dress(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+def dress(axes: Axes, title: str, x_label: str, y_label: str, legend_columns: int = 1) -> None:
     """Gives a panel its titles, and its legend if it has named curves."""
     axes.set_title(title, color=INK, fontsize=10)
     axes.set_xlabel(x_label, color=INK)
@@ -46,11 +46,22 @@ def dress(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.grid(color=INK, alpha=0.25, linewidth=0.5)
         # Below the axes, where no curve can run through it.
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        axes.legend(
+            frameon=False,
+            labelcolor=INK,
+            fontsize=8,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.2),
+            ncols=legend_columns,
+        )
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes a picture; its folder is made."""
+    """Writes a picture, `.png` or `.svg`; its folder is made. The same picture gives the same file."""
+    from matplotlib import rc_context
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, transparent=True, dpi=150)
+    # Ids and dates in the file would make two pictures of the same curves differ.
+    with rc_context({"svg.hashsalt": "sparrow"}):
+        figure.savefig(path, transparent=True, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path

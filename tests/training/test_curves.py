@@ -5,8 +5,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from matplotlib.axes import Axes
 
+from sparrow_hf import plotting
 from sparrow_hf.errors import MissingDependencyError, TrainingDataError
-from sparrow_hf.training import curves
 from sparrow_hf.training.curves import plot_curves
 
 LOG = [
@@ -61,6 +61,6 @@ def test_panels_without_a_curve_are_left_out(tmp_path, plotted):
 
 
 def test_without_matplotlib_the_install_line_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(curves, "is_matplotlib_available", lambda: False)
+    monkeypatch.setattr(plotting, "is_matplotlib_available", lambda: False)
     with pytest.raises(MissingDependencyError, match=r'pip install "sparrow-hf\[plot\]"'):
         plot_curves(LOG, tmp_path / "curves.png")

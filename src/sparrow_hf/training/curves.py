@@ -3,18 +3,10 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers.utils import is_matplotlib_available
-
-from ..errors import MissingDependencyError, TrainingDataError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-INK = "#808080"
-"""Of text and axes. Grey and colours of medium brightness on a transparent ground read on white and on black pages."""
-COLOURS = ("#0a84c1", "#d55e00", "#1a9b74", "#b5679a", "#a88a00", "#5b8def", "#c0504d", "#6b9c3c")
+from ..errors import TrainingDataError
+from ..plotting import COLOURS, dress, new_figure, save
 
 #: Label → the logged figure; the curves of the first two panels.
 LOSSES = {"training": "loss", "held out": "eval_loss"}
@@ -34,25 +26,19 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLik
         MissingDependencyError: matplotlib is not installed.
         TrainingDataError: Nothing was logged that could be drawn.
     """
-    if not is_matplotlib_available():
-        raise MissingDependencyError(
-            "Drawing the curves of a training needs matplotlib, not installed here. "
-            'Install it with: pip install "sparrow-hf[plot]"'
-        )
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     panels = [panel for panel in _panels(log_history) if panel[2]]
     if not panels:
         raise TrainingDataError("the log holds neither a loss nor an evaluation: there is nothing to draw yet")
-    # Ids and dates in the file would make two pictures of the same curves differ.
-    with rc_context({"svg.hashsalt": "sparrow"}):
-        figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
-        for axes, (title, unit, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            _draw(axes, title, unit, curves)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, transparent=True, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure, all_axes = new_figure(len(panels))
+    for axes, (title, unit, curves) in zip(all_axes, panels, strict=True):
+        for index, (label, points) in enumerate(curves.items()):
+            # A curve of few points shows where they are.
+            marker = "o" if len(points) <= 30 else ""
+            axes.plot(
+                *zip(*points, strict=True), label=label, color=COLOURS[index % len(COLOURS)], marker=marker, ms=3
+            )
+        dress(axes, title, "step", unit, legend_columns=3)
+    save(figure, Path(path))
 
 
 def _panels(log: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, dict[str, list[tuple[int, float]]]]]:
@@ -74,20 +60,3 @@ def _curves(log: Sequence[Mapping[str, Any]], figures: Mapping[str, str]) -> dic
         label: [(entry["step"], entry[name]) for entry in log if name in entry] for label, name in figures.items()
     }
     return {label: points for label, points in curves.items() if points}
-
-
-def _draw(axes: "Axes", title: str, unit: str, curves: Mapping[str, list[tuple[int, float]]]) -> None:
-    for index, (label, points) in enumerate(curves.items()):
-        # A curve of few points shows where they are.
-        marker = "o" if len(points) <= 30 else ""
-        axes.plot(*zip(*points, strict=True), label=label, color=COLOURS[index % len(COLOURS)], marker=marker, ms=3)
-    axes.set_title(title, color=INK, fontsize=10)
-    axes.set_xlabel("step", color=INK)
-    axes.set_ylabel(unit, color=INK)
-    axes.tick_params(colors=INK)
-    axes.grid(color=INK, alpha=0.25, linewidth=0.5)
-    for name, spine in axes.spines.items():
-        spine.set_visible(name in ("left", "bottom"))
-        spine.set_color(INK)
-    # Below the axes, where no curve can run through it.
-    axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
