@@ -41,6 +41,14 @@ def test_checkpoint_holds_the_draft_only_and_loads_bit_equal(target: PreTrainedM
         assert torch.equal(run(loaded, target), expected)
 
 
+@pytest.mark.parametrize("feature_layers", [[1, -1], [-1, 1]])
+def test_several_feature_layers_start_as_the_last_one(target: PreTrainedModel, feature_layers: list[int]) -> None:
+    draft = SparrowDraftModel.from_target(target, feature_layers=feature_layers)
+    features = torch.randn(3, 2, draft.config.hidden_size)
+    last = features[:, feature_layers.index(-1)]
+    assert torch.equal(draft.reduce_features(features.flatten(1)), last)
+
+
 def test_the_target_is_neither_registered_nor_moved(target: PreTrainedModel) -> None:
     draft = SparrowDraftModel.from_target(target)
     names = {name for name, _ in draft.named_modules()}

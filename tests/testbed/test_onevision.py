@@ -161,3 +161,14 @@ def test_models_that_do_not_ship_are_refused(tmp_path: Path, monkeypatch: pytest
     stranger = FAMILY_BY_NAME["qwen2_vl"].build_target()
     with pytest.raises(UnsupportedTargetError, match="Qwen2VLForConditionalGeneration"):
         family_of(stranger)
+
+
+def test_content_words_are_those_of_a_tokenizer_that_knows_them() -> None:
+    from sparrow_hf.testbed.prompts import knows_the_world, says_what_it_shows
+
+    _, processor, _ = testbed.load("llava-onevision")
+    assert knows_the_world(processor)
+    ocean, of = processor.tokenizer.convert_tokens_to_ids(["ocean", "of"])
+    assert says_what_it_shows(processor)(ocean) and not says_what_it_shows(processor)(of)
+    stranger = FAMILY_BY_NAME["qwen2_vl"]
+    assert not knows_the_world(stranger.processor(stranger.tokenizer))

@@ -42,10 +42,16 @@ def test_runs_are_made_once_and_told_as_a_table(small_world, monkeypatch):
     ]
     assert all(set(row["tau"]) == {"16", "32"} and row["tau"]["16"] >= 1 for row in rows)
     assert set(rows[0]["tau_by_glimpse"]) == {"0", "16", "256"}
+    assert "**Measured on another target than the one that ships**" in report.read_text()
     table = [line for line in report.read_text().splitlines() if line.startswith("|")]
     assert table[0] == "| recipe | 16 | 32 | seeds | steps |"
     assert sum(line.startswith("| default") for line in table) == 4
     assert all(line.endswith("| 2 | 2 |") for line in table[2:])
+
+    shipped = retrain.load_target(small_world / "target")
+    monkeypatch.setattr(recipes, "load_target", lambda *folder: shipped)
+    recipes.write_report(rows, report)
+    assert "Measured on another" not in report.read_text()
 
     def refuse(*arguments):
         raise AssertionError("this run was there already")

@@ -173,7 +173,7 @@ def made_up(taus: dict[str, dict[int, float]], right: dict[int, float] | None = 
     ]
     accuracy = {str(length): share for length, share in (right or {400: 0.97, 25_000: 0.96}).items()}
     steps = [{"family": FAMILY, "tree": "chain-5", "visual_tokens": n, "milliseconds": 5.0} for n in (400, 25_000)]
-    family = {"content_accuracy": accuracy, "clips": {}, "draft_steps": 600, "analysis": None}
+    family = {"content_accuracy": accuracy, "clips": {}, "training_steps": 600, "analysis": None}
     return Results({"note": "", "rows": found, "shared": found, "draft_steps": steps, "families": {FAMILY: family}})
 
 
@@ -196,24 +196,24 @@ ABLATED = {"draft:no-bridge@chain-5": {400: 3.5, 25_000: 4.0}, "draft:no-mtp@cha
         ("Figure 1b", {MSD: {400: 4.0, 25_000: 3.0}, f"{MSD}/glimpse=0": {400: 3.0, 25_000: 3.1}}, "holds"),
         ("Figure 1b", {MSD: {400: 4.0, 25_000: 3.0}, f"{MSD}/glimpse=0": {400: 4.1, 25_000: 2.9}}, "does not hold"),
         ("Figure 2", {CHAIN: {400: 4.0}}, "cannot be told here"),
-        ("Tables 2 and 3", EVERY_RIVAL | {PAPER: {400: 2.0, 25_000: 3.1}}, "holds"),
-        ("Tables 2 and 3", EVERY_RIVAL | {PAPER: {400: 4.0, 25_000: 2.9}}, "does not hold"),
+        ("The main comparison", EVERY_RIVAL | {PAPER: {400: 2.0, 25_000: 3.1}}, "holds"),
+        ("The main comparison", EVERY_RIVAL | {PAPER: {400: 4.0, 25_000: 2.9}}, "does not hold"),
         # A rival is missing.
-        ("Tables 2 and 3", {MSD: {25_000: 3.0}, PAPER: {25_000: 3.1}}, "cannot be told here"),
-        ("Table 3", {PAPER: {400: 4.0, 25_000: 3.9}}, "holds"),
-        ("Table 3", {PAPER: {400: 4.0, 25_000: 3.7}}, "does not hold"),
-        ("Table 3", {PAPER: {400: 4.0}}, "cannot be told here"),
+        ("The main comparison", {MSD: {25_000: 3.0}, PAPER: {25_000: 3.1}}, "cannot be told here"),
+        ("Lengths", {PAPER: {400: 4.0, 25_000: 3.9}}, "holds"),
+        ("Lengths", {PAPER: {400: 4.0, 25_000: 3.7}}, "does not hold"),
+        ("Lengths", {PAPER: {400: 4.0}}, "cannot be told here"),
         (
-            "Table 4",
+            "The ablation",
             ABLATED | {PAPER: {400: 4.0, 25_000: 3.9}, f"{PAPER}/glimpse=all": {400: 4.2, 25_000: 1.2}},
             "holds",
         ),
         (
-            "Table 4",
+            "The ablation",
             ABLATED | {PAPER: {400: 3.4, 25_000: 3.9}, f"{PAPER}/glimpse=all": {400: 4.2, 25_000: 1.2}},
             "does not hold",
         ),
-        ("Table 6", {CHAIN: {400: 4.0, 25_000: 4.0}}, "holds"),
+        ("The prefill", {CHAIN: {400: 4.0, 25_000: 4.0}}, "holds"),
         ("Drafting", {CHAIN: {400: 4.0}}, "holds"),
         ("Drafting", {"prompt-lookup": {400: 4.0}}, "cannot be told here"),
         # A glimpse of another size is not the default.
@@ -259,14 +259,14 @@ def test_a_draft_whose_cache_grows_is_told() -> None:
 
 def test_where_the_target_errs_nothing_is_asked_of_the_draft() -> None:
     taus = {PAPER: {400: 4.0, 3000: 3.9, 25_000: 2.0}}
-    told = verdict("Table 3", made_up(taus, {400: 0.97, 3000: 0.96, 25_000: 0.5}))
+    told = verdict("Lengths", made_up(taus, {400: 0.97, 3000: 0.96, 25_000: 0.5}))
     assert ": holds.**" in told and "2.00 at 25,000 (target 0.50 right); judged at 3,000." in told
-    assert ": cannot be told here.**" in verdict("Table 3", made_up(taus, {400: 0.9, 3000: 0.96, 25_000: 0.97}))
+    assert ": cannot be told here.**" in verdict("Lengths", made_up(taus, {400: 0.9, 3000: 0.96, 25_000: 0.97}))
 
 
 def test_the_best_rival_and_the_margin_are_named() -> None:
     rivals = EVERY_RIVAL | {"draft:vispec@chain-5": {400: 3.2, 25_000: 3.2}, PAPER: {400: 4.0, 25_000: 4.0}}
-    assert "2.00 against 1.60 (ViSpec-like) at 25,000, margin +25%" in verdict("Tables 2 and 3", made_up(rivals))
+    assert "2.00 against 1.60 (ViSpec-like) at 25,000, margin +25%" in verdict("The main comparison", made_up(rivals))
 
 
 def test_families_that_differ_are_named() -> None:

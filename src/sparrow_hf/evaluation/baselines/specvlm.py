@@ -167,6 +167,7 @@ class PrunedPromptGenerator(CandidateGenerator):
         self._cache = DynamicCache(config=self._sibling.text_config)
         self._last_position = positions[..., -1:]
         self._run(embeds[:, kept], positions[..., kept], **visual)
+        del self._prompt  # rows of the whole video
 
 
 class _Captured(Exception):

@@ -96,7 +96,7 @@ def write_results(work: Path, output: Path, note: str) -> None:
         results["families"][model_type] = {
             "content_accuracy": provenance["content_accuracy_after_bf16_rounding"],
             "clips": provenance["evaluation_clips"],
-            "draft_steps": shipped_steps(family),
+            "training_steps": shipped_steps(family),
             "analysis": json.loads(analysis.read_text()) if analysis.exists() else None,
         }
     output.parent.mkdir(parents=True, exist_ok=True)

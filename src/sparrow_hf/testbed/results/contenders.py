@@ -80,7 +80,7 @@ def train_sibling(family: Family, work: Path) -> None:
 def folders_of(family: Family, work: Path) -> dict[str, Path]:
     """Folder of every contender, and of the sibling."""
     drafts = work / f"drafts-{shipped_steps(family)}"
-    return {name: drafts / name for name in (*CONTENDERS, SIBLING)} | {
+    return {name: drafts / name for name in CONTENDERS} | {
         SHIPPED_DRAFT: SHIPPED[family.name] / "draft",
         SIBLING: work / SIBLING,
     }

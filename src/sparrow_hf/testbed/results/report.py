@@ -9,6 +9,7 @@ from typing import Any
 
 from ...evaluation.report import numbers, optional, provenance_section, section, table
 from ..retrain import CLIPS
+from .analyses import COMMAND
 from .cells import VIDEO, command
 from .claims import DEFAULT, OURS, PAPERS, paragraph
 from .contenders import MEANINGS
@@ -26,6 +27,10 @@ process. τ is tokens per target forward, DSR the speed-up of decoding, ESR of w
 optimiser for as many steps ({steps}). Longer clips show the same stories, more slowly and with more idle stretches;
 where lengths are compared, it is on the clips that all of them have. DSR leaves out what happens before the first
 token: the whole prefill of the sibling, for one, while that of a draft is inside. All of this ran on a CPU.
+
+The claims and pictures are named after what they answer in the paper: its Figures 1, 2, 3, 5 and 6, and its tables of
+methods, lengths, temperatures, parts left out, tasks and prefill shares. One cell of the tables alone:
+`{cell}`; the analyses alone: `{analysis}`.
 
 | contender | what it is |
 | --- | --- |
@@ -81,9 +86,17 @@ def write_report(data: Path, report: Path) -> None:
     results = Results.read(data)
     tables = report.with_name(f"{report.stem}-tables.md")
     meanings = "\n".join(f"| {name} | {meaning} |" for name, meaning in MEANINGS.items())
-    steps = " and ".join(sorted({str(family["draft_steps"]) for family in results.families.values()}))
+    steps = " and ".join(sorted({str(family["training_steps"]) for family in results.families.values()}))
     parts = [
-        INTRODUCTION.format(data=data.as_posix(), tables=tables.name, clips=CLIPS, steps=steps, meanings=meanings)
+        INTRODUCTION.format(
+            data=data.as_posix(),
+            tables=tables.name,
+            clips=CLIPS,
+            steps=steps,
+            meanings=meanings,
+            cell=command("video-400"),
+            analysis=COMMAND,
+        )
     ]
     if results.note:
         parts.append(results.note + "\n")
