@@ -11,7 +11,15 @@ from transformers import AutoProcessor
 
 from sparrow_hf.errors import TrainingOptionsError
 from sparrow_hf.evaluation.benchmark import count_visual_tokens
-from sparrow_hf.testbed import EVALUATION_SEEDS, caption_training, content_accuracy, load_target, nano, pretrain
+from sparrow_hf.testbed import (
+    EVALUATION_SEEDS,
+    SHIPPED,
+    caption_training,
+    content_accuracy,
+    load_target,
+    nano,
+    pretrain,
+)
 from sparrow_hf.testbed.caption_training import (
     IGNORED,
     CaptionBatch,
@@ -27,7 +35,7 @@ from sparrow_hf.testbed.caption_training import (
 from sparrow_hf.testbed.captions import vocabulary
 from sparrow_hf.testbed.families import FAMILIES, LLAVA_ONEVISION, QWEN2_5_VL, Family
 from sparrow_hf.testbed.muon import Muon, orthogonalize
-from sparrow_hf.testbed.nano import ASSETS, build_processor, build_target
+from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.testbed.world import make_clip, messages_for
 from sparrow_hf.video import prepare_inputs, read_video
 
@@ -298,8 +306,10 @@ def test_captions_train_everything_but_the_tower(family: Family, tmp_path: Path)
         assert torch.equal(weight, before[name]) == (id(weight) in tower), name
 
 
-def test_the_shipped_target_describes_unseen_clips() -> None:
-    target, processor = load_target()
-    assert target.config.text_config.num_hidden_layers == 24 and target.dtype == torch.float32
-    assert sum(file.stat().st_size for file in (ASSETS / "target").iterdir()) < 15e6
+def test_the_shipped_targets_describe_unseen_clips(family: Family) -> None:
+    folder = SHIPPED[family.name] / "target"
+    target, processor = load_target(folder)
+    assert type(target) is family.model_class and target.dtype == torch.float32
+    assert target.config.text_config.num_hidden_layers == 24
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 15e6
     assert content_accuracy(target, processor, EVALUATION_SEEDS[1000:1004], visual_tokens=64) > 0.75

@@ -13,6 +13,7 @@ from sparrow_hf.errors import TargetLoadError, UnsupportedTargetError
 from sparrow_hf.testbed.attributes import OF_A_FRAME, OF_A_STEP
 from sparrow_hf.testbed.families import FAMILIES, LLAVA_ONEVISION, QWEN2_5_VL, family_of
 from sparrow_hf.testbed.nano import build_processor, build_target
+from sparrow_hf.testbed.prompts import knows_the_world, says_what_it_shows
 from sparrow_hf.testbed.scenes import BLANK, COLOURS, MOTIONS, Companion, Glyph, Scene, Step
 from sparrow_hf.testbed.vision_pretraining import VisionPretraining, rescale_features
 from sparrow_hf.testbed.world import MOTION_CYCLE, SPEED, make_clip, render
@@ -164,8 +165,6 @@ def test_models_that_do_not_ship_are_refused(tmp_path: Path, monkeypatch: pytest
 
 
 def test_content_words_are_those_of_a_tokenizer_that_knows_them() -> None:
-    from sparrow_hf.testbed.prompts import knows_the_world, says_what_it_shows
-
     _, processor, _ = testbed.load("llava-onevision")
     assert knows_the_world(processor)
     ocean, of = processor.tokenizer.convert_tokens_to_ids(["ocean", "of"])
