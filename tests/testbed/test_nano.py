@@ -13,6 +13,7 @@ from sparrow_hf.errors import TrainingOptionsError
 from sparrow_hf.evaluation.benchmark import count_visual_tokens
 from sparrow_hf.testbed import EVALUATION_SEEDS, caption_training, content_accuracy, load_target, nano, pretrain
 from sparrow_hf.testbed.caption_training import (
+    CLAIM_WEIGHT,
     IGNORED,
     CaptionBatch,
     ClipGroup,
@@ -22,12 +23,13 @@ from sparrow_hf.testbed.caption_training import (
     clips_for,
     deepen,
     draw_captions,
-    token_weights,
+    token_meanings,
 )
 from sparrow_hf.testbed.captions import vocabulary
 from sparrow_hf.testbed.families import FAMILIES, LLAVA_ONEVISION, QWEN2_5_VL, Family
 from sparrow_hf.testbed.muon import Muon, orthogonalize
 from sparrow_hf.testbed.nano import ASSETS, build_processor, build_target
+from sparrow_hf.testbed.tokenizer import VOCABULARY_SIZE
 from sparrow_hf.testbed.world import make_clip, messages_for
 from sparrow_hf.video import prepare_inputs, read_video
 
@@ -151,10 +153,22 @@ def test_a_batch_shares_prefixes_and_learns_captions_only(processor: Any, target
             target, group.features[1:2], CaptionBatch(batch.prefix, batch.suffixes[2:3], batch.labels[2:3])
         )
     torch.testing.assert_close(together[2:3], alone, atol=1e-4, rtol=1e-4)
-    flat = torch.zeros(*batch.labels.shape, 384)
-    assert caption_loss(flat, batch.labels, token_weights(processor.tokenizer)).item() == pytest.approx(
-        np.log(384), rel=1e-5
-    )
+
+
+def test_a_claim_is_right_in_any_of_its_wordings(processor: Any) -> None:
+    meanings = token_meanings(processor.tokenizer)
+    small, tiny, of, red = processor.tokenizer.convert_tokens_to_ids(["small", "tiny", "of", "red"])
+    assert meanings[small] == meanings[tiny] != meanings[red] and meanings[of] == IGNORED
+    probabilities = torch.full((2, VOCABULARY_SIZE), 0.2 / (VOCABULARY_SIZE - 2))
+    probabilities[0, [small, tiny]] = torch.tensor([0.3, 0.5])
+    probabilities[1, [of, red]] = 0.4
+    logits = torch.cat([probabilities, torch.ones(1, VOCABULARY_SIZE)]).log()[None]
+    labels = torch.tensor([[IGNORED, small, of]])
+    meant = 0.8 + probabilities[0, red].item()  # "little" is the third wording
+    expected = -(np.log(0.3) + np.log(0.4) + CLAIM_WEIGHT * np.log(meant)) / (2 + CLAIM_WEIGHT)
+    assert caption_loss(logits, labels, meanings).item() == pytest.approx(expected, rel=1e-5)
+    said_nothing = caption_loss(logits, torch.tensor([[IGNORED, IGNORED, of]]), meanings)
+    assert said_nothing.item() == pytest.approx(-np.log(0.4), rel=1e-5)
 
 
 def test_deepening_changes_no_logit(processor: Any, target: Any) -> None:

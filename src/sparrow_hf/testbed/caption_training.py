@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
-from .captions import CLAIM_WORDS, STYLES, sample_prompt, write_caption
+from .captions import CLAIM_WORDS, STYLES, meaning, sample_prompt, write_caption
 from .families import family_of
 from .nano import build_target
 from .scenes import Story, sample_story, sample_timeline
@@ -52,8 +52,10 @@ captions each time: rendering and encoding would otherwise take as long as learn
 IGNORED = -100
 
 CLAIM_WEIGHT = 8.0
-"""Loss weight of a word that claims something about the clip; all other words weigh 1. Most of the loss of a caption
-is the entropy of its wording, which no model can learn away and whose gradients drown what can be learned."""
+"""Loss weight of what a claim word means, next to the word itself, which weighs 1 like any other.
+
+Most of the loss of a caption is the entropy of its wording, which no model can learn away and whose gradients drown
+what can be learned."""
 
 
 class ClipGroup:
@@ -168,18 +170,29 @@ def caption_logits(target: Any, features: torch.Tensor, batch: CaptionBatch) -> 
     return target.lm_head(states)
 
 
-def token_weights(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Loss weight `(vocabulary,)` of every token, see `CLAIM_WEIGHT`."""
-    weights = torch.ones(VOCABULARY_SIZE)
-    weights[tokenizer.convert_tokens_to_ids(sorted(CLAIM_WORDS))] = CLAIM_WEIGHT
-    return weights
+def token_meanings(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """For every token `(vocabulary,)`, the first token that claims the same; `IGNORED` where one claims nothing."""
+    meanings = torch.full((VOCABULARY_SIZE,), IGNORED)
+    first: dict[tuple[str, str], int] = {}
+    for token in sorted(tokenizer.convert_tokens_to_ids(sorted(CLAIM_WORDS))):
+        meanings[token] = first.setdefault(meaning(tokenizer.convert_ids_to_tokens(token)), token)
+    return meanings
 
 
-def caption_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the caption tokens, each weighted by its entry of `weights` `(vocabulary,)`."""
-    return functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), weight=weights, ignore_index=IGNORED
-    )
+def caption_loss(logits: torch.Tensor, labels: torch.Tensor, meanings: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the caption tokens, with that of what they claim (see `token_meanings`, `CLAIM_WEIGHT`).
+
+    A claim is right in any of its wordings: their probabilities are summed first.
+    """
+    log_probabilities = logits[:, :-1].flatten(0, 1).log_softmax(-1)
+    labels = labels[:, 1:].flatten()
+    words = functional.nll_loss(log_probabilities, labels, ignore_index=IGNORED, reduction="sum")
+    claims = torch.where(labels == IGNORED, IGNORED, meanings[labels.clamp(min=0)])
+    claiming = claims != IGNORED
+    # (claims, vocabulary): the wordings of each claim.
+    wordings = meanings == claims[claiming, None]
+    meant = log_probabilities[claiming].masked_fill(~wordings, -torch.inf).logsumexp(-1)
+    return (words - CLAIM_WEIGHT * meant.sum()) / ((labels != IGNORED).sum() + CLAIM_WEIGHT * claiming.sum())
 
 
 @torch.no_grad()

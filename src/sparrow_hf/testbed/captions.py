@@ -232,6 +232,11 @@ the n of "an orange".)
 """
 
 
+def meaning(word: str) -> tuple[str, str]:
+    """What a claim word tells, (slot, value): equal for words that may stand for each other."""
+    return _MEANINGS.get(word, ("word", word))
+
+
 def content(caption: str) -> dict[tuple[int, str, int], str]:
     """What a caption claims, whatever its wording.
 

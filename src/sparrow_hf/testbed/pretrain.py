@@ -16,7 +16,7 @@ import copy
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from .caption_training import (
     caption_loss,
     deepen,
     draw_captions,
-    token_weights,
+    token_meanings,
 )
 from .families import FAMILIES, QWEN2_5_VL, Family
 from .muon import Muon
@@ -54,7 +54,7 @@ STAGES = (
     Stage("longer clips", 400, 12, (2, 6), (48, 480), 8, 2, (0.012, 0.012)),
     Stage("long clips", 400, 12, (2, 6), (48, 1600), 6, 4, (0.012, 0.006)),
     Stage("full depth", 400, 24, (2, 6), (64, 3200), 4, 4, (0.006, 0.0)),
-    Stage("any length", 450, 24, (2, 6), (64, 13_000), 4, 4, (0.006, 0.0)),
+    Stage("any length", 600, 24, (2, 6), (64, 13_000), 4, 4, (0.006, 0.0)),
 )
 FULL_DEPTH = STAGES[-1].layers
 WARMUP_STEPS = 8
@@ -79,11 +79,15 @@ def export(target: Any, processor: Any, folder: Path) -> None:
 
 @dataclass
 class Progress:
-    """How far a training has come: steps done of the current stage, and seconds spent so far."""
+    """How far a training has come: steps done of the current stage, and seconds spent so far.
+
+    `commits` tells which code trained from which stage and step on; a training that was never resumed has one.
+    """
 
     stage: int = 0
     step: int = 0
     seconds: float = 0.0
+    commits: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Pretraining:
@@ -120,7 +124,7 @@ class Pretraining:
             )
         self.processes = PartialState(cpu=True)
         self.processor = build_processor(family)
-        self.token_weights = token_weights(self.processor.tokenizer)
+        self.meanings = token_meanings(self.processor.tokenizer)
         self.target = build_target(self.processor.tokenizer, self.stages[0].layers, seed, family)
         self.progress = Progress()
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -252,7 +256,7 @@ class Pretraining:
         seed = [self.seed, TRAIN_SEEDS.start, self.progress.stage, self.progress.step]
         rng = np.random.default_rng([*seed, 1 + self.processes.process_index])
         batch = draw_captions(self.processor, group, self.stage.captions_per_clip, rng)
-        loss = caption_loss(caption_logits(self.target, group.features, batch), batch.labels, self.token_weights)
+        loss = caption_loss(caption_logits(self.target, group.features, batch), batch.labels, self.meanings)
         loss.backward()
         if self.processes.num_processes > 1:
             self.average_gradients()
@@ -311,6 +315,7 @@ class Pretraining:
             self.train_vision()
             self.prepare_stage()
             self.save()
+        self.note_commit()
         while True:
             self.train_stage()
             if self.processes.is_main_process:
@@ -325,6 +330,12 @@ class Pretraining:
             export(self.target, self.processor, self.output)
             self.write_provenance()
 
+    def note_commit(self) -> None:
+        """Notes which code trains from here on."""
+        commits, code = self.progress.commits, commit()
+        if not commits or commits[-1]["commit"] != code:
+            commits.append({"stage": self.stage.name, "step": self.progress.step, "commit": code})
+
     def write_provenance(self) -> None:
         """Measures the exported target as users will load it, and notes how it came to be."""
         target, processor = load_target(self.output)
@@ -336,7 +347,7 @@ class Pretraining:
             "command": "python -m sparrow_hf.testbed.pretrain --output DIR "
             f"--seed {self.seed} --family {self.family.name} --depth {self.depth}"
             + (" --tower TARGET" if self.tower else ""),
-            "commit": commit(),
+            "commits": self.progress.commits,
             "torch": torch.__version__,
             "seconds_of_training": round(self.progress.seconds),
             "vision_steps": 0 if self.tower else VISION_STEPS,
