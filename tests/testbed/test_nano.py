@@ -16,6 +16,7 @@ from sparrow_hf.testbed.caption_training import (
     CLAIM_WEIGHT,
     IGNORED,
     CaptionBatch,
+    Claims,
     ClipGroup,
     Stage,
     caption_logits,
@@ -23,7 +24,6 @@ from sparrow_hf.testbed.caption_training import (
     clips_for,
     deepen,
     draw_captions,
-    token_meanings,
 )
 from sparrow_hf.testbed.captions import vocabulary
 from sparrow_hf.testbed.families import FAMILIES, LLAVA_ONEVISION, QWEN2_5_VL, Family
@@ -156,7 +156,8 @@ def test_a_batch_shares_prefixes_and_learns_captions_only(processor: Any, target
 
 
 def test_a_claim_is_right_in_any_of_its_wordings(processor: Any) -> None:
-    meanings = token_meanings(processor.tokenizer)
+    claims = Claims(processor.tokenizer)
+    meanings = claims.meanings
     small, tiny, of, red = processor.tokenizer.convert_tokens_to_ids(["small", "tiny", "of", "red"])
     assert meanings[small] == meanings[tiny] != meanings[red] and meanings[of] == IGNORED
     probabilities = torch.full((2, VOCABULARY_SIZE), 0.2 / (VOCABULARY_SIZE - 2))
@@ -166,8 +167,8 @@ def test_a_claim_is_right_in_any_of_its_wordings(processor: Any) -> None:
     labels = torch.tensor([[IGNORED, small, of]])
     meant = 0.8 + probabilities[0, red].item()  # "little" is the third wording
     expected = -(np.log(0.3) + np.log(0.4) + CLAIM_WEIGHT * np.log(meant)) / (2 + CLAIM_WEIGHT)
-    assert caption_loss(logits, labels, meanings).item() == pytest.approx(expected, rel=1e-5)
-    said_nothing = caption_loss(logits, torch.tensor([[IGNORED, IGNORED, of]]), meanings)
+    assert caption_loss(logits, labels, claims).item() == pytest.approx(expected, rel=1e-5)
+    said_nothing = caption_loss(logits, torch.tensor([[IGNORED, IGNORED, of]]), claims)
     assert said_nothing.item() == pytest.approx(-np.log(0.4), rel=1e-5)
 
 

@@ -57,6 +57,10 @@ CLAIM_WEIGHT = 8.0
 Most of the loss of a caption is the entropy of its wording, which no model can learn away and whose gradients drown
 what can be learned."""
 
+SLOW_CLAIM_WEIGHT = 32.0
+SLOW_CLAIM_WORDS = ("a", "the", "left", "right")
+"""Whether a glyph is new, and the second word of a corner: learned last, and elsewhere told by the words around."""
+
 
 class ClipGroup:
     """A few clips of one visual length, seen through the codec and the frozen tower.
@@ -170,29 +174,36 @@ def caption_logits(target: Any, features: torch.Tensor, batch: CaptionBatch) -> 
     return target.lm_head(states)
 
 
-def token_meanings(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """For every token `(vocabulary,)`, the first token that claims the same; `IGNORED` where one claims nothing."""
-    meanings = torch.full((VOCABULARY_SIZE,), IGNORED)
-    first: dict[tuple[str, str], int] = {}
-    for token in sorted(tokenizer.convert_tokens_to_ids(sorted(CLAIM_WORDS))):
-        meanings[token] = first.setdefault(meaning(tokenizer.convert_ids_to_tokens(token)), token)
-    return meanings
+class Claims:
+    """What tokens claim: `meanings` `(vocabulary,)`, the first token that claims the same, and `weights` in the loss.
+
+    Tokens that claim nothing mean `IGNORED` and weigh nothing.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.meanings = torch.full((VOCABULARY_SIZE,), IGNORED)
+        self.weights = torch.zeros(VOCABULARY_SIZE)
+        first: dict[tuple[str, str], int] = {}
+        for word in sorted(CLAIM_WORDS):
+            token = tokenizer.convert_tokens_to_ids(word)
+            self.meanings[token] = first.setdefault(meaning(word), token)
+            self.weights[token] = SLOW_CLAIM_WEIGHT if word in SLOW_CLAIM_WORDS else CLAIM_WEIGHT
 
 
-def caption_loss(logits: torch.Tensor, labels: torch.Tensor, meanings: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the caption tokens, with that of what they claim (see `token_meanings`, `CLAIM_WEIGHT`).
+def caption_loss(logits: torch.Tensor, labels: torch.Tensor, claims: Claims) -> torch.Tensor:
+    """Mean cross-entropy of the caption tokens, and of what they claim, weighted.
 
     A claim is right in any of its wordings: their probabilities are summed first.
     """
-    log_probabilities = logits[:, :-1].flatten(0, 1).log_softmax(-1)
-    labels = labels[:, 1:].flatten()
-    words = functional.nll_loss(log_probabilities, labels, ignore_index=IGNORED, reduction="sum")
-    claims = torch.where(labels == IGNORED, IGNORED, meanings[labels.clamp(min=0)])
-    claiming = claims != IGNORED
-    # (claims, vocabulary): the wordings of each claim.
-    wordings = meanings == claims[claiming, None]
-    meant = log_probabilities[claiming].masked_fill(~wordings, -torch.inf).logsumexp(-1)
-    return (words - CLAIM_WEIGHT * meant.sum()) / ((labels != IGNORED).sum() + CLAIM_WEIGHT * claiming.sum())
+    told = labels[:, 1:] != IGNORED
+    labels = labels[:, 1:][told]
+    log_probabilities = logits[:, :-1][told].log_softmax(-1)
+    words = functional.nll_loss(log_probabilities, labels, reduction="sum")
+    # (tokens, vocabulary): the wordings of what each token claims; if it claims nothing, it weighs nothing.
+    wordings = claims.meanings == claims.meanings[labels, None]
+    meant = log_probabilities.masked_fill(~wordings, -torch.inf).logsumexp(-1)
+    weights = claims.weights[labels]
+    return (words - (weights * meant).sum()) / (len(labels) + weights.sum())
 
 
 @torch.no_grad()

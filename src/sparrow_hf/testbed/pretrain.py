@@ -32,13 +32,13 @@ from ..evaluation.provenance import commit
 from .caption_training import (
     POOL_GROUPS,
     POOL_USES,
+    Claims,
     ClipGroup,
     Stage,
     caption_logits,
     caption_loss,
     deepen,
     draw_captions,
-    token_meanings,
 )
 from .families import FAMILIES, QWEN2_5_VL, Family
 from .muon import Muon
@@ -54,7 +54,9 @@ STAGES = (
     Stage("longer clips", 400, 12, (2, 6), (48, 480), 8, 2, (0.012, 0.012)),
     Stage("long clips", 400, 12, (2, 6), (48, 1600), 6, 4, (0.012, 0.006)),
     Stage("full depth", 400, 24, (2, 6), (64, 3200), 4, 4, (0.006, 0.0)),
-    Stage("any length", 600, 24, (2, 6), (64, 13_000), 4, 4, (0.006, 0.0)),
+    Stage("any length", 400, 24, (2, 6), (64, 13_000), 4, 4, (0.006, 0.002)),
+    Stage("details", 400, 24, (2, 6), (48, 480), 8, 4, (0.006, 0.003)),
+    Stage("every length", 200, 24, (2, 6), (64, 13_000), 4, 4, (0.003, 0.0)),
 )
 FULL_DEPTH = STAGES[-1].layers
 WARMUP_STEPS = 8
@@ -124,7 +126,7 @@ class Pretraining:
             )
         self.processes = PartialState(cpu=True)
         self.processor = build_processor(family)
-        self.meanings = token_meanings(self.processor.tokenizer)
+        self.claims = Claims(self.processor.tokenizer)
         self.target = build_target(self.processor.tokenizer, self.stages[0].layers, seed, family)
         self.progress = Progress()
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -256,7 +258,7 @@ class Pretraining:
         seed = [self.seed, TRAIN_SEEDS.start, self.progress.stage, self.progress.step]
         rng = np.random.default_rng([*seed, 1 + self.processes.process_index])
         batch = draw_captions(self.processor, group, self.stage.captions_per_clip, rng)
-        loss = caption_loss(caption_logits(self.target, group.features, batch), batch.labels, self.meanings)
+        loss = caption_loss(caption_logits(self.target, group.features, batch), batch.labels, self.claims)
         loss.backward()
         if self.processes.num_processes > 1:
             self.average_gradients()
