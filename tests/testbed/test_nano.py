@@ -232,7 +232,8 @@ def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_training")
-def test_a_stopped_training_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_stopped_training_ends_like_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "commit", lambda: "before")
     whole = pretrain.Pretraining(tmp_path / "whole", seed=3)
     whole.run()
 
@@ -258,6 +259,7 @@ def test_a_stopped_training_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
         stopped.stop_in = stop_in
         with pytest.raises(Stop):
             stopped.run()
+    monkeypatch.setattr(pretrain, "commit", lambda: "after")
     resumed = pretrain.Pretraining(tmp_path / "stopped", seed=3)
     resumed.run()
     for (name, weight), expected in zip(
@@ -266,6 +268,11 @@ def test_a_stopped_training_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
         assert torch.equal(weight, expected), name
     steps = [json.loads(line).get("step") for line in (tmp_path / "stopped" / "curve.jsonl").read_text().splitlines()]
     assert len(steps) == len((tmp_path / "whole" / "curve.jsonl").read_text().splitlines())
+    began = {"stage": "a", "step": 0, "commit": "before"}
+    commits = {
+        name: json.loads((tmp_path / name / "PROVENANCE.json").read_text())["commits"] for name in ("whole", "stopped")
+    }
+    assert commits == {"whole": [began], "stopped": [began, {"stage": "b", "step": 1, "commit": "after"}]}
 
 
 @pytest.mark.usefixtures("short_training")

@@ -4,9 +4,10 @@
     python -m sparrow_hf.testbed.pretrain --output target --family llava-onevision
 
 Stages: the vision tower on named attributes; then, the tower frozen, the language model on ever longer stories and
-clips, with a quarter of its layers, half of them and all. Run the command again to go on where it was stopped;
-processes of one `torchrun` share every step. The folder ends up in standard layout, weights rounded to bf16 and
-measured after that, with `PROVENANCE.json` and the curve beside it.
+clips, with a quarter of its layers, half of them and all; with all of them it goes back to short clips for what is
+learned last. Run the command again to go on where it was stopped; processes of one `torchrun` share every step. The
+folder ends up in standard layout, weights rounded to bf16 and measured after that, with `PROVENANCE.json` and the
+curve beside it.
 """
 
 from __future__ import annotations
@@ -383,7 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
     vision_steps = 0 if options.tower else VISION_STEPS
     print(
         f"{family.name} target of {size / 1e6:.2f} M parameters ({2 * size / 1e6:.1f} MB in bf16), {vision_steps} + "
-        f"{steps} steps, up to 70 minutes on one core of a server CPU."
+        f"{steps} steps, three to four hours on one core of a server CPU."
     )
     training.run()
 
