@@ -21,8 +21,10 @@ from sparrow_hf.testbed import (
     pretrain,
 )
 from sparrow_hf.testbed.caption_training import (
+    CLAIM_WEIGHT,
     IGNORED,
     CaptionBatch,
+    Claims,
     ClipGroup,
     Stage,
     caption_logits,
@@ -30,12 +32,12 @@ from sparrow_hf.testbed.caption_training import (
     clips_for,
     deepen,
     draw_captions,
-    token_weights,
 )
 from sparrow_hf.testbed.captions import vocabulary
 from sparrow_hf.testbed.families import FAMILIES, LLAVA_ONEVISION, QWEN2_5_VL, Family
 from sparrow_hf.testbed.muon import Muon, orthogonalize
 from sparrow_hf.testbed.nano import build_processor, build_target
+from sparrow_hf.testbed.tokenizer import VOCABULARY_SIZE
 from sparrow_hf.testbed.world import make_clip, messages_for
 from sparrow_hf.video import prepare_inputs, read_video
 
@@ -159,10 +161,23 @@ def test_a_batch_shares_prefixes_and_learns_captions_only(processor: Any, target
             target, group.features[1:2], CaptionBatch(batch.prefix, batch.suffixes[2:3], batch.labels[2:3])
         )
     torch.testing.assert_close(together[2:3], alone, atol=1e-4, rtol=1e-4)
-    flat = torch.zeros(*batch.labels.shape, 384)
-    assert caption_loss(flat, batch.labels, token_weights(processor.tokenizer)).item() == pytest.approx(
-        np.log(384), rel=1e-5
-    )
+
+
+def test_a_claim_is_right_in_any_of_its_wordings(processor: Any) -> None:
+    claims = Claims(processor.tokenizer)
+    meanings = claims.meanings
+    small, tiny, of, red = processor.tokenizer.convert_tokens_to_ids(["small", "tiny", "of", "red"])
+    assert meanings[small] == meanings[tiny] != meanings[red] and meanings[of] == IGNORED
+    probabilities = torch.full((2, VOCABULARY_SIZE), 0.2 / (VOCABULARY_SIZE - 2))
+    probabilities[0, [small, tiny]] = torch.tensor([0.3, 0.5])
+    probabilities[1, [of, red]] = 0.4
+    logits = torch.cat([probabilities, torch.ones(1, VOCABULARY_SIZE)]).log()[None]
+    labels = torch.tensor([[IGNORED, small, of]])
+    meant = 0.8 + probabilities[0, red].item()  # "little" is the third wording
+    expected = -(np.log(0.3) + np.log(0.4) + CLAIM_WEIGHT * np.log(meant)) / (2 + CLAIM_WEIGHT)
+    assert caption_loss(logits, labels, claims).item() == pytest.approx(expected, rel=1e-5)
+    said_nothing = caption_loss(logits, torch.tensor([[IGNORED, IGNORED, of]]), claims)
+    assert said_nothing.item() == pytest.approx(-np.log(0.4), rel=1e-5)
 
 
 def test_deepening_changes_no_logit(processor: Any, target: Any) -> None:
@@ -225,7 +240,8 @@ def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_training")
-def test_a_stopped_training_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_stopped_training_ends_like_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "commit", lambda: "before")
     whole = pretrain.Pretraining(tmp_path / "whole", seed=3)
     whole.run()
 
@@ -251,6 +267,7 @@ def test_a_stopped_training_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
         stopped.stop_in = stop_in
         with pytest.raises(Stop):
             stopped.run()
+    monkeypatch.setattr(pretrain, "commit", lambda: "after")
     resumed = pretrain.Pretraining(tmp_path / "stopped", seed=3)
     resumed.run()
     for (name, weight), expected in zip(
@@ -259,6 +276,11 @@ def test_a_stopped_training_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
         assert torch.equal(weight, expected), name
     steps = [json.loads(line).get("step") for line in (tmp_path / "stopped" / "curve.jsonl").read_text().splitlines()]
     assert len(steps) == len((tmp_path / "whole" / "curve.jsonl").read_text().splitlines())
+    began = {"stage": "a", "step": 0, "commit": "before"}
+    commits = {
+        name: json.loads((tmp_path / name / "PROVENANCE.json").read_text())["commits"] for name in ("whole", "stopped")
+    }
+    assert commits == {"whole": [began], "stopped": [began, {"stage": "b", "step": 1, "commit": "after"}]}
 
 
 @pytest.mark.usefixtures("short_training")

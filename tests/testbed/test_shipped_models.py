@@ -113,4 +113,4 @@ def test_what_ships_is_small_and_says_where_it_comes_from() -> None:
         for part in ("target", "draft"):
             provenance = json.loads((folder / part / "PROVENANCE.json").read_text())
             assert provenance["command"].startswith("python -m sparrow_hf.testbed.")
-            assert provenance["commit"]
+            assert provenance["commits" if part == "target" else "commit"]

@@ -26,7 +26,7 @@ from ..evaluation.provenance import provenance
 from ..modeling_sparrow import SparrowDraftModel
 from ..training.lora import add_lora
 from ..training.recording import RecordedDataset
-from .caption_training import ClipGroup, Stage, caption_logits, caption_loss, draw_captions, token_weights
+from .caption_training import Claims, ClipGroup, Stage, caption_logits, caption_loss, draw_captions
 from .captions import ASIDES, MOTION_PHRASES, NUMBERS, PLACES, SCENERY, SIZE_WORDS
 from .nano import ASSETS, load_target
 from .pretrain import export
@@ -65,7 +65,7 @@ def fine_tune(
     target: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, folder: Path, seed: int = 0
 ) -> None:
     """Teaches the target the second style and saves it; a few minutes, started over if it is stopped."""
-    stage, weights = FINE_TUNING, token_weights(processor.tokenizer)
+    stage, claims = FINE_TUNING, Claims(processor.tokenizer)
     target.requires_grad_(True)
     target.model.visual.requires_grad_(False)
     parameters = [parameter for parameter in target.parameters() if parameter.requires_grad]
@@ -77,7 +77,7 @@ def fine_tune(
         batch = draw_captions(
             processor, group, stage.captions_per_clip, np.random.default_rng([seed, step]), write_telegram
         )
-        loss = caption_loss(caption_logits(target, group.features, batch), batch.labels, weights)
+        loss = caption_loss(caption_logits(target, group.features, batch), batch.labels, claims)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

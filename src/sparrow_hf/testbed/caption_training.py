@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
-from .captions import CLAIM_WORDS, STYLES, sample_prompt, write_caption
+from .captions import CLAIM_WORDS, STYLES, meaning, sample_prompt, write_caption
 from .families import family_of
 from .nano import build_target
 from .scenes import Story, sample_story, sample_timeline
@@ -52,8 +52,14 @@ captions each time: rendering and encoding would otherwise take as long as learn
 IGNORED = -100
 
 CLAIM_WEIGHT = 8.0
-"""Loss weight of a word that claims something about the clip; all other words weigh 1. Most of the loss of a caption
-is the entropy of its wording, which no model can learn away and whose gradients drown what can be learned."""
+"""Loss weight of what a claim word means, next to the word itself, which weighs 1 like any other.
+
+Most of the loss of a caption is the entropy of its wording, which no model can learn away and whose gradients drown
+what can be learned."""
+
+SLOW_CLAIM_WEIGHT = 32.0
+SLOW_CLAIM_WORDS = ("left", "right", "again", "returns", "back")
+"""The second word of a corner and what tells that a glyph returns: rarely in question, and learned last."""
 
 
 class ClipGroup:
@@ -168,18 +174,36 @@ def caption_logits(target: Any, features: torch.Tensor, batch: CaptionBatch) -> 
     return target.lm_head(states)
 
 
-def token_weights(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Loss weight `(vocabulary,)` of every token, see `CLAIM_WEIGHT`."""
-    weights = torch.ones(VOCABULARY_SIZE)
-    weights[tokenizer.convert_tokens_to_ids(sorted(CLAIM_WORDS))] = CLAIM_WEIGHT
-    return weights
+class Claims:
+    """What tokens claim: `meanings` `(vocabulary,)`, the first token that claims the same, and `weights` in the loss.
+
+    Tokens that claim nothing mean `IGNORED` and weigh nothing.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.meanings = torch.full((VOCABULARY_SIZE,), IGNORED)
+        self.weights = torch.zeros(VOCABULARY_SIZE)
+        first: dict[tuple[str, str], int] = {}
+        for word in sorted(CLAIM_WORDS):
+            token = tokenizer.convert_tokens_to_ids(word)
+            self.meanings[token] = first.setdefault(meaning(word), token)
+            self.weights[token] = SLOW_CLAIM_WEIGHT if word in SLOW_CLAIM_WORDS else CLAIM_WEIGHT
 
 
-def caption_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the caption tokens, each weighted by its entry of `weights` `(vocabulary,)`."""
-    return functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), weight=weights, ignore_index=IGNORED
-    )
+def caption_loss(logits: torch.Tensor, labels: torch.Tensor, claims: Claims) -> torch.Tensor:
+    """Mean cross-entropy of the caption tokens, and of what they claim, weighted.
+
+    A claim is right in any of its wordings: their probabilities are summed first.
+    """
+    told = labels[:, 1:] != IGNORED
+    labels = labels[:, 1:][told]
+    log_probabilities = logits[:, :-1][told].log_softmax(-1)
+    words = functional.nll_loss(log_probabilities, labels, reduction="sum")
+    # (tokens, vocabulary): the wordings of what each token claims; if it claims nothing, it weighs nothing.
+    wordings = claims.meanings == claims.meanings[labels, None]
+    meant = log_probabilities.masked_fill(~wordings, -torch.inf).logsumexp(-1)
+    weights = claims.weights[labels]
+    return (words - (weights * meant).sum()) / (len(labels) + weights.sum())
 
 
 @torch.no_grad()

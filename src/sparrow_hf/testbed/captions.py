@@ -91,21 +91,23 @@ SCENE_PATTERNS = {
     # style: (glyph not seen before, glyph that returns)
     "describe": (
         "{connective} a {size} {colour} {shape} {arrival} {motion} {background} , {aside} .",
-        "{connective} the {colour} {shape} {arrival} {motion} {background} , {aside} .",
+        "{connective} a {size} {colour} {shape} {arrival} {motion} {background} , {aside} .",
     ),
     "list": (
         "scene {number} : {background} , a {size} {colour} {shape} {motion} , {aside} .",
-        "scene {number} : {background} , the same {colour} {shape} {motion} , {aside} .",
+        "scene {number} : {background} , a {size} {colour} {shape} again {motion} , {aside} .",
     ),
     "report": (
         "part {number} is about a {size} {colour} {shape} that {motion} {background} , {aside} .",
-        "part {number} is about the {colour} {shape} again , which {motion} {background} , {aside} .",
+        "part {number} is about a {size} {colour} {shape} again , which {motion} {background} , {aside} .",
     ),
     "story": (
         "{connective} , {background} , a {size} {colour} {shape} {motion} , {flourish} .",
-        "{connective} , {background} , the very same {colour} {shape} {motion} , {flourish} .",
+        "{connective} , {background} , a {size} {colour} {shape} again , the very same , {motion} , {flourish} .",
     ),
 }
+"""That a glyph returns is told after its name. An article before the name would ask for a comparison of two glyphs
+before either is told, which targets of this size learned no better than guessing."""
 STORY_CONNECTIVES = ("that day", "later on", "some time later", "not long after", "before long")
 
 
@@ -213,7 +215,7 @@ def _meanings() -> dict[str, tuple[str, str]]:
     meanings.update({word: ("shape", word) for word in SHAPES})
     meanings.update({word: ("number", word) for word in NUMBERS})
     meanings.update({word: ("size", size) for size, words in SIZE_WORDS.items() for word in words})
-    meanings.update(dict.fromkeys(("returns", "back", "again", "same"), ("identity", "returns")))
+    meanings.update(dict.fromkeys(("returns", "back", "again"), ("identity", "returns")))
     meanings["nothing"] = ("alone", "alone")
     # The first word of a motion or of a scenery gives it away.
     keywords = {"motion": MOTION_PHRASES, "background": SCENERY}
@@ -223,13 +225,21 @@ def _meanings() -> dict[str, tuple[str, str]]:
 
 
 _MEANINGS = _meanings()
-CLAIM_WORDS = frozenset(_MEANINGS) | {"a", "the", "upper", "lower", "left", "right"}
-"""Words that tell what a clip shows; an article tells whether a glyph is new.
+_ONLY_WORDS = {"appears": ("identity", "new"), "enters": ("identity", "new"), "shows": ("identity", "returns")}
+"""What words say that are not counted as claims: the absence of one, or the first word of one."""
+
+CLAIM_WORDS = frozenset(_MEANINGS) | {"a", "that", "comes", "upper", "lower", "left", "right", *_ONLY_WORDS}
+"""Words that tell what a clip shows.
 
 Whatever a clip shows is first told by one of these, never by a word like the "over" of "over the ocean", which would
 give the ocean away although it claims nothing: a target learns the words that its loss lays weight on. (One exception:
 the n of "an orange".)
 """
+
+
+def meaning(word: str) -> tuple[str, str]:
+    """What a claim word tells, (slot, value): equal for words that may stand for each other."""
+    return _MEANINGS.get(word) or _ONLY_WORDS.get(word, ("word", word))
 
 
 def content(caption: str) -> dict[tuple[int, str, int], str]:

@@ -4,9 +4,10 @@
     python -m sparrow_hf.testbed.pretrain --output target --family llava-onevision
 
 Stages: the vision tower on named attributes; then, the tower frozen, the language model on ever longer stories and
-clips, with a quarter of its layers, half of them and all. Run the command again to go on where it was stopped;
-processes of one `torchrun` share every step. The folder ends up in standard layout, weights rounded to bf16 and
-measured after that, with `PROVENANCE.json` and the curve beside it.
+clips, with a quarter of its layers, half of them and all; with all of them it goes back to short clips for what is
+learned last. Run the command again to go on where it was stopped; processes of one `torchrun` share every step. The
+folder ends up in standard layout, weights rounded to bf16 and measured after that, with `PROVENANCE.json` and the
+curve beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import copy
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,13 @@ from ..evaluation.provenance import commit
 from .caption_training import (
     POOL_GROUPS,
     POOL_USES,
+    Claims,
     ClipGroup,
     Stage,
     caption_logits,
     caption_loss,
     deepen,
     draw_captions,
-    token_weights,
 )
 from .families import FAMILIES, QWEN2_5_VL, Family
 from .muon import Muon
@@ -54,6 +55,10 @@ STAGES = (
     Stage("longer clips", 400, 12, (2, 6), (48, 480), 8, 2, (0.012, 0.012)),
     Stage("long clips", 400, 12, (2, 6), (48, 1600), 6, 4, (0.012, 0.006)),
     Stage("full depth", 400, 24, (2, 6), (64, 3200), 4, 4, (0.006, 0.0)),
+    Stage("any length", 400, 24, (2, 6), (64, 13_000), 4, 4, (0.006, 0.002)),
+    Stage("details", 400, 24, (2, 6), (48, 1600), 6, 4, (0.006, 0.003)),
+    Stage("returning glyphs", 300, 24, (4, 6), (32, 128), 10, 4, (0.006, 0.004)),
+    Stage("every length", 200, 24, (2, 6), (64, 13_000), 4, 4, (0.003, 0.0)),
 )
 FULL_DEPTH = STAGES[-1].layers
 WARMUP_STEPS = 8
@@ -78,11 +83,15 @@ def export(target: Any, processor: Any, folder: Path) -> None:
 
 @dataclass
 class Progress:
-    """How far a training has come: steps done of the current stage, and seconds spent so far."""
+    """How far a training has come: steps done of the current stage, and seconds spent so far.
+
+    `commits` tells which code trained from which stage and step on; a training that was never resumed has one.
+    """
 
     stage: int = 0
     step: int = 0
     seconds: float = 0.0
+    commits: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Pretraining:
@@ -119,7 +128,7 @@ class Pretraining:
             )
         self.processes = PartialState(cpu=True)
         self.processor = build_processor(family)
-        self.token_weights = token_weights(self.processor.tokenizer)
+        self.claims = Claims(self.processor.tokenizer)
         self.target = build_target(self.processor.tokenizer, self.stages[0].layers, seed, family)
         self.progress = Progress()
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -251,7 +260,7 @@ class Pretraining:
         seed = [self.seed, TRAIN_SEEDS.start, self.progress.stage, self.progress.step]
         rng = np.random.default_rng([*seed, 1 + self.processes.process_index])
         batch = draw_captions(self.processor, group, self.stage.captions_per_clip, rng)
-        loss = caption_loss(caption_logits(self.target, group.features, batch), batch.labels, self.token_weights)
+        loss = caption_loss(caption_logits(self.target, group.features, batch), batch.labels, self.claims)
         loss.backward()
         if self.processes.num_processes > 1:
             self.average_gradients()
@@ -310,6 +319,7 @@ class Pretraining:
             self.train_vision()
             self.prepare_stage()
             self.save()
+        self.note_commit()
         while True:
             self.train_stage()
             if self.processes.is_main_process:
@@ -324,6 +334,12 @@ class Pretraining:
             export(self.target, self.processor, self.output)
             self.write_provenance()
 
+    def note_commit(self) -> None:
+        """Notes which code trains from here on."""
+        commits, code = self.progress.commits, commit()
+        if not commits or commits[-1]["commit"] != code:
+            commits.append({"stage": self.stage.name, "step": self.progress.step, "commit": code})
+
     def write_provenance(self) -> None:
         """Measures the exported target as users will load it, and notes how it came to be."""
         target, processor = load_target(self.output)
@@ -335,7 +351,7 @@ class Pretraining:
             "command": "python -m sparrow_hf.testbed.pretrain --output DIR "
             f"--seed {self.seed} --family {self.family.name} --depth {self.depth}"
             + (" --tower TARGET" if self.tower else ""),
-            "commit": commit(),
+            "commits": self.progress.commits,
             "torch": torch.__version__,
             "seconds_of_training": round(self.progress.seconds),
             "vision_steps": 0 if self.tower else VISION_STEPS,
@@ -369,7 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
     vision_steps = 0 if options.tower else VISION_STEPS
     print(
         f"{family.name} target of {size / 1e6:.2f} M parameters ({2 * size / 1e6:.1f} MB in bf16), {vision_steps} + "
-        f"{steps} steps, up to 70 minutes on one core of a server CPU."
+        f"{steps} steps, three to four hours on one core of a server CPU."
     )
     training.run()
 
