@@ -58,7 +58,9 @@ def _text_config(tokenizer: PreTrainedTokenizerFast, num_hidden_layers: int, **r
         "num_key_value_heads": 1,
         "max_position_embeddings": 65_536,
         "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", **rope},
+        # As in the real checkpoints. With 10,000, rows far back in a long video were hardly found by what they show: no
+        # dimension turned so slowly that it could look them up whatever their distance.
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, **rope},
         "bos_token_id": None,
         "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
         "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
@@ -124,7 +126,7 @@ class Qwen2_5_VL(Family):
     def config(self, tokenizer: PreTrainedTokenizerFast, num_hidden_layers: int) -> Qwen2_5_VLConfig:
         token_id = tokenizer.convert_tokens_to_ids
         return Qwen2_5_VLConfig(
-            text_config=_text_config(tokenizer, num_hidden_layers, rope_theta=10_000.0, mrope_section=[8, 4, 4]),
+            text_config=_text_config(tokenizer, num_hidden_layers, mrope_section=[8, 4, 4]),
             vision_config={
                 **VISION_SIZES,
                 "depth": 2,
@@ -219,9 +221,7 @@ class LlavaOnevision(Family):
     def config(self, tokenizer: PreTrainedTokenizerFast, num_hidden_layers: int) -> LlavaOnevisionConfig:
         token_id = tokenizer.convert_tokens_to_ids
         return LlavaOnevisionConfig(
-            # As in the real checkpoint. Positions count every row here: with 10,000, no dimension would turn so slowly
-            # that something far back in a video could be looked up by what it is (M-RoPE has such dimensions anyway).
-            text_config={"model_type": "qwen2", **_text_config(tokenizer, num_hidden_layers, rope_theta=1_000_000.0)},
+            text_config={"model_type": "qwen2", **_text_config(tokenizer, num_hidden_layers)},
             vision_config={
                 **VISION_SIZES,
                 "model_type": "siglip_vision_model",
