@@ -58,8 +58,12 @@ Most of the loss of a caption is the entropy of its wording, which no model can 
 what can be learned."""
 
 SLOW_CLAIM_WEIGHT = 32.0
-SLOW_CLAIM_WORDS = ("left", "right", "again", "returns", "back")
-"""The second word of a corner and what tells that a glyph returns: rarely in question, and learned last."""
+SLOW_CLAIM_WORDS = ("left", "right")
+SLOW_CLAIM_SLOTS = ("identity", "motion")
+"""The second word of a corner, and whether a glyph returns: rarely in question, and learned last.
+
+Where a glyph does not return, some styles tell its motion next, which therefore weighs as much: with more weight on
+"again" than on what else may stand there, targets learned to say it of nearly every glyph."""
 
 
 class ClipGroup:
@@ -187,7 +191,8 @@ class Claims:
         for word in sorted(CLAIM_WORDS):
             token = tokenizer.convert_tokens_to_ids(word)
             self.meanings[token] = first.setdefault(meaning(word), token)
-            self.weights[token] = SLOW_CLAIM_WEIGHT if word in SLOW_CLAIM_WORDS else CLAIM_WEIGHT
+            is_slow = word in SLOW_CLAIM_WORDS or meaning(word)[0] in SLOW_CLAIM_SLOTS
+            self.weights[token] = SLOW_CLAIM_WEIGHT if is_slow else CLAIM_WEIGHT
 
 
 def caption_loss(logits: torch.Tensor, labels: torch.Tensor, claims: Claims) -> torch.Tensor:

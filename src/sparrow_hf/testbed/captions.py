@@ -54,7 +54,7 @@ ASIDES = (
 )
 """With a companion, and without one."""
 ARRIVALS = ("appears and", "comes into view and", "enters and")
-RETURNS = ("returns and", "comes back and", "shows up again and")
+RETURNS = ("returns and", "is back and", "shows up again and")
 FIRST_WORDS = ("first ,", "at the start ,", "to begin with ,")
 MIDDLE_WORDS = ("then", "next ,", "after that ,", "a moment later ,", "soon")
 LAST_WORDS = ("finally ,", "at last ,", "in the end ,")
@@ -108,7 +108,7 @@ SCENE_PATTERNS = {
 }
 """That a glyph returns is told after its name. An article before the name would ask for a comparison of two glyphs
 before either is told, which targets of this size learned no better than guessing."""
-STORY_CONNECTIVES = ("that day", "later on", "some time later", "not long after", "before long")
+STORY_CONNECTIVES = ("some day", "later on", "some time later", "not long after", "before long")
 
 
 Wording = TypeVar("Wording", str, tuple[str, str])
@@ -225,10 +225,12 @@ def _meanings() -> dict[str, tuple[str, str]]:
 
 
 _MEANINGS = _meanings()
-_ONLY_WORDS = {"appears": ("identity", "new"), "enters": ("identity", "new"), "shows": ("identity", "returns")}
+_ONLY_WORDS = dict.fromkeys(("appears", "enters", "comes", "that"), ("identity", "new")) | dict.fromkeys(
+    ("shows", "is"), ("identity", "returns")
+)
 """What words say that are not counted as claims: the absence of one, or the first word of one."""
 
-CLAIM_WORDS = frozenset(_MEANINGS) | {"a", "that", "comes", "upper", "lower", "left", "right", *_ONLY_WORDS}
+CLAIM_WORDS = frozenset(_MEANINGS) | {"a", "upper", "lower", "left", "right", *_ONLY_WORDS}
 """Words that tell what a clip shows.
 
 Whatever a clip shows is first told by one of these, never by a word like the "over" of "over the ocean", which would
