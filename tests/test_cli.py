@@ -113,6 +113,7 @@ def test_a_single_wrong_token_is_an_error(models: tuple[object, ...], clip: Path
         (["--target", "nowhere"], "target 'nowhere' cannot be loaded"),
         (["--draft", "nowhere"], "draft 'nowhere' cannot be loaded"),
         (["--device", "cuda:99"], "cannot be loaded"),
+        (["--family", "qwen2.5-vl"], "leave it out beside --target"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(

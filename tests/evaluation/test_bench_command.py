@@ -85,6 +85,7 @@ def test_a_sampled_text_of_transformers_own_loop_is_no_wrong_one(models: list[ob
     [
         ([], "either --testbed, or --prompts"),
         (["--testbed", "--prompts", "rows.jsonl"], "either --testbed, or --prompts"),
+        (["--testbed", "--family", "qwen2.5-vl"], "leave it out beside --target"),
         (["--testbed", "--max-frames", "4"], "leave out --max-frames"),
         (["--testbed", "--split", "test"], "leave out --max-frames, --fps and --split"),
         (["--prompts", "mlvu:copy", "--split", "test"], "has no splits to choose from, found 'test'"),

@@ -14,6 +14,8 @@ from ..errors import SparrowError, TargetLoadError
 NOT_IDENTICAL, BAD_INPUT, INTERRUPTED = 1, 2, 130
 """Exit codes besides 0."""
 
+FAMILY_HELP = "Which built-in models: qwen2.5-vl (the default) or llava-onevision."
+
 
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..errors import VideoError
-from .common import NOT_IDENTICAL, errors_as_sentences
+from .common import FAMILY_HELP, NOT_IDENTICAL, errors_as_sentences
 
 
 def demo(
@@ -27,7 +27,7 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest caption, in tokens.")] = 320,
     output: Annotated[Path | None, typer.Option(help="Folder to keep the clips in.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the verdict to this file.")] = None,
-    family: Annotated[str, typer.Option(help="Which built-in models: qwen2.5-vl or llava-onevision.")] = "qwen2.5-vl",
+    family: Annotated[str | None, typer.Option(help=FAMILY_HELP)] = None,
     target: Annotated[str | None, typer.Option(help="Your own video LLM: folder or Hub id.")] = None,
     draft: Annotated[str | None, typer.Option(help="Your own draft: folder or Hub id.")] = None,
     processor: Annotated[str | None, typer.Option(help="Processor of --target, if it lies elsewhere.")] = None,

@@ -123,9 +123,9 @@ def load_models(
     draft: str | None,
     processor: str | None = None,
     device: str | None = None,
-    family: str = "qwen2.5-vl",
+    family: str | None = None,
 ) -> Models:
-    """Loads from folders or Hub ids; what is not named is the testbed's, of a family.
+    """Loads from folders or Hub ids; what is not named is the testbed's, of a family (by default its first).
 
     Raises:
         DemoError: Something is not there, or is not what it should be.
@@ -133,16 +133,18 @@ def load_models(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from ..testbed import shipped
+    from ..testbed import QWEN2_5_VL, shipped
 
+    if target is not None and family is not None:
+        raise DemoError("--family is which built-in models: leave it out beside --target.")
     if target is None:
         # So small that a second thread costs more than it computes.
         torch.set_num_threads(1)
         device = device or "cpu"
+        folder = shipped(family or QWEN2_5_VL.name)
+        target, draft = str(folder / "target"), draft or str(folder / "draft")
     elif draft is None:
         raise DemoError("A target of your own needs a draft made for it: name one with --draft.")
-    if target is None or draft is None:
-        target, draft = target or str(shipped(family) / "target"), draft or str(shipped(family) / "draft")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Models(
         _load(

@@ -37,7 +37,7 @@ class RunFile:
             if others:
                 raise BenchmarkError(
                     f"{path} was measured with other {', '.join(sorted(others))}: delete it, or choose another folder "
-                    "with --runs"
+                    "for the runs"
                 )
 
     def done(self, **key: Any) -> bool:
