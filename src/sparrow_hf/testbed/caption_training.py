@@ -62,7 +62,7 @@ SLOW_CLAIM_WORDS = ("left", "right")
 SLOW_CLAIM_SLOTS = ("identity", "motion", "background")
 """The second word of a corner, whether a glyph returns, and backgrounds: learned last.
 
-A Qwen2.5-VL that told the first two scenes and the colours of all was still guessing the backgrounds from the fourth on.
+A Qwen2.5-VL that told the first two scenes and the colours of all was still guessing backgrounds from the fourth on.
 Where a glyph does not return, some styles tell its motion next, which therefore weighs as much: with more weight on
 "again" than on what else may stand there, targets learned to say it of nearly every glyph."""
 
