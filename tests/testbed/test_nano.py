@@ -1,7 +1,6 @@
 """The testbed's targets of both families: processor, architecture, training, and the weights that ship."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from sparrow_hf.testbed import (
 from sparrow_hf.testbed.caption_training import (
     CLAIM_WEIGHT,
     IGNORED,
-    SLOW_CLAIM_WEIGHT,
     CaptionBatch,
     Claims,
     ClipGroup,
@@ -35,11 +33,10 @@ from sparrow_hf.testbed.caption_training import (
     deepen,
     draw_captions,
 )
-from sparrow_hf.testbed.captions import STYLES, vocabulary, write_caption
+from sparrow_hf.testbed.captions import vocabulary
 from sparrow_hf.testbed.families import FAMILIES, LLAVA_ONEVISION, QWEN2_5_VL, Family
 from sparrow_hf.testbed.muon import Muon, orthogonalize
 from sparrow_hf.testbed.nano import build_processor, build_target
-from sparrow_hf.testbed.scenes import Glyph, Scene
 from sparrow_hf.testbed.tokenizer import VOCABULARY_SIZE
 from sparrow_hf.testbed.world import make_clip, messages_for
 from sparrow_hf.video import prepare_inputs, read_video
@@ -181,24 +178,6 @@ def test_a_claim_is_right_in_any_of_its_wordings(processor: Any) -> None:
     assert caption_loss(logits, labels, claims).item() == pytest.approx(expected, rel=1e-5)
     said_nothing = caption_loss(logits, torch.tensor([[IGNORED, IGNORED, of]]), claims)
     assert said_nothing.item() == pytest.approx(-np.log(0.4), rel=1e-5)
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_that_a_glyph_returns_weighs_what_its_absence_weighs(processor: Any, style: str) -> None:
-    claims = Claims(processor.tokenizer)
-    first, second = Glyph("red", "heart", "large"), Glyph("blue", "star", "small")
-    scenes = [Scene(glyph, "up", "forest", None, False) for glyph in (first, second, first)]
-    returning = replace(scenes[2], returns=True)
-    for seed in range(40):
-        # Drawn alike up to there: the first word they part at is the one that tells.
-        told, silent = (
-            write_caption(np.random.default_rng(seed), (*scenes[:2], last), style).split()
-            for last in (returning, scenes[2])
-        )
-        parted = next(pair for pair in zip(told, silent, strict=False) if pair[0] != pair[1])
-        tokens = processor.tokenizer.convert_tokens_to_ids(list(parted))
-        assert claims.weights[tokens].tolist() == [SLOW_CLAIM_WEIGHT] * 2, parted
-        assert claims.meanings[tokens[0]] != claims.meanings[tokens[1]], parted
 
 
 def test_deepening_changes_no_logit(processor: Any, target: Any) -> None:

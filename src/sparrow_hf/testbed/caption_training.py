@@ -59,12 +59,10 @@ what can be learned."""
 
 SLOW_CLAIM_WEIGHT = 32.0
 SLOW_CLAIM_WORDS = ("left", "right")
-SLOW_CLAIM_SLOTS = ("identity", "motion", "background")
-"""The second word of a corner, whether a glyph returns, and backgrounds: learned last.
+SLOW_CLAIM_SLOT = "background"
+"""The second word of a corner, and backgrounds: learned last.
 
-A Qwen2.5-VL that told the first two scenes and the colours of all was still guessing backgrounds from the fourth on.
-Where a glyph does not return, some styles tell its motion next, which therefore weighs as much: with more weight on
-"again" than on what else may stand there, targets learned to say it of nearly every glyph."""
+A Qwen2.5-VL that told the first two scenes and the colours of all was guessing backgrounds from the fourth on."""
 
 
 class ClipGroup:
@@ -192,7 +190,7 @@ class Claims:
         for word in sorted(CLAIM_WORDS):
             token = tokenizer.convert_tokens_to_ids(word)
             self.meanings[token] = first.setdefault(meaning(word), token)
-            is_slow = word in SLOW_CLAIM_WORDS or meaning(word)[0] in SLOW_CLAIM_SLOTS
+            is_slow = word in SLOW_CLAIM_WORDS or meaning(word)[0] == SLOW_CLAIM_SLOT
             self.weights[token] = SLOW_CLAIM_WEIGHT if is_slow else CLAIM_WEIGHT
 
 

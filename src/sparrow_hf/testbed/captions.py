@@ -54,7 +54,6 @@ ASIDES = (
 )
 """With a companion, and without one."""
 ARRIVALS = ("appears and", "comes into view and", "enters and")
-RETURNS = ("returns and", "is back and", "shows up again and")
 FIRST_WORDS = ("first ,", "at the start ,", "to begin with ,")
 MIDDLE_WORDS = ("then", "next ,", "after that ,", "a moment later ,", "soon")
 LAST_WORDS = ("finally ,", "at last ,", "in the end ,")
@@ -88,26 +87,13 @@ CLOSINGS = {
     "story": ("and that is how the tale of the {first} ended , {background} , with the {last} .",),
 }
 SCENE_PATTERNS = {
-    # style: (glyph not seen before, glyph that returns)
-    "describe": (
-        "{connective} a {size} {colour} {shape} {arrival} {motion} {background} , {aside} .",
-        "{connective} a {size} {colour} {shape} {arrival} {motion} {background} , {aside} .",
-    ),
-    "list": (
-        "scene {number} : {background} , a {size} {colour} {shape} {motion} , {aside} .",
-        "scene {number} : {background} , a {size} {colour} {shape} again {motion} , {aside} .",
-    ),
-    "report": (
-        "part {number} is about a {size} {colour} {shape} that {motion} {background} , {aside} .",
-        "part {number} is about a {size} {colour} {shape} again , which {motion} {background} , {aside} .",
-    ),
-    "story": (
-        "{connective} , {background} , a {size} {colour} {shape} {motion} , {flourish} .",
-        "{connective} , {background} , a {size} {colour} {shape} again , the very same , {motion} , {flourish} .",
-    ),
+    "describe": "{connective} a {size} {colour} {shape} {arrival} {motion} {background} , {aside} .",
+    "list": "scene {number} : {background} , a {size} {colour} {shape} {motion} , {aside} .",
+    "report": "part {number} is about a {size} {colour} {shape} that {motion} {background} , {aside} .",
+    "story": "{connective} , {background} , a {size} {colour} {shape} {motion} , {flourish} .",
 }
-"""That a glyph returns is told after its name. An article before the name would ask for a comparison of two glyphs
-before either is told, which targets of this size learned no better than guessing."""
+"""A glyph may be seen in several scenes, but no caption says so: whichever word was to tell it, targets of this size
+never learned to."""
 STORY_CONNECTIVES = ("some day", "later on", "some time later", "not long after", "before long")
 
 
@@ -144,13 +130,13 @@ class _Writer:
         aside = self.say(ASIDES, scene.background)[companion is None]
         if companion is not None:
             aside = aside.format(colour=companion.colour, corner=companion.corner)
-        return SCENE_PATTERNS[self.style][scene.returns].format(
+        return SCENE_PATTERNS[self.style].format(
             connective=self.say(connectives, index),
             number=NUMBERS[index],
             size=self.say(SIZE_WORDS[glyph.size], scene.motion),
             colour=glyph.colour,
             shape=glyph.shape,
-            arrival=self.say(RETURNS if scene.returns else ARRIVALS, scene.motion),
+            arrival=self.say(ARRIVALS, scene.motion),
             motion=self.say(MOTION_PHRASES[scene.motion], scene.background),
             background=self.place(scene, index % 3),
             aside=aside,
@@ -195,9 +181,10 @@ def _phrases() -> Iterator[str]:
     for table in (PROMPTS, SIZE_WORDS, MOTION_PHRASES, SCENERY, FLOURISHES, OPENINGS, CLOSINGS):
         for options in table.values():
             yield from options
-    for patterns in (*SCENE_PATTERNS.values(), *ASIDES):
-        yield from patterns
-    for options in (PLACES, ARRIVALS, RETURNS, FIRST_WORDS, MIDDLE_WORDS, LAST_WORDS):
+    yield from SCENE_PATTERNS.values()
+    for aside in ASIDES:
+        yield from aside
+    for options in (PLACES, ARRIVALS, FIRST_WORDS, MIDDLE_WORDS, LAST_WORDS):
         yield from options
     for options in (STORY_CONNECTIVES, NUMBERS, MEDIA, SHAPES, SIZES, CORNERS, tuple(COLOURS)):
         yield from options
@@ -215,7 +202,6 @@ def _meanings() -> dict[str, tuple[str, str]]:
     meanings.update({word: ("shape", word) for word in SHAPES})
     meanings.update({word: ("number", word) for word in NUMBERS})
     meanings.update({word: ("size", size) for size, words in SIZE_WORDS.items() for word in words})
-    meanings.update(dict.fromkeys(("returns", "back", "again"), ("identity", "returns")))
     meanings["nothing"] = ("alone", "alone")
     # The first word of a motion or of a scenery gives it away.
     keywords = {"motion": MOTION_PHRASES, "background": SCENERY}
@@ -225,12 +211,7 @@ def _meanings() -> dict[str, tuple[str, str]]:
 
 
 _MEANINGS = _meanings()
-_ONLY_WORDS = dict.fromkeys(("appears", "enters", "comes", "that"), ("identity", "new")) | dict.fromkeys(
-    ("shows", "is"), ("identity", "returns")
-)
-"""What words say that are not counted as claims: the absence of one, or the first word of one."""
-
-CLAIM_WORDS = frozenset(_MEANINGS) | {"a", "upper", "lower", "left", "right", *_ONLY_WORDS}
+CLAIM_WORDS = frozenset(_MEANINGS) | {"a", "upper", "lower", "left", "right"}
 """Words that tell what a clip shows.
 
 Whatever a clip shows is first told by one of these, never by a word like the "over" of "over the ocean", which would
@@ -241,15 +222,14 @@ the n of "an orange".)
 
 def meaning(word: str) -> tuple[str, str]:
     """What a claim word tells, (slot, value): equal for words that may stand for each other."""
-    return _MEANINGS.get(word) or _ONLY_WORDS.get(word, ("word", word))
+    return _MEANINGS.get(word, ("word", word))
 
 
 def content(caption: str) -> dict[tuple[int, str, int], str]:
     """What a caption claims, whatever its wording.
 
     Returns a mapping from (sentence, slot, occurrence of that slot in the sentence) to a value: colours, shapes,
-    sizes, motions, backgrounds, corners, numbers, returning glyphs. Two captions of one story in one style have equal
-    content.
+    sizes, motions, backgrounds, corners, numbers. Two captions of one story in one style have equal content.
     """
     claims: dict[tuple[int, str, int], str] = {}
     words = re.findall(r"\w+|[^\w\s]", caption)

@@ -74,13 +74,12 @@ class Companion:
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene; `returns` tells that its glyph was the main glyph of an earlier scene of the same story."""
+    """What one scene of a story shows."""
 
     glyph: Glyph
     motion: str
     background: str
     companion: Companion | None
-    returns: bool
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,8 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...] | list[str]) -> str
 def sample_story(rng: np.random.Generator, min_scenes: int = MIN_SCENES, max_scenes: int = MAX_SCENES) -> Story:
     """Draws a story of `min_scenes` … `max_scenes` scenes.
 
-    Different glyphs of one story have different colours and neighbouring scenes different backgrounds, so that "the
-    red circle returns" has one meaning. A glyph returns only after another one was seen in between.
+    Different glyphs of one story have different colours and neighbouring scenes different backgrounds. A glyph returns
+    only after another one was seen in between.
     """
     counts = [count for count in range(1, MAX_SCENES + 1) if min_scenes <= count <= max_scenes]
     odds = np.array([SCENE_COUNT_ODDS.get(count, SCENE_COUNT_ODDS[MIN_SCENES]) for count in counts])
@@ -113,8 +112,7 @@ def sample_story(rng: np.random.Generator, min_scenes: int = MIN_SCENES, max_sce
     scenes: list[Scene] = []
     for position in range(number):
         earlier = [scene.glyph for scene in scenes[:-1] if scene.glyph != scenes[-1].glyph]
-        returns = bool(earlier) and rng.random() < RETURN_ODDS
-        if returns:
+        if earlier and rng.random() < RETURN_ODDS:
             glyph = earlier[int(rng.integers(len(earlier)))]
         else:
             glyph = Glyph(fresh_colours.pop(), _pick(rng, SHAPES), _pick(rng, SIZES))
@@ -122,7 +120,7 @@ def sample_story(rng: np.random.Generator, min_scenes: int = MIN_SCENES, max_sce
         if rng.random() < COMPANION_ODDS:
             companion = Companion(_pick(rng, list(COLOURS)), _pick(rng, CORNERS))
         backgrounds = [name for name in BACKGROUNDS if position == 0 or name != scenes[-1].background]
-        scenes.append(Scene(glyph, _pick(rng, MOTIONS), _pick(rng, backgrounds), companion, returns))
+        scenes.append(Scene(glyph, _pick(rng, MOTIONS), _pick(rng, backgrounds), companion))
     return tuple(scenes)
 
 
