@@ -14,7 +14,6 @@ from sparrow_hf.evaluation.benchmark import count_visual_tokens
 from sparrow_hf.testbed import (
     EVALUATION_SEEDS,
     SHIPPED,
-    caption_training,
     content_accuracy,
     load_target,
     nano,
@@ -235,7 +234,6 @@ def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "VALIDATION_CLIPS", 1)
     monkeypatch.setattr(pretrain, "VISION_VALIDATION_CLIPS", 1)
     monkeypatch.setattr(pretrain.VisionPretraining, "batch_size", 12)
-    monkeypatch.setattr(caption_training, "POOL_USES", 2)
     monkeypatch.setattr(nano, "MAX_CAPTION_TOKENS", 4)
 
 
@@ -276,11 +274,11 @@ def test_a_stopped_training_ends_like_an_uninterrupted_one(tmp_path: Path, monke
         assert torch.equal(weight, expected), name
     steps = [json.loads(line).get("step") for line in (tmp_path / "stopped" / "curve.jsonl").read_text().splitlines()]
     assert len(steps) == len((tmp_path / "whole" / "curve.jsonl").read_text().splitlines())
-    began = {"stage": "a", "step": 0, "commit": "before"}
+    began = {"stage": "a", "step": 0, "commit": "before", "seed": 3}
     commits = {
         name: json.loads((tmp_path / name / "PROVENANCE.json").read_text())["commits"] for name in ("whole", "stopped")
     }
-    assert commits == {"whole": [began], "stopped": [began, {"stage": "b", "step": 1, "commit": "after"}]}
+    assert commits == {"whole": [began], "stopped": [began, {"stage": "b", "step": 1, "commit": "after", "seed": 3}]}
 
 
 @pytest.mark.usefixtures("short_training")

@@ -44,11 +44,6 @@ class Stage:
     learning_rate: tuple[float, float]
 
 
-POOL_GROUPS = 16
-POOL_USES = 4
-"""Clips come in groups, one group per step; `POOL_GROUPS` of them are used in turn, `POOL_USES` times, with new
-captions each time: rendering and encoding would otherwise take as long as learning."""
-
 IGNORED = -100
 
 CLAIM_WEIGHT = 8.0
@@ -59,10 +54,7 @@ what can be learned."""
 
 SLOW_CLAIM_WEIGHT = 32.0
 SLOW_CLAIM_WORDS = ("left", "right")
-SLOW_CLAIM_SLOT = "background"
-"""The second word of a corner, and backgrounds: learned last.
-
-A Qwen2.5-VL that told the first two scenes and the colours of all was guessing backgrounds from the fourth on."""
+"""The second word of a corner: rarely in question, and learned last."""
 
 
 class ClipGroup:
@@ -190,8 +182,7 @@ class Claims:
         for word in sorted(CLAIM_WORDS):
             token = tokenizer.convert_tokens_to_ids(word)
             self.meanings[token] = first.setdefault(meaning(word), token)
-            is_slow = word in SLOW_CLAIM_WORDS or meaning(word)[0] == SLOW_CLAIM_SLOT
-            self.weights[token] = SLOW_CLAIM_WEIGHT if is_slow else CLAIM_WEIGHT
+            self.weights[token] = SLOW_CLAIM_WEIGHT if word in SLOW_CLAIM_WORDS else CLAIM_WEIGHT
 
 
 def caption_loss(logits: torch.Tensor, labels: torch.Tensor, claims: Claims) -> torch.Tensor:
