@@ -282,6 +282,17 @@ def test_a_stopped_training_ends_like_an_uninterrupted_one(tmp_path: Path, monke
 
 
 @pytest.mark.usefixtures("short_training")
+def test_no_two_training_steps_see_the_same_clips(tmp_path: Path) -> None:
+    training = pretrain.Pretraining(tmp_path, seed=3)
+    seen = []
+    for stage in range(2):
+        for step in range(3):
+            training.progress.stage, training.progress.step = stage, step
+            seen += training.clip_group().stories
+    assert len(set(seen)) == len(seen) > 6
+
+
+@pytest.mark.usefixtures("short_training")
 def test_a_training_leaves_a_loadable_fp32_target_rounded_to_bf16_with_its_provenance(
     family: Family, tmp_path: Path
 ) -> None:
