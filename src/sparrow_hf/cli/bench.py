@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import BenchmarkError
-from .common import FAMILY_HELP, NOT_IDENTICAL, Dtype, errors_as_sentences, load_target
+from .common import FAMILY_HELP, NOT_IDENTICAL, Dtype, built_in_family, errors_as_sentences, load_target
 
 DEFAULT_ARMS = ["none", "prompt-lookup", "draft@chain-5", "draft@48-5-10"]
 
@@ -83,7 +83,7 @@ def bench(
         from ..evaluation.prompts import conversation_prompts, read_conversations
         from ..evaluation.report import write_report
         from ..evaluation.results import write_results
-        from ..testbed import QWEN2_5_VL, shipped
+        from ..testbed import shipped
         from ..testbed.prompts import clip_prompts, knows_the_world, says_what_it_shows
 
         logging.set_verbosity_error()
@@ -98,12 +98,11 @@ def bench(
             )
         if not testbed and visual_tokens:
             raise BenchmarkError("--visual-tokens is for --testbed: the length of your own videos is --max-frames")
-        if target is not None and family is not None:
-            raise BenchmarkError("--family is which built-in models: leave it out beside --target")
+        family = built_in_family(family, target)
         if target is None:
             # So small that a second thread costs more than it computes.
             torch.set_num_threads(1)
-            folder = shipped(family or QWEN2_5_VL.name)
+            folder = shipped(family)
             target, draft, device = str(folder / "target"), draft or str(folder / "draft"), device or "cpu"
         conversations = None if prompts is None else read_conversations(prompts, split, limit)
         model, its_processor = load_target(target, processor, dtype, device)

@@ -46,6 +46,19 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+def built_in_family(family: str | None, target: str | None) -> str:
+    """The family whose built-in models are meant, where no target is named.
+
+    Raises:
+        TargetLoadError: Both are named.
+    """
+    from ..testbed import QWEN2_5_VL
+
+    if family is not None and target is not None:
+        raise TargetLoadError("--family is which built-in models: leave it out beside --target.")
+    return family or QWEN2_5_VL.name
+
+
 def load_target(
     target: str, processor: str | None, dtype: Dtype, device: str | None, revision: str | None = None
 ) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..errors import VideoError
-from .common import FAMILY_HELP, NOT_IDENTICAL, errors_as_sentences
+from .common import FAMILY_HELP, NOT_IDENTICAL, built_in_family, errors_as_sentences
 
 
 def demo(
@@ -55,7 +55,7 @@ def demo(
         shape = None if tree is None else parse_tree(tree)
         console = Console()
         with console.status("Loading the models"):
-            models = load_models(target, draft, processor, device, family)
+            models = load_models(target, draft, processor, device, built_in_family(family, target))
         with tempfile.TemporaryDirectory() as scratch:
             if video is None:
                 prompts = unseen_clips(models.target, output or Path(scratch), seed, clips, visual_tokens)

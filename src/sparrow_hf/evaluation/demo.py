@@ -123,9 +123,9 @@ def load_models(
     draft: str | None,
     processor: str | None = None,
     device: str | None = None,
-    family: str | None = None,
+    family: str = "qwen2.5-vl",
 ) -> Models:
-    """Loads from folders or Hub ids; what is not named is the testbed's, of a family (by default its first).
+    """Loads from folders or Hub ids; what is not named is the testbed's, of a family.
 
     Raises:
         DemoError: Something is not there, or is not what it should be.
@@ -133,15 +133,13 @@ def load_models(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from ..testbed import QWEN2_5_VL, shipped
+    from ..testbed import shipped
 
-    if target is not None and family is not None:
-        raise DemoError("--family is which built-in models: leave it out beside --target.")
     if target is None:
         # So small that a second thread costs more than it computes.
         torch.set_num_threads(1)
         device = device or "cpu"
-        folder = shipped(family or QWEN2_5_VL.name)
+        folder = shipped(family)
         target, draft = str(folder / "target"), draft or str(folder / "draft")
     elif draft is None:
         raise DemoError("A target of your own needs a draft made for it: name one with --draft.")
