@@ -38,7 +38,7 @@ def shown(motion: str, step: Step) -> list[dict[str, Any]]:
 
 
 def square(motion: str) -> Scene:
-    return Scene(Glyph("red", "square", "large"), motion, "night", None, False)
+    return Scene(Glyph("red", "square", "large"), motion, "night", None)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -72,7 +72,7 @@ def red_square(frame: np.ndarray) -> tuple[int, int, int]:
 
 def test_a_tower_of_two_frames_is_asked_once_per_step_and_one_of_single_frames_twice() -> None:
     companion = Companion("blue", "upper left")
-    story = (Scene(Glyph("lime", "star", "small"), "blink", "snow", companion, False),)
+    story = (Scene(Glyph("lime", "star", "small"), "blink", "snow", companion),)
     for step in (Step(0), Step(BLANK)):
         assert len(OF_A_STEP.labels(step, story)) == 1 and len(OF_A_FRAME.labels(step, story)) == 2
     (nothing,) = OF_A_STEP.labels(Step(BLANK), story)
