@@ -146,7 +146,7 @@ def test_decoding_with_a_fresh_draft_loses_nothing(models, shape: TreeShape, sam
         return target.generate(**inputs, **settings, **kwargs)[0, inputs["input_ids"].shape[1] :].tolist()
 
     plain = generate()
-    assert len(set(plain)) > 5
+    assert len(set(plain)) > 3
     assert generate(assistant_model=draft) == plain
     with drafting_around(plain, adversarial=True):
         assert generate(assistant_model=draft) == plain
