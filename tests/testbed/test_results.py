@@ -18,7 +18,8 @@ from sparrow_hf.testbed.pretrain import export
 from sparrow_hf.testbed.results import __main__ as command
 from sparrow_hf.testbed.results import analyses, cells, contenders, draft_steps
 from sparrow_hf.testbed.results.cells import Cell
-from sparrow_hf.testbed.results.claims import OURS, PAPERS, RIVALS, paragraph
+from sparrow_hf.testbed.results.claims import OURS, PAPERS, paragraph
+from sparrow_hf.testbed.results.judges import RIVALS
 from sparrow_hf.testbed.results.table import Results
 from sparrow_hf.training import ALL_VISUAL_ROWS
 
@@ -223,6 +224,9 @@ ABLATED = {"draft:no-bridge@chain-5": {400: 3.5, 25_000: 4.0}, "draft:no-mtp@cha
             "holds",
         ),
         ("No chain", {CHAIN: {400: 2.1, 25_000: 1.9}}, "does not hold"),
+        # Faster than plain, but not by its draft.
+        ("No chain", {CHAIN: {400: 2.1, 25_000: 2.5}, "none": {400: 2.0, 25_000: 2.6}}, "does not hold"),
+        ("No chain", {CHAIN: {400: 2.1, 25_000: 2.7}, "none": {400: 2.0, 25_000: 2.6}}, "holds"),
         (
             "A glimpse",
             {
