@@ -43,8 +43,8 @@ testbed: $(STAMP)  ## Train the built-in models again from nothing into TESTBED 
 			--output $(TESTBED)/$$family/draft || exit 1; \
 	done
 
-results: $(STAMP)  ## Train the rivals, measure everything, write docs/results.md (hours; resumes)
-	@$(BIN)/python -m sparrow_hf.testbed.results --work $(TESTBED)/results --processes 2 \
+results: $(STAMP)  ## Train the rivals, measure everything, write docs/results.md (hours from nothing; resumes)
+	@$(BIN)/python -m sparrow_hf.testbed.results --work docs/data/results --processes 2 \
 		--output docs/data/results.json --report docs/results.md
 
 recipes: $(STAMP)  ## Compare training recipes on the built-in target: docs/recipes.md (hours; resumes)

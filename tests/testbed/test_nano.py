@@ -31,6 +31,7 @@ from sparrow_hf.testbed.caption_training import (
     clips_for,
     deepen,
     draw_captions,
+    thin_out,
 )
 from sparrow_hf.testbed.captions import vocabulary
 from sparrow_hf.testbed.families import FAMILIES, LLAVA_ONEVISION, QWEN2_5_VL, Family
@@ -190,6 +191,8 @@ def test_deepening_changes_no_logit(processor: Any, target: Any) -> None:
         )
     with pytest.raises(ValueError, match="evenly"):
         deepen(target, processor.tokenizer, 5)
+    with pytest.raises(ValueError, match="evenly"):
+        thin_out(deeper, processor.tokenizer, 4)
 
 
 def test_longer_clips_come_in_smaller_groups() -> None:
@@ -228,7 +231,6 @@ def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
         Stage("b", 3, 2, (2, 2), (12, 16), 1, 2, (0.02, 0.01)),
     )
     monkeypatch.setattr(pretrain, "STAGES", stages)
-    monkeypatch.setattr(pretrain, "FULL_DEPTH", 2)
     monkeypatch.setattr(pretrain, "VISION_STEPS", 2)
     monkeypatch.setattr(pretrain, "FINAL_CHECKS", {24: 1})
     monkeypatch.setattr(pretrain, "VALIDATION_CLIPS", 1)
@@ -311,6 +313,31 @@ def test_a_training_leaves_a_loadable_fp32_target_rounded_to_bf16_with_its_prove
     other = next(each for each in FAMILIES if each is not family)
     with pytest.raises(TrainingOptionsError, match=f"--family {family.name}"):
         pretrain.Pretraining(tmp_path, 3, other).run()
+
+
+@pytest.mark.usefixtures("short_training")
+def test_a_sibling_sees_as_its_parent_does_and_starts_with_its_layers(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = build_target(build_processor(family).tokenizer, 4, seed=1, family=family)
+    nano_folder = tmp_path / "parent"
+    pretrain.export(parent, build_processor(family), nano_folder)
+    parent, _ = load_target(nano_folder)
+    monkeypatch.setattr(pretrain, "SIBLING_STAGES", (Stage("c", 2, 2, (1, 2), (8, 12), 2, 1, (0.02, 0.01)),))
+    training = pretrain.Pretraining(tmp_path / "sibling", 3, family, nano_folder)
+    training.begin()
+    begun = {name: weight.clone() for name, weight in training.target.state_dict().items()}
+    for name, weight in begun.items():
+        # Layers 0 and 2 of the parent's four.
+        of_parent = name.replace(".language_model.layers.1.", ".language_model.layers.2.")
+        assert torch.equal(weight, parent.state_dict()[of_parent]), name
+    arguments = ["--output", str(tmp_path / "sibling"), "--seed", "3", "--family", family.name]
+    pretrain.main([*arguments, "--sibling-of", str(nano_folder)])
+    sibling, _ = load_target(tmp_path / "sibling")
+    for own, seen in zip(family.seeing(sibling), family.seeing(parent), strict=True):
+        assert torch.equal(own, seen)
+    assert not torch.equal(sibling.lm_head.weight, parent.lm_head.weight)
+    assert json.loads((tmp_path / "sibling" / "PROVENANCE.json").read_text())["vision_steps"] == 0
 
 
 @pytest.mark.usefixtures("short_training")

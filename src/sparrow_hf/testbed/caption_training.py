@@ -8,7 +8,7 @@ their keys and values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,17 +212,36 @@ def deepen(target: Any, tokenizer: PreTrainedTokenizerFast, num_layers: int) -> 
     if num_layers % old_layers:
         raise ValueError(f"{num_layers} layers cannot be spread evenly over {old_layers}.")
     copies = num_layers // old_layers
+    deeper = _with_layers(target, tokenizer, [layer // copies for layer in range(num_layers)])
+    for index, layer in enumerate(deeper.model.language_model.layers):
+        if index % copies:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    return deeper
+
+
+def thin_out(target: Any, tokenizer: PreTrainedTokenizerFast, num_layers: int) -> Any:
+    """A target of `num_layers` decoder layers, evenly taken from those of `target`, and all the rest of its weights.
+
+    What it says is worth nothing until it is trained on.
+    """
+    old_layers = target.config.text_config.num_hidden_layers
+    if old_layers % num_layers:
+        raise ValueError(f"{num_layers} layers cannot be taken evenly from {old_layers}.")
+    return _with_layers(target, tokenizer, range(0, old_layers, old_layers // num_layers))
+
+
+def _with_layers(target: Any, tokenizer: PreTrainedTokenizerFast, layers: Sequence[int]) -> Any:
+    """A copy of `target` that has, one after another, copies of those of its decoder layers."""
+    stem = ".language_model.layers."
     weights = target.state_dict()
-    deeper = {name: tensor for name, tensor in weights.items() if ".language_model.layers." not in name}
-    for name, tensor in weights.items():
-        if ".language_model.layers." in name:
-            stem, rest = name.split(".layers.")
-            layer, part = rest.split(".", 1)
-            for copy in range(copies):
-                silent = copy > 0 and part in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-                deeper[f"{stem}.layers.{int(layer) * copies + copy}.{part}"] = (
-                    torch.zeros_like(tensor) if silent else tensor.clone()
-                )
-    grown = build_target(tokenizer, num_layers, family=family_of(target))
-    grown.load_state_dict(deeper)
-    return grown
+    copied = {name: tensor for name, tensor in weights.items() if stem not in name}
+    for new, old in enumerate(layers):
+        copied |= {
+            name.replace(f"{stem}{old}.", f"{stem}{new}."): tensor
+            for name, tensor in weights.items()
+            if f"{stem}{old}." in name
+        }
+    copy = build_target(tokenizer, len(layers), family=family_of(target))
+    copy.load_state_dict(copied)
+    return copy

@@ -8,6 +8,9 @@ clips, with a quarter of its layers, half of them and all; with all of them it g
 learned last. Run the command again to go on where it was stopped; processes of one `torchrun` share every step. The
 folder ends up in standard layout, weights rounded to bf16 and measured after that, with `PROVENANCE.json` and the
 curve beside it.
+
+`--sibling-of TARGET` trains a small sibling of a finished target instead: a few of its layers, which learn in short
+stages to do without the others.
 """
 
 from __future__ import annotations
@@ -17,8 +20,7 @@ import copy
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from .caption_training import (
     caption_loss,
     deepen,
     draw_captions,
+    thin_out,
 )
 from .families import FAMILIES, QWEN2_5_VL, Family
 from .muon import Muon
@@ -58,7 +61,12 @@ STAGES = (
     Stage("many scenes", 300, 24, (4, 6), (32, 128), 10, 4, (0.006, 0.004)),
     Stage("every length", 200, 24, (2, 6), (64, 13_000), 4, 4, (0.003, 0.0)),
 )
-FULL_DEPTH = STAGES[-1].layers
+SIBLING_STAGES = (
+    Stage("sibling, 1-4 scenes", 150, 4, (1, 4), (24, 64), 16, 1, (0.012, 0.012)),
+    Stage("sibling, 2-6 scenes", 200, 4, (2, 6), (32, 128), 11, 2, (0.012, 0.012)),
+    Stage("sibling, long clips", 250, 4, (2, 6), (48, 1600), 6, 4, (0.012, 0.006)),
+    Stage("sibling, every length", 100, 4, (2, 6), (64, 13_000), 4, 4, (0.006, 0.0)),
+)
 WARMUP_STEPS = 8
 ADAM_SHARE = 0.4
 """Learning rate of AdamW (embeddings, head, norms, biases) as a share of Muon's (matrices)."""
@@ -99,31 +107,17 @@ class Pretraining:
         output: Folder of the finished target.
         seed: Draws initial weights and training clips.
         family: What is trained.
-        depth: Decoder layers of the finished target, all by default; stages that would have more have so many.
-        tower: Folder of a finished target of the family, whose tower this one gets: transformers hands an assistant
-            the target's own encoding of a video, so a small sibling must see as the target does.
+        parent: Folder of a finished target of the family, of which a small sibling is trained. It begins with the
+            parent's weights and layers evenly taken from it, and keeps all that sees: transformers hands an assistant
+            the target's own encoding of a video, so a sibling must see as the target does.
 
     Raises:
-        TrainingOptionsError: `output` holds the training of another family, or the stages cannot end at this depth.
+        TrainingOptionsError: `output` holds the training of another family.
     """
 
-    def __init__(
-        self,
-        output: Path,
-        seed: int,
-        family: Family = QWEN2_5_VL,
-        depth: int | None = None,
-        tower: Path | None = None,
-    ):
-        depth = depth or FULL_DEPTH
-        self.output, self.seed, self.family, self.depth, self.tower = output, seed, family, depth, tower
-        self.stages = [replace(stage, layers=min(stage.layers, depth)) for stage in STAGES]
-        layers = [stage.layers for stage in self.stages]
-        if layers[-1] != depth or any(after % before for before, after in pairwise(layers)):
-            raise TrainingOptionsError(
-                f"a target of {depth} layers cannot be grown from {layers[0]}: choose at most {STAGES[0].layers} "
-                f"layers, or {', '.join(sorted({str(stage.layers) for stage in STAGES[1:]}))}."
-            )
+    def __init__(self, output: Path, seed: int, family: Family = QWEN2_5_VL, parent: Path | None = None):
+        self.output, self.seed, self.family, self.parent = output, seed, family, parent
+        self.stages = SIBLING_STAGES if parent else STAGES
         self.processes = PartialState(cpu=True)
         self.processor = build_processor(family)
         self.claims = Claims(self.processor.tokenizer)
@@ -189,14 +183,15 @@ class Pretraining:
         self.curve.write_text("".join(f"{entry}\n" for entry in kept))
         return True
 
+    def begin(self) -> None:
+        """Makes the target that captions are trained into: one that sees, or the parent with most layers left out."""
+        if self.parent is None:
+            self.train_vision()
+        else:
+            self.target = thin_out(load_target(self.parent)[0], self.processor.tokenizer, self.stage.layers)
+
     def train_vision(self) -> None:
         """First stage; short enough to be started over if it is stopped."""
-        if self.tower is not None:
-            finished, _ = load_target(self.tower)
-            with torch.no_grad():
-                for own, seen in zip(self.family.seeing(self.target), self.family.seeing(finished), strict=True):
-                    own.copy_(seen)
-            return
         start = time.monotonic()
         vision = VisionPretraining(self.target, self.processor, TRAIN_SEEDS, VISION_STEPS, self.seed)
         for step in tqdm(range(VISION_STEPS), desc="vision tower"):
@@ -218,7 +213,7 @@ class Pretraining:
             self.target = deepen(self.target, self.processor.tokenizer, self.stage.layers)
             self.optimizers = []
         self.target.requires_grad_(True)
-        frozen = self.family.seeing(self.target) if self.tower else self.family.vision(self.target).parameters()
+        frozen = self.family.seeing(self.target) if self.parent else self.family.vision(self.target).parameters()
         for parameter in frozen:
             parameter.requires_grad_(False)
         if self.optimizers:
@@ -307,14 +302,14 @@ class Pretraining:
     def run(self) -> None:
         """Trains from the last checkpoint to the end and leaves the finished target in the output folder."""
         if not self.resume():
-            self.train_vision()
+            self.begin()
             self.prepare_stage()
             self.save()
         self.note_commit()
         while True:
             self.train_stage()
             if self.processes.is_main_process:
-                deep = deepen(self.target, self.processor.tokenizer, self.depth)
+                deep = deepen(self.target, self.processor.tokenizer, self.stages[-1].layers)
                 export(deep, self.processor, self.output / "training" / "snapshot")
             if self.stage is self.stages[-1]:
                 break
@@ -340,12 +335,11 @@ class Pretraining:
         }
         provenance = {
             "command": "python -m sparrow_hf.testbed.pretrain --output DIR "
-            f"--seed {self.seed} --family {self.family.name} --depth {self.depth}"
-            + (" --tower TARGET" if self.tower else ""),
+            f"--seed {self.seed} --family {self.family.name}" + (" --sibling-of TARGET" if self.parent else ""),
             "commits": self.progress.commits,
             "torch": torch.__version__,
             "seconds_of_training": round(self.progress.seconds),
-            "vision_steps": 0 if self.tower else VISION_STEPS,
+            "vision_steps": 0 if self.parent else VISION_STEPS,
             "stages": [vars(stage) for stage in self.stages],
             "content_accuracy_after_bf16_rounding": accuracies,
             "evaluation_clips": {str(tokens): clips for tokens, clips in FINAL_CHECKS.items()},
@@ -361,22 +355,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--family", choices=[family.name for family in FAMILIES], default=QWEN2_5_VL.name)
     parser.add_argument("--seed", type=int, default=0, help="draws initial weights and training clips")
     parser.add_argument(
-        "--depth", type=int, help=f"decoder layers (default: {FULL_DEPTH}); fewer make a small sibling"
+        "--sibling-of", type=Path, metavar="TARGET", help="finished target to train a small sibling of"
     )
-    parser.add_argument("--tower", type=Path, help="finished target whose vision tower to take")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; more rarely help on a small machine")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
     family = next(family for family in FAMILIES if family.name == options.family)
-    training = Pretraining(options.output, options.seed, family, options.depth, options.tower)
-    whole = build_target(training.processor.tokenizer, training.depth, family=family)
+    training = Pretraining(options.output, options.seed, family, options.sibling_of)
+    whole = build_target(training.processor.tokenizer, training.stages[-1].layers, family=family)
     size = sum(parameter.numel() for parameter in whole.parameters())
-    steps = sum(stage.steps for stage in STAGES)
-    vision_steps = 0 if options.tower else VISION_STEPS
+    steps = sum(stage.steps for stage in training.stages)
+    vision, hours = (0, "half an hour") if options.sibling_of else (VISION_STEPS, "four hours")
     print(
-        f"{family.name} target of {size / 1e6:.2f} M parameters ({2 * size / 1e6:.1f} MB in bf16), {vision_steps} + "
-        f"{steps} steps, about four hours on one core of a server CPU."
+        f"{family.name} target of {size / 1e6:.2f} M parameters ({2 * size / 1e6:.1f} MB in bf16), {vision} + "
+        f"{steps} steps, about {hours} on one core of a server CPU."
     )
     training.run()
 

@@ -18,14 +18,14 @@ from ...training.recording import RecordedDataset
 from .. import SHIPPED
 from ..families import Family
 from ..nano import load_target
-from ..pretrain import Pretraining
+from ..pretrain import SIBLING_STAGES, Pretraining
 from ..recipes import RECIPES
 from ..retrain import CLIPS, TEXT_ONLY_RECIPE, build_draft, build_trainer, record, train
 from ..world import TRAIN_SEEDS
 
 SEED = 0
 SHIPPED_DRAFT, TEXT_ONLY = "sparrow", "text-only"
-SIBLING, SIBLING_DEPTH = "sibling", 4
+SIBLING = "sibling"
 FINISHED_FILE = "finished.json"
 """Written last: where it lies, the contender is whole."""
 
@@ -53,7 +53,7 @@ MEANINGS = {
     "msd": "MSD-like: all projected visual rows",
     "vispec": "ViSpec-like: the video squeezed into one row and one vector",
     "hivis": "HiViS-like: text rows only, a learned correction per step",
-    SIBLING: f"a whole target of {SIBLING_DEPTH} layers with the same tower, trained on reference captions",
+    SIBLING: f"{SIBLING_STAGES[-1].layers} of the target's layers and all that sees, trained on reference captions",
 }
 
 
@@ -73,8 +73,8 @@ def train_sibling(family: Family, work: Path) -> None:
     """Trains the small target that drafts for the large one in transformers' assisted generation."""
     folder = folders_of(family, work)[SIBLING]
     if not is_finished(folder):
-        Pretraining(folder, SEED, family, SIBLING_DEPTH, SHIPPED[family.name] / "target").run()
-        _finish(folder, depth=SIBLING_DEPTH)
+        Pretraining(folder, SEED, family, SHIPPED[family.name] / "target").run()
+        _finish(folder)
 
 
 def folders_of(family: Family, work: Path) -> dict[str, Path]:
