@@ -125,7 +125,13 @@ class Benchmark:
             for prompt, settings in todo:
                 inputs = prompt.read().to(self.target.device, self.target.dtype)
                 if not is_warm:
-                    warm_up(self.target, self.arms, inputs, self.generate_arguments(settings[0].temperature))
+                    warm_up(
+                        self.target,
+                        self.arms,
+                        inputs,
+                        self.generate_arguments(settings[0].temperature),
+                        shared_prefill=self.shared_prefill,
+                    )
                     is_warm = True
                 for setting in settings:
                     measured = compare(

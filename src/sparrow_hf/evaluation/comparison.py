@@ -172,8 +172,7 @@ def compare(
         Arm name → measurement.
     """
     first = turn % len(arms)
-    layers = set().union(*(arm.layers_read for arm in arms))
-    prefill = PrefillSnapshot(target, inputs, settings, layers) if shared_prefill else None
+    prefill = _prefill_once(target, arms, inputs, settings) if shared_prefill else None
     measured = {
         arm.name: measure(target, arm, inputs, settings, seed, prefill) for arm in (*arms[first:], *arms[:first])
     }
@@ -197,11 +196,29 @@ def _start_counting_memory(target: PreTrainedModel) -> int | None:
 
 
 def warm_up(
-    target: PreTrainedModel, arms: Sequence[Arm], inputs: Mapping[str, Tensor], settings: Mapping[str, Any]
+    target: PreTrainedModel,
+    arms: Sequence[Arm],
+    inputs: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    *,
+    shared_prefill: bool = False,
 ) -> None:
-    """Runs every arm for a few tokens, so that no measurement pays for what is only done once."""
+    """Runs every arm for a few tokens, so that no measurement pays for what is only done once.
+
+    Args:
+        shared_prefill: As in [`compare`].
+    """
+    settings = {**settings, "max_new_tokens": WARM_UP_TOKENS}
+    prefill = _prefill_once(target, arms, inputs, settings) if shared_prefill else None
     for arm in arms:
-        measure(target, arm, inputs, {**settings, "max_new_tokens": WARM_UP_TOKENS})
+        measure(target, arm, inputs, settings, prefill=prefill)
+
+
+def _prefill_once(
+    target: PreTrainedModel, arms: Sequence[Arm], inputs: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> PrefillSnapshot:
+    """A prefill that holds what all arms need."""
+    return PrefillSnapshot(target, inputs, settings, set().union(*(arm.layers_read for arm in arms)))
 
 
 def first_difference(reference: Sequence[int], tokens: Sequence[int]) -> int | None:
