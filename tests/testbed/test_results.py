@@ -1,6 +1,7 @@
 """The evidence from end to end, on an untrained target: contenders, cells, analysis, report; resumed; judged."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,10 @@ def test_from_models_to_the_report(shipped: Path, monkeypatch: pytest.MonkeyPatc
         raise AssertionError("this was done already")
 
     data = json.loads(output.read_text())
+    # What was needed on the way need not be kept.
+    (work,) = (shipped / "work").iterdir()
+    for folder in ("analysis", "recording"):
+        shutil.rmtree(work / folder)
     monkeypatch.setattr(command, "record_clips", refuse)
     monkeypatch.setattr("sparrow_hf.evaluation.benchmark.compare", refuse)
     monkeypatch.setattr("sparrow_hf.analysis.run.measure", refuse)

@@ -31,12 +31,17 @@ def score(caption: str, reference: str) -> float:
 
 
 def analyse(family: Family, draft_folder: Path | None, work: Path) -> None:
-    """Analyses a family's target; records of a stopped analysis are not made again.
+    """Analyses a family's target, unless that was done; records of a stopped analysis are not made again.
 
     Args:
         draft_folder: The draft whose visual rows are taken away, if there is one.
     """
-    folder, target_folder = work / "analysis", SHIPPED[family.name] / "target"
+    folder, target_folder, finished = work / "analysis", SHIPPED[family.name] / "target", work / ANALYSIS_FILE
+    details = {"command": COMMAND, "target_sha256": digest(target_folder)}
+    if draft_folder is not None:
+        details["draft_sha256"] = digest(draft_folder)
+    if finished.exists() and details.items() <= json.loads(finished.read_text())["provenance"].items():
+        return
     target, processor = load_target(target_folder)
     conversations = []
     for length, clips in CLIPS.items():
@@ -56,8 +61,5 @@ def analyse(family: Family, draft_folder: Path | None, work: Path) -> None:
         score=score,
         max_new_tokens=MAX_CAPTION_TOKENS,
     )
-    details = {"command": COMMAND, "target_sha256": digest(target_folder)}
-    if draft_folder is not None:
-        details["draft_sha256"] = digest(draft_folder)
     report: dict[str, Any] = {"provenance": provenance(target, **details)} | summary
-    (work / ANALYSIS_FILE).write_text(json.dumps(report) + "\n")
+    finished.write_text(json.dumps(report) + "\n")
