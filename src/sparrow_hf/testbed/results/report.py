@@ -19,7 +19,9 @@ from .table import NAMES, Results
 
 INTRODUCTION = """# The evidence
 
-Written by `make results` from `{data}`; do not edit by hand. Every single table is in [{tables}]({tables}).
+Written by `make results` from `{data}`; do not edit by hand. Every single table is in [{tables}]({tables}). The rivals'
+weights and each single measurement are kept in `docs/data/results`: the command goes on from there, and makes again
+what was deleted.
 
 Two tiny targets of the real architectures, trained by this project on a rendered video world, stand in for the paper's
 7B ones; clips are real mp4 files through the real processors. *plain* is transformers' `generate()` in the same
