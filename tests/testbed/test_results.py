@@ -284,3 +284,21 @@ def test_families_that_differ_are_named() -> None:
     assert ": holds (Qwen2.5-VL), cannot be told here (LLaVA-OneVision).**" in verdict("No chain", results)
     results.rows.append(results.rows[0] | {"family": "llava_onevision", "dsr": 0.9})
     assert ": holds (Qwen2.5-VL), does not hold (LLaVA-OneVision).**" in verdict("No chain", results)
+
+
+@pytest.mark.parametrize(("right", "holds"), [(0.93, True), (0.53, False)])
+def test_a_target_that_keeps_its_wording_but_not_its_claims_still_needs_its_visual_rows(
+    right: float, holds: bool
+) -> None:
+    results = made_up({})
+    results.families[FAMILY]["analysis"] = {
+        "all": {
+            "similarity": {"visual": [0.5] * 24},
+            "agreement": {"0": 0.8, "18": 0.99, "24": 1.0},
+            "score": {"0": 0.1, "18": right, "24": 0.97},
+        },
+        "recommendation": {"needed_layers": 18},
+    }
+    text = verdict("Figures 3 and 5", results)
+    assert ("after a middle layer: holds" in text) == holds
+    assert f"claims right 0.10, {right}, nothing hidden 0.97" in text

@@ -126,9 +126,12 @@ def internalization(results: Results, family: str) -> Judged:
         f"needed in {needed} of {depth} layers; hidden from the start {agreement['0']:.0%} of the answers' tokens "
         f"stay, hidden from layer {needed} on {agreement[str(needed)]:.1%}"
     )
+    holds = needed <= 0.75 * depth
     if right:
         text += f"; claims right {right['0']:.2f}, {right[str(needed)]:.2f}, nothing hidden {right[str(depth)]:.2f}"
-    return needed <= 0.75 * depth, text + "."
+        # Most tokens are wording: nearly all of them can stay while what a clip shows is lost.
+        holds = holds and right[str(needed)] >= 0.95 * right[str(depth)]
+    return holds, text + "."
 
 
 def similarity(results: Results, family: str) -> Judged:
