@@ -88,8 +88,9 @@ def test_from_models_to_the_report(shipped: Path, monkeypatch: pytest.MonkeyPatc
     output, report = shipped / "results.json", shipped / "docs" / "results.md"
     arguments = ["--work", str(shipped / "work"), "--output", str(output), "--report", str(report)]
     arguments += ["--families", "qwen2.5-vl", "--contenders", "msd", "text-only"]
-    command.main(arguments)
+    command.main([*arguments, "--note", "On a shared machine."])
     found = Results.read(output)
+    assert found.note in report.read_text()
     assert list(found.families) == ["qwen2_5_vl"] and found.lengths("qwen2_5_vl") == [24, 48]
     # `paper` was not trained, so its arm is left out; everything else was measured.
     assert [row["arm"] for row in found.cell("qwen2_5_vl", "video-24")] == [

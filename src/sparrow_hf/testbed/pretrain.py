@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from ..errors import TrainingOptionsError
 from ..evaluation.provenance import commit
+from ..evaluation.run_file import digest
 from .caption_training import (
     Claims,
     ClipGroup,
@@ -112,12 +113,13 @@ class Pretraining:
             the target's own encoding of a video, so a sibling must see as the target does.
 
     Raises:
-        TrainingOptionsError: `output` holds the training of another family.
+        TrainingOptionsError: `output` holds the training of another family, or of another parent's sibling.
     """
 
     def __init__(self, output: Path, seed: int, family: Family = QWEN2_5_VL, parent: Path | None = None):
         self.output, self.seed, self.family, self.parent = output, seed, family, parent
         self.stages = SIBLING_STAGES if parent else STAGES
+        self.origin = {"family": family.name, "parent": digest(parent) if parent else None}
         self.processes = PartialState(cpu=True)
         self.processor = build_processor(family)
         self.claims = Claims(self.processor.tokenizer)
@@ -148,7 +150,7 @@ class Pretraining:
         temporary = self.checkpoint.with_suffix(".tmp")
         torch.save(
             {
-                "family": self.family.name,
+                "origin": self.origin,
                 "model": self.target.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "state": asdict(self.progress),
@@ -162,12 +164,11 @@ class Pretraining:
         if not self.checkpoint.exists():
             return False
         saved = torch.load(self.checkpoint, weights_only=True)
-        # Checkpoints from before there were two families name none.
-        found = saved.get("family", QWEN2_5_VL.name)
-        if found != self.family.name:
+        if saved.get("origin") != self.origin:
+            # Stages of one training would go on from weights of another.
             raise TrainingOptionsError(
-                f"{self.output} holds the training of a {found} target, not of {self.family.name}: go on with "
-                f"--family {found}, or name another --output."
+                f"{self.output} holds another training ({saved.get('origin')}) than this one ({self.origin}): go on "
+                "with its --family and --sibling-of, or name another --output."
             )
         self.progress = Progress(**saved["state"])
         self.target = build_target(self.processor.tokenizer, self.stage.layers, family=self.family)
@@ -366,7 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
     whole = build_target(training.processor.tokenizer, training.stages[-1].layers, family=family)
     size = sum(parameter.numel() for parameter in whole.parameters())
     steps = sum(stage.steps for stage in training.stages)
-    vision, hours = (0, "half an hour") if options.sibling_of else (VISION_STEPS, "four hours")
+    vision, hours = (0, "a quarter of an hour") if options.sibling_of else (VISION_STEPS, "four hours")
     print(
         f"{family.name} target of {size / 1e6:.2f} M parameters ({2 * size / 1e6:.1f} MB in bf16), {vision} + "
         f"{steps} steps, about {hours} on one core of a server CPU."

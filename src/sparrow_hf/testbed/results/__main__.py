@@ -78,8 +78,10 @@ def measure_all(family: Family, work: Path, cells: Sequence[str]) -> None:
     measure_draft_steps(target_folder, target, processor, folders[SHIPPED_DRAFT], work / "runs")
 
 
-def write_results(work: Path, output: Path, note: str) -> None:
-    """Everything measured so far of the present targets as one JSON file."""
+def write_results(work: Path, output: Path, note: str | None) -> None:
+    """Everything measured so far of the present targets as one JSON file; without a `note` its last one stays."""
+    if note is None:
+        note = json.loads(output.read_text())["note"] if output.exists() else ""
     results: dict[str, Any] = {"note": note, "rows": [], "shared": [], "draft_steps": [], "families": {}}
     for family in FAMILIES:
         if not (SHIPPED[family.name] / "target").is_dir():
@@ -124,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="which cells to measure")
     parser.add_argument("--processes", type=int, default=1, help="trainings at a time, each on one thread")
-    parser.add_argument("--note", default="", help="what readers must know about the circumstances")
+    parser.add_argument("--note", help="what readers must know about the circumstances")
     options = parser.parse_args(arguments)
 
     # So small that a second thread costs more than it computes.
@@ -136,8 +138,8 @@ def main(arguments: list[str] | None = None) -> None:
         answers = sum((1 + len(CELLS[name].arms)) * CELLS[name].prompts for name in options.cells)
         print(
             f"Per family: {CLIPS} captions, a small target, {len(options.contenders)} drafts × "
-            f"{shipped_steps(families[0])} steps, {answers} answers and an analysis: about four hours on one core of "
-            "a server CPU, 1 GB of recordings.",
+            f"{shipped_steps(families[0])} steps, {answers} answers and an analysis: two to four hours on one core "
+            "of a server CPU, half a GB of recordings. What is there already is not made again.",
             flush=True,
         )
     for family in families:

@@ -152,8 +152,9 @@ def write_report(data: Path, report: Path) -> None:
 
 
 def _brief(provenance: dict[str, Any]) -> dict[str, Any]:
-    """Without what differs from cell to cell: that stands in the file of all tables."""
-    return {name: value for name, value in provenance.items() if name not in ("arms", "command", "prompts")}
+    """Without what differs from cell to cell: that stands in the file of all tables, and digests in the data."""
+    differing = ("arms", "command", "prompts", "draft_sha256")
+    return {name: value for name, value in provenance.items() if name not in differing}
 
 
 def write_tables(results: Results, path: Path) -> None:
