@@ -264,6 +264,32 @@ def test_from_prompts_to_rows(run: Any, tmp_path: Path, monkeypatch: pytest.Monk
         run(arms=["none"])
 
 
+def test_repeats_belong_to_the_conditions(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    right = benchmark_module.compare
+
+    def compare(*args: Any, **settings: Any) -> Any:
+        asked.append(settings["repeats"])
+        return right(*args, **settings)
+
+    monkeypatch.setattr(benchmark_module, "compare", compare)
+    options = {"arms": ["draft@chain-3"], "temperatures": (0.0,)}
+    rows = run(repeats=2, **options)
+    assert set(asked) == {2} and rows[0]["provenance"]["repeats"] == 2
+    with pytest.raises(BenchmarkError, match="other repeats"):
+        run(**options)
+
+    # A file of single calls that was measured before there were repeats goes on.
+    path = tmp_path / "runs" / "tiny.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        del line["provenance"]["repeats"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(run(**options)) == len(rows)
+    with pytest.raises(BenchmarkError, match="other repeats"):
+        run(repeats=2, **options)
+
+
 def test_a_draft_set_otherwise_is_another_arm(run: Any, draft_folder: str):
     run(arms=["draft"], temperatures=(0.0,))
     path = Path(draft_folder) / "config.json"

@@ -1,5 +1,6 @@
 """The instrument against a second, independent count, and the identity check against a text that does differ."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,7 +9,17 @@ from transformers import PreTrainedModel
 
 from sparrow_hf import TREE_PRESETS, SparrowDraftModel, TreeShape
 from sparrow_hf.errors import DraftConfigError
-from sparrow_hf.evaluation import Arm, Run, acceptance, compare, first_difference, measure, parse_tree, warm_up
+from sparrow_hf.evaluation import (
+    Arm,
+    Run,
+    acceptance,
+    compare,
+    comparison,
+    first_difference,
+    measure,
+    parse_tree,
+    warm_up,
+)
 from sparrow_hf.generation.emission import TokenEmitter
 
 from families import FAMILY_BY_NAME
@@ -137,6 +148,42 @@ def test_seeded_sampling_is_the_same_in_every_arm(target: Any, arms: list[Arm], 
     assert all(run.differs_at is None for runs in seeds for run in runs.values())
     first, second = (measure(target, arms[0], inputs, sampling, seed)[1] for seed in (1, 2))
     assert first != second
+
+
+@pytest.mark.parametrize("shared_prefill", [False, True])
+def test_of_several_rounds_the_median_call_counts(
+    target: Any, arms: list[Arm], inputs: Any, settings: Any, monkeypatch: pytest.MonkeyPatch, shared_prefill: bool
+):
+    """Calls get the times 0, 10, 20, … but for plain's, whose slowest round comes in the middle; one text is wrong."""
+    order: list[str] = []
+    slow_second_round = {0: 1.0, 1: 3.0, 2: 2.0}
+
+    def call(target: Any, arm: Arm, *args: Any) -> tuple[Run, list[int]]:
+        run, tokens = measure(target, arm, *args)
+        earlier = order.count(arm.name)
+        seconds = slow_second_round[earlier] if arm.name == "plain" else 10.0 * len(order)
+        order.append(arm.name)
+        if arm.name == "chain" and earlier == 2:
+            tokens[4] += 1
+        return dataclasses.replace(run, decode_seconds=seconds), tokens
+
+    monkeypatch.setattr(comparison, "measure", call)
+    compared = [arms[0], arms[1], arms[4]]
+    runs = compare(target, compared, inputs, settings, turn=1, repeats=3, shared_prefill=shared_prefill)
+    rounds = [["chain", "lookup", "plain"], ["lookup", "plain", "chain"], ["plain", "chain", "lookup"]]
+    # transformers' own loop would have to prefill again.
+    expected = [
+        name
+        for index, names in enumerate(rounds)
+        for name in names
+        if not (shared_prefill and index and name == "lookup")
+    ]
+    assert order == expected
+    assert runs["plain"].decode_seconds == 2.0
+    for name in ("chain", "lookup"):
+        times = [10.0 * index for index, other in enumerate(order) if other == name]
+        assert runs[name].decode_seconds == times[len(times) // 2]
+    assert [run.differs_at for run in runs.values()] == [None, 4, None]
 
 
 def test_an_arm_leaves_the_drafts_tree_as_it_was(target: Any, arms: list[Arm], inputs: Any, settings: Any):

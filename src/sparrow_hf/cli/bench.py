@@ -58,6 +58,10 @@ def bench(
     shared_prefill: Annotated[
         bool, typer.Option("--shared-prefill", help="Compute each prompt once for all arms: for long videos.")
     ] = False,
+    repeats: Annotated[
+        int,
+        typer.Option(min=1, help="Times each arm answers each prompt, in rounds; its median call counts (3: noise)."),
+    ] = 1,
     name: Annotated[str, typer.Option(help="Of this benchmark: its run file, and its rows in the results.")] = "bench",
     runs: Annotated[Path, typer.Option(help="Folder of single measurements; all in it make the results.")] = Path(
         "runs/bench"
@@ -124,6 +128,7 @@ def bench(
             seeds or [0],
             max_new_tokens,
             shared_prefill,
+            repeats,
             says_what_it_shows(its_processor) if testbed and knows_the_world(its_processor) else None,
             {
                 "target_sha256": weights_of(target, model),
@@ -138,8 +143,9 @@ def bench(
         measured = benchmark.open_runs(runs)
         todo = sum(len(settings) for _, settings in benchmark.missing(measured))
         console.print(
-            f"{len(asked)} prompts × {len(benchmark.settings)} temperatures and seeds × {len(benchmark.arms)} arms; "
-            f"to do: {todo * len(benchmark.arms)} calls of up to {max_new_tokens} tokens"
+            f"{len(asked)} prompts × {len(benchmark.settings)} temperatures and seeds × {len(benchmark.arms)} arms"
+            + (f" × {repeats} rounds; " if repeats > 1 else "; ")
+            + f"to do: {todo * len(benchmark.arms) * repeats} calls of up to {max_new_tokens} tokens"
         )
         benchmark.measure(measured)
         rows = write_results(runs, output, note)

@@ -58,6 +58,8 @@ class Benchmark:
         max_new_tokens: Longest answer.
         shared_prefill: Compute the prompt once for all arms (see
             [`~sparrow_hf.evaluation.prefill.PrefillSnapshot`]).
+        repeats: How often each arm answers each prompt; its median call counts (see
+            [`~sparrow_hf.evaluation.comparison.compare`]).
         is_content: Whether a token id belongs to a content word, for the split of acceptance.
         conditions: What else must not change between two parts of a measurement, JSON types: digests of the weights,
             where the prompts came from and how they were read.
@@ -74,18 +76,21 @@ class Benchmark:
     seeds: Sequence[int] = (0,)
     max_new_tokens: int = 320
     shared_prefill: bool = False
+    repeats: int = 1
     is_content: Callable[[int], bool] | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.prompts or not self.temperatures or not self.seeds:
-            raise BenchmarkError("a benchmark needs at least one prompt, one temperature and one seed")
+        if not self.prompts or not self.temperatures or not self.seeds or self.repeats < 1:
+            raise BenchmarkError("a benchmark needs at least one prompt, one temperature, one seed and one repeat")
         self.conditions = self.conditions | {
             # With what they are made of: a name may leave tree and glimpse to the draft's configuration. Through JSON,
             # as they come back from the run file.
             "arms": json.loads(json.dumps({arm.name: describe(arm) for arm in self.arms})),
             "max_new_tokens": self.max_new_tokens,
             "shared_prefill": self.shared_prefill,
+            # Files of single calls, as there have been before there were repeats, do not name them.
+            "repeats": self.repeats if self.repeats > 1 else None,
         }
 
     @property
@@ -142,6 +147,7 @@ class Benchmark:
                         # As many lines as there are lie behind us: the arms take turns across a stop as well.
                         turn=len(runs.lines),
                         seed=setting.seed,
+                        repeats=self.repeats,
                         shared_prefill=self.shared_prefill,
                         is_content=self.is_content,
                     )

@@ -156,35 +156,49 @@ def compare(
     turn: int = 0,
     seed: int = 0,
     *,
+    repeats: int = 1,
     shared_prefill: bool = False,
     is_content: Callable[[int], bool] | None = None,
 ) -> dict[str, Run]:
-    """Measures every arm once on one prompt.
+    """Measures every arm on one prompt.
 
     Args:
         arms: The first one is the reference whose tokens all others must give.
         turn: Which arm begins, counted modulo their number. Raise it by one per call, so that no arm is always the one
             that runs first, or right after a slow one.
+        repeats: Rounds in which every arm takes its turn, each begun by the next arm. Of an arm's calls, the one whose
+            decoding took the median time is kept (of an even number the faster of the two in the middle), and it
+            differs from the reference where any of them does. Arms that cannot start from a shared prefill take part
+            in the first round only: at 25,000 visual tokens their prefill takes longer than ten other arms.
         shared_prefill: Compute the prompt once, and let every arm start from a copy (see [`PrefillSnapshot`]).
         is_content: Whether a token id belongs to a content word; fills [`Run`]'s `asked` for arms with a draft.
 
     Returns:
         Arm name → measurement.
     """
-    first = turn % len(arms)
     prefill = _prefill_once(target, arms, inputs, settings) if shared_prefill else None
-    measured = {
-        arm.name: measure(target, arm, inputs, settings, seed, prefill) for arm in (*arms[first:], *arms[:first])
-    }
-    reference = measured[arms[0].name][1]
+    calls: dict[str, list[tuple[Run, list[int]]]] = {arm.name: [] for arm in arms}
+    for round_ in range(repeats):
+        first = (turn + round_) % len(arms)
+        for arm in (*arms[first:], *arms[:first]):
+            if round_ == 0 or prefill is None or not arm.runs_stock_loop:
+                calls[arm.name].append(measure(target, arm, inputs, settings, seed, prefill))
+    reference = _median_call(calls[arms[0].name])[1]
     runs = {}
     for arm in arms:
-        run, tokens = measured[arm.name]
+        run, tokens = _median_call(calls[arm.name])
+        differences = [first_difference(reference, found) for _, found in calls[arm.name]]
         asked = None
         if is_content is not None and arm.draft is not None:
             asked = count_asked(tokens, run.accepted, run.num_draft_levels, settings["max_new_tokens"], is_content)
-        runs[arm.name] = dataclasses.replace(run, differs_at=first_difference(reference, tokens), asked=asked)
+        differs_at = min((index for index in differences if index is not None), default=None)
+        runs[arm.name] = dataclasses.replace(run, differs_at=differs_at, asked=asked)
     return runs
+
+
+def _median_call(calls: Sequence[tuple[Run, list[int]]]) -> tuple[Run, list[int]]:
+    """The call whose decoding took the (lower) median time."""
+    return sorted(calls, key=lambda call: call[0].decode_seconds)[(len(calls) - 1) // 2]
 
 
 def _start_counting_memory(target: PreTrainedModel) -> int | None:
