@@ -4,6 +4,8 @@ A row is `{"messages": [...]}`: turns with a `role` and a `content` that is text
 "text": …}`, `{"type": "image", "image": …}` and `{"type": "video", "video": …}`, by path, URL or bytes.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -202,3 +204,9 @@ def naming_row(index: int | None) -> Iterator[None]:
             raise
         kind = "" if isinstance(error, SparrowError) else f"{type(error).__name__}: "
         raise TrainingDataError(f"{prefix}{kind}{error}") from error
+
+
+def fingerprint(conversation: Any) -> str:
+    """Tells one conversation from another; media are told by their path or URL, in memory by their bytes."""
+    as_text = json.dumps(conversation, default=lambda value: hashlib.sha256(bytes(value)).hexdigest())
+    return hashlib.sha256(as_text.encode()).hexdigest()

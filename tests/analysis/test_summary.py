@@ -46,6 +46,16 @@ def test_the_rule():
     assert recommend(pool([record(agreed=(2, 5, 8, 10, 10))])) == Recommendation(3, 2, [2, 3, -1])
 
 
+@pytest.mark.parametrize(
+    ("whole", "hidden", "needed"), [(1.0, 0.95, 2), (1.0, 0.94, 3), (-20.0, -21.0, 2), (-20.0, -21.2, 3)]
+)
+def test_an_answer_that_keeps_its_wording_but_not_its_score_needs_visual_rows(
+    whole: float, hidden: float, needed: int
+):
+    scores = {"0": -99.0, "1": -50.0, "2": hidden, "3": whole, "4": whole}
+    assert recommend(pool([record(score=scores)])).needed_layers == needed
+
+
 def test_visual_rows_missed_later_are_needed_after_all():
     assert recommend(pool([record(agreed=(2, 10, 10, 8, 10))])).needed_layers == 4
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -32,13 +33,17 @@ def bench(folder: Path, *arguments: object) -> Result:
     return CliRunner().invoke(app, command, env={"COLUMNS": "200"})
 
 
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "results.json").read_text())["rows"]
+
+
 def test_clips_of_the_testbed(models: list[object], tmp_path: Path):
     options = [*models, "--testbed", "--visual-tokens", 40, "--visual-tokens", 32, "--limit", 1, "--shared-prefill"]
     arms = ["--arms", "none", "--arms", "draft@chain-2/glimpse=0"]
     result = bench(tmp_path, *options, *arms, "--temperatures", 0, "--temperatures", 1, "--seeds", 3)
     assert result.exit_code == 0, result.output
     assert "2 prompts × 2 temperatures and seeds × 3 arms; to do: 12 calls of up to 8 tokens" in result.output
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    rows = read_rows(tmp_path)
     assert [(row["visual_tokens"], row["temperature"]) for row in rows[::3]] == [(32, 0), (32, 1), (40, 0), (40, 1)]
     assert {row["seed"] for row in rows} == {3}
     assert rows[2]["content_acceptance"] is not None or rows[2]["function_acceptance"] is not None
@@ -47,6 +52,9 @@ def test_clips_of_the_testbed(models: list[object], tmp_path: Path):
 
     again = bench(tmp_path, *options, *arms, "--temperatures", 0, "--temperatures", 1, "--seeds", 3)
     assert "to do: 0 calls" in again.output
+    thrice = bench(tmp_path, *options, *arms, "--repeats", 3, "--name", "thrice")
+    assert "2 prompts × 1 temperatures and seeds × 3 arms × 3 rounds; to do: 18 calls" in thrice.output
+    assert {row["provenance"]["repeats"] for row in read_rows(tmp_path) if row["benchmark"] == "thrice"} == {3}
     other = bench(tmp_path, *options, "--arms", "none")
     assert other.exit_code == 2 and "other arms" in other.output
 

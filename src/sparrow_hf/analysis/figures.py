@@ -97,6 +97,8 @@ def _retention(lengths: Sequence[Mapping[str, Any]]) -> "Figure":
             width = 3.5 - index
             axes.plot(range(len(taus)), taus, color=COLOURS[index], lw=width, marker="o", ms=3, label=SCORES[name])
             axes.set_xticks(range(len(taus)), [f"{float(share):.0%}" for share in ascending])
+        # τ is 1 without a draft; from the least of the curves up, a wiggle would look like a cliff.
+        axes.set_ylim(bottom=1)
         dress(axes, f"Visual rows in the draft, {_length(pooled)}", "rows kept", "τ")
     return figure
 

@@ -1,6 +1,5 @@
 """One analysis: every prompt answered, read and measured, and one file for each, so that it can be interrupted."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from ..generation.integration import follow
 from ..hidden_states import HiddenStateCollector
 from ..hub import target_digest, tensor_digest
 from ..modeling_sparrow import SparrowDraftModel
+from ..prompts import fingerprint
 from ..targets import TargetView
 from .attention import AttentionMass
 from .internalization import InputSimilarity
@@ -94,7 +94,7 @@ def analyze(
     for index, conversation in enumerate(
         tqdm(conversations, desc="Analysing", unit="prompt", disable=not show_progress)
     ):
-        path, made_from = folder / f"{index:05}.json", settings | {"conversation": _fingerprint(conversation)}
+        path, made_from = folder / f"{index:05}.json", settings | {"conversation": fingerprint(conversation)}
         if path.exists():
             record = json.loads(path.read_text())
             _check_same(path, record["made_from"], made_from)
@@ -172,12 +172,6 @@ def _by_layer(figures: Mapping[int, float]) -> dict[str, float]:
 
 def _judge(processor: Any, score: Score) -> Callable[[list[int], Prompt], float]:
     return lambda ids, prompt: score(processor.tokenizer.decode(ids, skip_special_tokens=True), prompt.reference or "")
-
-
-def _fingerprint(conversation: Conversation) -> str:
-    """Tells one conversation from another; pixels in memory are told by their bytes."""
-    as_text = json.dumps(conversation, default=lambda value: hashlib.sha256(bytes(value)).hexdigest())
-    return hashlib.sha256(as_text.encode()).hexdigest()
 
 
 def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

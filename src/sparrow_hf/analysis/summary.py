@@ -8,6 +8,8 @@ import numpy as np
 
 #: A target does without its visual rows if it still predicts this share of its own answer.
 AGREEMENT_KEPT = 0.98
+#: ... and, where somebody scores answers, still gets this share of its score.
+SCORE_KEPT = 0.95
 
 Record = Mapping[str, Any]
 
@@ -90,7 +92,8 @@ def recommend(pooled: Mapping[str, Any]) -> Recommendation:
     """Which layers of this target a draft should read. A rule of thumb to start from; training is what decides.
 
     1. *Needed layers*: the smallest measured x such that, hidden from layer x or any later one on, visual rows are
-       not missed: at least [`AGREEMENT_KEPT`] of the answers' tokens stay what they were.
+       not missed: at least [`AGREEMENT_KEPT`] of the answers' tokens stay what they were, and where answers are
+       scored [`SCORE_KEPT`] of the score (most tokens are wording, and can stay while what was seen is lost).
     2. *Bridge*: of the visual states that needed layers read (after 1 … x − 1 layers), the one least like what
        entered the decoder: worked on most by the layers below, and still in use.
     3. *Features*: the text states after the needed layer in which the answer looks at visual rows most, and after the
@@ -101,11 +104,14 @@ def recommend(pooled: Mapping[str, Any]) -> Recommendation:
         pooled: What [`pool`] returns.
     """
     depth = len(pooled["similarity"]["visual"])
+    agreement, score = pooled["agreement"], pooled.get("score")
     needed = depth
-    for layer in sorted(map(int, pooled["agreement"]), reverse=True):
-        if pooled["agreement"][str(layer)] < AGREEMENT_KEPT:
+    for layer in map(str, sorted(map(int, agreement), reverse=True)):
+        # Scores may be negative (log-likelihoods, say): what is lost counts, not the quotient.
+        lost = score[str(depth)] - score[layer] if score else 0.0
+        if agreement[layer] < AGREEMENT_KEPT or (score and lost > (1 - SCORE_KEPT) * abs(score[str(depth)]) + 1e-9):
             break
-        needed = layer
+        needed = int(layer)
     bridge = 1 + int(np.argmin(pooled["similarity"]["visual"][: max(1, needed - 1)]))
     # (layers,) mean over heads, visual rows being the second group
     looked = np.asarray(pooled["attention"]["answer"])[..., 1].mean(axis=1)

@@ -49,7 +49,7 @@ class Benchmark:
     """What is measured, and under which conditions.
 
     Args:
-        name: Of the benchmark; its run file is called so.
+        name: Of the benchmark; its run file is called so, so it must be a plain file name.
         target: The video LLM, in evaluation mode.
         arms: The first one is plain `generate()` (see [`~sparrow_hf.evaluation.arms.Arms`]).
         temperatures: 0 is greedy.
@@ -65,7 +65,7 @@ class Benchmark:
             where the prompts came from and how they were read.
 
     Raises:
-        BenchmarkError: There is nothing to measure.
+        BenchmarkError: There is nothing to measure, or the name is none of a file.
     """
 
     name: str
@@ -81,6 +81,8 @@ class Benchmark:
     conditions: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.name or Path(self.name).name != self.name:
+            raise BenchmarkError(f"a benchmark's name is that of a file in the folder of runs, found {self.name!r}")
         if not self.prompts or not self.temperatures or not self.seeds or self.repeats < 1:
             raise BenchmarkError("a benchmark needs at least one prompt, one temperature, one seed and one repeat")
         self.conditions = self.conditions | {
@@ -95,12 +97,14 @@ class Benchmark:
 
     @property
     def settings(self) -> list[Setting]:
-        """Temperatures and seeds that every prompt is measured at."""
-        return [
-            Setting(temperature, seed)
-            for temperature in self.temperatures
-            for seed in (self.seeds if temperature > 0 else self.seeds[:1])
-        ]
+        """Temperatures and seeds that every prompt is measured at, each once however often it was named."""
+        return list(
+            dict.fromkeys(
+                Setting(temperature, seed)
+                for temperature in self.temperatures
+                for seed in (self.seeds if temperature > 0 else self.seeds[:1])
+            )
+        )
 
     def open_runs(self, folder: Path) -> RunFile:
         """The file of this benchmark's measurements in a folder, with those that were made before.
@@ -144,7 +148,7 @@ class Benchmark:
                         self.arms,
                         inputs,
                         self.generate_arguments(setting.temperature),
-                        # As many lines as there are lie behind us: the arms take turns across a stop as well.
+                        # As many lines as there are lie behind us: every line has its own order, after a stop too.
                         turn=len(runs.lines),
                         seed=setting.seed,
                         repeats=self.repeats,

@@ -6,6 +6,7 @@ forward hook on the target counts its forwards.
 """
 
 import dataclasses
+import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -164,10 +165,10 @@ def compare(
 
     Args:
         arms: The first one is the reference whose tokens all others must give.
-        turn: Which arm begins, counted modulo their number. Raise it by one per call, so that no arm is always the one
-            that runs first, or right after a slow one.
-        repeats: Rounds in which every arm takes its turn, each begun by the next arm. Of an arm's calls, the one whose
-            decoding took the median time is kept (of an even number the faster of the two in the middle), and it
+        turn: Says in which order the arms run: another number, another order. Give every call its own, so that no arm
+            is always the one that runs first, or right after a slow one.
+        repeats: Rounds in which every arm takes its turn, each in an order of its own. Of an arm's calls, the one that
+            took the median time to decode is kept (of an even number the faster of the two in the middle), and it
             differs from the reference where any of them does. Arms that cannot start from a shared prefill take part
             in the first round only: at 25,000 visual tokens their prefill takes longer than ten other arms.
         shared_prefill: Compute the prompt once, and let every arm start from a copy (see [`PrefillSnapshot`]).
@@ -179,8 +180,7 @@ def compare(
     prefill = _prefill_once(target, arms, inputs, settings) if shared_prefill else None
     calls: dict[str, list[tuple[Run, list[int]]]] = {arm.name: [] for arm in arms}
     for round_ in range(repeats):
-        first = (turn + round_) % len(arms)
-        for arm in (*arms[first:], *arms[:first]):
+        for arm in random.Random(turn * repeats + round_).sample(arms, len(arms)):
             if round_ == 0 or prefill is None or not arm.runs_stock_loop:
                 calls[arm.name].append(measure(target, arm, inputs, settings, seed, prefill))
     reference = _median_call(calls[arms[0].name])[1]

@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 BOOTSTRAP_SAMPLES = 1000
 BOOTSTRAP_SEED = 0
+LEAST_SAMPLES = 6
+"""Of a confidence interval."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Acceptance:
     Attributes:
         rounds: Target forwards after the prefills.
         tau, k: See the head of this module. `tau` is `k + 1`, but for rounds that stop on a drafted token.
-        tau_interval: Confidence interval of `tau`, by resampling clips.
+        tau_interval: Confidence interval of `tau`, by resampling clips; `None` for too few (see [`bootstrap`]).
         per_position: `a_1` … `a_levels`.
         conditional: `α_1` … `α_levels`; 0 where no round got that far.
         histogram: Share of rounds that accepted 0 … `levels` tokens.
@@ -107,7 +109,7 @@ class Acceptance:
     rounds: int
     tau: float
     k: float
-    tau_interval: Interval
+    tau_interval: Interval | None
     per_position: list[float]
     conditional: list[float]
     histogram: list[float]
@@ -120,7 +122,8 @@ class Speed:
 
     Attributes:
         dsr, esr: Ratios of the paired runs.
-        dsr_interval: Confidence interval of the median DSR, by resampling clips.
+        dsr_per_prompt: DSR of each pair, in their order.
+        dsr_interval: Confidence interval of the median DSR, by resampling clips; `None` for too few.
         prefill_share: Of the plain runs.
         esr_from_dsr: `1 / (p + (1 − p) / DSR)` from the medians of prefill share p and DSR: what ESR must come to.
         plain_ms_per_token, ms_per_token: Milliseconds per token after the prefill.
@@ -128,7 +131,8 @@ class Speed:
 
     dsr: Spread
     esr: Spread
-    dsr_interval: Interval
+    dsr_per_prompt: list[float]
+    dsr_interval: Interval | None
     prefill_share: Spread
     esr_from_dsr: float
     plain_ms_per_token: Spread
@@ -207,12 +211,14 @@ def speed(plain: Sequence[Run], runs: Sequence[Run]) -> Speed:
     if any(run.decode_tokens == 0 for run in (*plain, *runs)):
         raise ValueError("a run that ends with its first token has no decode speed")
     pairs = list(zip(plain, runs, strict=True))
-    dsr = spread([base.seconds_per_token / run.seconds_per_token for base, run in pairs])
+    ratios = [base.seconds_per_token / run.seconds_per_token for base, run in pairs]
+    dsr = spread(ratios)
     share = spread([base.prefill_share for base in plain])
     return Speed(
         dsr=dsr,
         esr=spread([base.seconds / run.seconds for base, run in pairs]),
-        dsr_interval=bootstrap(pairs, _median_dsr),
+        dsr_per_prompt=ratios,
+        dsr_interval=bootstrap(ratios, _median),
         prefill_share=share,
         esr_from_dsr=end_to_end_ratio(share.median, dsr.median),
         plain_ms_per_token=spread([1000 * base.seconds_per_token for base in plain]),
@@ -236,16 +242,22 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(float(median), float(lower), float(upper))
 
 
-def bootstrap(samples: Sequence[T], statistic: Callable[[Sequence[T]], float]) -> Interval:
-    """95 % interval of a statistic under resampling with replacement; the same samples always give the same one."""
+def bootstrap(samples: Sequence[T], statistic: Callable[[Sequence[T]], float]) -> Interval | None:
+    """95 % interval of a statistic under resampling with replacement; the same samples always give the same one.
+
+    `None` for fewer than [`LEAST_SAMPLES`]: the whole range of five values holds their median in 94 % of all cases, so
+    no resampling of them can tell 95 %.
+    """
+    if len(samples) < LEAST_SAMPLES:
+        return None
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     draws = rng.integers(len(samples), size=(BOOTSTRAP_SAMPLES, len(samples)))
     lower, upper = np.quantile([statistic([samples[index] for index in draw]) for draw in draws], [0.025, 0.975])
     return Interval(float(lower), float(upper))
 
 
-def _median_dsr(pairs: Sequence[tuple[Run, Run]]) -> float:
-    return float(np.median([base.seconds_per_token / run.seconds_per_token for base, run in pairs]))
+def _median(values: Sequence[float]) -> float:
+    return float(np.median(values))
 
 
 def _ratio(numerator: float, denominator: float) -> float:

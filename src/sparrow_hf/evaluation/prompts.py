@@ -10,7 +10,7 @@ from typing import Any
 from transformers import ProcessorMixin
 
 from ..errors import BenchmarkError
-from ..prompts import ROW_INDEX, load_rows, split_answer
+from ..prompts import ROW_INDEX, fingerprint, load_rows, split_answer
 from ..video import prepare_inputs
 from .benchmark import Prompt
 from .video_datasets import DATASETS, Conversations, read_dataset
@@ -34,7 +34,7 @@ def read_conversations(source: str, split: str | None = None, limit: int | None 
         if split is not None:
             raise BenchmarkError(f"{source} has no splits to choose from, found {split!r}: leave out --split")
         rows, missing = read_dataset(name, Path(folder))
-        # Numbered before some are chosen: a number always means the same question.
+        # Numbered before some are chosen: in the same copy a number always means the same question.
         rows = [row | {ROW_INDEX: index} for index, row in enumerate(rows)]
         if limit is not None and limit < len(rows):
             rows = [rows[index * len(rows) // limit] for index in range(limit)]
@@ -53,7 +53,7 @@ def conversation_prompts(
     max_frames: Sequence[int] = (),
     fps: float | None = None,
 ) -> list[Prompt]:
-    """Conversations as prompts, each once per number of frames, shortest first.
+    """Conversations as prompts, each once per number of frames, shortest first; named by number and what they ask.
 
     Args:
         max_frames: Most frames to see of a video; several make one table each. None: all frames.
@@ -61,7 +61,7 @@ def conversation_prompts(
     """
     return [
         Prompt(
-            f"row {row[ROW_INDEX]}",
+            f"row {row[ROW_INDEX]}, {fingerprint(row['messages'])[:8]}",
             frames,
             partial(prepare_inputs, processor, row["messages"], fps=fps, max_frames=frames),
         )

@@ -12,13 +12,13 @@ INTRODUCTION = """# Results
 
 Written by `sparrow bench` from `{data}`; do not edit by hand.
 
-*plain* is transformers' `generate()` in the same process; every arm answers every prompt, the order rotates. τ is
-tokens per target forward after the prefill, pooled over rounds, with a 95 % interval by resampling prompts; k is
-accepted draft tokens per round. DSR compares seconds per token after the prefill (the draft's prefill and first tree
-are inside), ESR whole calls, video encoder and prefill included; both are medians over prompts, with quartiles.
-Decoding the video and the processor are outside of both. Draft ms per round is all of the draft's time, its prefill
-included, over the rounds. A sampled text of transformers' assisted loop (prompt lookup, assistants) is another one
-than plain's, so there is no identity and no ESR. A column that is empty could not be measured here.
+*plain* is transformers' `generate()` in the same process; every arm answers every prompt, in an order drawn at random.
+τ is tokens per target forward after the prefill, pooled over rounds, with a 95 % interval by resampling prompts (if
+there are six); k is accepted draft tokens per round. DSR compares seconds per token after the prefill (the draft's
+prefill and first tree are inside), ESR whole calls, video encoder and prefill included; both are medians over prompts,
+with quartiles. Decoding the video and the processor are outside of both. Draft ms per round is all of the draft's
+time, its prefill included, over the rounds. A sampled text of transformers' assisted loop (prompt lookup, assistants)
+is another one than plain's, so there is no identity and no ESR. A column that is empty could not be measured here.
 """
 
 
@@ -78,7 +78,7 @@ def acceptance_table(rows: Sequence[dict[str, Any]]) -> str:
                 row["arm"],
                 "" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
                 f"{row['tau']:.2f}",
-                "{:.2f} … {:.2f}".format(*row["tau_interval"]),
+                between(row["tau_interval"]),
                 f"{row['k']:.2f}",
                 numbers(row["per_position"]),
                 numbers(row["per_position_conditional"]),
@@ -110,10 +110,10 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
             [
                 row["arm"],
                 f"{row['dsr']:.2f}",
-                "{:.2f} … {:.2f}".format(*row["dsr_quartiles"]),
-                "{:.2f} … {:.2f}".format(*row["dsr_interval"]),
+                between(row["dsr_quartiles"]),
+                between(row["dsr_interval"]),
                 optional(row["esr"], ".2f"),
-                "" if row["esr_quartiles"] is None else "{:.2f} … {:.2f}".format(*row["esr_quartiles"]),
+                between(row["esr_quartiles"]),
                 f"{row['ms_per_token']:.1f}",
                 optional(row["draft_ms"], ".1f"),
                 optional(row["verify_ms"], ".1f"),
@@ -137,6 +137,11 @@ def provenance_section(provenances: Sequence[dict[str, Any]]) -> str:
 def optional(value: float | None, layout: str) -> str:
     """A number in a layout, or nothing."""
     return "" if value is None else format(value, layout)
+
+
+def between(ends: Sequence[float] | None) -> str:
+    """Two ends of a range as `1.20 … 3.40`, or nothing."""
+    return "" if ends is None else "{:.2f} … {:.2f}".format(*ends)
 
 
 def numbers(values: Sequence[float]) -> str:

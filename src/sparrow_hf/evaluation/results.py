@@ -94,6 +94,7 @@ def figures(plain: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:
         "forwards_per_token": taken.forwards_per_token,
         "dsr": faster.dsr.median,
         "dsr_quartiles": faster.dsr[1:],
+        "dsr_per_prompt": faster.dsr_per_prompt,
         "dsr_interval": faster.dsr_interval,
         "esr": faster.esr.median,
         "esr_quartiles": faster.esr[1:],

@@ -16,7 +16,7 @@ class RunFile:
         conditions: What must be the same for all lines, JSON types; compared with each line's `"provenance"`.
 
     Raises:
-        BenchmarkError: The file holds measurements made under other conditions.
+        BenchmarkError: The file holds measurements made under other conditions, or something else.
     """
 
     def __init__(self, path: Path, conditions: Mapping[str, Any]):
@@ -27,7 +27,7 @@ class RunFile:
         complete = text[: text.rfind("\n") + 1]
         if complete != text:
             path.write_text(complete)
-        self.lines = [json.loads(line) for line in complete.splitlines()]
+        self.lines = read_lines(path) if path.exists() else []
         for line in self.lines:
             others = {
                 "weights" if name.endswith("sha256") else name.replace("_", " ")
@@ -52,8 +52,24 @@ class RunFile:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The measurements of a file, without the half line that a running or killed process may have left."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """The measurements of a file, without the half line that a running or killed process may have left.
+
+    Raises:
+        BenchmarkError: A line is not one of a measurement.
+    """
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        if not text.endswith("\n"):
+            break
+        try:
+            lines.append(json.loads(text))
+            lines[-1]["provenance"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BenchmarkError(
+                f"line {number} of {path} is not a measurement: move the file out of the folder of runs, or choose "
+                "another one"
+            ) from error
+    return lines
 
 
 def digest(folder: Path) -> str:

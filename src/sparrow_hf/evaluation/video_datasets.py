@@ -173,7 +173,10 @@ def _read_rows(path: Path) -> list[Any]:
     if path.suffix == ".parquet":
         import datasets
 
-        return datasets.load_dataset("parquet", data_files=str(path), split="train").to_list()
+        try:
+            return datasets.load_dataset("parquet", data_files=str(path), split="train").to_list()
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise BenchmarkError(f"{path} is not Parquet ({error}): download it again") from error
     try:
         rows = json.loads(path.read_text())
     except ValueError as error:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ...analysis.summary import recommend
 from ...evaluation.run_file import digest
 from .. import FAMILIES, SHIPPED, shipped
 from ..families import Family
@@ -93,13 +94,16 @@ def write_results(work: Path, output: Path, note: str | None) -> None:
         results["shared"] += pool_shared(folder / "runs")
         results["draft_steps"] += pool_draft_steps(folder / "runs")
         provenance = json.loads((SHIPPED[family.name] / "target" / "PROVENANCE.json").read_text())
-        analysis = folder / ANALYSIS_FILE
+        analysis = json.loads((folder / ANALYSIS_FILE).read_text()) if (folder / ANALYSIS_FILE).exists() else None
+        if analysis is not None:
+            # By today's rule, from the figures that were kept.
+            analysis["recommendation"] = vars(recommend(analysis["all"]))
         model_type = json.loads((SHIPPED[family.name] / "target" / "config.json").read_text())["model_type"]
         results["families"][model_type] = {
             "content_accuracy": provenance["content_accuracy_after_bf16_rounding"],
             "clips": provenance["evaluation_clips"],
             "training_steps": shipped_steps(family),
-            "analysis": json.loads(analysis.read_text()) if analysis.exists() else None,
+            "analysis": analysis,
         }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1) + "\n")
@@ -135,7 +139,8 @@ def main(arguments: list[str] | None = None) -> None:
     for family in families:
         shipped(family.name)
     if options.parts:
-        answers = sum((1 + len(CELLS[name].arms)) * CELLS[name].prompts for name in options.cells)
+        cells = [CELLS[name] for name in options.cells]
+        answers = sum((1 + len(cell.arms)) * cell.prompts * cell.repeats for cell in cells)
         print(
             f"Per family: {CLIPS} captions, a small target, {len(options.contenders)} drafts × "
             f"{shipped_steps(families[0])} steps, {answers} answers and an analysis: two to four hours on one core "

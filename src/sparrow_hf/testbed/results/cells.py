@@ -78,7 +78,7 @@ CELLS: dict[str, Cell] = {
     "video-13000": Cell(_LONG, 4, 13_000, repeats=3),
     "video-25000": Cell(_LONG, 4, 25_000, repeats=3),
     "sampling-400": Cell(_FEW, 16, 400, temperature=1.0),
-    "sampling-3000": Cell(_FEW, 8, 3000, temperature=1.0),
+    "sampling-3000": Cell(_FEW, 8, 3000, temperature=1.0, repeats=3),
     "pictures": Cell(_FEW, 16, kind="picture"),
     "text": Cell(_FEW, len(STYLES) * 2, kind="text"),
     "bfloat16-400": Cell(("none", *_DEFAULT), 16, 400, dtype="bfloat16"),

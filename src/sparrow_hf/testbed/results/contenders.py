@@ -44,16 +44,17 @@ CONTENDERS: dict[str, Baseline] = {
 }
 
 MEANINGS = {
-    SHIPPED_DRAFT: "Sparrow, this package's default: a glimpse of 64 visual rows",
+    SHIPPED_DRAFT: "Sparrow, this package's recipe: a glimpse of 64 visual rows, five passes (MTP)",
     "paper": "Sparrow as published: all visual rows in training (IVSB), two passes (MTP), none in use (VATA)",
     "no-bridge": "as published, without IVSB: never sees a visual row",
     "no-mtp": "as published, without MTP: one pass",
     "all-rows": "this package's recipe with all visual rows, in training and in use",
-    TEXT_ONLY: "a language model of the same shape that reads no target states",
-    "msd": "MSD-like: all projected visual rows",
-    "vispec": "ViSpec-like: the video squeezed into one row and one vector",
-    "hivis": "HiViS-like: text rows only, a learned correction per step",
-    SIBLING: f"{SIBLING_STAGES[-1].layers} of the target's layers and all that sees, trained on reference captions",
+    TEXT_ONLY: "a language model of the same shape that reads no target states, one pass",
+    "msd": "MSD-like: all projected visual rows, one pass, as published",
+    "vispec": "ViSpec-like: the video squeezed into one row and one vector, two passes, as published",
+    "hivis": "HiViS-like: text rows only, a learned correction per step, five passes",
+    SIBLING: f"{SIBLING_STAGES[-1].layers} of the target's layers and all that sees, trained on reference captions; "
+    "as transformers' assistant it drafts blind ([benchmark.md](benchmark.md#arms)), SpecVLM-like it sees",
 }
 
 

@@ -71,19 +71,22 @@ def measure_draft_steps(target_folder: Path, target: Any, processor: Any, draft_
 
 
 def pool_draft_steps(runs: Path) -> list[dict[str, Any]]:
-    """One row per tree and length: the median over clips."""
+    """One row per tree and length: the median over clips, and each clip's own median."""
     lines = read_lines(runs / FILE) if (runs / FILE).exists() else []
     if not lines:
         return []
-    return [
-        {
-            "family": lines[0]["family"],
-            "tree": tree,
-            "visual_tokens": tokens,
-            "clips": len(lines),
-            "milliseconds": statistics.median(line["milliseconds"][tree][str(tokens)] for line in lines),
-            "provenance": lines[0]["provenance"],
-        }
-        for tree in TREES
-        for tokens in VISUAL_TOKENS
-    ]
+    rows = []
+    for tree in TREES:
+        for tokens in VISUAL_TOKENS:
+            per_clip = [line["milliseconds"][tree][str(tokens)] for line in lines]
+            rows.append(
+                {
+                    "family": lines[0]["family"],
+                    "tree": tree,
+                    "visual_tokens": tokens,
+                    "milliseconds": statistics.median(per_clip),
+                    "per_clip": per_clip,
+                    "provenance": lines[0]["provenance"],
+                }
+            )
+    return rows

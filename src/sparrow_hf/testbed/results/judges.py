@@ -85,15 +85,18 @@ def ablation(results: Results, family: str) -> Judged:
 
 
 def glimpse(results: Results, family: str) -> Judged:
-    """The default against itself without a glimpse, and against the published recipe."""
-    arms = {"glimpse of 64": "draft:sparrow@chain-5", "none": "draft:sparrow@chain-5/glimpse=0"}
-    found = {
-        name: taus(results, family, arm) for name, arm in (arms | {"as published": "draft:paper@chain-5"}).items()
+    """The default against drafts without visual rows: itself, one trained so, and the published recipe."""
+    arms = {
+        "glimpse of 64": "draft:sparrow@chain-5",
+        "the same draft without": "draft:sparrow@chain-5/glimpse=0",
+        "trained without (HiViS-like)": "draft:hivis@chain-5",
+        "as published": "draft:paper@chain-5",
     }
+    found = {name: taus(results, family, arm) for name, arm in arms.items()}
     if not all(found.values()):
         return NOT_MEASURED
-    own = found["glimpse of 64"]
-    ahead = [own[length] > max(found["none"][length], found["as published"][length]) for length in own]
+    own, *others = found.values()
+    ahead = [own[length] > max(other[length] for other in others) for length in own]
     return all(ahead), "; ".join(f"{name} τ {listed(values)}" for name, values in found.items()) + "."
 
 
@@ -121,17 +124,15 @@ def internalization(results: Results, family: str) -> Judged:
     if analysis is None:
         return NOT_MEASURED
     depth, needed = len(analysis["all"]["similarity"]["visual"]), analysis["recommendation"]["needed_layers"]
-    agreement, right = analysis["all"]["agreement"], analysis["all"].get("score", {})
-    text = (
-        f"needed in {needed} of {depth} layers; hidden from the start {agreement['0']:.0%} of the answers' tokens "
-        f"stay, hidden from layer {needed} on {agreement[str(needed)]:.1%}"
+    agreement, right = analysis["all"]["agreement"], analysis["all"]["score"]
+    kept = ", ".join(
+        f"{agreement[str(layer)]:.1%} and {right[str(layer)]:.2f} from layer {layer} on"
+        for layer in sorted({0, 3 * depth // 4, needed, depth})
     )
-    holds = needed <= 0.75 * depth
-    if right:
-        text += f"; claims right {right['0']:.2f}, {right[str(needed)]:.2f}, nothing hidden {right[str(depth)]:.2f}"
-        # Most tokens are wording: nearly all of them can stay while what a clip shows is lost.
-        holds = holds and right[str(needed)] >= 0.95 * right[str(depth)]
-    return holds, text + "."
+    return needed <= 0.75 * depth, (
+        f"needed in {needed} of {depth} layers. The answers' tokens that stay, and the claims that are right, with "
+        f"visual rows hidden: {kept}."
+    )
 
 
 def similarity(results: Results, family: str) -> Judged:
@@ -156,14 +157,17 @@ def fastest(results: Results, family: str, draft: str) -> Judged:
     for length in results.lengths(family):
         own = results.row(family, f"video-{length}", f"{draft}@chain-5")
         found = {name: results.row(family, f"video-{length}", arm) for name, arm in RIVALS.items()}
-        rivals = {name: row["dsr"] for name, row in found.items() if row is not None}
+        rivals = {name: row for name, row in found.items() if row is not None}
         if own is None or len(rivals) < len(RIVALS):
             continue
-        name, best = max(rivals.items(), key=lambda rival: rival[1])
+        name, best = max(rivals.items(), key=lambda rival: rival[1]["dsr"])
         if length >= 3000:
-            ahead.append(own["dsr"] > best)
+            ahead.append(own["dsr"] > best["dsr"])
+        pairs = list(zip(own["dsr_per_prompt"], best["dsr_per_prompt"], strict=True))
         parts.append(
-            f"{own['dsr']:.2f} against {best:.2f} ({name}) at {length:,}, margin {own['dsr'] / best - 1:+.0%}"
+            f"{own['dsr']:.2f} against {best['dsr']:.2f} ({name}) at {length:,}, margin "
+            f"{own['dsr'] / best['dsr'] - 1:+.0%}, ahead on {sum(mine > its for mine, its in pairs)} of {len(pairs)} "
+            "prompts"
         )
     return (all(ahead), f"DSR {'; '.join(parts)}.") if ahead else NOT_MEASURED
 
@@ -218,16 +222,20 @@ def constant_cost(results: Results, family: str) -> Judged:
     """The default's draft cache and draft step by length."""
     rows = {length: row["draft_cache_rows"] for length, row in results.by_length(family, f"{DEFAULT}@chain-5").items()}
     steps = {
-        step["visual_tokens"]: step["milliseconds"]
+        step["visual_tokens"]: step["per_clip"]
         for step in results.draft_steps
         if step["family"] == family and step["tree"] == "chain-5"
     }
     if not rows or not steps:
         return NOT_MEASURED
-    is_flat = [max(values.values()) < 1.15 * min(values.values()) for values in (rows, steps)]
+    # The lengths of one clip were timed in turns; two clips may meet the machine in two moods.
+    clips = list(zip(*(steps[length] for length in sorted(steps)), strict=True))
+    is_flat = [max(values) < 1.15 * min(values) for values in (list(rows.values()), *clips)]
+    timed = "; ".join(", ".join(f"{milliseconds:.2f}" for milliseconds in clip) for clip in clips)
     return all(is_flat), (
         f"most rows in the draft's cache {', '.join(f'{row} at {length:,}' for length, row in sorted(rows.items()))}; "
-        f"a chain of 5 takes {', '.join(f'{taken:.2f} ms at {length:,}' for length, taken in sorted(steps.items()))}."
+        f"a chain of 5 takes, in ms at {', '.join(format(length, ',') for length in sorted(steps))} on each of "
+        f"{len(clips)} clips: {timed}."
     )
 
 
@@ -237,7 +245,8 @@ def sampling(results: Results, family: str, draft: str) -> Judged:
     for length in (400, 3000):
         greedy, drawn = (results.row(family, f"{kind}-{length}", f"{draft}@chain-5") for kind in ("video", "sampling"))
         if greedy is not None and drawn is not None:
-            holds.append(1 < drawn["dsr"] < greedy["dsr"])
+            # Cells are measured apart, so their speeds differ by the machine's mood as well; their τ does not.
+            holds.append(drawn["tau"] < greedy["tau"] and drawn["dsr"] > 1)
             parts.append(
                 f"τ {greedy['tau']:.2f} → {drawn['tau']:.2f}, DSR {greedy['dsr']:.2f} → {drawn['dsr']:.2f} at "
                 f"{length:,}"

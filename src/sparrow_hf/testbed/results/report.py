@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...evaluation.report import numbers, optional, provenance_section, section, table
+from ...evaluation.report import between, numbers, optional, provenance_section, section, table
 from ..retrain import CLIPS
 from .analyses import COMMAND
 from .cells import VIDEO, command
@@ -29,8 +29,9 @@ process. τ is tokens per target forward, DSR the speed-up of decoding, ESR of w
 ([benchmark.md](benchmark.md)). Drafts have one layer and learned from the same {clips} captions with the same
 optimiser for as many steps ({steps}). Longer clips show the same stories, more slowly and with more idle stretches;
 where lengths are compared, it is on the clips that all of them have. DSR leaves out what happens before the first
-token: the whole prefill of the sibling, for one, while that of a draft is inside. *Our loop without a draft* tells
-what of a DSR is not the draft's. All of this ran on a CPU.
+token: the target's prefill, and that of transformers' assistant. A draft's prefill is inside, and so is the
+SpecVLM-like sibling's of the sifted prompt. *Our loop without a draft* tells what of a DSR is not the draft's. All of
+this ran on a CPU.{repeats}
 
 The claims and pictures are named after what they answer in the paper: its Figures 1, 2, 3, 5 and 6, and its tables of
 methods, lengths, temperatures, parts left out, tasks and prefill shares. One cell of the tables alone:
@@ -74,7 +75,7 @@ The prefill's share of a call grows from 13.8 to 38.7 %. τ on pictures: COCO 4.
 ARMS = {
     "none": "our loop without a draft",
     "prompt-lookup": "prompt lookup",
-    "assistant:sibling": "a small sibling LM",
+    "assistant:sibling": "a small sibling LM, blind",
     "specvlm:sibling": "SpecVLM-like: the sibling on a sifted prompt",
     "draft:text-only@chain-5": "text-only",
     "draft:msd@chain-5": "MSD-like",
@@ -129,6 +130,7 @@ def write_report(data: Path, report: Path) -> None:
             meanings=meanings,
             cell=command("video-400"),
             analysis=COMMAND,
+            repeats=repeats(results),
         )
     ]
     if results.note:
@@ -149,6 +151,19 @@ def write_report(data: Path, report: Path) -> None:
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text("\n".join(parts))
     write_tables(results, tables)
+
+
+def repeats(results: Results) -> str:
+    """Which cells had several rounds, as a sentence; nothing if none had."""
+    rounds = {row["benchmark"]: row["provenance"].get("repeats") for row in results.rows}
+    cells = {name: count for name, count in rounds.items() if count is not None}
+    if not cells:
+        return ""
+    named = ", ".join(f"{name} ({count})" for name, count in cells.items())
+    return (
+        f" In some cells every arm answered each prompt in several rounds, and its median call counts: {named}. "
+        "There, arms of transformers' own loop, which cannot start from the shared prefill, answered once."
+    )
 
 
 def _brief(provenance: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +228,7 @@ def phases(results: Results, family: str) -> str:
                 [
                     f"{length:,}",
                     f"{row['k']:.2f}",
-                    "{:.2f} … {:.2f}".format(*row["tau_interval"]),
+                    between(row["tau_interval"]),
                     numbers(row["per_position"]),
                     f"{optional(row['content_acceptance'], '.2f')} / {optional(row['function_acceptance'], '.2f')}",
                     f"{row['prefill_share']:.0%}",
@@ -235,11 +250,16 @@ def phases(results: Results, family: str) -> str:
 
 
 def steps_table(steps: Sequence[dict[str, Any]]) -> str:
-    """Milliseconds per tree by length."""
+    """Milliseconds per tree by length: the median over clips, and the clips' range."""
     lengths = sorted({step["visual_tokens"] for step in steps})
     trees = dict.fromkeys(step["tree"] for step in steps)
-    taken = {(step["tree"], step["visual_tokens"]): step["milliseconds"] for step in steps}
+    taken = {
+        (step["tree"], step["visual_tokens"]): f"{step['milliseconds']:.2f} "
+        f"({between((min(step['per_clip']), max(step['per_clip'])))})"
+        for step in steps
+    }
+    clips = len(steps[0]["per_clip"])
     return table(
-        ["ms per tree", *(f"{length:,}" for length in lengths)],
-        [[tree, *(f"{taken[tree, length]:.2f}" for length in lengths)] for tree in trees],
+        [f"ms per tree ({clips} clips)", *(f"{length:,}" for length in lengths)],
+        [[tree, *(taken[tree, length] for length in lengths)] for tree in trees],
     )
