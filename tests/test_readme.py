@@ -16,7 +16,7 @@ DATA = ROOT / "docs" / "data"
 @pytest.mark.parametrize(("family", "name"), [("qwen2.5-vl", "Qwen2.5-VL"), ("llava-onevision", "LLaVA-OneVision")])
 def test_the_demo(family: str, name: str) -> None:
     measured = json.loads((DATA / f"demo-{family}.json").read_text())
-    assert measured["identical"] and measured["visual_tokens"] == 400
+    assert measured["identical"] and measured["visual_tokens"] in (400, 401)
     row = f"| {name} | {measured['clips']} of {measured['clips']} | {measured['tau']:.2f} | {measured['dsr']:.2f}× |"
     assert f"{row} {measured['esr']:.2f}× |" in README
 
