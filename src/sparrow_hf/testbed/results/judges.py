@@ -40,14 +40,20 @@ def taus(results: Results, family: str, arm: str) -> dict[int, float]:
     return {length: row["tau"] for length, row in sorted(results.by_length(family, arm).items())}
 
 
+def taus_of(results: Results, family: str, arms: Mapping[str, str]) -> dict[str, dict[int, float]]:
+    """τ by length of several arms, by the names they are told by (→ arm); nothing if one of them was not measured."""
+    found = {name: taus(results, family, arm) for name, arm in arms.items()}
+    return found if all(found.values()) else {}
+
+
 # -- drafts and their visual rows -------------------------------------------------------------------------------------
 
 
 def dilution(results: Results, family: str) -> Judged:
     """τ of drafts that keep everything."""
     arms = {"MSD-like": "draft:msd@chain-5", "all middle-layer rows": "draft:all-rows@chain-5"}
-    found = {name: taus(results, family, arm) for name, arm in arms.items()}
-    if not all(found.values()):
+    found = taus_of(results, family, arms)
+    if not found:
         return NOT_MEASURED
     falls = [values[max(values)] < 0.9 * values[min(values)] for values in found.values()]
     return all(falls), "; ".join(f"{name} τ {listed(values)}" for name, values in found.items()) + "."
@@ -70,8 +76,8 @@ def ablation(results: Results, family: str) -> Judged:
         "without IVSB": "draft:no-bridge@chain-5",
         "without MTP": "draft:no-mtp@chain-5",
     }
-    found = {name: taus(results, family, arm) for name, arm in arms.items()}
-    if not all(found.values()):
+    found = taus_of(results, family, arms)
+    if not found:
         return NOT_MEASURED
     whole = found.pop("all three")
     shortest, longest = min(whole), max(whole)
@@ -92,8 +98,8 @@ def glimpse(results: Results, family: str) -> Judged:
         "trained without (HiViS-like)": "draft:hivis@chain-5",
         "as published": "draft:paper@chain-5",
     }
-    found = {name: taus(results, family, arm) for name, arm in arms.items()}
-    if not all(found.values()):
+    found = taus_of(results, family, arms)
+    if not found:
         return NOT_MEASURED
     own, *others = found.values()
     ahead = [own[length] > max(other[length] for other in others) for length in own]
