@@ -99,7 +99,7 @@ def _retention(lengths: Sequence[Mapping[str, Any]]) -> "Figure":
             axes.set_xticks(range(len(taus)), [f"{float(share):.0%}" for share in ascending])
         # τ is 1 without a draft; from the least of the curves up, a wiggle would look like a cliff.
         highest = max(kept["tau"] for shares in pooled["retention"].values() for kept in shares.values())
-        axes.set_ylim(1, 1 + 1.1 * (highest - 1) or 2)
+        axes.set_ylim(1, 1 + 1.1 * max(highest - 1, 0.1))
         dress(axes, f"Visual rows in the draft, {_length(pooled)}", "rows kept", "τ")
     return figure
 

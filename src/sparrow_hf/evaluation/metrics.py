@@ -24,7 +24,7 @@ T = TypeVar("T")
 BOOTSTRAP_SAMPLES = 1000
 BOOTSTRAP_SEED = 0
 LEAST_SAMPLES = 6
-"""Of a confidence interval."""
+"""Fewer samples have no confidence interval."""
 
 
 @dataclass(frozen=True)
