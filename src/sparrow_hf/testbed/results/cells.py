@@ -77,13 +77,16 @@ CELLS: dict[str, Cell] = {
     "video-3000": Cell(_ALL, 8, 3000, repeats=3),
     "video-13000": Cell(_LONG, 4, 13_000, repeats=3),
     "video-25000": Cell(_LONG, 4, 25_000, repeats=3),
+    # What the long cells leave out of the sizes of a glimpse.
+    "glimpse-13000": Cell(_GLIMPSES[1:], 4, 13_000, repeats=3),
+    "glimpse-25000": Cell(_GLIMPSES[1:], 4, 25_000, repeats=3),
     "sampling-400": Cell(_FEW, 16, 400, temperature=1.0),
     "sampling-3000": Cell(_FEW, 8, 3000, temperature=1.0, repeats=3),
     "pictures": Cell(_FEW, 16, kind="picture"),
     "text": Cell(_FEW, len(STYLES) * 2, kind="text"),
     "bfloat16-400": Cell(("none", *_DEFAULT), 16, 400, dtype="bfloat16"),
 }
-VIDEO = "video-"
+VIDEO, GLIMPSE = "video-", "glimpse-"
 """Cells of greedy answers about clips are called so; the same stories come first in all of them."""
 
 

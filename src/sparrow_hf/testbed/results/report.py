@@ -10,7 +10,7 @@ from typing import Any
 from ...evaluation.report import between, numbers, optional, provenance_section, section, table
 from ..retrain import CLIPS
 from .analyses import COMMAND
-from .cells import VIDEO, command
+from .cells import GLIMPSE, VIDEO, command
 from .claims import OURS, PAPERS, paragraph
 from .contenders import MEANINGS
 from .figures import draw_all
@@ -209,7 +209,9 @@ def arms_table(results: Results, family: str, cells: Mapping[str, str]) -> str:
     """τ / DSR of every arm, a column per cell (→ its head)."""
     rows = []
     for arm, name in ARMS.items():
-        found = [results.row(family, cell, arm) for cell in cells]
+        found = [
+            results.row(family, cell, arm) or results.row(family, cell.replace(VIDEO, GLIMPSE), arm) for cell in cells
+        ]
         if any(found):
             rows.append([name, *("" if row is None else f"{row['tau']:.2f} / {row['dsr']:.2f}" for row in found)])
     prompts = [max((row["prompts"] for row in results.cell(family, cell)), default=0) for cell in cells]
