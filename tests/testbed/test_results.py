@@ -21,6 +21,7 @@ from sparrow_hf.testbed.results import analyses, cells, contenders, draft_steps
 from sparrow_hf.testbed.results.cells import Cell
 from sparrow_hf.testbed.results.claims import OURS, PAPERS, paragraph
 from sparrow_hf.testbed.results.judges import RIVALS
+from sparrow_hf.testbed.results.report import arms_table
 from sparrow_hf.testbed.results.table import Results
 from sparrow_hf.training import ALL_VISUAL_ROWS
 
@@ -303,6 +304,13 @@ def test_sampling_is_judged_by_acceptance_and_against_plain() -> None:
     assert ": does not hold.**" in verdict("Temperatures", results)
     drawn[1] |= {"tau": 3.8, "dsr": 0.9}
     assert ": does not hold.**" in verdict("Temperatures", results)
+
+
+def test_glimpses_of_other_sizes_come_from_their_own_cells() -> None:
+    results = made_up({CHAIN: {25_000: 5.0}, f"{CHAIN}/glimpse=256": {25_000: 4.4}})
+    results.rows[1]["benchmark"] = "glimpse-25000"
+    table = arms_table(results, FAMILY, {"video-25000": "25,000"})
+    assert "| arm | 25,000 (4 prompts) |" in table and "| … glimpse of 256 | 4.40 / 2.20 |" in table
 
 
 def test_families_that_differ_are_named() -> None:
