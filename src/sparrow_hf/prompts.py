@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
 from .errors import ImageError, SparrowError, TrainingDataError, VideoError
@@ -207,6 +208,9 @@ def naming_row(index: int | None) -> Iterator[None]:
 
 
 def fingerprint(conversation: Any) -> str:
-    """Tells one conversation from another; media are told by their path or URL, in memory by their bytes."""
-    as_text = json.dumps(conversation, default=lambda value: hashlib.sha256(bytes(value)).hexdigest())
-    return hashlib.sha256(as_text.encode()).hexdigest()
+    """Tells one conversation from another; media are told by their path or URL, in memory by their bytes or pixels."""
+
+    def told(value: Any) -> str:
+        return hashlib.sha256(value if isinstance(value, bytes) else np.asarray(value).tobytes()).hexdigest()
+
+    return hashlib.sha256(json.dumps(conversation, default=told).encode()).hexdigest()

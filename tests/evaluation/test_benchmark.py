@@ -1,4 +1,4 @@
-"""Arms by name, the harness that stops and goes on, one prefill for all, and the rows it all ends in."""
+"""The harness that stops and goes on, and the rows it all ends in."""
 
 import json
 from functools import partial
@@ -6,25 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import BatchFeature, PreTrainedModel
+from noise import LENGTH, read
+from transformers import PreTrainedModel
 
-from sparrow_hf import TREE_PRESETS, SparrowDraftModel
 from sparrow_hf.errors import BenchmarkError
-from sparrow_hf.evaluation import Arm, compare, measure, metrics, warm_up
+from sparrow_hf.evaluation import Arm, compare, metrics
 from sparrow_hf.evaluation import benchmark as benchmark_module
 from sparrow_hf.evaluation.arms import Arms
-from sparrow_hf.evaluation.baselines import ViSpecDraftModel
 from sparrow_hf.evaluation.benchmark import Benchmark, Prompt
 from sparrow_hf.evaluation.metrics import count_asked
-from sparrow_hf.evaluation.prefill import PrefillSnapshot
 from sparrow_hf.evaluation.report import write_report
 from sparrow_hf.evaluation.results import write_results
-from sparrow_hf.rows import EVERY_VISUAL_ROW
 
-from families import FAMILY_BY_NAME
 from oracles import drafting_around
-from tiny_targets import Family
 
 ROW_FIELDS = {
     "family", "arm", "visual_tokens", "temperature", "tree", "seed", "prompts", "tau", "k", "per_position",
@@ -33,27 +27,6 @@ ROW_FIELDS = {
     "phase_ms", "draft_ms", "verify_ms", "draft_cache_rows", "peak_extra_mb", "identical", "first_differences",
     "content_acceptance", "function_acceptance", "provenance",
 }  # fmt: skip
-LENGTH = 10
-
-
-@pytest.fixture(scope="module")
-def target() -> PreTrainedModel:
-    target = FAMILY_BY_NAME["qwen2_5_vl"].build_target()
-    # Placeholders are no text; and every answer is as long as it may be.
-    target.generation_config.suppress_tokens = FAMILY_BY_NAME["qwen2_5_vl"].visual_token_ids
-    target.generation_config.eos_token_id = None
-    return target
-
-
-@pytest.fixture(scope="module")
-def draft_folder(target: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("draft")
-    SparrowDraftModel.from_target(target, num_glimpse_tokens=4).save_pretrained(folder)
-    return str(folder)
-
-
-def read(target: PreTrainedModel, num_frames: int, seed: int) -> BatchFeature:
-    return BatchFeature(FAMILY_BY_NAME["qwen2_5_vl"].build_inputs(target, num_frames=num_frames, seed=seed))
 
 
 @pytest.fixture
@@ -61,131 +34,6 @@ def prompts(target: PreTrainedModel) -> list[Prompt]:
     return [
         Prompt(f"noise {seed}", frames, partial(read, target, frames, seed)) for frames in (4, 8) for seed in (0, 1)
     ]
-
-
-def test_arms_by_name(target: PreTrainedModel, draft_folder: str):
-    parser = Arms(target, draft_folder)
-    plain, none, lookup, draft, tree, blind, other = parser.parse(
-        "none prompt-lookup-3 draft draft@10-2-4/glimpse=all draft/glimpse=0".split()
-        + [f"draft:{draft_folder}@chain-2"]
-    )
-    assert (plain.name, plain.draft, plain.runs_stock_loop) == ("plain", None, False)
-    assert none.tree == TREE_PRESETS["none"]
-    assert lookup.prompt_lookup_num_tokens == lookup.num_draft_levels == 3
-    assert (draft.tree, draft.num_glimpse_tokens) == (draft.draft.config.tree_shape, 4)
-    assert (tree.tree, tree.num_glimpse_tokens) == ((10, 2, 4), EVERY_VISUAL_ROW)
-    assert blind.num_glimpse_tokens == 0
-    assert (other.name, other.num_draft_levels) == (f"draft:{draft_folder}@chain-2", 2)
-    # One checkpoint, one model.
-    assert none.draft is draft.draft is other.draft
-    assert set(parser.weights) == {draft_folder}
-    assert Arms(target, draft_folder).parse(["plain"]) == [plain]
-
-
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("oak", "unknown arm 'oak'"),
-        ("prompt-lookup-0", "unknown arm"),
-        ("draft/glimpse=-1", "unknown arm"),
-        ("draft@oak", "unknown tree 'oak'"),
-        ("draft:nowhere", "draft 'nowhere' cannot be loaded"),
-        ("assistant:nowhere", "assistant 'nowhere' cannot be loaded"),
-    ],
-)
-def test_a_wrong_arm_is_named(target: PreTrainedModel, draft_folder: str, name: str, sentence: str):
-    with pytest.raises(ValueError, match=sentence):
-        Arms(target, draft_folder).arm(name)
-
-
-def test_an_arm_that_needs_a_draft_says_so(target: PreTrainedModel, tmp_path: Path):
-    with pytest.raises(BenchmarkError, match="arm 'none' needs a draft"):
-        Arms(target).arm("none")
-    target.save_pretrained(tmp_path)
-    with pytest.raises(BenchmarkError, match="not a draft of this package"):
-        Arms(target).arm(f"draft:{tmp_path}")
-
-
-def test_the_glimpse_of_an_arm_changes_the_rows_and_is_taken_back(target: PreTrainedModel, draft_folder: str):
-    arms = Arms(target, draft_folder).parse(["draft@chain-2/glimpse=0", "draft@chain-2", "draft@chain-2/glimpse=all"])
-    runs = compare(target, arms, read(target, 8, 0), {"max_new_tokens": LENGTH, "do_sample": False})
-    blind, glimpse, all_rows = (runs[arm.name].draft_cache_rows for arm in arms[1:])
-    assert glimpse == blind + 4
-    assert all_rows == blind + 16  # 8 frames, 4 merged patches every 2 frames
-    assert arms[1].draft.config.num_glimpse_tokens == 4
-
-
-def test_a_small_assistant(target: PreTrainedModel, tmp_path: Path):
-    target.save_pretrained(tmp_path)
-    arms = Arms(target).parse([f"assistant:{tmp_path}"])
-    run = compare(target, arms, read(target, 4, 0), {"max_new_tokens": LENGTH, "do_sample": False})[arms[1].name]
-    assert run.differs_at is None
-    # The target is its own assistant: it agrees with itself, at least where the video does not matter.
-    assert run.rounds < LENGTH - 1
-
-
-def test_transformers_assistants_do_not_see_the_video(target: PreTrainedModel, tmp_path: Path):
-    """What docs/benchmark.md says of them. Where this fails, transformers has learned to show it: say so there."""
-    target.save_pretrained(tmp_path)
-    arm = Arms(target).arm(f"assistant:{tmp_path}")
-    seen: list[set[str]] = []
-    hook = arm.assistant.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append({name for name, value in kwargs.items() if value is not None}),
-        with_kwargs=True,
-    )
-    measure(target, arm, read(target, 4, 0), {"max_new_tokens": LENGTH, "do_sample": False})
-    hook.remove()
-    assert seen
-    assert not any(names & {"pixel_values_videos", "mm_encoder_outputs"} for names in seen)
-
-
-@pytest.mark.parametrize("sampling", [False, True])
-def test_one_prefill_serves_all_arms(target: PreTrainedModel, draft_folder: str, sampling: bool):
-    arms = Arms(target, draft_folder).parse(["none", "draft@chain-3", "draft@10-2-4/glimpse=0", "prompt-lookup"])
-    inputs, settings = read(target, 8, 0), {"max_new_tokens": LENGTH, "do_sample": sampling}
-    own = compare(target, arms[:4] if sampling else arms, inputs, settings)
-    prefills: list[int] = []
-    hook = target.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: prefills.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
-    compared = arms[:4] if sampling else arms
-    warm_up(target, compared, inputs, settings, shared_prefill=True)
-    shared = compare(target, compared, inputs, settings, shared_prefill=True)
-    hook.remove()
-    # The snapshot's, and prompt lookup's own; once to warm up, once to measure.
-    assert sum(rows >= inputs["input_ids"].shape[1] for rows in prefills) == 2 * (1 if sampling else 2)
-    for name, run in shared.items():
-        assert run.differs_at is None
-        # The draft read the same states: it proposed the same.
-        assert (run.accepted, run.rounds) == (own[name].accepted, own[name].rounds)
-        assert run.draft_cache_rows == own[name].draft_cache_rows
-    assert len({run.prefill_seconds for name, run in shared.items() if name != "prompt-lookup"}) == 1
-    assert "_prefill" not in vars(target)
-
-
-def test_one_prefill_serves_every_family(family: Family):
-    target = family.build_target()
-    inputs = family.build_inputs(target)
-    arms = [
-        Arm("plain"),
-        Arm("draft", SparrowDraftModel.from_target(target, num_glimpse_tokens=2), TREE_PRESETS["chain-5"]),
-    ]
-    settings = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": family.visual_token_ids}
-    own, shared = (compare(target, arms, inputs, settings, shared_prefill=shared) for shared in (False, True))
-    assert own["draft"].differs_at is None and shared["draft"].differs_at is None
-    assert shared["draft"].accepted == own["draft"].accepted
-
-
-def test_a_replayed_prefill_is_the_prompts_own(target: PreTrainedModel, draft_folder: str):
-    """Planted bug: another prompt's prefill gives another text."""
-    arms = Arms(target, draft_folder).parse(["draft@chain-3"])
-    settings = {"max_new_tokens": LENGTH, "do_sample": False}
-    inputs, others = read(target, 8, 0), read(target, 8, 1)
-    expected = target.generate(**inputs, **settings)
-    prefill = PrefillSnapshot(target, others, settings, arms[1].layers_read)
-    with prefill.replayed() as replayed:
-        assert not torch.equal(target.generate(**replayed, **settings), expected)
-    assert torch.equal(target.generate(**inputs, **settings), expected)
 
 
 def test_asked_and_accepted_by_class_of_word():
@@ -322,9 +170,11 @@ def test_a_folder_of_runs_holds_nothing_else(run: Any, target: PreTrainedModel, 
     (tmp_path / "runs" / "prompts.jsonl").unlink()
     assert len(run(arms=["none"], temperatures=(0.0,))) == 4
     with (tmp_path / "runs" / "tiny.jsonl").open("a") as file:
-        file.write("not JSON\n")
+        file.write("not JSON\nand no end of line")
     with pytest.raises(BenchmarkError, match=r"line 5 of .*tiny\.jsonl is not a measurement"):
         run(arms=["none"], temperatures=(0.0,))
+    # What is refused is left as it is.
+    assert (tmp_path / "runs" / "tiny.jsonl").read_text().endswith("and no end of line")
 
 
 def test_a_draft_set_otherwise_is_another_arm(run: Any, draft_folder: str):
@@ -388,14 +238,6 @@ def test_memory_of_an_arm_that_prefills_for_itself_is_not_compared(run: Any, tmp
     assert {row["arm"]: row["peak_extra_mb"] for row in rows} == {
         "plain": 0, "none": 0, "prompt-lookup": None, "draft@chain-3": 0
     }  # fmt: skip
-
-
-def test_a_saved_baseline_is_an_arm(target: PreTrainedModel, tmp_path: Path):
-    ViSpecDraftModel.from_target(target).save_pretrained(tmp_path)
-    arms = Arms(target).parse([f"draft:{tmp_path}@chain-2"])
-    assert type(arms[1].draft) is ViSpecDraftModel
-    run = compare(target, arms, read(target, 4, 0), {"max_new_tokens": LENGTH, "do_sample": False})[arms[1].name]
-    assert run.differs_at is None and run.draft_cache_rows is not None
 
 
 def test_a_text_that_differs_is_counted(run: Any, tmp_path: Path, target: PreTrainedModel):

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
+from PIL import Image
 
 from sparrow_hf.errors import BenchmarkError, TrainingDataError
 from sparrow_hf.evaluation.prompts import conversation_prompts, read_conversations
@@ -136,13 +138,20 @@ def test_rows_of_messages_become_prompts_of_each_length(tmp_path: Path):
     assert [(prompt.name.split(",")[0], prompt.length) for prompt in prompts] == [
         ("row 0", 4), ("row 1", 4), ("row 0", 8), ("row 1", 8)
     ]  # fmt: skip
+    counts = [int(visual_mask(prompt.read()["input_ids"], [processor.video_token_id]).sum()) for prompt in prompts]
+    assert counts == [8, 8, 16, 16]
+    assert [prompt.length for prompt in conversation_prompts(processor, rows)] == [None, None]
+
     # Who asks something else under an old number has not asked that yet.
     rows[0]["messages"][0]["content"][1]["text"] = "where ?"
     changed = conversation_prompts(processor, rows, max_frames=[8, 4])
     assert [new.name == old.name for new, old in zip(changed, prompts, strict=True)] == [False, True, False, True]
-    counts = [int(visual_mask(prompt.read()["input_ids"], [processor.video_token_id]).sum()) for prompt in prompts]
-    assert counts == [8, 8, 16, 16]
-    assert [prompt.length for prompt in conversation_prompts(processor, rows)] == [None, None]
+    # Nor who shows something else: paths tell files apart, and what is in memory is told by what it holds.
+    names = set()
+    for shown in (b"a", b"b", Image.new("RGB", (2, 2)), Image.new("RGB", (2, 2), "red"), np.zeros((1, 2, 2, 3))):
+        rows[0]["messages"][0]["content"][0] = {"type": "image", "image": shown}
+        names.add(conversation_prompts(processor, rows[:1])[0].name)
+    assert len(names) == 5
 
     path.write_text(json.dumps({"messages": answered[1:]}) + "\n")
     with pytest.raises(TrainingDataError, match="row 0: it asks nothing"):

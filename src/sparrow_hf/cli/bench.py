@@ -60,7 +60,7 @@ def bench(
     ] = False,
     repeats: Annotated[
         int,
-        typer.Option(min=1, help="Times each arm answers each prompt, in rounds; its median call counts (3: noise)."),
+        typer.Option(min=1, help="Rounds in which every arm answers each prompt; its median call counts."),
     ] = 1,
     name: Annotated[str, typer.Option(help="Of this benchmark: its run file, and its rows in the results.")] = "bench",
     runs: Annotated[Path, typer.Option(help="Folder of single measurements; all in it make the results.")] = Path(
@@ -141,11 +141,11 @@ def bench(
             },
         )
         measured = benchmark.open_runs(runs)
-        todo = sum(len(settings) for _, settings in benchmark.missing(measured))
+        todo = benchmark.calls_per_prompt * sum(len(settings) for _, settings in benchmark.missing(measured))
         console.print(
             f"{len(asked)} prompts × {len(benchmark.settings)} temperatures and seeds × {len(benchmark.arms)} arms"
             + (f" × {repeats} rounds; " if repeats > 1 else "; ")
-            + f"to do: {todo * len(benchmark.arms) * repeats} calls of up to {max_new_tokens} tokens"
+            + f"to do: {todo} calls of up to {max_new_tokens} tokens"
         )
         benchmark.measure(measured)
         rows = write_results(runs, output, note)

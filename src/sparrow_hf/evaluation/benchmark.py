@@ -17,7 +17,7 @@ from ..configuration_sparrow import visual_token_ids
 from ..errors import BenchmarkError
 from ..rows import EVERY_VISUAL_ROW, visual_mask
 from ..targets import unwrap
-from .comparison import Arm, compare, warm_up
+from .comparison import Arm, compare, num_rounds, warm_up
 from .provenance import provenance
 from .run_file import RunFile
 
@@ -105,6 +105,11 @@ class Benchmark:
                 for seed in (self.seeds if temperature > 0 else self.seeds[:1])
             )
         )
+
+    @property
+    def calls_per_prompt(self) -> int:
+        """Calls of `generate()` that measuring one prompt at one setting takes, the warm-up left out."""
+        return sum(num_rounds(arm, self.repeats, self.shared_prefill) for arm in self.arms)
 
     def open_runs(self, folder: Path) -> RunFile:
         """The file of this benchmark's measurements in a folder, with those that were made before.

@@ -169,8 +169,7 @@ def compare(
             is always the one that runs first, or right after a slow one.
         repeats: Rounds in which every arm takes its turn, each in an order of its own. Of an arm's calls, the one that
             took the median time to decode is kept (of an even number the faster of the two in the middle), and it
-            differs from the reference where any of them does. Arms that cannot start from a shared prefill take part
-            in the first round only: at 25,000 visual tokens their prefill takes longer than ten other arms.
+            differs from the reference where any of them does (see [`num_rounds`] for who takes part).
         shared_prefill: Compute the prompt once, and let every arm start from a copy (see [`PrefillSnapshot`]).
         is_content: Whether a token id belongs to a content word; fills [`Run`]'s `asked` for arms with a draft.
 
@@ -181,7 +180,7 @@ def compare(
     calls: dict[str, list[tuple[Run, list[int]]]] = {arm.name: [] for arm in arms}
     for round_ in range(repeats):
         for arm in random.Random(turn * repeats + round_).sample(arms, len(arms)):
-            if round_ == 0 or prefill is None or not arm.runs_stock_loop:
+            if round_ < num_rounds(arm, repeats, shared_prefill):
                 calls[arm.name].append(measure(target, arm, inputs, settings, seed, prefill))
     reference = _median_call(calls[arms[0].name])[1]
     runs = {}
@@ -194,6 +193,15 @@ def compare(
         differs_at = min((index for index in differences if index is not None), default=None)
         runs[arm.name] = dataclasses.replace(run, differs_at=differs_at, asked=asked)
     return runs
+
+
+def num_rounds(arm: Arm, repeats: int, shared_prefill: bool) -> int:
+    """How many of the rounds an arm takes part in.
+
+    One that cannot start from a shared prefill only in the first: at 25,000 visual tokens its prefill takes longer
+    than ten other arms.
+    """
+    return 1 if shared_prefill and arm.runs_stock_loop else repeats
 
 
 def _median_call(calls: Sequence[tuple[Run, list[int]]]) -> tuple[Run, list[int]]:

@@ -22,11 +22,6 @@ class RunFile:
     def __init__(self, path: Path, conditions: Mapping[str, Any]):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text() if path.exists() else ""
-        # A process that was killed may have left half a line.
-        complete = text[: text.rfind("\n") + 1]
-        if complete != text:
-            path.write_text(complete)
         self.lines = read_lines(path) if path.exists() else []
         for line in self.lines:
             others = {
@@ -39,6 +34,9 @@ class RunFile:
                     f"{path} was measured with other {', '.join(sorted(others))}: delete it, or choose another folder "
                     "for the runs"
                 )
+        if path.exists() and not (text := path.read_text()).endswith("\n"):
+            # Half a line, of a process that was killed: the next one would be written behind it.
+            path.write_text(text[: text.rfind("\n") + 1])
 
     def done(self, **key: Any) -> bool:
         """Whether there is a measurement with these fields."""

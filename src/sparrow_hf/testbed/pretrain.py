@@ -110,7 +110,7 @@ class Pretraining:
         family: What is trained.
         parent: Folder of a finished target of the family, of which a small sibling is trained. It begins with the
             parent's weights and layers evenly taken from it, and keeps all that sees: transformers hands an assistant
-            the target's own encoding of a video, so a sibling must see as the target does.
+            the target's own encoding of a video, which must fit.
 
     Raises:
         TrainingOptionsError: `output` holds the training of another family, or of another parent's sibling.
