@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from sparrow_hf import SparrowDraftModel, TreeShape
+from sparrow_hf._transformers import CACHE
 
 from families import FAMILIES, FAMILY_BY_NAME
 from oracles import drafting_around
@@ -167,7 +168,7 @@ def mismatch(case: Case) -> str | None:
             # Compared as probabilities: processors put infinities in the scores.
             if not torch.allclose(expected.softmax(-1), found.softmax(-1), atol=1e-4):
                 return f"{name} differ at step {step}"
-    lengths = plain.past_key_values.get_seq_length(), ours.past_key_values.get_seq_length()
+    lengths = plain[CACHE].get_seq_length(), ours[CACHE].get_seq_length()
     if lengths[0] != lengths[1]:
         return f"the cache holds {lengths[1]} rows, not {lengths[0]}"
     stats = draft.last_generation

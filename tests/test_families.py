@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf._transformers import CACHE
 
 from families import FAMILIES, FAMILY_BY_NAME
 from oracles import drafting_around
@@ -155,9 +156,9 @@ def test_equals_plain_generate_in_the_second_turn(family: Family, kind: str) -> 
     follow_up = family.tokenizer("\nUser: And then?\nAssistant:", return_tensors="pt")["input_ids"]
     input_ids = torch.cat((turn.sequences, follow_up), dim=1)
     second = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    plain = new_tokens(target, second | {"past_key_values": plain_turn.past_key_values}, do_sample=False)
+    plain = new_tokens(target, second | {CACHE: plain_turn[CACHE]}, do_sample=False)
     with drafting_around(plain, adversarial=True, seed=9):
-        tokens = new_tokens(target, second | {"past_key_values": turn.past_key_values}, draft, do_sample=False)
+        tokens = new_tokens(target, second | {CACHE: turn[CACHE]}, draft, do_sample=False)
     assert tokens == plain
     assert max(draft.last_generation.accepted) > 0
 

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, pipeline
 
 from sparrow_hf import SparrowCandidateGenerator, SparrowDraftModel
+from sparrow_hf._transformers import CACHE
 from sparrow_hf.errors import UnsupportedGenerationError
 
 from families import FAMILY_BY_NAME
@@ -67,17 +68,20 @@ def test_chunked_prefill(setting, chunk: int) -> None:
     assert draft.last_generation.accepted == whole.last_generation.accepted
 
 
-def test_multi_turn_from_past_key_values(setting) -> None:
+# Since 5.24 transformers takes the cache by either name.
+@pytest.mark.parametrize("name", sorted({"past_key_values", CACHE}))
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+def test_multi_turn_from_a_cache(setting, name: str) -> None:
     target, draft, inputs = setting
 
     def two_turns(assistant: SparrowDraftModel | None) -> torch.Tensor:
         cache = DynamicCache(config=target.config.get_text_config())
-        first = target.generate(**inputs, past_key_values=cache, max_new_tokens=6, assistant_model=assistant)
+        first = target.generate(**inputs, **{name: cache}, max_new_tokens=6, assistant_model=assistant)
         second = torch.cat((first, torch.tensor([[20, 21, 22, 23]])), dim=1)
         return target.generate(
             input_ids=second,
             attention_mask=torch.ones_like(second),
-            past_key_values=cache,
+            **{name: cache},
             max_new_tokens=8,
             assistant_model=assistant,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from sparrow_hf._transformers import CACHE
 from sparrow_hf.generation import decoding
 from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.generation.tree import CandidateTree, build_tree
@@ -81,7 +82,7 @@ def missing_mrope_delta(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def without_delta(target: Any, tree: CandidateTree, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         result = inputs(target, tree, model_kwargs)
-        past = model_kwargs["past_key_values"].get_seq_length()
+        past = model_kwargs[CACHE].get_seq_length()
         result["position_ids"] = (past + tree.depths).expand_as(result["position_ids"])
         return result
 

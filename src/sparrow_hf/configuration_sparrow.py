@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, Self
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ._transformers import CACHE, commit_of, name_of
 from .errors import DraftConfigError, UnsupportedTargetError
 
 
@@ -81,7 +82,7 @@ class SparrowDraftConfig(PreTrainedConfig):
     """
 
     model_type = "sparrow_draft"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE]
 
     target_name_or_path: str | None = None
     target_revision: str | None = None
@@ -168,7 +169,7 @@ class SparrowDraftConfig(PreTrainedConfig):
         name = published_name(target_config)
         fields: dict[str, Any] = {
             "target_name_or_path": name,
-            "target_revision": None if name is None else getattr(target_config, "_commit_hash", None),
+            "target_revision": None if name is None else commit_of(target_config),
             "target_model_type": target_config.model_type,
             "target_num_hidden_layers": text.num_hidden_layers,
             "visual_token_ids": visual_token_ids(target_config),
@@ -291,7 +292,7 @@ def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor) -> None:
 
 def published_name(target_config: PreTrainedConfig) -> str | None:
     """Where the target came from, unless that is a folder: a path of one machine means nothing on another."""
-    name = target_config._name_or_path
+    name = name_of(target_config)
     return None if not name or os.path.isdir(name) else name
 
 

@@ -12,8 +12,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from . import _transformers
 from .configuration_sparrow import SparrowDraftConfig
 from .errors import DraftLoadError
 
@@ -27,10 +28,11 @@ CARD_MARK = "<!-- Written by sparrow-hf when the draft is saved. Delete this lin
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def find_file(source: str | Path, name: str, **hub_options: Any) -> Path | None:
+def find_file(source: str | Path, name: str, *, needs_hub: bool = True, **hub_options: Any) -> Path | None:
     """Where the file `name` of a folder or a Hub repository lies on this machine, downloaded if it must be.
 
     Args:
+        needs_hub: Whether a Hub that cannot be reached is an error; else it counts as one without the file.
         hub_options: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, … of
             [`~transformers.utils.cached_file`].
 
@@ -40,7 +42,7 @@ def find_file(source: str | Path, name: str, **hub_options: Any) -> Path | None:
     Raises:
         OSError: There is no such repository, or the Hub cannot be reached.
     """
-    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_options)
+    path = _transformers.find_file(source, name, needs_hub=needs_hub, **hub_options)
     return None if path is None else Path(path)
 
 
@@ -114,7 +116,7 @@ def read_provenance(source: str | Path, **hub_options: Any) -> dict[str, Any]:
     Raises:
         DraftLoadError: The file is not a JSON object.
     """
-    path = find_file(source, PROVENANCE_FILE, _raise_exceptions_for_connection_errors=False, **hub_options)
+    path = find_file(source, PROVENANCE_FILE, needs_hub=False, **hub_options)
     if path is None:
         return {}
     try:

@@ -11,12 +11,17 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, initialization
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from . import hub
+from ._transformers import (
+    CACHE,
+    DECODER_LAYERS,
+    DecoderOutput,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    check_contract,
+    run_layer,
+)
 from .configuration_sparrow import SparrowDraftConfig, check_vocabulary
 from .errors import BindingError, DraftLoadError
 from .rows import DraftInputs
@@ -26,8 +31,6 @@ if TYPE_CHECKING:
     from .targets import TargetView
 
 _Inputs = TypeVar("_Inputs", bound=DraftInputs)
-
-_BLOCKS = {"qwen2": Qwen2DecoderLayer, "qwen3": Qwen3DecoderLayer, "llama": LlamaDecoderLayer}
 
 #: Arguments of `from_pretrained` that say where files come from.
 _HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -51,7 +54,7 @@ class SparrowDraftModel(PreTrainedModel):
     config: SparrowDraftConfig
     base_model_prefix = "draft"
     main_input_name = "inputs_embeds"
-    _no_split_modules = ["Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer"]
+    _no_split_modules = [layer.__name__ for layer in DECODER_LAYERS.values()]
     _supports_sdpa = True
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
@@ -62,7 +65,7 @@ class SparrowDraftModel(PreTrainedModel):
         num_features = len(config.feature_layer_ids)
         self.feature_fc = nn.Linear(num_features * hidden, hidden, bias=False) if num_features > 1 else nn.Identity()
         self.fc = nn.Linear(2 * hidden, hidden, bias=config.fc_bias)
-        block = _BLOCKS[config.block_type]
+        block = DECODER_LAYERS[config.block_type]
         self.layers = nn.ModuleList([block(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         if not config.input_norm:
             self.layers[0].input_layernorm = nn.Identity()
@@ -161,36 +164,30 @@ class SparrowDraftModel(PreTrainedModel):
         inputs_embeds: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         is_causal: bool = False,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> Any:
         """Runs the draft's decoder layers over fused rows.
 
         Args:
             inputs_embeds: `(B, R, H)` rows made by [`~SparrowDraftModel.make_rows`] or [`~SparrowDraftModel.fuse`].
             position_ids: `(B, R)` RoPE positions.
             attention_mask: `(B, 1, R, past + R)` additive mask, or `None` when every key is visible to every row.
-            past_key_values: Cache of the draft, extended in place.
+            cache: Cache of the draft, extended in place.
             is_causal: Without a mask and without past rows, every row sees the rows up to itself (training: no R × R
                 mask is ever built). Not understood by the eager attention.
 
         Returns:
-            `last_hidden_state` `(B, R, H)`: predictions of the target's post-norm states.
+            A [`~transformers.modeling_outputs.BaseModelOutputWithPast`]; its `last_hidden_state` `(B, R, H)` predicts
+            the target's post-norm states.
         """
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                position_embeddings=position_embeddings,
-                # Said explicitly, because sdpa takes a missing mask for a causal one.
-                is_causal=is_causal,
+            hidden_states = run_layer(
+                layer, hidden_states, attention_mask, position_ids, cache, position_embeddings, is_causal
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return DecoderOutput(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     # -- saving and loading ------------------------------------------------------------------------------------------
 
@@ -333,11 +330,13 @@ class SparrowDraftModel(PreTrainedModel):
         Called by `generate()` on first use; calling it again with the same target costs nothing.
 
         Raises:
+            TransformersContractError: The installed transformers lacks something the package leans on.
             BindingError: Another hidden size, vocabulary, layer count or set of placeholder ids.
             DraftConfigError: The draft's own, smaller vocabulary holds ids that cannot be drafted.
         """
         from .targets import bind
 
+        check_contract()
         if self._target is None or not self._target.is_view_of(target):
             if self.draft_to_target is not None:
                 check_vocabulary(self.config, self.draft_to_target)

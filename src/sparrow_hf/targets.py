@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ._transformers import commit_of, execution_device, name_of
 from .configuration_sparrow import SparrowDraftConfig, visual_token_ids
 from .errors import BindingError, UnsupportedTargetError
 from .hidden_states import install_hooks
@@ -85,10 +86,8 @@ class TargetView:
     def device(self) -> torch.device:
         """Where the decoder's last states come out: the draft works there."""
         device = self.norm.weight.device
-        if device.type == "meta" and hasattr(self.norm, "_hf_hook"):
-            # Offloaded by accelerate: the weight visits its device during the forward only.
-            return torch.device(self.norm._hf_hook.execution_device)
-        return device
+        # Offloaded by accelerate: the weight visits its device during the forward only.
+        return device if device.type != "meta" else execution_device(self.norm) or device
 
 
 def unwrap(target: Any) -> PreTrainedModel:
@@ -114,10 +113,10 @@ def bind(config: SparrowDraftConfig, target: PreTrainedModel) -> TargetView:
         raise BindingError(
             f"this draft was made for another target ({config.target_model_type}, "
             f"{config.target_name_or_path or 'unnamed'}): {'; '.join(wrong)}. Use the draft of "
-            f"{view.model.config._name_or_path or view.model.config.model_type}, or train one."
+            f"{name_of(view.model.config) or view.model.config.model_type}, or train one."
         )
     known = (config.target_name_or_path, config.target_revision)
-    given = (view.model.config._name_or_path, getattr(view.model.config, "_commit_hash", None))
+    given = (name_of(view.model.config), commit_of(view.model.config))
     if any(ours and theirs and ours != theirs for ours, theirs in zip(known, given, strict=True)):
         warnings.warn(
             f"the draft was trained for {_said(*known)} and is used with {_said(*given)}: the output stays the "

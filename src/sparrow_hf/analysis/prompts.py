@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .._transformers import prompt_position_ids
 from ..configuration_sparrow import visual_token_ids
 from ..errors import AnalysisError
 from ..prompts import load_rows, split_answer
@@ -213,7 +214,7 @@ def _appended(model: PreTrainedModel, inputs: Mapping[str, Any], answer_ids: Ten
             grown[name] = torch.cat((value, added if name == "input_ids" else filler), dim=1)
     # With M-RoPE, generate() goes on at the last position + 1; asked about prompt and answer together, the model
     # would go on at the largest one + 1.
-    positions = model._prepare_position_ids_for_generation(prompt_ids, dict(inputs))
+    positions = prompt_position_ids(model, prompt_ids, inputs)
     steps = torch.arange(1, len(answer_ids) + 1, device=positions.device)
     grown["position_ids"] = torch.cat((positions, positions[..., -1:] + steps), dim=-1)
     return grown

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .._transformers import name_of
 from ..errors import AnalysisError, ImageError, VideoError
 from ..generation.integration import follow
 from ..hidden_states import HiddenStateCollector
@@ -79,7 +80,7 @@ def analyze(
         follow(draft, target)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
-        "target": view.model.config._name_or_path,
+        "target": name_of(view.model.config),
         "target_sha256": target_digest(view.model),
         "dtype": str(view.dtype),
         "draft": None if draft is None else tensor_digest(draft.state_dict()),

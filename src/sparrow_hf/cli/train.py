@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .._transformers import on_device
 from ..errors import TrainingOptionsError
 from .common import Dtype, errors_as_sentences, load_target, size
 
@@ -78,7 +79,7 @@ def sample_of(trainer: Any, index: int) -> dict[str, Any]:
     dataset = trainer.train_dataset
     if not hasattr(dataset, "__len__") or not 0 <= index < len(dataset):
         raise TrainingOptionsError(f"--inspect {index}: the training set has no such row")
-    samples = trainer._prepare_inputs(trainer.data_collator([dataset[index]]))["samples"]
+    samples = on_device(trainer, trainer.data_collator([dataset[index]]))["samples"]
     if not samples:
         raise TrainingOptionsError(f"--inspect {index}: this row is bad and would be left out")
     return samples[0]

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from .._transformers import commit_of
 from ..configuration_sparrow import TREE_PRESETS
 from ..errors import BenchmarkError
 from ..generation.integration import follow
@@ -124,4 +125,4 @@ class Arms:
 def weights_of(source: str, model: PreTrainedModel) -> str | None:
     """What tells a model's weights from others: a digest of the files in a folder, the commit of a Hub repository."""
     folder = Path(source)
-    return digest(folder) if folder.is_dir() else getattr(model.config, "_commit_hash", None)
+    return digest(folder) if folder.is_dir() else commit_of(model.config)

@@ -1,8 +1,8 @@
 """One prefill for all arms: with 25,000 visual tokens it takes longer than everything that is compared after it.
 
-`generate()` calls `_prefill` once, in plain decoding and in ours. Here that call is made once and kept: the logits of
-the last row, the cache, and the states of the layers that drafts read. While it is replayed, `_prefill` returns a
-copy, and nobody can tell the difference but by the time it takes.
+`generate()` prefills once per call, in plain decoding and in ours. Here that is done once and kept: the logits of the
+last row, the cache, and the states of the layers that drafts read. While it is replayed, the prefill returns a copy;
+the only difference is the time it takes.
 """
 
 import copy
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from .._transformers import CACHE, cache_tensors, replaced_prefill
 from ..generation.stopwatch import StopWatch
 from ..hidden_states import HiddenStateCollector, replay
 from ..targets import unwrap
@@ -39,15 +40,14 @@ class PrefillSnapshot:
         self._model: Any = unwrap(target)
         # The video is encoded: no later call has to look at it.
         self._inputs = {name: value for name, value in inputs.items() if not name.startswith("pixel_values")}
-        compute = self._model._prefill
 
-        def keep(input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-            self._outputs = compute(input_ids, generation_config, model_kwargs, **kwargs)
-            self._cache: DynamicCache = model_kwargs["past_key_values"]
+        def keep(compute: Callable[[], Any], model_kwargs: dict[str, Any]) -> Any:
+            self._outputs = compute()
+            self._cache: DynamicCache = model_kwargs[CACHE]
             return self._outputs
 
         collector = HiddenStateCollector(dict.fromkeys(layers))
-        with self._prefilling(keep), collector.active(), StopWatch(target) as watch:
+        with replaced_prefill(self._model, keep), collector.active(), StopWatch(target) as watch:
             target.generate(**inputs, **{**settings, "max_new_tokens": 1}, streamer=watch)
         self.seconds = watch.prefill_seconds
         self._states = {layer: collector.take(layer) for layer in layers}
@@ -56,23 +56,14 @@ class PrefillSnapshot:
     def replayed(self) -> Iterator[dict[str, Tensor]]:
         """The target's next `generate()` calls start from this prefill; give them the inputs that are yielded."""
 
-        def repeat(input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-            cache = model_kwargs["past_key_values"]
-            for index, layer in enumerate(self._cache.layers):
-                cache.update(layer.keys, layer.values, index)
+        def repeat(compute: Callable[[], Any], model_kwargs: dict[str, Any]) -> Any:
+            cache = model_kwargs[CACHE]
+            for index, (keys, values) in enumerate(cache_tensors(self._cache)):
+                cache.update(keys, values, index)
             replay(self._states)
             outputs = copy.copy(self._outputs)
-            outputs["past_key_values"] = cache
+            outputs[CACHE] = cache
             return outputs
 
-        with self._prefilling(repeat):
+        with replaced_prefill(self._model, repeat):
             yield self._inputs
-
-    @contextmanager
-    def _prefilling(self, prefill: Callable[..., Any]) -> Iterator[None]:
-        """The model computes its prefill by `prefill`."""
-        self._model._prefill = prefill
-        try:
-            yield
-        finally:
-            del self._model._prefill

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 import sparrow_hf
 
+from .._transformers import attention_of
+
 
 def provenance(target: PreTrainedModel, **details: Any) -> dict[str, Any]:
     """Command, code, machine and numerics of a measurement on `target`, and whatever else `details` names."""
@@ -26,7 +28,7 @@ def provenance(target: PreTrainedModel, **details: Any) -> dict[str, Any]:
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
         "dtype": str(target.dtype).removeprefix("torch."),
-        "attention": target.config._attn_implementation,
+        "attention": attention_of(target.config),
         **details,
     }
 

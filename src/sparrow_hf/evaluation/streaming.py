@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation import BaseStreamer
 
 from ..modeling_sparrow import SparrowDraftModel
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation import CandidateGenerator
 
+from .._transformers import drop_newest
 from ..configuration_sparrow import TreeShape
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import DraftInputs, DraftRows, draft_rows
@@ -204,7 +205,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
                 tokens, origins = pool.add_level(logits.log_softmax(-1))
                 ancestors = torch.cat((ancestors, own_rows), dim=1)[origins]
             if self._cache.get_seq_length() > committed:
-                self._cache.crop(committed - self._cache.get_seq_length())
+                drop_newest(self._cache, self._cache.get_seq_length() - committed)
         tree = pool.best_tree(self._root_token, self.shape.num_tree_nodes, self.draft.target.device)
         return self._draft_nothing() if tree is None else tree
 

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation import BaseStreamer
 
+from .. import _transformers
+from .._transformers import CACHE, GenerateOutput
 from ..errors import UnsupportedGenerationError
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
@@ -30,8 +31,11 @@ def speculative_decode(
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None,
     model_kwargs: dict[str, Any],
-) -> GenerateDecoderOnlyOutput | Tensor:
-    """Decodes with a bound draft; the counterpart of `GenerationMixin._sample`, with the same inputs and outputs.
+) -> Any:
+    """Decodes with a bound draft; the counterpart of transformers' plain loop, with the same inputs and outputs.
+
+    Returns:
+        The `(1, L + new)` ids, or a [`~transformers.generation.GenerateDecoderOnlyOutput`].
 
     Raises:
         UnsupportedGenerationError: The call asks for something that speculation cannot serve; nothing has run yet.
@@ -54,10 +58,10 @@ def speculative_decode(
     with clock.phase("draft"):
         generator = SparrowCandidateGenerator(draft, input_ids[:, -new:], None if mask is None else mask[:, -new:])
     with clock.phase("prefill"), HiddenStateCollector(generator.layers_to_collect).active() as collector:
-        outputs = target._prefill(input_ids, generation_config, model_kwargs)
+        outputs = _transformers.prefill(target, input_ids, generation_config, model_kwargs)
     # Encoded once by `generate()`; of no use after the prefill and as large as the video is long.
     model_kwargs.pop("mm_encoder_outputs", None)
-    model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs)
+    model_kwargs = _transformers.advance(target, outputs, model_kwargs)
     for name in recorded:
         recorded[name] += (outputs[name],)
     first_token = emitter.choose(outputs.logits[:, -1])
@@ -69,41 +73,42 @@ def speculative_decode(
             generator.prefill({layer: collector.take(layer) for layer in generator.layers_to_collect}, first_token)
     del collector
 
-    while not emitter.finished:
-        # A round commits at most one token more than it drafts.
-        budget = generation_config.max_length - emitter.input_ids.shape[1]
-        with clock.phase("draft"):
-            tree = generator.propose(max_levels=budget - 1)
-        with clock.phase("verify"):
-            cache: DynamicCache = model_kwargs["past_key_values"]
-            past_length = cache.get_seq_length()
-            with HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids)).active() as collector:
-                outputs = target(**verification_inputs(target, tree, model_kwargs), return_dict=True)
-            stats.accepted.append(0)
-            path = accept(tree, outputs.logits, emitter, stats)
-            commit_path(cache, path, len(tree))
-            model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=len(path))
-        for name in recorded:
-            recorded[name] += tuple(emitter.recorded_step(outputs, name, past_length, path))
-        del outputs
-        if not emitter.finished:
+    with _transformers.decoding(target):
+        while not emitter.finished:
+            # A round commits at most one token more than it drafts.
+            budget = generation_config.max_length - emitter.input_ids.shape[1]
             with clock.phase("draft"):
-                states = [collector.take(layer)[:, path] for layer in draft.config.feature_layer_ids]
-                generator.extend(torch.cat(states, dim=-1), emitter.input_ids[0, -len(path) :].tolist())
-        stats.max_draft_cache_length = generator.max_cache_length
-        stats.failed_drafts = generator.failed_drafts
+                tree = generator.propose(max_levels=budget - 1)
+            with clock.phase("verify"):
+                cache: DynamicCache = model_kwargs[CACHE]
+                past_length = cache.get_seq_length()
+                with HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids)).active() as collector:
+                    outputs = target(**verification_inputs(target, tree, model_kwargs), return_dict=True)
+                stats.accepted.append(0)
+                path = accept(tree, outputs.logits, emitter, stats)
+                commit_path(cache, path, len(tree))
+                model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
+            for name in recorded:
+                recorded[name] += tuple(emitter.recorded_step(outputs, name, past_length, path))
+            del outputs
+            if not emitter.finished:
+                with clock.phase("draft"):
+                    states = [collector.take(layer)[:, path] for layer in draft.config.feature_layer_ids]
+                    generator.extend(torch.cat(states, dim=-1), emitter.input_ids[0, -len(path) :].tolist())
+            stats.max_draft_cache_length = generator.max_cache_length
+            stats.failed_drafts = generator.failed_drafts
 
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
         return emitter.input_ids
-    return GenerateDecoderOnlyOutput(
+    return GenerateOutput(
         sequences=emitter.input_ids,
         scores=emitter.scores,
         logits=emitter.logits,
         attentions=recorded.get("attentions"),
         hidden_states=recorded.get("hidden_states"),
-        past_key_values=model_kwargs["past_key_values"],
+        **{CACHE: model_kwargs[CACHE]},
     )
 
 
@@ -126,7 +131,7 @@ def accept(tree: CandidateTree, logits: Tensor, emitter: TokenEmitter, stats: Ge
 
 def verification_inputs(target: PreTrainedModel, tree: CandidateTree, model_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Inputs of one target forward over all nodes of a tree; `model_kwargs` stand at the root, as for a plain step."""
-    past_length = model_kwargs["past_key_values"].get_seq_length()
+    past_length = model_kwargs[CACHE].get_seq_length()
     step = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
     for key in _TOKEN_TYPE_KEYS:
         if step.get(key) is not None:
@@ -149,13 +154,12 @@ def verification_inputs(target: PreTrainedModel, tree: CandidateTree, model_kwar
 def num_new_rows(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:
     """Prompt rows the prefill will compute: all, or those a cache passed in by the caller does not hold yet.
 
-    Mirrors `GenerationMixin._prefill`: with a cache, `input_ids` is the full sequence exactly if it is as long as the
-    attention mask.
+    As transformers has it: with a cache, `input_ids` is the full sequence exactly if it is as long as the attention
+    mask.
     """
-    past_length = model_kwargs["past_key_values"].get_seq_length()
-    mask = model_kwargs.get("attention_mask")
-    mask_length = generation_config._mask_length if mask is None else mask.shape[1]
-    return input_ids.shape[1] - (past_length if mask_length == input_ids.shape[1] else 0)
+    full_length = _transformers.length_with_cache(generation_config, model_kwargs.get("attention_mask"))
+    is_full = full_length == input_ids.shape[1]
+    return input_ids.shape[1] - (model_kwargs[CACHE].get_seq_length() if is_full else 0)
 
 
 def check_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
@@ -171,9 +175,9 @@ def check_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
             f"inputs_embeds has {embeds.shape[1]} rows and input_ids {input_ids.shape[1]}: the draft must know which "
             "rows are visual, so pass the input_ids of all rows as well"
         )
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         raise UnsupportedGenerationError(
             f"a Sparrow draft needs the default dynamic cache, found {type(cache).__name__}: leave "
-            "cache_implementation and past_key_values at their defaults (use_cache=True)"
+            f"cache_implementation and {CACHE} at their defaults (use_cache=True)"
         )

@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation import BaseStreamer
 
 from ..targets import unwrap
 

@@ -1,6 +1,6 @@
 """Verification of a draft tree: its mask and positions for one target forward, the exact walk, the commit of its KV.
 
-Pure functions over tensors; imports torch only (and the cache type they act on).
+Pure functions over tensors, and the cache they act on.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .._transformers import cache_tensors, drop_newest
 from .tree import CandidateTree
 
 
@@ -65,10 +66,10 @@ def commit_path(cache: DynamicCache, path: list[int], num_nodes: int) -> None:
     after    … prefix | n0 n2 n4 |
     """
     if path != list(range(len(path))):
-        for layer in cache.layers:
-            start = layer.keys.shape[-2] - num_nodes
-            source = torch.tensor(path, device=layer.keys.device) + start
+        for keys, values in cache_tensors(cache):
+            start = keys.shape[-2] - num_nodes
+            source = torch.tensor(path, device=keys.device) + start
             kept = slice(start, start + len(path))
-            layer.keys[:, :, kept] = layer.keys[:, :, source]
-            layer.values[:, :, kept] = layer.values[:, :, source]
-    cache.crop(len(path) - num_nodes)
+            keys[:, :, kept] = keys[:, :, source]
+            values[:, :, kept] = values[:, :, source]
+    drop_newest(cache, num_nodes - len(path))

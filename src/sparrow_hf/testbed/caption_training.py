@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
+from .._transformers import CACHE
 from .captions import CLAIM_WORDS, STYLES, meaning, sample_prompt, write_caption
 from .families import family_of
 from .nano import build_target
@@ -159,12 +160,12 @@ def caption_logits(target: Any, features: torch.Tensor, batch: CaptionBatch) -> 
     rows[:, batch.prefix == target.config.video_token_id] = family.video_rows(target, features)
     decoder = target.model.language_model
     cache = DynamicCache(config=target.config.text_config)
-    decoder(inputs_embeds=rows, position_ids=prefix_positions.expand(*axes, clips, -1), past_key_values=cache)
+    decoder(inputs_embeds=rows, position_ids=prefix_positions.expand(*axes, clips, -1), **{CACHE: cache})
     cache.batch_repeat_interleave(captions // clips)
     states = decoder(
         inputs_embeds=embed(batch.suffixes),
         position_ids=suffix_positions.expand(*axes, captions, -1),
-        past_key_values=cache,
+        **{CACHE: cache},
     ).last_hidden_state
     return target.lm_head(states)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from .._transformers import attention_of
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import DraftInputs, DraftRows
@@ -191,9 +192,9 @@ def _run_rows(
     cache: DynamicCache | None = None,
 ) -> Tensor:
     """`(B, R, H)` outputs of a causal pass over all rows. Padding stands at the end: no row before it sees it."""
-    needs_mask = draft.config.sliding_window is not None or draft.config._attn_implementation == "eager"
+    needs_mask = draft.config.sliding_window is not None or attention_of(draft.config) == "eager"
     if not needs_mask:
-        return forward(rows, batch.positions, past_key_values=cache, is_causal=True).last_hidden_state
+        return forward(rows, batch.positions, cache=cache, is_causal=True).last_hidden_state
     index = torch.arange(rows.shape[1], device=rows.device).expand(len(rows), -1)
     visible = _visible(draft, batch, index, _is_text(batch).cumsum(1) - 1)
     return forward(rows, batch.positions, _additive(draft, visible), cache).last_hidden_state

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .._transformers import on_device
 from ..rows import visual_mask
 from .trainer import SparrowTrainer
 
@@ -133,7 +134,7 @@ def estimate_cost(trainer: SparrowTrainer, target: nn.Module) -> CostEstimate:
         for sample in inputs["samples"]:
             longest = max(longest, sample["input_ids"].shape[-1])
         draft.train()
-        trainer.compute_loss(draft, trainer._prepare_inputs(inputs)).backward()
+        trainer.compute_loss(draft, on_device(trainer, inputs)).backward()
         if on_cuda:
             torch.cuda.synchronize(args.device)
         seconds.append(time.perf_counter() - start)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from .._transformers import commit_of
 from ..configuration_sparrow import SparrowDraftConfig, published_name
 from ..errors import DiskBudgetError, TrainingDataError
 from ..hub import target_digest
@@ -303,7 +304,7 @@ def describe(draft: SparrowDraftModel, visual_rows: bool) -> dict[str, Any]:
     target = draft.target.model
     return {
         "target": published_name(target.config),
-        "target_revision": getattr(target.config, "_commit_hash", None),
+        "target_revision": commit_of(target.config),
         "target_sha256": target_digest(target),
         "transformers": transformers.__version__,
         "dtype": str(draft.target.dtype),

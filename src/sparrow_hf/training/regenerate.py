@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .._transformers import commit_of, name_of
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 from ..prompts import ROW_FOLDER, ROW_INDEX, Rows, naming_row, split_answer
@@ -88,12 +89,12 @@ def regenerate(
         name: value for name, value in (("fps", fps), ("max_frames", max_frames)) if value is not None
     }
     provenance = {
-        "target": target.config._name_or_path,
-        "target_revision": getattr(target.config, "_commit_hash", None),
+        "target": name_of(target.config),
+        "target_revision": commit_of(target.config),
         "transformers": transformers.__version__,
         "dtype": str(target.dtype),
         "settings": settings,
-        "draft": None if draft is None else draft.config._name_or_path,
+        "draft": None if draft is None else name_of(draft.config),
         "video_sampling": sampling,
         "seed": seed,
         "shard_size": shard_size,

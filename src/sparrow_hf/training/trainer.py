@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
+from .._transformers import on_device
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import draft_rows, visual_mask
 from .acceptance import acceptance_metrics, count_acceptance, summarize
@@ -225,7 +226,7 @@ class SparrowTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss and acceptance counts of one batch, the latter in the place of logits."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = on_device(self, inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, counts = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import CandidateGenerator
 
+from ..._transformers import CACHE, drop_newest, replaced_candidate_generator
 from ...analysis.attention import watching_attention
 from ...configuration_sparrow import visual_token_ids
 from ...rows import visual_mask
@@ -69,11 +70,10 @@ def drafting_on_pruned_prompts(
     model: Any = unwrap(target)
     with ExitStack() as stack:
 
-        def generator(generation_config: Any, **_: Any) -> PrunedPromptGenerator:
+        def generator(generation_config: Any) -> PrunedPromptGenerator:
             return PrunedPromptGenerator(model, sibling, inputs, generation_config.max_length, stack)
 
-        model._get_candidate_generator = generator
-        stack.callback(delattr, model, "_get_candidate_generator")
+        stack.enter_context(replaced_candidate_generator(model, generator))
         yield
 
 
@@ -137,7 +137,7 @@ class PrunedPromptGenerator(CandidateGenerator):
         common = next((i for i, (a, b) in enumerate(zip(held, answer, strict=False)) if a != b), None)
         common = min(len(held), len(answer) - 1) if common is None else common
         if common < len(held):
-            self._cache.crop(common - len(held))  # minus the number of rows to remove
+            drop_newest(self._cache, len(held) - common)
         fed, chain = answer[common:], []
         for _ in range(num_tokens):
             embeds = self._sibling.embedding(torch.tensor([fed], device=self._last_position.device))
@@ -151,7 +151,7 @@ class PrunedPromptGenerator(CandidateGenerator):
 
     def _run(self, embeds: Tensor, positions: Tensor, **visual: Any) -> Tensor:
         return self._sibling.decoder(
-            inputs_embeds=embeds, position_ids=positions, past_key_values=self._cache, use_cache=True, **visual
+            inputs_embeds=embeds, position_ids=positions, use_cache=True, **{CACHE: self._cache}, **visual
         ).last_hidden_state
 
     def _read_prompt(self) -> None:

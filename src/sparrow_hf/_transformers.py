@@ -1,0 +1,380 @@
+"""Everything in transformers that is private, or that its versions name differently. No other file says these names.
+
+`contract_breaches` checks the installed transformers against all of it. When a new version breaks something, this is
+the file to mend; `docs/compatibility.md` says how.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from .errors import TransformersContractError
+
+#: Oldest and newest version that the tests ran on; `docs/compatibility.md` says when.
+TESTED_VERSIONS = ("5.23.0", "5.24.0")
+SUPPORTED_VERSIONS = ">=5.23,<5.25"
+
+
+# -- names that move --------------------------------------------------------------------------------------------------
+
+_not_found: list[str] = []
+
+
+def _find(module: str, name: str) -> Any:
+    """`module.name`, or `None`, noted as missing: an import of the package must not fail for a version."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        _not_found.append(f"{module}.{name}")
+        return None
+
+
+# Public ones too: without these no class of the package can be defined.
+for _name in ("Cache", "DynamicCache", "GenerationConfig", "PreTrainedConfig", "PreTrainedModel"):
+    _find("transformers", _name)
+for _name in ("BaseStreamer", "CandidateGenerator", "GenerationMode"):
+    _find("transformers.generation", _name)
+_find("transformers.initialization", "copy_")
+
+GenerationMixin: Any = _find("transformers.generation", "GenerationMixin")
+DecoderOutput: Any = _find("transformers.modeling_outputs", "BaseModelOutputWithPast")
+GenerateOutput: Any = _find("transformers.generation", "GenerateDecoderOnlyOutput")
+LlamaRMSNorm: Any = _find("transformers.models.llama.modeling_llama", "LlamaRMSNorm")
+LlamaRotaryEmbedding: Any = _find("transformers.models.llama.modeling_llama", "LlamaRotaryEmbedding")
+
+#: `block_type` of a draft → its decoder layer.
+DECODER_LAYERS: dict[str, Any] = {
+    "qwen2": _find("transformers.models.qwen2.modeling_qwen2", "Qwen2DecoderLayer"),
+    "qwen3": _find("transformers.models.qwen3.modeling_qwen3", "Qwen3DecoderLayer"),
+    "llama": _find("transformers.models.llama.modeling_llama", "LlamaDecoderLayer"),
+}
+
+#: What `generate()`, the models' forward and their outputs call the cache: `cache` since 5.24.
+CACHE: str = (
+    "cache"
+    if GenerateOutput is None or "cache" in {field.name for field in fields(GenerateOutput)}
+    else "past_key_values"
+)
+
+
+def missing_names() -> list[str]:
+    """Names without which the package's classes cannot be defined."""
+    return list(_not_found)
+
+
+# -- the contract -----------------------------------------------------------------------------------------------------
+
+#: Methods of `GenerationMixin` that the package wraps or calls, with the parameters it passes.
+_METHODS = {
+    "generate": {"generation_config", "logits_processor", "stopping_criteria", "assistant_model", "streamer"},
+    "_assisted_decoding": {
+        "input_ids",
+        "logits_processor",
+        "stopping_criteria",
+        "generation_config",
+        "synced_gpus",
+        "streamer",
+        "inputs_tensor",
+        "assistant_model",
+        "tokenizer",
+    },
+    "_validate_generation_mode": {"generation_mode", "generation_config", "generation_mode_kwargs"},
+    "_prefill": {"input_ids", "generation_config", "model_kwargs"},
+    "_update_model_kwargs_for_generation": {"outputs", "model_kwargs", "num_new_tokens"},
+    "_optimize_model_for_decode": {"self"},
+    "_prepare_position_ids_for_generation": {"inputs_tensor", "model_kwargs"},
+    "_get_candidate_generator": {"generation_config"},
+    "prepare_inputs_for_generation": {"next_sequence_length", "is_first_iteration", CACHE},
+}
+
+_LAYER_ARGUMENTS = {"hidden_states", "attention_mask", "position_ids", "position_embeddings", CACHE}
+
+#: Attributes that are read of configurations and models.
+_ATTRIBUTES = {
+    "PreTrainedConfig": ("_name_or_path", "_attn_implementation", "get_text_config"),
+    "PreTrainedModel": ("_is_stateful", "get_decoder", "get_input_embeddings", "get_output_embeddings"),
+}
+
+
+@functools.cache
+def contract_breaches() -> tuple[str, ...]:
+    """What the installed transformers lacks, or does differently, of all that this package leans on; none is good."""
+    found = [f"{name} is missing" for name in _not_found]
+    if not found:
+        found += _changed_methods() + _changed_attributes() + _changed_cache()
+    return tuple(found)
+
+
+def check_contract() -> None:
+    """Raises [`TransformersContractError`] if the installed transformers breaks the contract."""
+    if breaches := contract_breaches():
+        raise TransformersContractError(
+            f"a Sparrow draft cannot be used with transformers {transformers.__version__}: {'; '.join(breaches)}. "
+            f"sparrow-hf was tested with transformers {' to '.join(TESTED_VERSIONS)}: install "
+            f'"transformers{SUPPORTED_VERSIONS}", or a newer sparrow-hf. generate() without a draft works as before.'
+        )
+
+
+def _changed_methods() -> list[str]:
+    changed = []
+    for name, needed in _METHODS.items():
+        changed += _lacking(f"GenerationMixin.{name}", getattr(GenerationMixin, name, None), needed)
+    for layer in DECODER_LAYERS.values():
+        changed += _lacking(f"{layer.__name__}.forward", layer.forward, _LAYER_ARGUMENTS)
+    for output, needed in ((GenerateOutput, {"sequences", "scores", "logits", CACHE}), (DecoderOutput, {CACHE})):
+        changed += _lacking(output.__name__, output, needed)
+    modes = getattr(importlib.import_module("transformers.generation.utils"), "GENERATION_MODES_MAPPING", {})
+    if "_assisted_decoding" not in modes.values():
+        changed.append("generate() does not call GenerationMixin._assisted_decoding")
+    return changed
+
+
+def _lacking(name: str, function: Any, needed: set[str]) -> list[str]:
+    if function is None:
+        return [f"{name} is missing"]
+    lacking = needed - set(inspect.signature(function).parameters)
+    return [f"{name} takes no {', '.join(sorted(lacking))}"] if lacking else []
+
+
+def _changed_attributes() -> list[str]:
+    return [
+        f"{name}.{attribute} is missing"
+        for name, attributes in _ATTRIBUTES.items()
+        for attribute in attributes
+        if not _has(getattr(transformers, name), attribute)
+    ]
+
+
+def _has(kind: type, attribute: str) -> bool:
+    # Some attributes of a configuration exist on its objects only.
+    return hasattr(kind, attribute) or (kind is transformers.PreTrainedConfig and hasattr(kind(), attribute))
+
+
+def _changed_cache() -> list[str]:
+    """The layers of a dynamic cache must show their tensors, not copies, and it must drop its newest rows."""
+    try:
+        cache = transformers.DynamicCache()
+        states = torch.arange(3.0).view(1, 1, 3, 1)
+        cache.update(states, states + 3, 0)
+        for tensors in cache_tensors(cache):
+            for tensor in tensors:
+                tensor[:, :, 1] = tensor[:, :, 2]
+        drop_newest(cache, 1)
+        kept = [tensor.flatten().tolist() for tensors in cache_tensors(cache) for tensor in tensors]
+        works = kept == [[0.0, 2.0], [3.0, 5.0]] and cache.get_seq_length() == 2
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return [f"DynamicCache cannot be cut back ({type(error).__name__}: {error})"]
+    return [] if works else ["DynamicCache keeps other rows than it is told to"]
+
+
+# -- the seam ---------------------------------------------------------------------------------------------------------
+
+
+def install_seam(is_draft: Callable[[Any], bool], check: Callable[..., None], decode: Callable[..., Any]) -> None:
+    """Lets `generate(assistant_model=draft)` dispatch to our loop; calls without a draft pass through untouched.
+
+    transformers has no registry for assisted decoding, so two methods of `GenerationMixin` are wrapped, once and at
+    class level. Where the contract is broken only `generate()` is wrapped, to refuse drafts in a sentence.
+
+    Args:
+        is_draft: Whether an `assistant_model` is ours.
+        check: Called before anything is computed, as `check(target, draft, generation_mode, generation_config,
+            generation_mode_kwargs)`; raises what cannot be combined with a draft.
+        decode: Called in the place of transformers' own loop, as `decode(target, draft, input_ids, logits_processor=,
+            stopping_criteria=, generation_config=, streamer=, model_kwargs=)`.
+    """
+    if GenerationMixin is None or hasattr(GenerationMixin, "_sparrow"):
+        return
+    GenerationMixin._sparrow = True
+    if contract_breaches():
+        _refuse_drafts(is_draft)
+        return
+    stock_decode = GenerationMixin._assisted_decoding
+    stock_validate = GenerationMixin._validate_generation_mode
+
+    # `wraps`: generate() inspects the signature of the method it is about to call.
+    @functools.wraps(stock_decode)
+    def assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        draft = kwargs.get("assistant_model")
+        if not is_draft(draft):
+            return stock_decode(self, input_ids, *args, **kwargs)
+        named = ("logits_processor", "stopping_criteria", "generation_config")
+        ours = {name: kwargs.pop(name) for name in named} | {"streamer": kwargs.pop("streamer", None)}
+        for name in ("assistant_model", "synced_gpus", "inputs_tensor", "tokenizer"):
+            kwargs.pop(name, None)
+        return decode(self, draft, input_ids, **ours, model_kwargs=kwargs)
+
+    @functools.wraps(stock_validate)
+    def validate_generation_mode(
+        self: Any, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]
+    ) -> None:
+        draft = generation_mode_kwargs.get("assistant_model")
+        if is_draft(draft):
+            check(self, draft, generation_mode, generation_config, generation_mode_kwargs)
+        stock_validate(self, generation_mode, generation_config, generation_mode_kwargs)
+
+    GenerationMixin._assisted_decoding = assisted_decoding
+    GenerationMixin._validate_generation_mode = validate_generation_mode
+
+
+def _refuse_drafts(is_draft: Callable[[Any], bool]) -> None:
+    stock = GenerationMixin.generate
+
+    @functools.wraps(stock)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_draft(kwargs.get("assistant_model")):
+            check_contract()
+        return stock(self, *args, **kwargs)
+
+    GenerationMixin.generate = generate
+
+
+# -- steps of generate() ----------------------------------------------------------------------------------------------
+
+
+def prefill(target: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> Any:
+    """The target's outputs of the prompt rows its cache does not hold yet, in chunks if the configuration says so."""
+    return target._prefill(input_ids, generation_config, model_kwargs)
+
+
+@contextmanager
+def replaced_prefill(target: Any, replacement: Callable[[Callable[[], Any], dict[str, Any]], Any]) -> Iterator[None]:
+    """While it lasts, the target's `generate()` takes the outputs of its prefill from `replacement`.
+
+    Args:
+        replacement: Called with the prefill it replaces, ready to be called, and the `model_kwargs`.
+    """
+    stock = target._prefill
+
+    def prefilled(input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        return replacement(lambda: stock(input_ids, generation_config, model_kwargs, **kwargs), model_kwargs)
+
+    target._prefill = prefilled
+    try:
+        yield
+    finally:
+        del target._prefill
+
+
+@contextmanager
+def replaced_candidate_generator(target: Any, make: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, transformers' assisted loop on this target drafts with `make(generation_config)`."""
+
+    def generator(generation_config: Any, **_: Any) -> Any:
+        return make(generation_config)
+
+    target._get_candidate_generator = generator
+    try:
+        yield
+    finally:
+        del target._get_candidate_generator
+
+
+def decoding(target: Any) -> AbstractContextManager[Any]:
+    """What transformers changes about a model while it decodes (kernels of mixtures of experts, for example)."""
+    return target._optimize_model_for_decode()
+
+
+def advance(target: Any, outputs: Any, model_kwargs: dict[str, Any], num_new_tokens: int = 1) -> dict[str, Any]:
+    """`model_kwargs` of the next forward, after one whose `num_new_tokens` first tokens stay."""
+    return target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_new_tokens)
+
+
+def length_with_cache(generation_config: Any, attention_mask: Tensor | None) -> int:
+    """How many tokens `generate()` counts in prompt and cache together, before the prefill."""
+    return generation_config._mask_length if attention_mask is None else attention_mask.shape[1]
+
+
+def prompt_position_ids(target: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """`(…, 1, L)` positions `generate()` would give a prompt."""
+    return target._prepare_position_ids_for_generation(input_ids, dict(inputs))
+
+
+def is_stateful(target: Any) -> bool:
+    """Whether the target keeps a state that cannot step back over rejected tokens."""
+    return bool(target._is_stateful)
+
+
+# -- caches and layers ------------------------------------------------------------------------------------------------
+
+
+def run_layer(
+    layer: nn.Module,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor,
+    cache: Any,
+    position_embeddings: tuple[Tensor, Tensor],
+    is_causal: bool,
+) -> Tensor:
+    """One decoder layer of [`DECODER_LAYERS`]. `is_causal` is said, because sdpa takes no mask for a causal one."""
+    return layer(
+        hidden_states,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        position_embeddings=position_embeddings,
+        is_causal=is_causal,
+        **{CACHE: cache},
+    )
+
+
+def cache_tensors(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer, `(B, heads, rows, head_dim)`; the cache's own, not copies."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def drop_newest(cache: Any, count: int) -> None:
+    """Drops the `count` newest rows of a dynamic cache."""
+    cache.crop(-count)
+
+
+# -- configurations, models, trainers, files --------------------------------------------------------------------------
+
+
+def name_of(config: Any) -> str:
+    """Folder or Hub id that a configuration was loaded from; empty if it was not."""
+    return config._name_or_path or ""
+
+
+def commit_of(config: Any) -> str | None:
+    """Commit of the Hub repository that a configuration was loaded from."""
+    return getattr(config, "_commit_hash", None)
+
+
+def attention_of(config: Any) -> str:
+    """Name of the attention implementation a model runs on."""
+    return config._attn_implementation or ""
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate runs a module whose weights it keeps elsewhere; `None` if it does not."""
+    hook = getattr(module, "_hf_hook", None)
+    return None if hook is None else torch.device(hook.execution_device)
+
+
+def on_device(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch, moved to where a `Trainer` trains."""
+    return trainer._prepare_inputs(inputs)
+
+
+def find_file(source: Any, name: str, *, needs_hub: bool, **hub_options: Any) -> str | None:
+    """Where a file of a folder or a Hub repository lies on this machine, downloaded if it must be.
+
+    Args:
+        needs_hub: Raise `OSError` if the Hub cannot be reached; else that counts as no such file.
+    """
+    return transformers.utils.cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=needs_hub,
+        **hub_options,
+    )
