@@ -1,5 +1,5 @@
-# Every target creates what it needs: a virtual environment with the package and its tools, re-made when
-# pyproject.toml changes. `make test VENV=/some/where PYTHON=python3.12` uses another place or interpreter.
+# Every target creates what it needs: a virtual environment with the locked versions of `requirements/`, made again
+# when they change. `make test VENV=/some/where PYTHON=python3.12` uses another place or interpreter.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -7,55 +7,92 @@ PYTEST_ARGS ?=
 TESTBED ?= testbed
 
 BIN := $(abspath $(VENV))/bin
-STAMP := $(VENV)/.installed
 
 # Nothing below may depend on the network once the environment is installed.
 export HF_HUB_OFFLINE := 1
+# The models are so small that a second thread costs more than it computes.
+TEST_ENV := OMP_NUM_THREADS=1
+# What can break when transformers or torch change: the contract, and that the text is plain generate()'s.
+CONTRACT_TESTS := tests/test_transformers.py tests/test_generate.py tests/test_families.py tests/test_lossless.py \
+	tests/test_planted_bugs.py tests/test_modeling.py tests/test_hidden_states.py tests/test_hub.py tests/generation \
+	tests/training/test_trainer.py tests/training/test_lora.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full testbed results recipes quality style
+.PHONY: help install demo test test-full floor canary lock testbed results recipes quality style
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
+# $(call environment,FOLDER,LOCK): an environment with exactly the versions of a lock, and this package in it.
 # uv installs the several GB of torch much faster than pip; without one on the PATH, the environment gets its own.
-$(STAMP): pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@command -v uv >/dev/null || test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	@PATH="$$PATH:$(BIN)" uv pip install --python $(BIN)/python -e ".[dev]"
+define environment
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@command -v uv >/dev/null || test -x $(1)/bin/uv || $(1)/bin/python -m pip install --quiet uv
+	@PATH="$$PATH:$(abspath $(1))/bin" uv pip install --python $(1)/bin/python --requirement $(2)
+	@PATH="$$PATH:$(abspath $(1))/bin" uv pip install --python $(1)/bin/python --no-build-isolation --no-deps -e .
 	@touch $@
+endef
 
-install: $(STAMP)  ## Install the package and its development tools into VENV
+$(VENV)/.installed: pyproject.toml requirements/dev.txt
+	$(call environment,$(VENV),requirements/dev.txt)
 
-demo: $(STAMP)  ## Caption an unseen clip, plain and with the draft, and compare
+$(VENV)-full/.installed: pyproject.toml requirements/full.txt
+	$(call environment,$(VENV)-full,requirements/full.txt)
+
+$(VENV)-floor/.installed: pyproject.toml requirements/floor.txt
+	$(call environment,$(VENV)-floor,requirements/floor.txt)
+
+install: $(VENV)/.installed  ## Install the package and its development tools into VENV
+
+demo: install  ## Caption an unseen clip, plain and with the draft, and compare
 	@$(BIN)/sparrow demo
 
-test: $(STAMP)  ## Fast tier of the tests
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: install  ## Fast tier of the tests
+	@$(TEST_ENV) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
-test-full: $(STAMP)  ## Every test, the long ones included
-	@$(BIN)/python -m pytest -m "" --timeout 3600 $(PYTEST_ARGS)
+test-full: $(VENV)-full/.installed  ## Every test, the long ones included (in an environment of its own)
+	@$(TEST_ENV) $(abspath $(VENV))-full/bin/python -m pytest -n 2 -m "" --timeout 3600 $(PYTEST_ARGS)
 
-testbed: $(STAMP)  ## Train the built-in models again from nothing into TESTBED (hours; resumes)
+floor: $(VENV)-floor/.installed  ## Contract and losslessness tests on the oldest versions admitted
+	@$(TEST_ENV) $(abspath $(VENV))-floor/bin/python -m pytest -n 2 $(CONTRACT_TESTS) $(PYTEST_ARGS)
+
+# Not locked, and made anew every time: the point is what came out since.
+canary:  ## The same tests on the newest of everything, pre-releases of transformers included
+	@rm -rf $(VENV)-canary && $(PYTHON) -m venv $(VENV)-canary
+	@command -v uv >/dev/null || $(VENV)-canary/bin/python -m pip install --quiet uv
+	@PATH="$$PATH:$(abspath $(VENV))-canary/bin" uv pip install --python $(VENV)-canary/bin/python --upgrade \
+		--override requirements/canary.txt -e ".[test]"
+	@$(VENV)-canary/bin/python -c "import transformers, torch; print('transformers', transformers.__version__, 'torch', torch.__version__)"
+	@$(TEST_ENV) $(abspath $(VENV))-canary/bin/python -m pytest -n 2 $(CONTRACT_TESTS) $(PYTEST_ARGS)
+
+lock: install  ## Resolve the versions in requirements/ anew
+	@for lock in "dev --extra dev" "full --extra full -c requirements/dev.txt" \
+		"floor --extra test --resolution lowest-direct"; do \
+		set -- $$lock; name=$$1; shift; \
+		PATH="$$PATH:$(BIN)" uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --upgrade \
+			--generate-hashes --no-annotate --no-header "$$@" --output-file requirements/$$name.txt || exit 1; \
+	done
+
+testbed: install  ## Train the built-in models again from nothing into TESTBED (hours; resumes)
 	@for family in qwen2.5-vl llava-onevision; do \
 		$(BIN)/python -m sparrow_hf.testbed.pretrain --family $$family --output $(TESTBED)/$$family/target && \
 		$(BIN)/python -m sparrow_hf.testbed.retrain --target $(TESTBED)/$$family/target \
 			--output $(TESTBED)/$$family/draft || exit 1; \
 	done
 
-results: $(STAMP)  ## Train the rivals, measure everything, write docs/results.md (hours from nothing; resumes)
+results: install  ## Train the rivals, measure everything, write docs/results.md (hours from nothing; resumes)
 	@$(BIN)/python -m sparrow_hf.testbed.results --work docs/data/results --processes 2 \
 		--output docs/data/results.json --report docs/results.md
 
-recipes: $(STAMP)  ## Compare training recipes on the built-in target: docs/recipes.md (hours; resumes)
+recipes: install  ## Compare training recipes on the built-in target: docs/recipes.md (hours; resumes)
 	@$(BIN)/python -m sparrow_hf.testbed.recipes --work $(TESTBED)/recipes --processes 2 \
 		--output docs/data/recipes.json --report docs/recipes.md
 
-quality: $(STAMP)  ## Lint, formatting and types, nothing changed
+quality: install  ## Lint, formatting and types, nothing changed
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy src
 
-style: $(STAMP)  ## Fix lint and formatting in place
+style: install  ## Fix lint and formatting in place
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .

@@ -41,8 +41,25 @@ def generate(target: Any, inputs: dict[str, Any], **kwargs: Any) -> list[int]:
     return target.generate(**inputs, max_new_tokens=160, **kwargs)[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("tree", ["chain-5", "30-4-8", "48-5-10"])
-@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 1.0}])
+GREEDY, SAMPLING = {"do_sample": False}, {"do_sample": True, "temperature": 1.0}
+
+
+@pytest.mark.parametrize(
+    "tree, sampling",
+    [
+        ("chain-5", GREEDY),
+        ("48-5-10", SAMPLING),
+        *(
+            pytest.param(tree, sampling, marks=pytest.mark.full)
+            for tree, sampling in (
+                ("chain-5", SAMPLING),
+                ("30-4-8", GREEDY),
+                ("30-4-8", SAMPLING),
+                ("48-5-10", GREEDY),
+            )
+        ),
+    ],
+)
 def test_identical_and_accepted_in_depth(models, clips, tree: str, sampling: dict[str, Any]) -> None:
     target, _, draft = models
     draft.config.set_tree_shape(tree)

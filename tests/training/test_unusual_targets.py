@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
 from conftest import greedy
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -48,11 +47,13 @@ def test_an_offloaded_target_trains_the_same_draft(target, offloaded, samples, p
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
+@pytest.mark.full
 def test_a_target_of_4_bits_teaches_a_draft_by_heart(target, prompts, tmp_path):
+    linear = pytest.importorskip("bitsandbytes.nn", reason="bitsandbytes is installed for the full tier only")
     target.save_pretrained(tmp_path / "target")
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     quantised = type(target).from_pretrained(tmp_path / "target", quantization_config=four_bits, device_map="cpu")
-    layers = [module for module in quantised.modules() if isinstance(module, Linear4bit)]
+    layers = [module for module in quantised.modules() if isinstance(module, linear.Linear4bit)]
     assert quantised.get_decoder().layers[0].mlp.up_proj in layers
     for layer in layers:
         # On CPUs with AVX-512 BF16 bitsandbytes would pack the weights for a bf16 kernel, which refuses layers this

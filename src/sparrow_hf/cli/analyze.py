@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import MissingDependencyError
-from .common import Dtype, errors_as_sentences, load_target
+from .common import Dtype, errors_as_sentences, load_target, quiet_transformers
 
 
 def analyze(
@@ -33,8 +33,6 @@ def analyze(
     Writes analysis.json and, if matplotlib is installed, figures.
     """
     with errors_as_sentences():
-        from transformers.utils import logging
-
         from .. import SparrowDraftModel
         from ..analysis import analyze as run_analysis
         from ..analysis import draw_figures, read_conversations
@@ -42,8 +40,7 @@ def analyze(
         from ..evaluation.provenance import provenance
         from ..targets import TargetView
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet_transformers()
         console = Console()
         conversations = read_conversations(prompts, split, limit)
         model, its_processor = load_target(target, processor, dtype, device)

@@ -8,7 +8,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import BenchmarkError
-from .common import FAMILY_HELP, NOT_IDENTICAL, Dtype, built_in_family, errors_as_sentences, load_target
+from .common import (
+    FAMILY_HELP,
+    NOT_IDENTICAL,
+    Dtype,
+    built_in_family,
+    errors_as_sentences,
+    load_target,
+    quiet_transformers,
+)
 
 DEFAULT_ARMS = ["none", "prompt-lookup", "draft@chain-5", "draft@48-5-10"]
 
@@ -80,7 +88,6 @@ def bench(
     """
     with errors_as_sentences():
         import torch
-        from transformers.utils import logging
 
         from ..evaluation.arms import Arms, weights_of
         from ..evaluation.benchmark import Benchmark
@@ -90,8 +97,7 @@ def bench(
         from ..testbed import shipped
         from ..testbed.prompts import clip_prompts, knows_the_world, says_what_it_shows
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet_transformers()
         console = Console()
         if testbed == (prompts is not None):
             raise BenchmarkError("say what to ask: either --testbed, or --prompts with rows or a data set")

@@ -30,6 +30,14 @@ def errors_as_sentences() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+def quiet_transformers() -> None:
+    """No progress bars of loading and no log lines below errors: a command tells by itself what it does."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 class OnBadRow(StrEnum):
     """What to do with a row that cannot be used."""
 

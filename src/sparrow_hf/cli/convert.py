@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .common import errors_as_sentences
+from .common import errors_as_sentences, quiet_transformers
 
 
 def convert(
@@ -24,11 +24,9 @@ def convert(
     The draft gives the same logits on text rows. Says what it leaves out; ends with 2 if it does not know a tensor.
     """
     with errors_as_sentences():
-        from transformers.utils import logging
-
         from ..conversion import convert_checkpoint
 
-        logging.disable_progress_bar()
+        quiet_transformers()
         console = Console()
         with console.status("Converting"):
             conversion = convert_checkpoint(

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..errors import VideoError
-from .common import FAMILY_HELP, NOT_IDENTICAL, built_in_family, errors_as_sentences
+from .common import FAMILY_HELP, NOT_IDENTICAL, built_in_family, errors_as_sentences, quiet_transformers
 
 
 def demo(
@@ -41,13 +41,10 @@ def demo(
     plain generate(), and with 2 if something is missing.
     """
     with errors_as_sentences():
-        from transformers.utils import logging
-
         from ..evaluation.comparison import parse_tree
         from ..evaluation.demo import load_models, print_verdict, question_about, run_demo, unseen_clips
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet_transformers()
         if video is not None and (clips > 1 or output is not None):
             raise VideoError("--video names the one clip to caption: leave out --clips and --output.")
         if video is not None and not video.is_file():

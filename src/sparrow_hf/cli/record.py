@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .common import Dtype, OnBadRow, errors_as_sentences, load_target, report_skipped, size
+from .common import Dtype, OnBadRow, errors_as_sentences, load_target, quiet_transformers, report_skipped, size
 
 
 def record(
@@ -37,7 +37,6 @@ def record(
     """
     with errors_as_sentences():
         from accelerate import PartialState
-        from transformers.utils import logging
 
         from .. import SparrowDraftModel
         from ..prompts import load_rows
@@ -45,8 +44,7 @@ def record(
         from ..training.recording import check_disk_budget, estimate_recording_bytes
         from ..training.recording import record as write_recording
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet_transformers()
         processes = PartialState()
         console = Console(quiet=not processes.is_main_process)
         rows = load_rows(answers, split)

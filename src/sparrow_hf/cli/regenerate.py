@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .common import Dtype, OnBadRow, errors_as_sentences, load_target, report_skipped, size
+from .common import Dtype, OnBadRow, errors_as_sentences, load_target, quiet_transformers, report_skipped, size
 
 
 def regenerate(
@@ -37,15 +37,13 @@ def regenerate(
     """
     with errors_as_sentences():
         from accelerate import PartialState
-        from transformers.utils import logging
 
         from .. import SparrowDraftModel
         from ..prompts import load_rows
         from ..training.regenerate import estimate_answer_bytes, read_skipped
         from ..training.regenerate import regenerate as write_answers
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet_transformers()
         processes = PartialState()
         console = Console(quiet=not processes.is_main_process)
         rows = load_rows(prompts, split)

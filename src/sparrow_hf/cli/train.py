@@ -10,7 +10,7 @@ from rich.text import Text
 
 from .._transformers import on_device
 from ..errors import TrainingOptionsError
-from .common import Dtype, errors_as_sentences, load_target, size
+from .common import Dtype, errors_as_sentences, load_target, quiet_transformers, size
 
 #: Rows of a preview that are shown before and after the part left out.
 SHOWN_ROWS = 12
@@ -31,14 +31,13 @@ def train(context: typer.Context) -> None:
             show_options(Console(), context)
             return
         from accelerate import PartialState
-        from transformers.utils import logging
 
         from ..training.launch import prepare
         from ..training.options import parse_options
         from ..training.preview import estimate_cost, preview_sample
 
         options, arguments = parse_options(context.args)
-        logging.set_verbosity_error()
+        quiet_transformers()
         console = Console(quiet=not PartialState().is_main_process)
         if options.target_dtype not in Dtype.__members__:
             raise TrainingOptionsError(

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .common import errors_as_sentences
+from .common import errors_as_sentences, quiet_transformers
 
 TABLE_SIZES = (4_096, 8_192, 16_384, 32_768, 65_536)
 """Sizes whose coverage is shown beside the one that was asked for."""
@@ -25,7 +25,6 @@ def vocab(
     """
     with errors_as_sentences():
         from tqdm import tqdm
-        from transformers.utils import logging
 
         from .. import __version__
         from ..training.regenerate import read_answers
@@ -38,7 +37,7 @@ def vocab(
             save_vocabulary,
         )
 
-        logging.set_verbosity_error()
+        quiet_transformers()
         tokens = TargetTokens.from_pretrained(target)
         rows = tqdm(read_answers(answers), desc="counting", unit=" answers", leave=False, disable=None)
         counts = count_tokens(rows, tokens.vocab_size)

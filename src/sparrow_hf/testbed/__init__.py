@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from ..errors import TargetLoadError
 from .families import FAMILIES, LLAVA_ONEVISION, QWEN2_5_VL, Family, family_of
 from .nano import ASSETS, content_accuracy, load_target
@@ -32,8 +34,15 @@ def load(family: str = QWEN2_5_VL.name) -> tuple[Any, Any, SparrowDraftModel]:
     from ..modeling_sparrow import SparrowDraftModel
 
     folder = shipped(family)
-    target, processor = load_target(folder / "target")
-    return target, processor, SparrowDraftModel.from_pretrained(folder / "draft").eval()
+    shows_progress = logging.is_progress_bar_enabled()
+    # The models are so small that a bar for each is only noise.
+    logging.disable_progress_bar()
+    try:
+        target, processor = load_target(folder / "target")
+        return target, processor, SparrowDraftModel.from_pretrained(folder / "draft").eval()
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
 
 
 def shipped(family: str = QWEN2_5_VL.name) -> Path:
