@@ -1,6 +1,7 @@
 """`SparrowDraftConfig`: the shape of a draft, the target it was made for, and how it proposes."""
 
 import os
+import re
 from typing import Any, Literal, NamedTuple, Self
 
 from torch import Tensor
@@ -25,6 +26,9 @@ TREE_PRESETS: dict[str, TreeShape] = {
     "30-4-8": TreeShape(30, 4, 8),
     "48-5-10": TreeShape(48, 5, 10),
 }
+
+_CHAIN = re.compile(r"chain-([0-9]{1,9})")
+_TREE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})-([0-9]{1,9})")
 
 #: Text decoder of the target → the plain-text decoder layer of transformers that has its exact shape.
 _BLOCK_OF_TEXT_MODEL: dict[str, str] = {
@@ -197,12 +201,15 @@ class SparrowDraftConfig(PreTrainedConfig):
         return cls(**(fields | overrides))
 
     def set_tree_shape(self, shape: TreeShape | tuple[int, int, int] | str) -> None:
-        """Sets the three tree fields at once, from a [`TreeShape`] or the name of a preset (`"48-5-10"`)."""
-        if isinstance(shape, str):
-            if shape not in TREE_PRESETS:
-                raise DraftConfigError(f"unknown tree preset {shape!r}; known: {', '.join(TREE_PRESETS)}")
-            shape = TREE_PRESETS[shape]
-        shape = TreeShape(*shape)
+        """Sets the three tree fields at once.
+
+        Args:
+            shape: A [`TreeShape`], or its text as [`parse_tree_shape`] reads it (`"48-5-10"`, `"chain-7"`, `"none"`).
+
+        Raises:
+            DraftConfigError: There is no such shape, or no such tree can be grown; the fields stay as they were.
+        """
+        shape = parse_tree_shape(shape) if isinstance(shape, str) else TreeShape(*shape)
         check_tree_shape(shape)
         self.num_tree_nodes, self.num_draft_levels, self.beam_width = shape
 
@@ -253,6 +260,27 @@ class SparrowDraftConfig(PreTrainedConfig):
                 f"({self.num_key_value_heads})"
             )
         check_tree_shape(TreeShape(self.num_tree_nodes or 0, self.num_draft_levels, self.beam_width))
+
+
+def parse_tree_shape(text: str) -> TreeShape:
+    """The shape that a text names: `none` (nothing is drafted), `chain-LEVELS`, or `NODES-LEVELS-BEAM`.
+
+    Raises:
+        DraftConfigError: It is none of these, or no such tree can be grown.
+    """
+    if text == "none":
+        shape = TREE_PRESETS["none"]
+    elif chain := _CHAIN.fullmatch(text):
+        shape = TreeShape(int(chain[1]) + 1, int(chain[1]), 1)
+    elif sizes := _TREE.fullmatch(text):
+        shape = TreeShape(*map(int, sizes.groups()))
+    else:
+        raise DraftConfigError(
+            f"unknown tree {text!r}: give one of {', '.join(TREE_PRESETS)}, chain-LEVELS, or NODES-LEVELS-BEAM "
+            "such as 40-5-8"
+        )
+    check_tree_shape(shape)
+    return shape
 
 
 def check_tree_shape(shape: TreeShape) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparrow_hf import TREE_PRESETS, SparrowDraftModel, TreeShape
-from sparrow_hf.errors import DraftConfigError
 from sparrow_hf.evaluation import (
     Arm,
     Run,
@@ -17,7 +16,6 @@ from sparrow_hf.evaluation import (
     comparison,
     first_difference,
     measure,
-    parse_tree,
     warm_up,
 )
 from sparrow_hf.generation.emission import TokenEmitter
@@ -224,16 +222,3 @@ def test_an_arm_leaves_the_drafts_tree_as_it_was(target: Any, arms: list[Arm], i
 )
 def test_first_difference(reference: list[int], tokens: list[int], expected: int | None):
     assert first_difference(reference, tokens) == expected
-
-
-def test_parse_tree():
-    assert parse_tree("48-5-10") == TREE_PRESETS["48-5-10"]
-    assert parse_tree("chain-5") == TREE_PRESETS["chain-5"]
-    assert parse_tree("none") == (1, 0, 1)
-    assert parse_tree("chain-7") == (8, 7, 1)
-    assert parse_tree("20-3-4") == (20, 3, 4)
-    for text in ("", "oak", "1-2", "chain-0-1", "-3-4-5"):
-        with pytest.raises(DraftConfigError, match="unknown tree"):
-            parse_tree(text)
-    with pytest.raises(DraftConfigError):
-        parse_tree("1-5-10")

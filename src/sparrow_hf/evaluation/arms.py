@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from ..configuration_sparrow import TREE_PRESETS
+from ..configuration_sparrow import TREE_PRESETS, parse_tree_shape
 from ..errors import BenchmarkError
 from ..generation.integration import follow
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import EVERY_VISUAL_ROW
 from . import baselines  # noqa: F401 - so that AutoModel knows their drafts
-from .comparison import Arm, parse_tree
+from .comparison import Arm
 from .run_file import digest
 
 PLAIN, NO_DRAFT = "plain", "none"
@@ -77,7 +77,7 @@ class Arms:
             return Arm(
                 name,
                 draft,
-                parse_tree(found["tree"]) if found["tree"] else draft.config.tree_shape,
+                parse_tree_shape(found["tree"]) if found["tree"] else draft.config.tree_shape,
                 EVERY_VISUAL_ROW if glimpse == "all" else int(glimpse) if glimpse else draft.config.num_glimpse_tokens,
             )
         raise BenchmarkError(

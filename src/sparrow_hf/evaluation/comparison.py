@@ -7,7 +7,6 @@ forward hook on the target counts its forwards.
 
 import dataclasses
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..configuration_sparrow import TREE_PRESETS, TreeShape, check_tree_shape
-from ..errors import DraftConfigError
+from ..configuration_sparrow import TreeShape
 from ..generation.stopwatch import StopWatch
 from ..modeling_sparrow import SparrowDraftModel
 from .baselines import specvlm
@@ -249,24 +247,3 @@ def first_difference(reference: Sequence[int], tokens: Sequence[int]) -> int | N
         if expected != found:
             return index
     return None if len(reference) == len(tokens) else min(len(reference), len(tokens))
-
-
-def parse_tree(text: str) -> TreeShape:
-    """A tree shape from the name of a preset, `chain-LEVELS`, or `NODES-LEVELS-BEAM`.
-
-    Raises:
-        DraftConfigError: It is none of these, or no such tree can be grown.
-    """
-    if text in TREE_PRESETS:
-        return TREE_PRESETS[text]
-    if chain := re.fullmatch(r"chain-(\d+)", text):
-        shape = TreeShape(int(chain[1]) + 1, int(chain[1]), 1)
-    elif sizes := re.fullmatch(r"(\d+)-(\d+)-(\d+)", text):
-        shape = TreeShape(int(sizes[1]), int(sizes[2]), int(sizes[3]))
-    else:
-        raise DraftConfigError(
-            f"unknown tree {text!r}: give one of {', '.join(TREE_PRESETS)}, chain-LEVELS, or NODES-LEVELS-BEAM "
-            "such as 40-5-8"
-        )
-    check_tree_shape(shape)
-    return shape
