@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..clocks import StopWatch
 from ..configuration_sparrow import TreeShape
-from ..generation.stopwatch import StopWatch
+from ..metrics import Run, count_asked
 from ..modeling_sparrow import SparrowDraftModel
 from .baselines import specvlm
-from .metrics import Run, count_asked
 from .prefill import PrefillSnapshot
 
 WARM_UP_TOKENS = 8

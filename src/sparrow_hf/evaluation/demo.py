@@ -17,11 +17,11 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from ..configuration_sparrow import TREE_PRESETS, TreeShape
 from ..errors import SparrowError
+from ..metrics import Acceptance, Run, Speed, acceptance, speed
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import visual_mask
 from ..video import prepare_inputs
 from .comparison import Arm, compare, warm_up
-from .metrics import Acceptance, Run, Speed, acceptance, speed
 from .provenance import provenance
 from .streaming import ProvenanceStreamer
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..generation.stopwatch import StopWatch
+from ..clocks import StopWatch
 from ..hidden_states import HiddenStateCollector, replay
 from ..targets import unwrap
 

@@ -18,8 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..clocks import StopWatch
 from ..errors import TrainingDataError
-from ..generation.stopwatch import StopWatch
 from ..modeling_sparrow import SparrowDraftModel
 from .trainer import SparrowTrainer
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from ..targets import unwrap
+from .targets import unwrap
 
 
 class StopWatch(BaseStreamer):
