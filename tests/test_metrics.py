@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparrow_hf import GenerationStats
-from sparrow_hf.generation.stats import PhaseClock
+from sparrow_hf.clocks import PhaseClock
 from sparrow_hf.metrics import Run, acceptance, bootstrap, end_to_end_ratio, pooled_tau, speed, spread
 
 

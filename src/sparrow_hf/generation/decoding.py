@@ -8,12 +8,13 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ..clocks import PhaseClock
 from ..errors import UnsupportedGenerationError
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
 from .candidate_generator import SparrowCandidateGenerator
 from .emission import TokenEmitter
-from .stats import GenerationStats, PhaseClock
+from .stats import GenerationStats
 from .tree import CandidateTree
 from .verification import commit_path, tree_attention_mask, tree_position_ids, walk
 
