@@ -2,11 +2,11 @@
 
 from ..clocks import StopWatch
 from ..configuration_sparrow import parse_tree_shape as parse_tree
+from ..measurement import Arm, compare, first_difference, measure, warm_up
 from ..metrics import Acceptance, Interval, Run, Speed, Spread, acceptance, end_to_end_ratio, speed, spread
+from ..prefill import PrefillSnapshot
 from .arms import Arms
 from .benchmark import Benchmark, Prompt
-from .comparison import Arm, compare, first_difference, measure, warm_up
-from .prefill import PrefillSnapshot
 from .results import write_results
 from .run_file import RunFile
 from .streaming import ProvenanceStreamer

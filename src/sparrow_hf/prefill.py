@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..clocks import StopWatch
-from ..hidden_states import HiddenStateCollector, replay
-from ..targets import unwrap
+from .clocks import StopWatch
+from .hidden_states import HiddenStateCollector, replay
+from .targets import unwrap
 
 
 class PrefillSnapshot:
