@@ -2,8 +2,10 @@
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Self
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -299,12 +301,20 @@ def check_tree_shape(shape: TreeShape) -> None:
         )
 
 
-def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor) -> None:
-    """Raises [`DraftConfigError`] unless `(D,)` ids can be the draft's vocabulary."""
-    if token_ids.ndim != 1 or not len(token_ids) or token_ids.is_floating_point():
-        raise DraftConfigError(
-            f"a draft vocabulary is one row of token ids, found {token_ids.dtype} {token_ids.shape}"
-        )
+def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor | Sequence[int]) -> Tensor:
+    """`(D,)` ids as int64.
+
+    Raises:
+        DraftConfigError: They cannot be the draft's vocabulary.
+    """
+    try:
+        found = torch.as_tensor(token_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DraftConfigError(f"a draft vocabulary is one row of token ids, found {token_ids!r:.80}") from error
+    if found.ndim != 1 or not len(found) or found.is_floating_point() or found.dtype == torch.bool:
+        raise DraftConfigError(f"a draft vocabulary is one row of token ids, found {found.dtype} {tuple(found.shape)}")
+    # An unsigned type would know no difference below zero.
+    token_ids = found.to(torch.int64)
     if (token_ids.diff() <= 0).any() or token_ids[0] < 0 or token_ids[-1] >= config.vocab_size:
         raise DraftConfigError(
             f"the ids of a draft vocabulary must be ascending and lie in 0 … {config.vocab_size - 1}; found "
@@ -315,6 +325,7 @@ def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor) -> None:
         raise DraftConfigError(
             f"visual placeholders are never drafted; the draft vocabulary holds {sorted(forbidden)}"
         )
+    return token_ids
 
 
 def published_name(target_config: PreTrainedConfig) -> str | None:
