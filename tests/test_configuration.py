@@ -7,7 +7,9 @@ from transformers import AutoConfig, Qwen2_5_VLConfig
 from transformers.models.gemma3.configuration_gemma3 import Gemma3Config
 
 from sparrow_hf import TREE_PRESETS, SparrowDraftConfig, TreeShape
+from sparrow_hf.configuration_sparrow import parse_tree_shape
 from sparrow_hf.errors import DraftConfigError, UnsupportedTargetError
+from sparrow_hf.evaluation import parse_tree
 
 from tiny_targets import Family
 
@@ -76,8 +78,30 @@ def test_tree_presets_are_the_papers() -> None:
     assert config.tree_shape == (48, 5, 10) == TREE_PRESETS["48-5-10"]
     config.set_tree_shape((3, 2, 1))
     assert config.tree_shape == (3, 2, 1)
-    with pytest.raises(DraftConfigError, match="chain-5"):
-        config.set_tree_shape("64-9-9")
+    config.set_tree_shape("chain-2")
+    assert config.tree_shape == (3, 2, 1)
+    with pytest.raises(DraftConfigError, match="unknown tree 'oak': give one of none, chain-5, "):
+        config.set_tree_shape("oak")
     with pytest.raises(DraftConfigError):
         config.set_tree_shape((30, 4, 1))
     assert config.tree_shape == (3, 2, 1)
+
+
+def test_a_shape_is_read_from_its_text() -> None:
+    assert parse_tree_shape("none") == (1, 0, 1)
+    assert parse_tree_shape("chain-7") == TreeShape(num_tree_nodes=8, num_draft_levels=7, beam_width=1)
+    assert parse_tree_shape("20-3-4") == TreeShape(num_tree_nodes=20, num_draft_levels=3, beam_width=4)
+    assert {name: parse_tree_shape(name) for name in TREE_PRESETS} == TREE_PRESETS
+    assert parse_tree is parse_tree_shape
+
+
+@pytest.mark.parametrize("text", ["", "oak", "1-2", "chain-", "chain-0-1", "-3-4-5", "3-4-5-6", f"chain-{'9' * 5000}"])
+def test_a_text_that_names_no_shape_is_refused(text: str) -> None:
+    with pytest.raises(DraftConfigError, match="unknown tree"):
+        parse_tree_shape(text)
+
+
+@pytest.mark.parametrize("text", ["1-5-10", "6-4-1", "5-0-2", "9-2-0", "0-0-1"])
+def test_a_tree_that_cannot_grow_is_refused(text: str) -> None:
+    with pytest.raises(DraftConfigError, match="found"):
+        parse_tree_shape(text)

@@ -1,5 +1,8 @@
 """A draft that proposes a part of the target's vocabulary only. Output identity is in `lossless.py`."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, PreTrainedModel
@@ -80,6 +83,31 @@ def test_another_part_replaces_the_first(target) -> None:
         draft.set_vocabulary(part)
         assert draft.compute_logits(hidden).shape == (1, len(part))
         assert draft.config.draft_vocab_size == len(part)
+
+
+@pytest.mark.parametrize(
+    "kind", [list, tuple, np.array, torch.tensor, partial(torch.tensor, dtype=torch.uint8)], ids=repr
+)
+def test_a_part_may_be_of_any_kind_of_ids(target, kind) -> None:
+    draft = make_draft(target)
+    ids = kind([1, 2, 5])
+    draft.set_vocabulary(ids)
+    assert draft.config.draft_vocab_size == 3
+    assert draft.draft_to_target.dtype == torch.int64 and draft.draft_to_target.tolist() == [1, 2, 5]
+    if hasattr(ids, "ndim"):
+        # What becomes of the caller's own array is nothing to the draft.
+        ids[0] = 0
+        assert draft.draft_to_target.tolist() == [1, 2, 5]
+    with pytest.raises(DraftConfigError, match="ascending"):
+        draft.set_vocabulary(kind([2, 1]))
+
+
+@pytest.mark.parametrize("ids", [["a"], [[1, 2]], [[1], [2, 3]], {1, 2}, 7, [True, False], None, []], ids=repr)
+def test_what_are_no_ids_is_refused(target, ids) -> None:
+    draft = make_draft(target)
+    with pytest.raises(DraftConfigError, match="one row of token ids"):
+        draft.set_vocabulary(ids)
+    assert draft.config.draft_vocab_size is None and draft.draft_to_target is None
 
 
 def test_the_part_is_saved_with_the_draft(target, tmp_path) -> None:

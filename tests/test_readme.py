@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparrow_hf.testbed.results.judges import DEFAULT, RIVALS
+from sparrow_hf.testbed.results.arms import DEFAULT, Role, arms_of, name_of
 from sparrow_hf.testbed.results.table import NAMES, Results
 
 ROOT = Path(__file__).parents[1]
@@ -29,10 +29,11 @@ def test_the_default_and_its_best_rival() -> None:
     for model_type, name in NAMES.items():
         assert results.lengths(model_type) == [400, 3000, 13_000, 25_000]
         for length in results.lengths(model_type):
-            own = results.row(model_type, f"video-{length}", f"{DEFAULT}@chain-5")
-            rivals = {rival: results.row(model_type, f"video-{length}", arm) for rival, arm in RIVALS.items()}
+            own = results.row(model_type, f"video-{length}", DEFAULT)
+            rivals = [results.row(model_type, f"video-{length}", arm) for arm in arms_of(Role.RIVAL)]
             assert own is not None
-            best, row = max(rivals.items(), key=lambda rival: rival[1]["dsr"])
+            row = max(rivals, key=lambda rival: rival["dsr"])
+            best = name_of(row["arm"])
             figures = f"| {own['tau']:.2f} | {own['dsr']:.2f}× | {row['tau']:.2f} | {row['dsr']:.2f}× ({best}) |"
             assert f"| {name} | {length:,} {figures}" in README
             pairs = list(zip(own["dsr_per_prompt"], row["dsr_per_prompt"], strict=True))

@@ -1,8 +1,11 @@
 """`SparrowDraftConfig`: the shape of a draft, the target it was made for, and how it proposes."""
 
 import os
+import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Self
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -26,6 +29,9 @@ TREE_PRESETS: dict[str, TreeShape] = {
     "30-4-8": TreeShape(30, 4, 8),
     "48-5-10": TreeShape(48, 5, 10),
 }
+
+_CHAIN = re.compile(r"chain-([0-9]{1,9})")
+_TREE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})-([0-9]{1,9})")
 
 #: Text decoder of the target → the plain-text decoder layer of transformers that has its exact shape.
 _BLOCK_OF_TEXT_MODEL: dict[str, str] = {
@@ -198,12 +204,15 @@ class SparrowDraftConfig(PreTrainedConfig):
         return cls(**(fields | overrides))
 
     def set_tree_shape(self, shape: TreeShape | tuple[int, int, int] | str) -> None:
-        """Sets the three tree fields at once, from a [`TreeShape`] or the name of a preset (`"48-5-10"`)."""
-        if isinstance(shape, str):
-            if shape not in TREE_PRESETS:
-                raise DraftConfigError(f"unknown tree preset {shape!r}; known: {', '.join(TREE_PRESETS)}")
-            shape = TREE_PRESETS[shape]
-        shape = TreeShape(*shape)
+        """Sets the three tree fields at once.
+
+        Args:
+            shape: A [`TreeShape`], or its text as [`parse_tree_shape`] reads it (`"48-5-10"`, `"chain-7"`, `"none"`).
+
+        Raises:
+            DraftConfigError: There is no such shape, or no such tree can be grown; the fields stay as they were.
+        """
+        shape = parse_tree_shape(shape) if isinstance(shape, str) else TreeShape(*shape)
         check_tree_shape(shape)
         self.num_tree_nodes, self.num_draft_levels, self.beam_width = shape
 
@@ -256,6 +265,27 @@ class SparrowDraftConfig(PreTrainedConfig):
         check_tree_shape(TreeShape(self.num_tree_nodes or 0, self.num_draft_levels, self.beam_width))
 
 
+def parse_tree_shape(text: str) -> TreeShape:
+    """The shape that a text names: `none` (nothing is drafted), `chain-LEVELS`, or `NODES-LEVELS-BEAM`.
+
+    Raises:
+        DraftConfigError: It is none of these, or no such tree can be grown.
+    """
+    if text == "none":
+        shape = TREE_PRESETS["none"]
+    elif chain := _CHAIN.fullmatch(text):
+        shape = TreeShape(int(chain[1]) + 1, int(chain[1]), 1)
+    elif sizes := _TREE.fullmatch(text):
+        shape = TreeShape(*map(int, sizes.groups()))
+    else:
+        raise DraftConfigError(
+            f"unknown tree {text!r}: give one of {', '.join(TREE_PRESETS)}, chain-LEVELS, or NODES-LEVELS-BEAM "
+            "such as 40-5-8"
+        )
+    check_tree_shape(shape)
+    return shape
+
+
 def check_tree_shape(shape: TreeShape) -> None:
     """Raises [`DraftConfigError`] unless a tree of this shape can be grown."""
     nodes, levels, beam = shape
@@ -272,12 +302,20 @@ def check_tree_shape(shape: TreeShape) -> None:
         )
 
 
-def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor) -> None:
-    """Raises [`DraftConfigError`] unless `(D,)` ids can be the draft's vocabulary."""
-    if token_ids.ndim != 1 or not len(token_ids) or token_ids.is_floating_point():
-        raise DraftConfigError(
-            f"a draft vocabulary is one row of token ids, found {token_ids.dtype} {token_ids.shape}"
-        )
+def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor | Sequence[int]) -> Tensor:
+    """`(D,)` ids as int64.
+
+    Raises:
+        DraftConfigError: They cannot be the draft's vocabulary.
+    """
+    try:
+        found = torch.as_tensor(token_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DraftConfigError(f"a draft vocabulary is one row of token ids, found {token_ids!r:.80}") from error
+    if found.ndim != 1 or not len(found) or found.is_floating_point() or found.dtype == torch.bool:
+        raise DraftConfigError(f"a draft vocabulary is one row of token ids, found {found.dtype} {tuple(found.shape)}")
+    # An unsigned type would know no difference below zero.
+    token_ids = found.to(torch.int64)
     if (token_ids.diff() <= 0).any() or token_ids[0] < 0 or token_ids[-1] >= config.vocab_size:
         raise DraftConfigError(
             f"the ids of a draft vocabulary must be ascending and lie in 0 … {config.vocab_size - 1}; found "
@@ -288,6 +326,7 @@ def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor) -> None:
         raise DraftConfigError(
             f"visual placeholders are never drafted; the draft vocabulary holds {sorted(forbidden)}"
         )
+    return token_ids
 
 
 def published_name(target_config: PreTrainedConfig) -> str | None:

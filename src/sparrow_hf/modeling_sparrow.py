@@ -3,6 +3,7 @@
 import os
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -375,21 +376,22 @@ class SparrowDraftModel(PreTrainedModel):
             logits[..., token_id] = float("-inf")
         return logits
 
-    def set_vocabulary(self, token_ids: Tensor) -> None:
+    def set_vocabulary(self, token_ids: Tensor | Sequence[int]) -> None:
         """Lets the draft propose these tokens only; `config.draft_vocab_size` follows.
 
         A smaller vocabulary makes the head, the larger part of a draft step on a real target, that much cheaper.
         Verification always uses the target's whole vocabulary, so the output does not change.
 
         Args:
-            token_ids: `(D,)` ids of the target's vocabulary, ascending, without visual placeholders.
+            token_ids: D ids of the target's vocabulary, a `(D,)` tensor or a list, ascending, without visual
+                placeholders.
 
         Raises:
-            DraftConfigError: The ids are not ascending, out of range, or hold a placeholder.
+            DraftConfigError: The ids are none, not ascending, out of range, or hold a placeholder.
         """
-        check_vocabulary(self.config, token_ids)
-        self.config.draft_vocab_size = len(token_ids)
-        self.draft_to_target = token_ids.to(device=self.device, dtype=torch.long)
+        checked = check_vocabulary(self.config, token_ids)
+        self.config.draft_vocab_size = len(checked)
+        self.draft_to_target = checked.to(self.device, copy=True)
 
     @property
     def last_generation(self) -> "GenerationStats | None":

@@ -9,14 +9,15 @@ import pytest
 from noise import LENGTH, read
 from transformers import PreTrainedModel
 
+from sparrow_hf import metrics
 from sparrow_hf.errors import BenchmarkError
-from sparrow_hf.evaluation import Arm, compare, metrics
+from sparrow_hf.evaluation import Arm, compare
 from sparrow_hf.evaluation import benchmark as benchmark_module
 from sparrow_hf.evaluation.arms import Arms
 from sparrow_hf.evaluation.benchmark import Benchmark, Prompt
-from sparrow_hf.evaluation.metrics import count_asked
 from sparrow_hf.evaluation.report import write_report
 from sparrow_hf.evaluation.results import write_results
+from sparrow_hf.metrics import count_asked
 
 from oracles import drafting_around
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparrow_hf import GenerationStats, SparrowDraftModel
+from sparrow_hf.clocks import PhaseClock
 from sparrow_hf.evaluation import ProvenanceStreamer
-from sparrow_hf.generation.stats import PhaseClock
 
 from families import FAMILY_BY_NAME
 from oracles import drafting_around

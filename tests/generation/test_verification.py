@@ -32,14 +32,20 @@ def test_positions_are_the_roots_plus_depth_for_both_kinds() -> None:
 
 def test_walk_follows_the_targets_tokens() -> None:
     def run(tokens: list[int], stop_after: int = 99) -> tuple[list[int], int, int]:
-        emitted = []
+        committed: list[bool] = []
 
-        def emit(node: int) -> tuple[int, bool]:
-            emitted.append(tokens[len(emitted)])
-            return emitted[-1], len(emitted) >= stop_after
+        def choose(node: int) -> int:
+            return tokens[len(committed)]
 
-        path, accepted = walk(TREE, emit)
-        return path, accepted, len(emitted)
+        def commit(token: int, drafted: bool) -> bool:
+            assert token == tokens[len(committed)]
+            committed.append(drafted)
+            return len(committed) >= stop_after
+
+        path = walk(TREE, choose, commit)
+        # Only the last token of a round may be one that was not drafted.
+        assert all(committed[:-1])
+        return path, sum(committed), len(committed)
 
     assert run([99]) == ([0], 0, 1)  # nothing drafted fits
     assert run([12, 99]) == ([0, 2], 1, 2)

@@ -18,9 +18,9 @@ from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.testbed.pretrain import export
 from sparrow_hf.testbed.results import __main__ as command
 from sparrow_hf.testbed.results import analyses, cells, contenders, draft_steps
-from sparrow_hf.testbed.results.cells import Cell
+from sparrow_hf.testbed.results.arms import ARMS, CURVES, Role, arms_of
+from sparrow_hf.testbed.results.cells import CELLS, Cell
 from sparrow_hf.testbed.results.claims import OURS, PAPERS, paragraph
-from sparrow_hf.testbed.results.judges import RIVALS
 from sparrow_hf.testbed.results.report import arms_table
 from sparrow_hf.testbed.results.table import Results
 from sparrow_hf.training import ALL_VISUAL_ROWS
@@ -159,6 +159,13 @@ def test_every_contender_can_be_built_and_reads_what_it_learned_from(shipped: Pa
     assert set(layers.values()) == {0, 1}
 
 
+def test_one_table_knows_every_arm() -> None:
+    measured = {arm for cell in CELLS.values() for arm in cell.arms}
+    assert measured == set(ARMS) and set(CURVES) < measured
+    # No two arms are told apart by nothing.
+    assert len({entry.label for entry in ARMS.values()}) == len(ARMS)
+
+
 FAMILY = "qwen2_5_vl"
 
 
@@ -195,7 +202,7 @@ def verdict(title: str, results: Results) -> str:
 
 
 MSD, ALL_ROWS, PAPER = "draft:msd@chain-5", "draft:all-rows@chain-5", "draft:paper@chain-5"
-EVERY_RIVAL = {arm: {400: 3.0, 25_000: 3.0} for arm in RIVALS.values()}
+EVERY_RIVAL = {arm: {400: 3.0, 25_000: 3.0} for arm in arms_of(Role.RIVAL)}
 ABLATED = {"draft:no-bridge@chain-5": {400: 3.5, 25_000: 4.0}, "draft:no-mtp@chain-5": {400: 3.5, 25_000: 4.0}}
 
 

@@ -19,6 +19,7 @@ from sparrow_hf.training import (
     SparrowDataCollator,
     SparrowTrainer,
     SparrowTrainingArguments,
+    append_answer,
     load_rows,
     media_keys,
     refuse_shared_media,
@@ -274,3 +275,15 @@ def test_shared_media_are_refused(tmp_path, folder):
         TrainingDataError, match="held-out row 1 and training row 0: .*held-out row 2 and training row 3"
     ):
         refuse_shared_media(train, held_out)
+
+
+@pytest.mark.parametrize("answer", [[8, 9], (8, 9), torch.tensor([8, 9]), torch.tensor([[8, 9]]), np.array([8, 9])])
+def test_an_answer_may_be_a_list_or_a_tensor(answer: Any) -> None:
+    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.tensor([[0, 1, 1]])}
+    sample = append_answer(prompt, answer)
+    assert sample["input_ids"].tolist() == [[5, 6, 7, 8, 9]] and sample["answer_start"] == 3
+    assert sample["attention_mask"].tolist() == [[0, 1, 1, 1, 1]]
+
+
+def test_placeholder_ids_may_be_a_tensor() -> None:
+    assert SparrowDataCollator(None, torch.tensor([7, 8])).visual_token_ids == [7, 8]

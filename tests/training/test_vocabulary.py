@@ -31,6 +31,8 @@ COUNTS = torch.tensor([0, 0, 2, 2, 0, 3, 1, 0, 0, 0])
 def test_counts_by_hand():
     assert torch.equal(count_tokens(iter(ROWS), 10), COUNTS)
     assert count_tokens(ROWS, 10).dtype == torch.int64
+    tensors = [{"answer_ids": torch.tensor(row["answer_ids"], dtype=torch.long)} for row in ROWS]
+    assert torch.equal(count_tokens(tensors, 10), COUNTS)
 
 
 @pytest.mark.parametrize(

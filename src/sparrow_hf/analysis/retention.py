@@ -95,18 +95,24 @@ def replay(
     wanted = generator.layers_to_collect
     generator.prefill({layer: states[layer][:, at] for layer, at in wanted.items()}, answer_ids[0])
     features = torch.cat([states[layer][:, answered.prompt_length :] for layer in layers], dim=-1)
-    accepted, committed = [], 1
+    accepted: list[int] = []
+    committed = 1
 
-    def emit(node: int) -> tuple[int, bool]:
+    def choose(node: int) -> int:
+        return answer_ids[committed]
+
+    def commit(token: int, drafted: bool) -> bool:
         nonlocal committed
+        accepted[-1] += drafted
         committed += 1
-        return answer_ids[committed - 1], committed == len(answer_ids)
+        return committed == len(answer_ids)
 
     while committed < len(answer_ids):
         start = committed
         # A round commits at most one token more than it drafts.
         tree = generator.propose(max_levels=max_new_tokens - committed - 1)
-        accepted.append(walk(tree, emit)[1])
+        accepted.append(0)
+        walk(tree, choose, commit)
         if committed < len(answer_ids):
             # tokens      … root | a0  a1  a2        committed in this round
             # states of     root   a0  a1            what the next trees grow from

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import metrics
+
 #: A target does without its visual rows if it still predicts this share of its own answer.
 AGREEMENT_KEPT = 0.98
 #: ... and, where somebody scores answers, still gets this share of its score.
@@ -83,9 +85,13 @@ def _means(records: Sequence[Record], figure: str) -> dict[str, Any]:
 
 
 def _acceptance(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    rounds, tokens = sum(len(run["accepted"]) for run in runs), sum(run["tokens"] for run in runs)
-    accepted = sum(sum(run["accepted"]) for run in runs)
-    return {"tau": tokens / max(rounds, 1), "k": accepted / max(rounds, 1), "rounds": rounds}
+    accepted = [count for run in runs for count in run["accepted"]]
+    rounds = len(accepted)
+    return {
+        "tau": metrics.tau(sum(run["tokens"] for run in runs), rounds),
+        "k": metrics.accepted_per_round(sum(accepted), rounds),
+        "rounds": rounds,
+    }
 
 
 def recommend(pooled: Mapping[str, Any]) -> Recommendation:

@@ -41,7 +41,7 @@ def demo(
     plain generate(), and with 2 if something is missing.
     """
     with errors_as_sentences():
-        from ..evaluation.comparison import parse_tree
+        from ..configuration_sparrow import parse_tree_shape
         from ..evaluation.demo import load_models, print_verdict, question_about, run_demo, unseen_clips
 
         quiet_transformers()
@@ -49,7 +49,7 @@ def demo(
             raise VideoError("--video names the one clip to caption: leave out --clips and --output.")
         if video is not None and not video.is_file():
             raise VideoError(f"There is no video file at {video}. Check the path.")
-        shape = None if tree is None else parse_tree(tree)
+        shape = None if tree is None else parse_tree_shape(tree)
         console = Console()
         with console.status("Loading the models"):
             models = load_models(target, draft, processor, device, built_in_family(family, target))

@@ -1,11 +1,12 @@
 """Measuring: arms side by side on the same inputs, and the figures that come out of it."""
 
-from ..generation.stopwatch import StopWatch
+from ..clocks import StopWatch
+from ..configuration_sparrow import parse_tree_shape as parse_tree
+from ..measurement import Arm, compare, first_difference, measure, warm_up
+from ..metrics import Acceptance, Interval, Run, Speed, Spread, acceptance, end_to_end_ratio, speed, spread
+from ..prefill import PrefillSnapshot
 from .arms import Arms
 from .benchmark import Benchmark, Prompt
-from .comparison import Arm, compare, first_difference, measure, parse_tree, warm_up
-from .metrics import Acceptance, Interval, Run, Speed, Spread, acceptance, end_to_end_ratio, speed, spread
-from .prefill import PrefillSnapshot
 from .results import write_results
 from .run_file import RunFile
 from .streaming import ProvenanceStreamer

@@ -8,16 +8,16 @@ from typing import Any
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from .._transformers import commit_of
-from ..configuration_sparrow import TREE_PRESETS
+from ..configuration_sparrow import TREE_PRESETS, parse_tree_shape
 from ..errors import BenchmarkError
 from ..generation.integration import follow
+from ..measurement import NO_DRAFT, PLAIN, Arm
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import EVERY_VISUAL_ROW
 from . import baselines  # noqa: F401 - so that AutoModel knows their drafts
-from .comparison import Arm, parse_tree
+from .baselines.specvlm import PrunedPromptArm
 from .run_file import digest
 
-PLAIN, NO_DRAFT = "plain", "none"
 PROMPT_LOOKUP_TOKENS = 5
 
 _DRAFT = re.compile(r"draft(?::(?P<source>.+?))?(?:@(?P<tree>[^/@]+))?(?:/glimpse=(?P<glimpse>\d+|all))?")
@@ -71,14 +71,15 @@ class Arms:
             return Arm(name, prompt_lookup_num_tokens=int(found["tokens"] or PROMPT_LOOKUP_TOKENS))
         kind, _, source = name.partition(":")
         if kind in ("assistant", "specvlm") and source:
-            return Arm(name, assistant=self._assistant(source), prunes_prompt=kind == "specvlm")
+            made = PrunedPromptArm if kind == "specvlm" else Arm
+            return made(name, assistant=self._assistant(source))
         if found := _DRAFT.fullmatch(name):
             draft = self._bound_draft(name, found["source"])
             glimpse = found["glimpse"]
             return Arm(
                 name,
                 draft,
-                parse_tree(found["tree"]) if found["tree"] else draft.config.tree_shape,
+                parse_tree_shape(found["tree"]) if found["tree"] else draft.config.tree_shape,
                 EVERY_VISUAL_ROW if glimpse == "all" else int(glimpse) if glimpse else draft.config.num_glimpse_tokens,
             )
         raise BenchmarkError(

@@ -15,9 +15,9 @@ from transformers import BatchFeature, PreTrainedModel
 
 from ..configuration_sparrow import visual_token_ids
 from ..errors import BenchmarkError
+from ..measurement import Arm, compare, num_rounds, warm_up
 from ..rows import EVERY_VISUAL_ROW, visual_mask
 from ..targets import unwrap
-from .comparison import Arm, compare, num_rounds, warm_up
 from .provenance import provenance
 from .run_file import RunFile
 
@@ -57,9 +57,9 @@ class Benchmark:
             measured once, under the first.
         max_new_tokens: Longest answer.
         shared_prefill: Compute the prompt once for all arms (see
-            [`~sparrow_hf.evaluation.prefill.PrefillSnapshot`]).
+            [`~sparrow_hf.prefill.PrefillSnapshot`]).
         repeats: How often each arm answers each prompt; its median call counts (see
-            [`~sparrow_hf.evaluation.comparison.compare`]).
+            [`~sparrow_hf.measurement.compare`]).
         is_content: Whether a token id belongs to a content word, for the split of acceptance.
         conditions: What else must not change between two parts of a measurement, JSON types: digests of the weights,
             where the prompts came from and how they were read.

@@ -17,15 +17,15 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from ..configuration_sparrow import TREE_PRESETS, TreeShape
 from ..errors import SparrowError
+from ..measurement import NO_DRAFT, PLAIN, Arm, compare, warm_up
+from ..metrics import Acceptance, Run, Speed, acceptance, speed
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import visual_mask
 from ..video import prepare_inputs
-from .comparison import Arm, compare, warm_up
-from .metrics import Acceptance, Run, Speed, acceptance, speed
 from .provenance import provenance
 from .streaming import ProvenanceStreamer
 
-PLAIN, SPARROW, SAME_ENGINE = "plain", "sparrow", "same engine, no draft"
+DRAFT = "draft"
 DRAFTED_STYLE, OWN_STYLE = "bold green", "yellow"
 #: A single clip is measured more than once, and in both orders.
 SINGLE_CLIP_REPEATS = 2
@@ -73,16 +73,16 @@ class Verdict:
 
     @property
     def acceptance(self) -> Acceptance:
-        return acceptance(self.runs[SPARROW])
+        return acceptance(self.runs[DRAFT])
 
     @property
     def speed(self) -> Speed:
-        return speed(self.runs[PLAIN], self.runs[SPARROW])
+        return speed(self.runs[PLAIN], self.runs[DRAFT])
 
     @property
     def same_engine(self) -> Speed:
         """Our loop without a draft: what of the speed-up is not the draft's."""
-        control = self.runs[SAME_ENGINE]
+        control = self.runs[NO_DRAFT]
         return speed(self.runs[PLAIN][: len(control)], control)
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Verdict:
             "ms_per_token": faster.ms_per_token.median,
             "same_engine_dsr": control.dsr.median,
             "same_engine_esr": control.esr.median,
-            "draft_cache_rows": max(run.draft_cache_rows or 0 for run in self.runs[SPARROW]),
+            "draft_cache_rows": max(run.draft_cache_rows or 0 for run in self.runs[DRAFT]),
             "provenance": self.provenance,
         }
 
@@ -212,7 +212,7 @@ def run_demo(
     """
     target, processor, draft = models
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    arms = [Arm(PLAIN), Arm(SPARROW, draft, tree), Arm(SAME_ENGINE, draft, TREE_PRESETS["none"])]
+    arms = [Arm(PLAIN), Arm(DRAFT, draft, tree), Arm(NO_DRAFT, draft, TREE_PRESETS["none"])]
     repeats = SINGLE_CLIP_REPEATS if clips == 1 else 1
     runs: dict[str, list[Run]] = {arm.name: [] for arm in arms}
     lengths = []
@@ -269,7 +269,7 @@ def _stream(
                 text.append(piece, style)
                 live.refresh()
 
-            with arm.options() as options:
+            with arm.options(models.target, inputs) as options:
                 streamer = ProvenanceStreamer(tokenizer, show, arm.draft)
                 models.target.generate(**inputs, **settings, **options, streamer=streamer)
         console.print()
@@ -288,8 +288,8 @@ def _progress(console: Console) -> Progress:
 
 
 def _so_far(runs: dict[str, list[Run]]) -> str:
-    same = sum(run.differs_at is None for run in runs[SPARROW])
-    return f"Measuring: {same}/{len(runs[SPARROW])} identical, τ {acceptance(runs[SPARROW]).tau:.2f}"
+    same = sum(run.differs_at is None for run in runs[DRAFT])
+    return f"Measuring: {same}/{len(runs[DRAFT])} identical, τ {acceptance(runs[DRAFT]).tau:.2f}"
 
 
 def print_verdict(verdict: Verdict, console: Console) -> None:

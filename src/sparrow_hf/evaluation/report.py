@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .arms import PLAIN
+from ..measurement import PLAIN
 from .results import KEY, merge
 
 INTRODUCTION = """# Results

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arms import PLAIN
-from .metrics import Run, acceptance, speed
+from ..measurement import PLAIN
+from ..metrics import Run, acceptance, speed
 from .run_file import read_lines
 
 KEY = ("benchmark", "family", "length", "temperature", "seed")

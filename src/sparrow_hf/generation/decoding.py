@@ -9,12 +9,13 @@ from transformers.generation import BaseStreamer
 
 from .. import _transformers
 from .._transformers import CACHE, GenerateOutput
+from ..clocks import PhaseClock
 from ..errors import UnsupportedGenerationError
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
 from .candidate_generator import SparrowCandidateGenerator
 from .emission import TokenEmitter
-from .stats import GenerationStats, PhaseClock
+from .stats import GenerationStats
 from .tree import CandidateTree
 from .verification import commit_path, tree_attention_mask, tree_position_ids, walk
 
@@ -84,7 +85,6 @@ def speculative_decode(
                 past_length = cache.get_seq_length()
                 with HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids)).active() as collector:
                     outputs = target(**verification_inputs(target, tree, model_kwargs), return_dict=True)
-                stats.accepted.append(0)
                 path = accept(tree, outputs.logits, emitter, stats)
                 commit_path(cache, path, len(tree))
                 model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
@@ -113,20 +113,22 @@ def speculative_decode(
 
 
 def accept(tree: CandidateTree, logits: Tensor, emitter: TokenEmitter, stats: GenerationStats) -> list[int]:
-    """Walks the tree with the target's `(1, N, V)` logits, committing tokens; returns the path (see [`walk`])."""
+    """One round: walks the tree with the target's `(1, N, V)` logits, committing tokens; returns their path."""
     logits = logits[:, -len(tree) :]
     argmax = logits[0].float().argmax(dim=-1).tolist() if emitter.takes_argmax else None
 
-    def emit(node: int) -> tuple[int, bool]:
-        token = emitter.choose(logits[:, node], None if argmax is None else argmax[node])
+    def choose(node: int) -> int:
+        return emitter.choose(logits[:, node], None if argmax is None else argmax[node])
+
+    def commit(token: int, drafted: bool) -> bool:
         # Counted before the token is streamed, so that a streamer can tell drafted tokens from the target's own.
-        stats.accepted[-1] += token in tree.children[node]
+        stats.accepted[-1] += drafted
         stats.new_tokens += 1
         emitter.commit(token)
-        return token, emitter.finished
+        return emitter.finished
 
-    path, stats.accepted[-1] = walk(tree, emit)
-    return path
+    stats.accepted.append(0)
+    return walk(tree, choose, commit)
 
 
 def verification_inputs(target: PreTrainedModel, tree: CandidateTree, model_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -37,24 +37,27 @@ def tree_position_ids(tree: CandidateTree, root_position: Tensor) -> Tensor:
     return root_position + tree.depths.to(root_position.device)
 
 
-def walk(tree: CandidateTree, emit: Callable[[int], tuple[int, bool]]) -> tuple[list[int], int]:
+def walk(tree: CandidateTree, choose: Callable[[int], int], commit: Callable[[int, bool], bool]) -> list[int]:
     """Follows the target's own tokens down the tree (paper, section 3.6).
 
+    Both callables are called exactly once per committed token, in order.
+
     Args:
-        emit: Called with a node; commits the target's token after that node and returns it with whether generation
-            is finished. It is called exactly once per committed token, in order.
+        choose: Node → the target's token after it.
+        commit: Takes that token and whether it had been drafted; returns whether generation is finished. The token
+            that stops generation may be a drafted one.
 
     Returns:
-        path: Nodes whose successor was committed: the root, then the accepted nodes the walk left again. Their keys
-            and values are what the target's cache must keep.
-        num_accepted: Committed tokens that had been drafted. The token that stops generation may be one.
+        Nodes whose successor was committed: the root, then the accepted nodes the walk left again. Their keys and
+        values are what the target's cache must keep.
     """
     node, path = 0, [0]
     while True:
-        token, finished = emit(node)
+        token = choose(node)
         child = tree.children[node].get(token)
+        finished = commit(token, child is not None)
         if finished or child is None:
-            return path, len(path) - (child is None)
+            return path
         node = child
         path.append(node)
 

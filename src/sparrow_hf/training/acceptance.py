@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
+from .. import metrics
 from .passes import DraftBatch
 
 
@@ -24,12 +25,12 @@ def count_acceptance(batch: DraftBatch, matches: Sequence[Tensor]) -> Tensor:
     depth = len(matches)
     agreed = [(match & batch.has_loss(step)).sum() for step, match in enumerate(matches)]
     rows = [batch.has_loss(step).sum() for step in range(depth)]
-    lengths = torch.stack(walk(batch, matches))
-    accepted = [(lengths >= step).sum() for step in range(1, depth + 1)]
-    return torch.stack((*agreed, *rows, *accepted, torch.tensor(len(lengths), device=lengths.device)))[None]
+    accepted = walk(batch, matches)
+    reaching = metrics.count_reaching(accepted, depth)
+    return torch.cat((torch.stack((*agreed, *rows)), agreed[0].new_tensor([*reaching, len(accepted)])))[None]
 
 
-def walk(batch: DraftBatch, matches: Sequence[Tensor]) -> list[Tensor]:
+def walk(batch: DraftBatch, matches: Sequence[Tensor]) -> list[int]:
     """Decodes on paper: accepted tokens of each round of a chain of D tokens, on the answers of the batch.
 
     A chain that starts at loss row u and accepts k tokens is followed by the target's own token, so the next one
@@ -43,11 +44,11 @@ def walk(batch: DraftBatch, matches: Sequence[Tensor]) -> list[Tensor]:
         alive[:, : match.shape[1]] &= match & batch.has_loss(step)
         lengths += alive
     rounds = []
-    for sample, num_rows in zip(lengths.cpu(), batch.num_loss_rows.tolist(), strict=True):
+    for sample, num_rows in zip(lengths.tolist(), batch.num_loss_rows.tolist(), strict=True):
         start = 0
         while start < num_rows:
             rounds.append(sample[start])
-            start += int(sample[start]) + 1
+            start += sample[start] + 1
     return rounds
 
 
@@ -58,13 +59,16 @@ def acceptance_metrics(prediction: EvalPrediction) -> dict[str, float]:
         `k` accepted drafts per round, `tau` = k + 1 tokens per target forward, `accepted_j` = P(k ≥ j), and
         `agreement_s`, the share of all rows of pass s (from 1) whose token is the target's.
     """
-    counts = np.asarray(prediction.predictions).sum(axis=0)
-    depth = (len(counts) - 1) // 3
-    agreed, rows, accepted, (rounds,) = np.split(counts, [depth, 2 * depth, 3 * depth])
-    return summarize(agreed.tolist(), rows.tolist()) | {
-        "k": float(accepted.sum() / rounds),
-        "tau": float(accepted.sum() / rounds + 1),
-        **{f"accepted_{step}": float(count / rounds) for step, count in enumerate(accepted, start=1)},
+    *counts, rounds = np.asarray(prediction.predictions).sum(axis=0).tolist()
+    depth = len(counts) // 3
+    agreed, rows, reaching = counts[:depth], counts[depth : 2 * depth], counts[2 * depth :]
+    # A round of k tokens was counted k times: as one of at least 1, of at least 2, … of at least k.
+    accepted = sum(reaching)
+    shares = metrics.per_position(reaching, rounds)
+    return summarize(agreed, rows) | {
+        "k": metrics.accepted_per_round(accepted, rounds),
+        "tau": metrics.tau(accepted + rounds, rounds),
+        **{f"accepted_{step}": share for step, share in enumerate(shares, start=1)},
     }
 
 

@@ -1,6 +1,5 @@
 """Watching a draft learn: it decodes held-out prompts, and the result stands beside the teacher-forced figures."""
 
-import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    PreTrainedModel,
     ProcessorMixin,
     TrainerCallback,
     TrainerControl,
@@ -19,7 +17,8 @@ from transformers import (
 )
 
 from ..errors import TrainingDataError
-from ..generation.stopwatch import StopWatch
+from ..measurement import PLAIN, Arm, compare
+from ..metrics import Run, acceptance, speed
 from ..modeling_sparrow import SparrowDraftModel
 from .trainer import SparrowTrainer
 
@@ -97,41 +96,23 @@ def decode(
         out if no answer got past its first token.
     """
     target = draft.target.model
-    arms: dict[str, dict[str, Any]] = {"draft": {"assistant_model": draft}, "plain": {}}
-    levels = draft.config.tree_shape.num_draft_levels
-    accepted: list[int] = []
-    decoded_tokens = 0
-    same: list[bool] = []
-    speed_ups: list[float] = []
+    arms = [Arm(PLAIN), Arm("draft", draft)]
+    runs: dict[str, list[Run]] = {arm.name: [] for arm in arms}
     with evaluation_mode(draft):
-        for number, prompt in enumerate(prompts):
+        for turn, prompt in enumerate(prompts):
             inputs = {name: value.to(target.device) for name, value in prompt.items()}
-            # Neither arm is always the one that pays for what is only done once.
-            order = sorted(arms, reverse=number % 2 == 1)
-            watches = {name: _timed(target, inputs | settings | arms[name], seed) for name in order}
-            speculative, plain = watches["draft"], watches["plain"]
-            if (stats := draft.last_generation) is not None:
-                accepted += stats.accepted
-            decoded_tokens += len(speculative.tokens) - 1
-            same.append(plain.tokens == speculative.tokens)
-            if len(plain.tokens) > 1 and len(speculative.tokens) > 1:
-                speed_ups.append(plain.seconds_per_token / speculative.seconds_per_token)
-    rounds = max(len(accepted), 1)
+            for name, run in compare(target, arms, inputs, settings, turn, seed).items():
+                runs[name].append(run)
+    plain, drafted = runs.values()
+    taken = acceptance(drafted)
     figures = {
-        "decoded_tau": decoded_tokens / rounds,
-        "decoded_k": sum(accepted) / rounds,
-        **{f"decoded_accepted_{j}": sum(count >= j for count in accepted) / rounds for j in range(1, levels + 1)},
-        "identical": sum(same) / len(same),
+        "decoded_tau": taken.tau,
+        "decoded_k": taken.k,
+        **{f"decoded_accepted_{j}": share for j, share in enumerate(taken.per_position, start=1)},
+        "identical": sum(run.differs_at is None for run in drafted) / len(drafted),
     }
-    return figures | ({"dsr": statistics.median(speed_ups)} if speed_ups else {})
-
-
-def _timed(target: PreTrainedModel, arguments: dict[str, Any], seed: int) -> StopWatch:
-    """One `generate()` call: its tokens and its seconds."""
-    torch.manual_seed(seed)
-    with StopWatch(target) as watch:
-        target.generate(**arguments, streamer=watch)
-    return watch
+    decoded = [pair for pair in zip(plain, drafted, strict=True) if all(run.decode_tokens for run in pair)]
+    return figures | ({"dsr": speed(*zip(*decoded, strict=True)).dsr.median} if decoded else {})
 
 
 @contextmanager

@@ -125,15 +125,16 @@ def check_sample(input_ids: Tensor, answer_start: int, visual_token_ids: list[in
         raise TrainingDataError("the answer holds visual placeholders; only prompts may")
 
 
-def append_answer(inputs: Mapping[str, Any], answer_ids: Sequence[int]) -> dict[str, Any]:
+def append_answer(inputs: Mapping[str, Any], answer_ids: Sequence[int] | Tensor) -> dict[str, Any]:
     """The processed conversation of a processed prompt and its answer.
 
     Args:
         inputs: What the target's processor returned for one prompt, generation prompt included.
-        answer_ids: Tokens of the answer, end of turn included if it was reached.
+        answer_ids: Tokens of the answer, a list or an `(A,)` or `(1, A)` tensor, end of turn included if it was
+            reached.
     """
     prompt = inputs["input_ids"]
-    answer = torch.tensor([list(answer_ids)], dtype=prompt.dtype, device=prompt.device)
+    answer = torch.as_tensor(answer_ids, dtype=prompt.dtype, device=prompt.device).reshape(1, -1)
     sample = dict(inputs)
     for name, value in inputs.items():
         # Whatever has one entry per token grows with the answer: its type is text (0), it is attended to (1).
@@ -166,13 +167,13 @@ class SparrowDataCollator:
     def __init__(
         self,
         processor: ProcessorMixin | None = None,
-        visual_token_ids: Sequence[int] | None = None,
+        visual_token_ids: Sequence[int] | Tensor | None = None,
         on_bad_row: Literal["refuse", "skip"] = "refuse",
         fps: float | None = None,
         max_frames: int | None = None,
     ):
         self.processor = processor
-        self.visual_token_ids = list(visual_token_ids or [])
+        self.visual_token_ids = [] if visual_token_ids is None else [int(token) for token in visual_token_ids]
         self.on_bad_row = on_bad_row
         self.fps = fps
         self.max_frames = max_frames

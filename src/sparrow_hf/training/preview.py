@@ -1,6 +1,5 @@
 """What a training would learn from and what it would cost, told before it starts."""
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .._transformers import on_device
+from ..clocks import now
 from ..rows import visual_mask
 from .trainer import SparrowTrainer
 
@@ -129,15 +129,13 @@ def estimate_cost(trainer: SparrowTrainer, target: nn.Module) -> CostEstimate:
         torch.cuda.reset_peak_memory_stats(args.device)
     seconds, longest = [], 0
     for row in rows:
-        start = time.perf_counter()
+        start = now(args.device)
         inputs = trainer.data_collator([row])
         for sample in inputs["samples"]:
             longest = max(longest, sample["input_ids"].shape[-1])
         draft.train()
         trainer.compute_loss(draft, on_device(trainer, inputs)).backward()
-        if on_cuda:
-            torch.cuda.synchronize(args.device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now(args.device) - start)
     draft.zero_grad()
     trainer._pass_counts = {}
 

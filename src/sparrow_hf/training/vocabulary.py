@@ -77,7 +77,7 @@ def count_tokens(rows: Iterable[Mapping[str, Any]], vocab_size: int) -> Tensor:
                 f"row {index} has no 'answer_ids' (it has {', '.join(sorted(row)) or 'nothing'}): count the answers "
                 "that `sparrow regenerate` wrote"
             )
-        ids = row["answer_ids"]
+        ids = [int(token) for token in row["answer_ids"]]
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise TrainingDataError(
                 f"row {index} holds the token ids {min(ids)} … {max(ids)}, but the target has 0 … {vocab_size - 1}: "

@@ -18,6 +18,7 @@ from transformers.generation import CandidateGenerator
 from ..._transformers import CACHE, drop_newest, replaced_candidate_generator
 from ...analysis.attention import watching_attention
 from ...configuration_sparrow import visual_token_ids
+from ...measurement import Arm
 from ...rows import visual_mask
 from ...targets import TargetView, unwrap
 
@@ -75,6 +76,22 @@ def drafting_on_pruned_prompts(
 
         stack.enter_context(replaced_candidate_generator(model, generator))
         yield
+
+
+class PrunedPromptArm(Arm):
+    """An arm whose assistant drafts on the pruned prompt."""
+
+    @property
+    def num_draft_levels(self) -> int:
+        """Most draft tokens a round can accept."""
+        return NUM_DRAFT_TOKENS
+
+    @contextmanager
+    def options(self, target: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Arguments this arm adds to `target.generate(**inputs)`; the assistant is given its own prompt inside."""
+        assert self.assistant is not None
+        with super().options(target, inputs) as options, drafting_on_pruned_prompts(target, self.assistant, inputs):
+            yield options
 
 
 class PrunedPromptGenerator(CandidateGenerator):

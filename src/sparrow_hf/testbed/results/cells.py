@@ -1,7 +1,4 @@
-"""What `make results` measures: cells of arms that answer the same prompts.
-
-An arm's name is `sparrow bench`'s; `draft:NAME` is a contender (see `contenders.py`).
-"""
+"""What `make results` measures: cells of arms (see `arms.py`) that answer the same prompts."""
 
 from __future__ import annotations
 
@@ -17,35 +14,19 @@ from ...evaluation.arms import Arms
 from ...evaluation.benchmark import Benchmark, Prompt
 from ...evaluation.results import pool_runs, result_row
 from ...evaluation.run_file import digest, read_lines
+from ...measurement import NO_DRAFT
 from ..captions import STYLES
 from ..prompts import clip_prompts, picture_prompts, says_what_it_shows, text_prompts
-from .contenders import SHIPPED_DRAFT, SIBLING, is_finished
+from .arms import ARMS, BLIND, MSD, PAPER, PROMPT_LOOKUP, VISPEC, Role, arms_of
+from .contenders import SHIPPED_DRAFT, is_finished
 
 MAX_NEW_TOKENS = 320
 
-_DEFAULT = ("draft:sparrow@chain-5", "draft:sparrow@chain-7", "draft:sparrow@30-4-8", "draft:sparrow@48-5-10")
-_RIVALS = (
-    "prompt-lookup",
-    f"assistant:{SIBLING}",
-    f"specvlm:{SIBLING}",
-    "draft:text-only@chain-5",
-    "draft:msd@chain-5",
-    "draft:msd@chain-5/glimpse=0",
-    "draft:vispec@chain-5",
-    "draft:hivis@chain-5",
-)
-_PAPER = ("draft:paper@chain-5", "draft:paper@chain-5/glimpse=all")
-_ABLATIONS = (
-    "draft:no-bridge@chain-5",
-    "draft:no-bridge@chain-5/glimpse=all",
-    "draft:no-mtp@chain-5",
-    "draft:all-rows@chain-5",
-)
-_GLIMPSES = tuple(f"draft:sparrow@chain-5/glimpse={rows}" for rows in (0, 16, 256, "all"))
-_TREES = ("draft:paper@48-5-10", "draft:msd@48-5-10", "draft:vispec@48-5-10", "draft:hivis@48-5-10")
-_ALL = ("none", *_DEFAULT, *_RIVALS, *_PAPER, *_ABLATIONS, *_GLIMPSES, *_TREES)
-_LONG = ("none", *_DEFAULT, *_RIVALS, *_PAPER, *_ABLATIONS, *_GLIMPSES[:1])
-_FEW = ("none", "prompt-lookup", *_DEFAULT, "draft:paper@chain-5", "draft:msd@chain-5", "draft:vispec@chain-5")
+_DEFAULT = arms_of(Role.DEFAULT)
+_ALL = tuple(ARMS)
+_LONG = (*arms_of(Role.CONTROL, Role.RIVAL, Role.RECIPE, Role.DEFAULT), BLIND)
+_OTHER_GLIMPSES = tuple(arm for arm in arms_of(Role.GLIMPSE) if arm != BLIND)
+_FEW = (NO_DRAFT, PROMPT_LOOKUP, *_DEFAULT, PAPER, MSD, VISPEC)
 
 
 @dataclass(frozen=True)
@@ -78,13 +59,13 @@ CELLS: dict[str, Cell] = {
     "video-13000": Cell(_LONG, 4, 13_000, repeats=3),
     "video-25000": Cell(_LONG, 4, 25_000, repeats=3),
     # What the long cells leave out of the sizes of a glimpse.
-    "glimpse-13000": Cell(_GLIMPSES[1:], 4, 13_000, repeats=3),
-    "glimpse-25000": Cell(_GLIMPSES[1:], 4, 25_000, repeats=3),
+    "glimpse-13000": Cell(_OTHER_GLIMPSES, 4, 13_000, repeats=3),
+    "glimpse-25000": Cell(_OTHER_GLIMPSES, 4, 25_000, repeats=3),
     "sampling-400": Cell(_FEW, 16, 400, temperature=1.0),
     "sampling-3000": Cell(_FEW, 8, 3000, temperature=1.0, repeats=3),
     "pictures": Cell(_FEW, 16, kind="picture"),
     "text": Cell(_FEW, len(STYLES) * 2, kind="text"),
-    "bfloat16-400": Cell(("none", *_DEFAULT), 16, 400, dtype="bfloat16"),
+    "bfloat16-400": Cell((NO_DRAFT, *_DEFAULT), 16, 400, dtype="bfloat16"),
 }
 VIDEO, GLIMPSE = "video-", "glimpse-"
 """Cells of greedy answers about clips are called so; the same stories come first in all of them."""

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from .arms import DEFAULT, PAPER
 from .judges import (
-    DEFAULT,
-    PAPER,
     TRUSTED,
     Judged,
     ablation,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ...evaluation import Arm, RunFile, parse_tree
+from ...evaluation import RunFile
 from ...evaluation.provenance import provenance
 from ...evaluation.run_file import digest, read_lines
 from ...generation.candidate_generator import SparrowCandidateGenerator
@@ -50,8 +50,8 @@ def measure_draft_steps(target_folder: Path, target: Any, processor: Any, draft_
         prompts = {tokens: clip_inputs(target, processor, seed, tokens) for tokens in VISUAL_TOKENS}
         milliseconds: dict[str, dict[str, float]] = {}
         for tree in TREES:
-            with Arm(tree, draft, parse_tree(tree)).options():
-                generators = {tokens: prefilled_generator(target, draft, inputs) for tokens, inputs in prompts.items()}
+            draft.config.set_tree_shape(tree)
+            generators = {tokens: prefilled_generator(target, draft, inputs) for tokens, inputs in prompts.items()}
             seconds: dict[int, list[float]] = {tokens: [] for tokens in generators}
             for repeat in range(REPEATS):
                 # Interleaved, and in turns first: whatever else the machine does meets all lengths alike.

@@ -7,22 +7,11 @@ from typing import TYPE_CHECKING
 
 from ...analysis import draw_figures
 from ...plotting import COLOURS, INK, dress, new_figure, save
+from .arms import CURVES, DEFAULT, legend_of
 from .table import NAMES, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-#: Arm → what a legend calls it.
-CURVES = {
-    "draft:sparrow@chain-5": "Sparrow, glimpse of 64",
-    "draft:paper@chain-5": "Sparrow as published",
-    "draft:all-rows@chain-5": "all middle-layer rows",
-    "draft:msd@chain-5": "MSD-like",
-    "draft:msd@chain-5/glimpse=0": "MSD-like, rows deleted",
-    "draft:vispec@chain-5": "ViSpec-like",
-    "draft:hivis@chain-5": "HiViS-like",
-    "prompt-lookup": "prompt lookup",
-}
 
 
 def draw_all(results: Results, folder: Path) -> dict[str, list[Path]]:
@@ -47,11 +36,17 @@ def draw_lengths(results: Results, name: str, label: str) -> Figure:
     figure, panels = new_figure(len(results.families))
     for axes, family in zip(panels, results.families, strict=True):
         lengths = results.lengths(family)
-        for index, (arm, curve) in enumerate(CURVES.items()):
+        for index, arm in enumerate(CURVES):
             points = [(length, row[name]) for length, row in sorted(results.by_length(family, arm).items())]
             if points:
-                width = 3 if arm.startswith("draft:sparrow") else 1.3
-                axes.plot(*zip(*points, strict=True), color=COLOURS[index], marker="o", ms=3, lw=width, label=curve)
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=COLOURS[index],
+                    marker="o",
+                    ms=3,
+                    lw=3 if arm == DEFAULT else 1.3,
+                    label=legend_of(arm),
+                )
         axes.axhline(1, color=INK, lw=0.8, linestyle=":")
         axes.set_xscale("log")
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths], minor=False)

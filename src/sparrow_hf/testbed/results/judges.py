@@ -9,23 +9,29 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ...measurement import NO_DRAFT
+from .arms import (
+    ALL_ROWS,
+    BLIND,
+    DEFAULT,
+    HIVIS,
+    MSD,
+    MSD_BLIND,
+    NO_IVSB,
+    NO_MTP,
+    NO_VATA,
+    PAPER,
+    Role,
+    arms_of,
+    in_our_loop,
+    name_of,
+)
 from .table import Results
 
 Judged = tuple[bool | None, str]
 """Whether it holds (`None`: cannot be told), and the figures."""
 
 NOT_MEASURED: Judged = (None, "not measured.")
-PAPER, DEFAULT = "draft:paper", "draft:sparrow"
-RIVALS = {
-    "prompt lookup": "prompt-lookup",
-    "a small sibling": "assistant:sibling",
-    "SpecVLM-like": "specvlm:sibling",
-    "text-only": "draft:text-only@chain-5",
-    "MSD-like": "draft:msd@chain-5",
-    "MSD-like without its visual rows": "draft:msd@chain-5/glimpse=0",
-    "ViSpec-like": "draft:vispec@chain-5",
-    "HiViS-like": "draft:hivis@chain-5",
-}
 TRUSTED = 0.95
 """A target is trusted where at least this share of its own claims are right."""
 
@@ -51,8 +57,7 @@ def taus_of(results: Results, family: str, arms: Mapping[str, str]) -> dict[str,
 
 def dilution(results: Results, family: str) -> Judged:
     """τ of drafts that keep everything."""
-    arms = {"MSD-like": "draft:msd@chain-5", "all middle-layer rows": "draft:all-rows@chain-5"}
-    found = taus_of(results, family, arms)
+    found = taus_of(results, family, {name_of(arm): arm for arm in (MSD, ALL_ROWS)})
     if not found:
         return NOT_MEASURED
     falls = [values[max(values)] < 0.9 * values[min(values)] for values in found.values()]
@@ -61,42 +66,37 @@ def dilution(results: Results, family: str) -> Judged:
 
 def negative_gain(results: Results, family: str) -> Judged:
     """MSD with and without its visual rows."""
-    kept, deleted = (taus(results, family, f"draft:msd@chain-5{glimpse}") for glimpse in ("", "/glimpse=0"))
+    kept, deleted = (taus(results, family, arm) for arm in (MSD, MSD_BLIND))
     if not kept or not deleted:
         return NOT_MEASURED
     longest = max(kept)
-    return deleted[longest] > kept[longest], f"MSD-like with all rows τ {listed(kept)}; without {listed(deleted)}."
+    text = f"{name_of(MSD)} with all rows τ {listed(kept)}; without {listed(deleted)}."
+    return deleted[longest] > kept[longest], text
 
 
 def ablation(results: Results, family: str) -> Judged:
     """The published recipe and what is left of it without one of its parts."""
-    arms = {
-        "all three": "draft:paper@chain-5",
-        "without VATA": "draft:paper@chain-5/glimpse=all",
-        "without IVSB": "draft:no-bridge@chain-5",
-        "without MTP": "draft:no-mtp@chain-5",
-    }
+    arms = {"all three": PAPER} | {name_of(arm): arm for arm in (NO_VATA, NO_IVSB, NO_MTP)}
     found = taus_of(results, family, arms)
     if not found:
         return NOT_MEASURED
-    whole = found.pop("all three")
+    whole, no_vata, no_ivsb, no_mtp = found.values()
     shortest, longest = min(whole), max(whole)
     helps = [
-        found["without VATA"][longest] < whole[longest],
-        found["without IVSB"][shortest] < whole[shortest],
-        found["without MTP"][shortest] < whole[shortest],
+        no_vata[longest] < whole[longest],
+        no_ivsb[shortest] < whole[shortest],
+        no_mtp[shortest] < whole[shortest],
     ]
-    parts = [f"{name} τ {listed(values)}" for name, values in {"all three": whole, **found}.items()]
-    return all(helps), "; ".join(parts) + "."
+    return all(helps), "; ".join(f"{name} τ {listed(values)}" for name, values in found.items()) + "."
 
 
 def glimpse(results: Results, family: str) -> Judged:
     """The default against drafts without visual rows: itself, one trained so, and the published recipe."""
     arms = {
-        "glimpse of 64": "draft:sparrow@chain-5",
-        "the same draft without": "draft:sparrow@chain-5/glimpse=0",
-        "trained without (HiViS-like)": "draft:hivis@chain-5",
-        "as published": "draft:paper@chain-5",
+        "glimpse of 64": DEFAULT,
+        "the same draft without": BLIND,
+        f"trained without ({name_of(HIVIS)})": HIVIS,
+        "as published": PAPER,
     }
     found = taus_of(results, family, arms)
     if not found:
@@ -158,20 +158,20 @@ def similarity(results: Results, family: str) -> Judged:
 
 
 def fastest(results: Results, family: str, draft: str) -> Judged:
-    """A draft's chain of 5 against the best rival's, from 3,000 visual tokens on."""
+    """A draft against the best rival's, from 3,000 visual tokens on."""
     parts, ahead = [], []
     for length in results.lengths(family):
-        own = results.row(family, f"video-{length}", f"{draft}@chain-5")
-        found = {name: results.row(family, f"video-{length}", arm) for name, arm in RIVALS.items()}
-        rivals = {name: row for name, row in found.items() if row is not None}
-        if own is None or len(rivals) < len(RIVALS):
+        own = results.row(family, f"video-{length}", draft)
+        found = [results.row(family, f"video-{length}", arm) for arm in arms_of(Role.RIVAL)]
+        rivals = [row for row in found if row is not None]
+        if own is None or len(rivals) < len(found):
             continue
-        name, best = max(rivals.items(), key=lambda rival: rival[1]["dsr"])
+        best = max(rivals, key=lambda row: row["dsr"])
         if length >= 3000:
             ahead.append(own["dsr"] > best["dsr"])
         pairs = list(zip(own["dsr_per_prompt"], best["dsr_per_prompt"], strict=True))
         parts.append(
-            f"{own['dsr']:.2f} against {best['dsr']:.2f} ({name}) at {length:,}, margin "
+            f"{own['dsr']:.2f} against {best['dsr']:.2f} ({name_of(best['arm'])}) at {length:,}, margin "
             f"{own['dsr'] / best['dsr'] - 1:+.0%}, ahead on {sum(mine > its for mine, its in pairs)} of {len(pairs)} "
             "prompts"
         )
@@ -183,10 +183,7 @@ def never_behind(results: Results, family: str) -> Judged:
     rows = [
         row
         for row in results.rows
-        if row["family"] == family
-        and row["arm"].startswith(f"{DEFAULT}@")
-        and "/" not in row["arm"]
-        and row["provenance"]["dtype"] == "float32"
+        if row["family"] == family and row["arm"] in arms_of(Role.DEFAULT) and row["provenance"]["dtype"] == "float32"
     ]
     chains = [row for row in rows if "@chain-" in row["arm"]]
     if not chains:
@@ -201,7 +198,7 @@ def never_behind(results: Results, family: str) -> Judged:
     own = [
         row["dsr"] / control["dsr"]
         for row in chains
-        if (control := results.row(family, row["benchmark"], "none")) is not None
+        if (control := results.row(family, row["benchmark"], NO_DRAFT)) is not None
     ]
     if own:
         text += f"; against our own loop without a draft at least {min(own):.2f}"
@@ -210,7 +207,7 @@ def never_behind(results: Results, family: str) -> Judged:
 
 def flat(results: Results, family: str, draft: str) -> Judged:
     """τ by length, beside how far the target's own captions can be trusted there."""
-    found = taus(results, family, f"{draft}@chain-5")
+    found = taus(results, family, draft)
     if not found:
         return NOT_MEASURED
     right = {length: results.accuracy(family, length) or 0.0 for length in found}
@@ -226,7 +223,7 @@ def flat(results: Results, family: str, draft: str) -> Judged:
 
 def constant_cost(results: Results, family: str) -> Judged:
     """The default's draft cache and draft step by length."""
-    rows = {length: row["draft_cache_rows"] for length, row in results.by_length(family, f"{DEFAULT}@chain-5").items()}
+    rows = {length: row["draft_cache_rows"] for length, row in results.by_length(family, DEFAULT).items()}
     steps = {
         step["visual_tokens"]: step["per_clip"]
         for step in results.draft_steps
@@ -249,7 +246,7 @@ def sampling(results: Results, family: str, draft: str) -> Judged:
     """Greedy against T = 1 on the same clips."""
     parts, holds = [], []
     for length in (400, 3000):
-        greedy, drawn = (results.row(family, f"{kind}-{length}", f"{draft}@chain-5") for kind in ("video", "sampling"))
+        greedy, drawn = (results.row(family, f"{kind}-{length}", draft) for kind in ("video", "sampling"))
         if greedy is not None and drawn is not None:
             # Cells are measured apart, so their speeds differ by the machine's mood as well; their τ does not.
             holds.append(drawn["tau"] < greedy["tau"] and drawn["dsr"] > 1)
@@ -262,9 +259,7 @@ def sampling(results: Results, family: str, draft: str) -> Judged:
 
 def prefill(results: Results, family: str) -> Judged:
     """What the prefill leaves of the default's speed-up."""
-    found = {
-        length: results.row(family, f"video-{length}", f"{DEFAULT}@chain-5") for length in results.lengths(family)
-    }
+    found = {length: results.row(family, f"video-{length}", DEFAULT) for length in results.lengths(family)}
     rows = {length: row for length, row in found.items() if row is not None}
     if len(rows) < 2:
         return NOT_MEASURED
@@ -278,7 +273,7 @@ def prefill(results: Results, family: str) -> Judged:
 
 def other_prompts(results: Results, family: str, draft: str) -> Judged:
     """Pictures and text."""
-    found = {cell: results.row(family, cell, f"{draft}@chain-5") for cell in ("pictures", "text", "video-400")}
+    found = {cell: results.row(family, cell, draft) for cell in ("pictures", "text", "video-400")}
     rows = {cell: row for cell, row in found.items() if row is not None}
     if len(rows) < len(found):
         return NOT_MEASURED
@@ -290,7 +285,7 @@ def lossless(results: Results, family: str) -> Judged:
     """Identity with plain `generate()`, in fp32 and bf16, of all arms that run in this package's loop."""
     counts: dict[str, list[int]] = {"float32": [0, 0], "bfloat16": [0, 0]}
     for row in results.rows:
-        if row["family"] == family and (row["arm"].startswith("draft:") or row["arm"] == "none"):
+        if row["family"] == family and in_our_loop(row["arm"]):
             count = counts[row["provenance"]["dtype"]]
             count[0] += row["identical"]
             count[1] += row["prompts"]

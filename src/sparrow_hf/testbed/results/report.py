@@ -10,11 +10,11 @@ from typing import Any
 from ...evaluation.report import between, numbers, optional, provenance_section, section, table
 from ..retrain import CLIPS
 from .analyses import COMMAND
+from .arms import ARMS, DEFAULT
 from .cells import GLIMPSE, VIDEO, command
 from .claims import OURS, PAPERS, paragraph
 from .contenders import MEANINGS
 from .figures import draw_all
-from .judges import DEFAULT
 from .table import NAMES, Results
 
 INTRODUCTION = """# The evidence
@@ -71,36 +71,6 @@ above may be compared with it figure by figure.
 The prefill's share of a call grows from 13.8 to 38.7 %. τ on pictures: COCO 4.13, SQA 3.86, MME 3.78, MM-Vet 3.82.
 """
 
-#: Arm → its name in the tables that sum up.
-ARMS = {
-    "none": "our loop without a draft",
-    "prompt-lookup": "prompt lookup",
-    "assistant:sibling": "a small sibling LM, blind",
-    "specvlm:sibling": "SpecVLM-like: the sibling on a sifted prompt",
-    "draft:text-only@chain-5": "text-only",
-    "draft:msd@chain-5": "MSD-like",
-    "draft:msd@chain-5/glimpse=0": "MSD-like, visual rows deleted",
-    "draft:vispec@chain-5": "ViSpec-like",
-    "draft:hivis@chain-5": "HiViS-like",
-    "draft:paper@chain-5": "Sparrow as published",
-    "draft:paper@chain-5/glimpse=all": "… without VATA",
-    "draft:no-bridge@chain-5": "… without IVSB",
-    "draft:no-bridge@chain-5/glimpse=all": "… without IVSB and VATA",
-    "draft:no-mtp@chain-5": "… without MTP",
-    "draft:all-rows@chain-5": "our recipe with all visual rows",
-    "draft:sparrow@chain-5/glimpse=0": "Sparrow (ours), no glimpse",
-    "draft:sparrow@chain-5/glimpse=16": "… glimpse of 16",
-    "draft:sparrow@chain-5": "**Sparrow (ours), glimpse of 64**",
-    "draft:sparrow@chain-5/glimpse=256": "… glimpse of 256",
-    "draft:sparrow@chain-5/glimpse=all": "… all rows",
-    "draft:sparrow@chain-7": "**… chain of 7**",
-    "draft:sparrow@30-4-8": "… 30-4-8",
-    "draft:sparrow@48-5-10": "… 48-5-10",
-    "draft:paper@48-5-10": "Sparrow as published, 48-5-10",
-    "draft:msd@48-5-10": "MSD-like, 48-5-10",
-    "draft:vispec@48-5-10": "ViSpec-like, 48-5-10",
-    "draft:hivis@48-5-10": "HiViS-like, 48-5-10",
-}
 #: Picture → what it shows, and which of the paper's it answers.
 PICTURES = {
     "tau": "τ by visual length (Figure 1a)",
@@ -208,12 +178,13 @@ def summary(results: Results, family: str) -> str:
 def arms_table(results: Results, family: str, cells: Mapping[str, str]) -> str:
     """τ / DSR of every arm, a column per cell (→ its head)."""
     rows = []
-    for arm, name in ARMS.items():
+    for arm, entry in ARMS.items():
         found = [
             results.row(family, cell, arm) or results.row(family, cell.replace(VIDEO, GLIMPSE), arm) for cell in cells
         ]
         if any(found):
-            rows.append([name, *("" if row is None else f"{row['tau']:.2f} / {row['dsr']:.2f}" for row in found)])
+            figures = ["" if row is None else f"{row['tau']:.2f} / {row['dsr']:.2f}" for row in found]
+            rows.append([entry.label, *figures])
     prompts = [max((row["prompts"] for row in results.cell(family, cell)), default=0) for cell in cells]
     heads = [f"{head} ({count} prompts)" for head, count in zip(cells.values(), prompts, strict=True)]
     return table(["arm", *heads], rows)
@@ -223,7 +194,7 @@ def phases(results: Results, family: str) -> str:
     """Acceptance by position and the phases of a call, of the default's chain of 5."""
     rows = []
     for length in results.lengths(family):
-        row = results.row(family, f"{VIDEO}{length}", f"{DEFAULT}@chain-5")
+        row = results.row(family, f"{VIDEO}{length}", DEFAULT)
         if row is not None:
             taken = row["phase_ms"]
             rows.append(

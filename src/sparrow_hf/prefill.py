@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .._transformers import CACHE, cache_tensors, replaced_prefill
-from ..generation.stopwatch import StopWatch
-from ..hidden_states import HiddenStateCollector, replay
-from ..targets import unwrap
+from ._transformers import CACHE, cache_tensors, replaced_prefill
+from .clocks import StopWatch
+from .hidden_states import HiddenStateCollector, replay
+from .targets import unwrap
 
 
 class PrefillSnapshot:

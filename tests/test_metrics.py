@@ -1,8 +1,11 @@
 """Every figure on runs small enough to work it out by hand."""
 
 import pytest
+import torch
 
-from sparrow_hf.evaluation.metrics import Run, acceptance, bootstrap, end_to_end_ratio, pooled_tau, speed, spread
+from sparrow_hf import GenerationStats
+from sparrow_hf.clocks import PhaseClock
+from sparrow_hf.metrics import Run, acceptance, bootstrap, end_to_end_ratio, pooled_tau, speed, spread
 
 
 def run(accepted: list[int], *, prefill: float = 1.0, decode: float = 1.0, levels: int = 3) -> Run:
@@ -105,3 +108,13 @@ def test_spread_and_bootstrap():
     assert bootstrap(runs[:1] * 6, pooled_tau) == (1, 1)
     # Even their range would hold the median in 94 % of all cases only.
     assert bootstrap(runs[:5], pooled_tau) is None
+
+
+def test_the_statistics_of_a_call_are_the_figures_of_its_run():
+    accepted = [3, 0, 1, 1, 2]
+    measured = acceptance([run(accepted)])
+    stats = GenerationStats(3, PhaseClock(torch.device("cpu")), new_tokens=13, accepted=accepted)
+    assert (stats.rounds, stats.tau, stats.k) == (measured.rounds, measured.tau, measured.k) == (5, 12 / 5, 7 / 5)
+    assert stats.per_position == measured.per_position
+    idle = GenerationStats(2, PhaseClock(torch.device("cpu")), new_tokens=1)
+    assert (idle.rounds, idle.tau, idle.k, idle.per_position) == (0, 0.0, 0.0, [0.0, 0.0])

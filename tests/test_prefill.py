@@ -5,17 +5,39 @@ import torch
 from noise import LENGTH, read
 from transformers import PreTrainedModel
 
-from sparrow_hf import TREE_PRESETS, SparrowDraftModel
-from sparrow_hf.evaluation import Arm, compare, warm_up
-from sparrow_hf.evaluation.arms import Arms
-from sparrow_hf.evaluation.prefill import PrefillSnapshot
+from sparrow_hf import TREE_PRESETS, SparrowDraftModel, TreeShape
+from sparrow_hf.measurement import Arm, compare, warm_up
+from sparrow_hf.prefill import PrefillSnapshot
 
+from families import FAMILY_BY_NAME
 from tiny_targets import Family
+
+CHAIN = TreeShape(4, 3, 1)
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    target = FAMILY_BY_NAME["qwen2_5_vl"].build_target()
+    # Placeholders are no text; and every answer is as long as it may be.
+    target.generation_config.suppress_tokens = FAMILY_BY_NAME["qwen2_5_vl"].visual_token_ids
+    target.generation_config.eos_token_id = None
+    return target
+
+
+@pytest.fixture(scope="module")
+def draft(target: PreTrainedModel) -> SparrowDraftModel:
+    return SparrowDraftModel.from_target(target, num_glimpse_tokens=4)
 
 
 @pytest.mark.parametrize("sampling", [False, True])
-def test_one_prefill_serves_all_arms(target: PreTrainedModel, draft_folder: str, sampling: bool):
-    arms = Arms(target, draft_folder).parse(["none", "draft@chain-3", "draft@10-2-4/glimpse=0", "prompt-lookup"])
+def test_one_prefill_serves_all_arms(target: PreTrainedModel, draft: SparrowDraftModel, sampling: bool):
+    arms = [
+        Arm("plain"),
+        Arm("none", draft, TREE_PRESETS["none"]),
+        Arm("chain", draft, CHAIN),
+        Arm("blind tree", draft, TreeShape(10, 2, 4), num_glimpse_tokens=0),
+        Arm("prompt-lookup", prompt_lookup_num_tokens=5),
+    ]
     inputs, settings = read(target, 8, 0), {"max_new_tokens": LENGTH, "do_sample": sampling}
     own = compare(target, arms[:4] if sampling else arms, inputs, settings)
     prefills: list[int] = []
@@ -50,13 +72,12 @@ def test_one_prefill_serves_every_family(family: Family):
     assert shared["draft"].accepted == own["draft"].accepted
 
 
-def test_a_replayed_prefill_is_the_prompts_own(target: PreTrainedModel, draft_folder: str):
+def test_a_replayed_prefill_is_the_prompts_own(target: PreTrainedModel, draft: SparrowDraftModel):
     """Planted bug: another prompt's prefill gives another text."""
-    arms = Arms(target, draft_folder).parse(["draft@chain-3"])
     settings = {"max_new_tokens": LENGTH, "do_sample": False}
     inputs, others = read(target, 8, 0), read(target, 8, 1)
     expected = target.generate(**inputs, **settings)
-    prefill = PrefillSnapshot(target, others, settings, arms[1].layers_read)
+    prefill = PrefillSnapshot(target, others, settings, Arm("chain", draft, CHAIN).layers_read)
     with prefill.replayed() as replayed:
         assert not torch.equal(target.generate(**replayed, **settings), expected)
     assert torch.equal(target.generate(**inputs, **settings), expected)

@@ -7,17 +7,14 @@ import pytest
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparrow_hf import TREE_PRESETS, SparrowDraftModel, TreeShape
-from sparrow_hf.errors import DraftConfigError
+from sparrow_hf import TREE_PRESETS, SparrowDraftModel, TreeShape, measurement
 from sparrow_hf.evaluation import (
     Arm,
     Run,
     acceptance,
     compare,
-    comparison,
     first_difference,
     measure,
-    parse_tree,
     warm_up,
 )
 from sparrow_hf.generation.emission import TokenEmitter
@@ -167,7 +164,7 @@ def test_of_several_rounds_the_median_call_counts(
             tokens[4] += 1
         return dataclasses.replace(run, decode_seconds=seconds), tokens
 
-    monkeypatch.setattr(comparison, "measure", call)
+    monkeypatch.setattr(measurement, "measure", call)
     compared = [arms[0], arms[1], arms[4]]
     runs = compare(target, compared, inputs, settings, turn=1, repeats=3, shared_prefill=shared_prefill)
     # transformers' own loop would have to prefill again.
@@ -190,7 +187,7 @@ def test_every_arm_follows_every_other_one_at_some_time(
 ):
     orders: list[list[str]] = []
     run = Run(1, 0, 0, [], 0, 1.0, 1.0)
-    monkeypatch.setattr(comparison, "measure", lambda target, arm, *args: orders[-1].append(arm.name) or (run, [1]))
+    monkeypatch.setattr(measurement, "measure", lambda target, arm, *args: orders[-1].append(arm.name) or (run, [1]))
     for turn in range(40):
         orders.append([])
         compare(target, arms, inputs, settings, turn)
@@ -206,7 +203,7 @@ def test_an_arm_leaves_the_drafts_tree_as_it_was(target: Any, arms: list[Arm], i
     before = draft.config.tree_shape
     warm_up(target, arms, inputs, {"do_sample": False, "suppress_tokens": settings["suppress_tokens"]})
     assert draft.config.tree_shape == before
-    with pytest.raises(RuntimeError), arms[1].options():
+    with pytest.raises(RuntimeError), arms[1].options(target, inputs):
         assert draft.config.tree_shape == CHAIN
         raise RuntimeError
     assert draft.config.tree_shape == before
@@ -224,16 +221,3 @@ def test_an_arm_leaves_the_drafts_tree_as_it_was(target: Any, arms: list[Arm], i
 )
 def test_first_difference(reference: list[int], tokens: list[int], expected: int | None):
     assert first_difference(reference, tokens) == expected
-
-
-def test_parse_tree():
-    assert parse_tree("48-5-10") == TREE_PRESETS["48-5-10"]
-    assert parse_tree("chain-5") == TREE_PRESETS["chain-5"]
-    assert parse_tree("none") == (1, 0, 1)
-    assert parse_tree("chain-7") == (8, 7, 1)
-    assert parse_tree("20-3-4") == (20, 3, 4)
-    for text in ("", "oak", "1-2", "chain-0-1", "-3-4-5"):
-        with pytest.raises(DraftConfigError, match="unknown tree"):
-            parse_tree(text)
-    with pytest.raises(DraftConfigError):
-        parse_tree("1-5-10")

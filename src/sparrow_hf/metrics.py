@@ -1,6 +1,4 @@
-"""Figures of merit over measured `generate()` calls: acceptance, target forwards and speed. Pure functions.
-
-Every figure is defined here once:
+"""The figures of merit of `generate()` calls, each defined and computed here and nowhere else. Pure functions.
 
 * τ, tokens per target forward after the prefill, and k, accepted draft tokens per round. A round is one target forward
   after the prefill. Both are pooled: totals over all clips, not a mean of means.
@@ -139,6 +137,31 @@ class Speed:
     ms_per_token: Spread
 
 
+def tau(decode_tokens: int, rounds: int) -> float:
+    """τ from the tokens after the prefill and the rounds; 0 without a round, as all shares of rounds are."""
+    return _ratio(decode_tokens, rounds)
+
+
+def accepted_per_round(accepted: int, rounds: int) -> float:
+    """k from the accepted draft tokens of all rounds together."""
+    return _ratio(accepted, rounds)
+
+
+def count_reaching(accepted: Sequence[int], levels: int) -> list[int]:
+    """How many rounds accepted at least 1, 2 … `levels` tokens, from the accepted tokens of each round."""
+    return [sum(count >= level for count in accepted) for level in range(1, levels + 1)]
+
+
+def per_position(reaching: Sequence[int], rounds: int) -> list[float]:
+    """`a_1`, `a_2` … from what [`count_reaching`] counts; such counts add up over runs."""
+    return [_ratio(count, rounds) for count in reaching]
+
+
+def conditional(shares: Sequence[float]) -> list[float]:
+    """`α_1`, `α_2` … from `a_1`, `a_2` …; 0 where no round got that far."""
+    return [_ratio(share, before) for before, share in zip([1.0, *shares], shares, strict=False)]
+
+
 def acceptance(runs: Sequence[Run]) -> Acceptance:
     """Pools the acceptance of several runs of one arm.
 
@@ -150,14 +173,14 @@ def acceptance(runs: Sequence[Run]) -> Acceptance:
     levels = max(run.num_draft_levels for run in runs)
     accepted = [count for run in runs for count in run.accepted]
     rounds = len(accepted)
-    per_position = [_ratio(sum(count >= level for count in accepted), rounds) for level in range(1, levels + 1)]
+    shares = per_position(count_reaching(accepted, levels), rounds)
     return Acceptance(
         rounds=rounds,
         tau=pooled_tau(runs),
-        k=_ratio(sum(accepted), rounds),
+        k=accepted_per_round(sum(accepted), rounds),
         tau_interval=bootstrap(runs, pooled_tau),
-        per_position=per_position,
-        conditional=[_ratio(now, before) for before, now in zip([1.0, *per_position], per_position, strict=False)],
+        per_position=shares,
+        conditional=conditional(shares),
         histogram=[_ratio(accepted.count(count), rounds) for count in range(levels + 1)],
         forwards_per_token=_ratio(sum(run.rounds + 1 for run in runs), sum(run.new_tokens for run in runs)),
     )
@@ -232,8 +255,8 @@ def end_to_end_ratio(prefill_share: float, dsr: float) -> float:
 
 
 def pooled_tau(runs: Sequence[Run]) -> float:
-    """τ: tokens after the prefill over target forwards after the prefill, both summed over runs."""
-    return _ratio(sum(run.decode_tokens for run in runs), sum(run.rounds for run in runs))
+    """τ of several runs together."""
+    return tau(sum(run.decode_tokens for run in runs), sum(run.rounds for run in runs))
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -1,13 +1,13 @@
-"""Runs plain `generate()` and its rivals on the same inputs in the same process, all timed by one instrument.
+"""Measures plain `generate()` and its rivals on the same inputs in the same process, all timed by one instrument.
 
-The instrument is a streamer: `generate()` hands it the prompt, then tokens as they are committed. What lies before the
-first token counts as prefill (the video encoder included), what lies after it as decoding, in every arm alike. A
-forward hook on the target counts its forwards.
+Benchmarks, the demo and the decoded evaluation of a training all measure here. The instrument is a streamer:
+`generate()` hands it the prompt, then tokens as they are committed. What lies before the first token counts as prefill
+(the video encoder included), what lies after it as decoding, in every arm alike. A forward hook on the target counts
+its forwards.
 """
 
 import dataclasses
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..configuration_sparrow import TREE_PRESETS, TreeShape, check_tree_shape
-from ..errors import DraftConfigError
-from ..generation.stopwatch import StopWatch
-from ..modeling_sparrow import SparrowDraftModel
-from .baselines import specvlm
+from .clocks import StopWatch
+from .configuration_sparrow import TreeShape
 from .metrics import Run, count_asked
+from .modeling_sparrow import SparrowDraftModel
 from .prefill import PrefillSnapshot
+
+PLAIN, NO_DRAFT = "plain", "none"
+"""Names of two arms that are the same everywhere: `generate()` as it is, and our loop without a draft."""
 
 WARM_UP_TOKENS = 8
 #: Tokens per round that transformers asks an assistant model for, unless its generation config says otherwise.
@@ -41,7 +42,6 @@ class Arm:
         num_glimpse_tokens: Visual rows the draft keeps in its window; its configured number by default.
         prompt_lookup_num_tokens: Most tokens per round that transformers' prompt lookup copies from the context.
         assistant: A small model of the target's own kind, run by transformers' assisted generation.
-        prunes_prompt: The assistant reads a prompt that the target has sifted (see [`specvlm`]).
     """
 
     name: str
@@ -50,15 +50,12 @@ class Arm:
     num_glimpse_tokens: int | None = None
     prompt_lookup_num_tokens: int | None = None
     assistant: PreTrainedModel | None = None
-    prunes_prompt: bool = False
 
     @property
     def num_draft_levels(self) -> int:
         """Most draft tokens a round can accept."""
         if self.draft is not None:
             return (self.tree or self.draft.config.tree_shape).num_draft_levels
-        if self.prunes_prompt:
-            return specvlm.NUM_DRAFT_TOKENS
         if self.assistant is not None:
             return self.assistant.generation_config.num_assistant_tokens or ASSISTANT_TOKENS
         return self.prompt_lookup_num_tokens or 0
@@ -74,8 +71,8 @@ class Arm:
         return set() if self.draft is None else self.draft.config.layer_ids_read
 
     @contextmanager
-    def options(self) -> Iterator[dict[str, Any]]:
-        """Arguments this arm adds to `generate()`; the draft has the arm's tree and glimpse inside."""
+    def options(self, target: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Arguments this arm adds to `target.generate(**inputs)`; the draft has the arm's tree and glimpse inside."""
         if self.draft is None:
             named = {
                 "prompt_lookup_num_tokens": self.prompt_lookup_num_tokens,
@@ -119,11 +116,9 @@ def measure(
     is_replayed = prefill is not None and not arm.runs_stock_loop
     memory_before = _start_counting_memory(target)
     with ExitStack() as stack:
-        options = stack.enter_context(arm.options())
+        options = stack.enter_context(arm.options(target, inputs))
         if prefill is not None and is_replayed:
             inputs = stack.enter_context(prefill.replayed())
-        if arm.prunes_prompt and arm.assistant is not None:
-            stack.enter_context(specvlm.drafting_on_pruned_prompts(target, arm.assistant, inputs))
         watch = stack.enter_context(StopWatch(target))
         target.generate(**inputs, **settings, **options, streamer=watch)
     run = Run(
@@ -249,24 +244,3 @@ def first_difference(reference: Sequence[int], tokens: Sequence[int]) -> int | N
         if expected != found:
             return index
     return None if len(reference) == len(tokens) else min(len(reference), len(tokens))
-
-
-def parse_tree(text: str) -> TreeShape:
-    """A tree shape from the name of a preset, `chain-LEVELS`, or `NODES-LEVELS-BEAM`.
-
-    Raises:
-        DraftConfigError: It is none of these, or no such tree can be grown.
-    """
-    if text in TREE_PRESETS:
-        return TREE_PRESETS[text]
-    if chain := re.fullmatch(r"chain-(\d+)", text):
-        shape = TreeShape(int(chain[1]) + 1, int(chain[1]), 1)
-    elif sizes := re.fullmatch(r"(\d+)-(\d+)-(\d+)", text):
-        shape = TreeShape(int(sizes[1]), int(sizes[2]), int(sizes[3]))
-    else:
-        raise DraftConfigError(
-            f"unknown tree {text!r}: give one of {', '.join(TREE_PRESETS)}, chain-LEVELS, or NODES-LEVELS-BEAM "
-            "such as 40-5-8"
-        )
-    check_tree_shape(shape)
-    return shape

@@ -1,0 +1,108 @@
+"""The clocks: one that times a `generate()` call from outside, one that adds up the phases of a call from inside."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation import BaseStreamer
+
+from .targets import unwrap
+
+
+def now(device: torch.device) -> float:
+    """Wall-clock seconds, taken when the device has done all it was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class StopWatch(BaseStreamer):
+    """Times one `generate()` call, the same way whoever does the decoding, and counts the target's forwards.
+
+    A streamer and a context manager: `with StopWatch(target) as watch: target.generate(..., streamer=watch)`.
+
+    Attributes:
+        tokens: Generated tokens.
+        chunks: Tokens handed over at once; the first chunk is what the prefill gave.
+        rounds: Target forwards after the first chunk.
+        prefill_seconds, decode_seconds: Until the first chunk, and from there to the end of the `with` block.
+    """
+
+    def __init__(self, target: PreTrainedModel):
+        self.tokens: list[int] = []
+        self.chunks: list[int] = []
+        self.rounds = 0
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self._target = unwrap(target)
+        self._saw_prompt = False
+        self._forwards = 0
+        self._start = self._first_token = 0.0
+
+    def __enter__(self) -> "StopWatch":
+        self._hook = self._target.register_forward_pre_hook(self._count)
+        self._start = self._first_token = now(self._target.device)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.decode_seconds = now(self._target.device) - self._first_token
+        self._hook.remove()
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Seconds per token after the prefill; 0 if there was none."""
+        decode_tokens = sum(self.chunks[1:])
+        return self.decode_seconds / decode_tokens if decode_tokens else 0.0
+
+    def _count(self, *args: object) -> None:
+        self._forwards += 1
+        # A round counts when its forward begins; the forwards before the first token are the prefill.
+        self.rounds += bool(self.chunks)
+
+    def put(self, value: Tensor) -> None:
+        if not self._saw_prompt:
+            self._saw_prompt = True
+            return
+        if not self.chunks:
+            self._first_token = now(self._target.device)
+            self.prefill_seconds = self._first_token - self._start
+        self.tokens += value.flatten().tolist()
+        self.chunks.append(value.numel())
+
+    def end(self) -> None:
+        """Nothing to do: the call ends with the `with` block."""
+
+
+class PhaseClock:
+    """Adds up the time spent in named phases, without ever waiting for the device.
+
+    On CUDA a pair of events brackets each phase and is only read when somebody asks; elsewhere wall-clock time.
+    """
+
+    def __init__(self, device: torch.device):
+        self._on_cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self._on_cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._pending.append((name, start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def seconds(self, name: str) -> float:
+        """Total of one phase so far; waits for the device if it has not got there yet."""
+        while self._pending:
+            phase, start, end = self._pending.pop()
+            end.synchronize()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + start.elapsed_time(end) / 1000
+        return self._seconds.get(name, 0.0)

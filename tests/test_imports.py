@@ -1,0 +1,52 @@
+"""Imports go one way: the rooms above use those below, and rooms side by side share through what is below both."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import sparrow_hf
+
+ROOT = Path(sparrow_hf.__file__).parent
+#: Room → what it may not import, lazily or for types neither. `""`: every file that lies in no folder.
+FORBIDDEN = {
+    "": {"training", "evaluation", "analysis", "testbed", "cli"},
+    "generation": {"measurement", "prefill", "training", "evaluation", "analysis", "testbed", "cli"},
+    "training": {"evaluation", "analysis", "testbed", "cli"},
+    "analysis": {"training", "evaluation", "testbed", "cli"},
+    "evaluation": {"training", "cli"},
+    "testbed": {"cli"},
+}
+
+
+def imported_rooms(file: Path) -> set[str]:
+    """Folders and files of the package's top level that a file imports from."""
+    package = ("sparrow_hf", *file.relative_to(ROOT).parts[:-1])
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *filter(None, [node.module])))
+            # `from .. import metrics` names a room itself.
+            names += [f"{module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("sparrow_hf.")}
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_a_room_imports_only_from_below(room: str) -> None:
+    files = (ROOT / room).rglob("*.py") if room else ROOT.glob("*.py")
+    found = {file.relative_to(ROOT).as_posix(): imported_rooms(file) & FORBIDDEN[room] for file in files}
+    assert found and not {file: rooms for file, rooms in found.items() if rooms}
+
+
+def test_an_import_of_every_kind_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_imports.ROOT", tmp_path)
+    (tmp_path / "training").mkdir()
+    file = tmp_path / "training" / "file.py"
+    file.write_text(
+        "import sparrow_hf.cli\nfrom sparrow_hf.testbed import load\nfrom .. import metrics\nfrom .data import rows\n"
+        "def late():\n    from ..evaluation.arms import Arms\n"
+    )
+    assert imported_rooms(file) == {"cli", "testbed", "metrics", "training", "evaluation"}
