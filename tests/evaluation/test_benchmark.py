@@ -184,7 +184,7 @@ def test_a_draft_set_otherwise_is_another_arm(run: Any, draft_folder: str):
     # No weight changes, and neither does the arm's name.
     path.write_text(json.dumps(json.loads(written) | {"num_glimpse_tokens": 3}))
     try:
-        with pytest.raises(BenchmarkError, match=r"arms\.draft\.glimpse: 64, now 3"):
+        with pytest.raises(BenchmarkError, match=r"arms\.draft\.glimpse: 4, now 3"):
             run(arms=["draft"], temperatures=(0.0,))
     finally:
         path.write_text(written)
