@@ -17,6 +17,7 @@ from sparrow_hf.evaluation.benchmark import Benchmark, Prompt
 from sparrow_hf.evaluation.metrics import count_asked
 from sparrow_hf.evaluation.report import write_report
 from sparrow_hf.evaluation.results import write_results
+from sparrow_hf.evaluation.run_file import RunFile
 
 from oracles import drafting_around
 
@@ -151,6 +152,14 @@ def test_repeats_belong_to_the_conditions(run: Any, tmp_path: Path, monkeypatch:
     assert len(run(**options)) == len(rows)
     with pytest.raises(BenchmarkError, match="repeats: None, now 2"):
         run(repeats=2, **options)
+
+
+@pytest.mark.parametrize("digits", [32, 40])
+def test_a_run_file_of_an_earlier_version_is_refused_as_such(tmp_path: Path, digits: int):
+    line = {"prompt": "a", "provenance": {"target_sha256": "0" * digits, "seed": 1}}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(BenchmarkError, match="made by an earlier version of this package"):
+        RunFile(tmp_path / "runs.jsonl", {"target_sha256": "0" * 64, "seed": 1})
 
 
 def test_what_is_named_twice_is_measured_once(run: Any, tmp_path: Path):
