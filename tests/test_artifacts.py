@@ -307,12 +307,19 @@ class TestReadingTogether:
             raise DraftLoadError("damaged")
 
         with pytest.raises(DraftLoadError):
-            read_together(tmp_path, read, DraftLoadError)
+            read_together(tmp_path, "config.json", read, DraftLoadError)
         assert len(calls) == 1
 
     def test_what_is_always_replaced_is_refused(self, no_locks: None, tmp_path: Path) -> None:
+        saves: list[int] = []
+
+        def save() -> None:
+            saves.append(1)
+            write_json(tmp_path / "config.json", saves)
+
         with pytest.raises(DraftLoadError, match="whenever it was read"):
-            read_together(tmp_path, lambda: write_json(tmp_path / "config.json", []), DraftLoadError)
+            read_together(tmp_path, "config.json", save, DraftLoadError)
+        assert len(saves) == artifacts.READ_ATTEMPTS
 
     def test_a_writer_waits_for_a_reader_in_another_process_but_not_for_ever(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -122,41 +122,46 @@ def _remove(path: Path) -> None:
 # -- reading what others may be writing -------------------------------------------------------------------------------
 
 
-def read_together(folder: Path, read: Callable[[], _T], error: type[SparrowError]) -> _T:
+def read_together(folder: Path, last: str, read: Callable[[], _T], error: type[SparrowError]) -> _T:
     """What `read` makes of files of a folder that belong together, all of them old or all of them new.
 
-    Writers of [`atomic_files`] wait for it. Where file systems know no locks, files that were replaced meanwhile are
-    read again.
+    Writers of [`atomic_files`] wait for it. Where file systems know no locks, files that others were put in place of
+    meanwhile are read again.
 
     Args:
-        folder: The folder. Its JSON and safetensors files count.
-        read: Reads them.
+        folder: The folder.
+        last: Name of the file that tells about the others, as [`atomic_files`] has it.
+        read: Reads them, and raises if they do not belong together.
         error: The type of the error.
 
     Raises:
-        SparrowError: They were replaced time and again. Whatever `read` raises on files that nobody replaces.
+        SparrowError: Others were put in their place time and again.
+        Exception: Whatever `read` raises on files that stay as they are.
     """
     for _ in range(READ_ATTEMPTS):
         with _locked(folder, exclusive=False):
-            before = _versions(folder)
+            before, told = _versions(folder), _bytes_in(folder / last)
             try:
                 result = read()
             except Exception:
                 if _versions(folder) == before:
                     raise
             else:
-                if _versions(folder) == before:
+                if _bytes_in(folder / last) == told:
                     return result
     raise error(f"{folder} was written to whenever it was read: try again when that is over")
+
+
+def _bytes_in(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _versions(folder: Path) -> set[tuple[Any, ...]]:
     versions = set()
     for path in folder.iterdir():
-        if path.suffix in (".json", ".safetensors"):
-            with suppress(FileNotFoundError):
-                stat = path.stat()
-                versions.add((path.name, stat.st_ino, stat.st_mtime_ns, stat.st_size))
+        with suppress(FileNotFoundError):
+            stat = path.stat()
+            versions.add((path.name, stat.st_ino, stat.st_mtime_ns, stat.st_size))
     return versions
 
 

@@ -290,7 +290,7 @@ class SparrowDraftModel(PreTrainedModel):
 
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
         is_local = pretrained_model_name_or_path is not None and folder.is_dir()
-        draft, info = artifacts.read_together(folder, load, DraftLoadError) if is_local else load()
+        draft, info = artifacts.read_together(folder, CONFIG_NAME, load, DraftLoadError) if is_local else load()
         return (draft, info) if wants_info else draft
 
     @classmethod
