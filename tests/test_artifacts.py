@@ -248,6 +248,15 @@ class TestSavingWhileLoading:
             "README.md", "PROVENANCE.json", "config.json", "model.safetensors", "model-notes.safetensors"
         }  # fmt: skip
 
+    @pytest.mark.parametrize("options", [{}, SHARDS])
+    def test_variants_lie_side_by_side(
+        self, draft: SparrowDraftModel, tmp_path: Path, options: dict[str, Any]
+    ) -> None:
+        for variant in (None, "copy", "copy"):
+            draft.save_pretrained(tmp_path, variant=variant, **options)
+        for variant in (None, "copy"):
+            assert torch.equal(SparrowDraftModel.from_pretrained(tmp_path, variant=variant).fc.weight, draft.fc.weight)
+
     def test_a_process_that_is_not_the_main_one_leaves_what_is_there(
         self, draft: SparrowDraftModel, other: SparrowDraftModel, tmp_path: Path
     ) -> None:

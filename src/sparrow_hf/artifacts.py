@@ -86,6 +86,8 @@ def atomic_files(folder: Path, last: str, is_kind: Callable[[str], bool]) -> Ite
             kind, old ones of other names go.
     """
     partial = folder / f".{_own_suffix()}"
+    # A killed process may have had the same numbers.
+    _remove(partial)
     try:
         partial.mkdir(parents=True)
         yield partial

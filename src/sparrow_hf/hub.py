@@ -64,7 +64,9 @@ def is_weights_file(name: str, variant: str | None = None) -> bool:
 
 
 def _of_variant(name: str, variant: str | None) -> str:
-    return name.replace("model.safetensors", f"model.{variant}.safetensors") if variant else name
+    # As transformers names them: model.fp16.safetensors and model.safetensors.index.fp16.json.
+    stem, suffix = name.rsplit(".", 1)
+    return f"{stem}.{variant}.{suffix}" if variant else name
 
 
 # -- digest -----------------------------------------------------------------------------------------------------------
