@@ -1,20 +1,18 @@
 """What lies beside a draft's weights: the digest of its tensors, its provenance, its model card; and finding files."""
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import safe_open
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import _transformers
+from .artifacts import StoredTensors, tensor_digest, write_json, write_text
 from .configuration_sparrow import SparrowDraftConfig
 from .errors import DraftLoadError
 
@@ -49,13 +47,10 @@ def find_file(source: str | Path, name: str, *, needs_hub: bool = True, **hub_op
 def find_weights(source: str | Path, variant: str | None = None, **hub_options: Any) -> list[Path]:
     """The safetensors files of a model: one, the shards its index names, or none."""
 
-    def named(name: str) -> str:
-        return name.replace("model.safetensors", f"model.{variant}.safetensors") if variant else name
-
-    single = find_file(source, named(SAFE_WEIGHTS_NAME), **hub_options)
+    single = find_file(source, _of_variant(SAFE_WEIGHTS_NAME, variant), **hub_options)
     if single is not None:
         return [single]
-    index = find_file(source, named(SAFE_WEIGHTS_INDEX_NAME), **hub_options)
+    index = find_file(source, _of_variant(SAFE_WEIGHTS_INDEX_NAME, variant), **hub_options)
     if index is None:
         return []
     shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -63,42 +58,39 @@ def find_weights(source: str | Path, variant: str | None = None, **hub_options: 
     return [path for path in found.values() if path is not None]
 
 
+def is_weights_file(name: str, variant: str | None = None) -> bool:
+    """Whether a saved model has its weights, a part of them or their index in a file of this name."""
+    single, index = _of_variant(SAFE_WEIGHTS_NAME, variant), _of_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
+    stem = re.escape(single.removesuffix(".safetensors"))
+    return name in (single, index) or re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.safetensors", name) is not None
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    # As transformers names them: model.fp16.safetensors and model.safetensors.index.fp16.json.
+    stem, suffix = name.rsplit(".", 1)
+    return f"{stem}.{variant}.{suffix}" if variant else name
+
+
 # -- digest -----------------------------------------------------------------------------------------------------------
 
 
-def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def check_digest(source: str | Path, variant: str | None = None, **hub_options: Any) -> None:
+    """Compares the stored tensors of a draft with the digest in its `config.json`, if it has one.
 
-
-def target_digest(target: PreTrainedModel) -> str:
-    """SHA-256 of a target's weights. Of weights that are offloaded to disk, name and shape have to do."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(target.state_dict().items()):
-        sha.update(name.encode())
-        if tensor.is_meta:
-            sha.update(str(tuple(tensor.shape)).encode())
-        else:
-            sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
-def check_digest(files: Iterable[Path], expected: str) -> None:
-    """Compares the tensors stored in `files` with the digest that was written when they were saved.
+    Args:
+        source: Folder or Hub repository.
+        variant: Of the weights.
+        hub_options: See [`find_file`].
 
     Raises:
-        DraftLoadError: They differ.
+        DraftLoadError: They are not those that were saved.
     """
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as stored:
-            tensors |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
-    found = tensor_digest(tensors)
+    config = find_file(source, CONFIG_NAME, **hub_options)
+    expected = None if config is None else json.loads(config.read_text()).get("tensors_sha256")
+    if expected is None:
+        return
+    files = find_weights(source, variant, **hub_options)
+    found = tensor_digest(StoredTensors(files))
     if found != expected:
         raise DraftLoadError(
             f"the tensors in {', '.join(map(str, files))} are not those that were saved: their digest is {found}, "
@@ -134,21 +126,23 @@ def write_companions(
     config: SparrowDraftConfig,
     provenance: Mapping[str, Any],
     repo_id: str | None = None,
+    destination: Path | None = None,
 ) -> None:
     """Writes `PROVENANCE.json`, and `README.md` unless the one that is there is the user's own.
 
     Args:
         repo_id: Where the draft will be found, for the card.
+        destination: Folder that the files are moved to afterwards, if another one.
     """
     from . import __version__
 
     versions = {"sparrow_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     target = {"target": config.target_name_or_path, "target_revision": config.target_revision}
     facts = {**provenance, **target, "saved_with": versions}
-    (folder / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2, default=str) + "\n")
-    card = folder / CARD_FILE
-    if not card.exists() or CARD_MARK in card.read_text():
-        card.write_text(str(model_card(draft_class, config, provenance, repo_id)))
+    write_json(folder / PROVENANCE_FILE, facts, indent=2, default=str)
+    present = (destination or folder) / CARD_FILE
+    if not present.exists() or CARD_MARK in present.read_text():
+        write_text(folder / CARD_FILE, str(model_card(draft_class, config, provenance, repo_id)))
 
 
 def model_card(

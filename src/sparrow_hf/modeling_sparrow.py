@@ -1,5 +1,6 @@
 """`SparrowDraftModel`: fuse, decoder layer, head. No decoding loop and no target code live here."""
 
+import copy
 import os
 import tempfile
 import threading
@@ -12,8 +13,9 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, initialization
+from transformers.utils import CONFIG_NAME
 
-from . import hub
+from . import artifacts, hub
 from ._transformers import (
     CACHE,
     DECODER_LAYERS,
@@ -202,7 +204,9 @@ class SparrowDraftModel(PreTrainedModel):
     ) -> None:
         """As in transformers, with a digest of the tensors in `config.json`, `PROVENANCE.json` and a model card.
 
-        A `README.md` that somebody wrote or changed by hand is left alone.
+        A `README.md` that somebody wrote or changed by hand is left alone. A draft that was saved in the folder before
+        stays whole until the new one is, also if the disk is full: who loads it meanwhile gets the old one or the new
+        one.
 
         Args:
             push_to_hub: Upload what was saved, see [`~SparrowDraftModel.push_to_hub`]; its arguments, `repo_id` among
@@ -212,15 +216,20 @@ class SparrowDraftModel(PreTrainedModel):
         if push_to_hub:
             names = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
             options = {name: kwargs.pop(name) for name in names if name in kwargs}
-        self.config.tensors_sha256 = hub.tensor_digest(self.state_dict() if state_dict is None else state_dict)
-        try:
-            super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
-        finally:
-            self.config.tensors_sha256 = None
-        if is_main_process:
-            hub.write_companions(Path(save_directory), type(self), self.config, self.provenance)
+        folder, variant = Path(save_directory), kwargs.get("variant")
+        # Before transformers takes tensors out of it.
+        digest = artifacts.tensor_digest(self.state_dict() if state_dict is None else state_dict)
+        with artifacts.atomic_files(folder, CONFIG_NAME, lambda name: hub.is_weights_file(name, variant)) as partial:
+            super().save_pretrained(partial, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+            if (partial / CONFIG_NAME).exists():
+                # A copy: other threads may be saving or using this draft.
+                config = copy.deepcopy(self.config)
+                config.tensors_sha256 = digest
+                config.save_pretrained(partial)
+            if is_main_process:
+                hub.write_companions(partial, type(self), self.config, self.provenance, destination=folder)
         if push_to_hub and is_main_process:
-            self.push_to_hub(options.pop("repo_id", Path(save_directory).name), **options)
+            self.push_to_hub(options.pop("repo_id", folder.name), **options)
 
     def push_to_hub(
         self,
@@ -266,17 +275,34 @@ class SparrowDraftModel(PreTrainedModel):
         """As in transformers, but a checkpoint that does not hold exactly the draft's tensors is refused.
 
         transformers would fill missing tensors at random and only log it; the draft would then quietly accept nothing.
+        A folder may be saved to meanwhile: what is loaded is the old draft or the new one.
 
         Raises:
             DraftLoadError: Tensors are missing, unexpected or of another shape, their bytes are not those that were
                 saved, or the file is not readable safetensors. Pickled weights (`.bin`) are never read.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["use_safetensors"] = True
+
+        def load() -> tuple[Any, dict[str, Any]]:
+            return cls._load(pretrained_model_name_or_path, *model_args, **kwargs)
+
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
+        is_local = pretrained_model_name_or_path is not None and folder.is_dir()
+        draft, info = artifacts.read_together(folder, CONFIG_NAME, load, DraftLoadError) if is_local else load()
+        return (draft, info) if wants_info else draft
+
+    @classmethod
+    def _load(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        kwargs |= {"output_loading_info": True, "use_safetensors": True}
+        config = kwargs.get("config")
+        if isinstance(config, SparrowDraftConfig) and config.name_or_path == str(pretrained_model_name_or_path):
+            # `AutoModel` has read it already; the draft may have been saved anew since.
+            present = cls.config_class.from_pretrained(pretrained_model_name_or_path, **options)
+            if present.tensors_sha256 != config.tensors_sha256:
+                kwargs["config"] = present
         try:
-            draft, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
+            draft, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise DraftLoadError(
                 f"the weights of {pretrained_model_name_or_path} are damaged or cut short ({error}): get them again"
@@ -287,14 +313,11 @@ class SparrowDraftModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} does not hold the tensors of a {cls.__name__} with this "
                 f"configuration: {'; '.join(f'{kind}: {names}' for kind, names in wrong.items() if names)}"
             )
+        draft.config.tensors_sha256 = None
         if pretrained_model_name_or_path is not None:
-            options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-            if draft.config.tensors_sha256 is not None:
-                files = hub.find_weights(pretrained_model_name_or_path, kwargs.get("variant"), **options)
-                hub.check_digest(files, draft.config.tensors_sha256)
-                draft.config.tensors_sha256 = None
+            hub.check_digest(pretrained_model_name_or_path, kwargs.get("variant"), **options)
             draft.provenance = hub.read_provenance(pretrained_model_name_or_path, **options)
-        return (draft, info) if wants_info else draft
+        return draft, info
 
     # -- what it borrows ---------------------------------------------------------------------------------------------
 

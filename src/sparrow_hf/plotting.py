@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import is_matplotlib_available
 
+from .artifacts import atomic_path
 from .errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -60,8 +61,13 @@ def save(figure: Figure, path: Path) -> Path:
     """Writes a picture, `.png` or `.svg`; its folder is made. The same picture gives the same file."""
     from matplotlib import rc_context
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Ids and dates in the file would make two pictures of the same curves differ.
-    with rc_context({"svg.hashsalt": "sparrow"}):
-        figure.savefig(path, transparent=True, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with rc_context({"svg.hashsalt": "sparrow"}), atomic_path(path) as partial:
+        figure.savefig(
+            partial,
+            format=path.suffix[1:],
+            transparent=True,
+            dpi=150,
+            metadata={"Date": None} if path.suffix == ".svg" else None,
+        )
     return path

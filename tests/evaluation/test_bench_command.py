@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf.artifacts import tensor_digest
 from sparrow_hf.cli import app
 from sparrow_hf.generation.emission import TokenEmitter
-from sparrow_hf.testbed.nano import build_processor, build_target
+from sparrow_hf.testbed.nano import build_processor, build_target, load_target
 from sparrow_hf.testbed.world import make_clip
 
 
@@ -37,7 +38,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "results.json").read_text())["rows"]
 
 
-def test_clips_of_the_testbed(models: list[object], tmp_path: Path):
+def test_clips_of_the_testbed(models: list[Any], tmp_path: Path):
     options = [*models, "--testbed", "--visual-tokens", 40, "--visual-tokens", 32, "--limit", 1, "--shared-prefill"]
     arms = ["--arms", "none", "--arms", "draft@chain-2/glimpse=0"]
     result = bench(tmp_path, *options, *arms, "--temperatures", 0, "--temperatures", 1, "--seeds", 3)
@@ -50,6 +51,12 @@ def test_clips_of_the_testbed(models: list[object], tmp_path: Path):
     assert "draft@chain-2/glimpse=0" in result.output and "1/1" in result.output
     assert "## bench: qwen2_5_vl, length 32, 32 visual tokens, greedy" in (tmp_path / "results.md").read_text()
 
+    # As a recording tells the target, and as the draft tells itself.
+    target = load_target(models[1])[0].state_dict()
+    draft = json.loads((models[3] / "config.json").read_text())["tensors_sha256"]
+    told = {(row["provenance"]["target_sha256"], *row["provenance"]["draft_sha256"]) for row in rows}
+    assert told == {(tensor_digest(target), draft)}
+
     again = bench(tmp_path, *options, *arms, "--temperatures", 0, "--temperatures", 1, "--seeds", 3)
     assert "to do: 0 calls" in again.output
     thrice = bench(tmp_path, *options, *arms, "--arms", "prompt-lookup", "--repeats", 3, "--name", "thrice")
@@ -57,7 +64,7 @@ def test_clips_of_the_testbed(models: list[object], tmp_path: Path):
     assert "2 prompts × 1 temperatures and seeds × 4 arms × 3 rounds; to do: 20 calls" in thrice.output
     assert {row["provenance"]["repeats"] for row in read_rows(tmp_path) if row["benchmark"] == "thrice"} == {3}
     other = bench(tmp_path, *options, "--arms", "none")
-    assert other.exit_code == 2 and "other arms" in other.output
+    assert other.exit_code == 2 and "made differently (arms." in " ".join(other.output.split())
 
 
 def test_rows_of_ones_own_and_a_wrong_token(models: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -73,7 +80,7 @@ def test_rows_of_ones_own_and_a_wrong_token(models: list[object], tmp_path: Path
     for changed in (["--fps", 2], ["--split", "train"], ["--processor", models[1]]):
         name = changed[0].removeprefix("--")
         result = bench(tmp_path, *models, "--prompts", prompts, "--max-frames", 8, "--arms", "none", *changed)
-        assert result.exit_code == 2 and f"other {name}" in result.output
+        assert result.exit_code == 2 and f"made differently ({name}: None, now" in " ".join(result.output.split())
 
 
 def test_a_sampled_text_of_transformers_own_loop_is_no_wrong_one(models: list[object], tmp_path: Path):

@@ -17,6 +17,7 @@ from sparrow_hf.evaluation.arms import Arms
 from sparrow_hf.evaluation.benchmark import Benchmark, Prompt
 from sparrow_hf.evaluation.report import write_report
 from sparrow_hf.evaluation.results import write_results
+from sparrow_hf.evaluation.run_file import RunFile
 from sparrow_hf.metrics import count_asked
 
 from oracles import drafting_around
@@ -122,9 +123,9 @@ def test_from_prompts_to_rows(run: Any, tmp_path: Path, monkeypatch: pytest.Monk
         assert (row["esr"] is not None) == (row["esr_quartiles"] is not None) == own
         assert row["dsr"] > 0
     write_report(tmp_path / "results.json", tmp_path / "results.md")
-    with pytest.raises(BenchmarkError, match="other weights"):
+    with pytest.raises(BenchmarkError, match="draft_sha256: 'abc', now 'def'"):
         run(weights="def")
-    with pytest.raises(BenchmarkError, match="other arms"):
+    with pytest.raises(BenchmarkError, match=r"arms\.prompt-lookup: \{.*\}, now None"):
         run(arms=["none"])
 
 
@@ -140,7 +141,7 @@ def test_repeats_belong_to_the_conditions(run: Any, tmp_path: Path, monkeypatch:
     options = {"arms": ["draft@chain-3"], "temperatures": (0.0,)}
     rows = run(repeats=2, **options)
     assert set(asked) == {2} and rows[0]["provenance"]["repeats"] == 2
-    with pytest.raises(BenchmarkError, match="other repeats"):
+    with pytest.raises(BenchmarkError, match="repeats: 2, now None"):
         run(**options)
 
     # A file of single calls that was measured before there were repeats goes on.
@@ -150,8 +151,16 @@ def test_repeats_belong_to_the_conditions(run: Any, tmp_path: Path, monkeypatch:
         del line["provenance"]["repeats"]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert len(run(**options)) == len(rows)
-    with pytest.raises(BenchmarkError, match="other repeats"):
+    with pytest.raises(BenchmarkError, match="repeats: None, now 2"):
         run(repeats=2, **options)
+
+
+@pytest.mark.parametrize("digits", [32, 40])
+def test_a_run_file_of_an_earlier_version_is_refused_as_such(tmp_path: Path, digits: int):
+    line = {"prompt": "a", "provenance": {"target_sha256": "0" * digits, "seed": 1}}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(BenchmarkError, match="made by an earlier version of this package"):
+        RunFile(tmp_path / "runs.jsonl", {"target_sha256": "0" * 64, "seed": 1})
 
 
 def test_what_is_named_twice_is_measured_once(run: Any, tmp_path: Path):
@@ -185,7 +194,7 @@ def test_a_draft_set_otherwise_is_another_arm(run: Any, draft_folder: str):
     # No weight changes, and neither does the arm's name.
     path.write_text(json.dumps(json.loads(written) | {"num_glimpse_tokens": 3}))
     try:
-        with pytest.raises(BenchmarkError, match="other arms"):
+        with pytest.raises(BenchmarkError, match=r"arms\.draft\.glimpse: 4, now 3"):
             run(arms=["draft"], temperatures=(0.0,))
     finally:
         path.write_text(written)

@@ -8,6 +8,7 @@ import torch
 from conftest import die, files_of, kill_this_process
 from safetensors.torch import load_file, save_file
 
+from sparrow_hf.artifacts import earlier_target_digest, tensor_digest
 from sparrow_hf.errors import DiskBudgetError, TrainingDataError
 from sparrow_hf.training import (
     SparrowDataCollator,
@@ -130,6 +131,18 @@ def test_damaged_and_foreign_recordings_are_refused(tmp_path, make_draft, sample
     provenance.write_text(json.dumps(json.loads(provenance.read_text()) | {"target_sha256": "0" * 64}))
     with pytest.raises(TrainingDataError, match="another target"):
         RecordedDataset(tmp_path, make_draft())
+
+
+def test_a_recording_of_an_earlier_version_is_gone_on_with(tmp_path, target, make_draft, samples):
+    """It tells the same target by another digest."""
+    record(make_draft(), samples, tmp_path, SparrowDataCollator())
+    provenance = tmp_path / recording.PROVENANCE_FILE
+    written, weights = json.loads(provenance.read_text()), target.state_dict()
+    assert written["target_sha256"] == tensor_digest(weights)
+    provenance.write_text(json.dumps(written | {"target_sha256": earlier_target_digest(weights)}))
+    (tmp_path / "rows" / "row-000001.safetensors").unlink()
+    record(make_draft(), samples, tmp_path, SparrowDataCollator())
+    assert len(RecordedDataset(tmp_path, make_draft())) == len(samples)
 
 
 def test_speculators_files_are_written_and_read(tmp_path, target, make_draft, samples):

@@ -20,7 +20,7 @@ from sparrow_hf.training import (
     TrainingStates,
     read_with_target,
 )
-from sparrow_hf.training.files import last_checkpoint
+from sparrow_hf.training.checkpoints import last_checkpoint
 
 
 def arguments(folder, **overrides):

@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .._transformers import name_of
+from ..artifacts import check_made_alike, tensor_digest, write_text
 from ..errors import AnalysisError, ImageError, VideoError
 from ..generation.integration import follow
 from ..hidden_states import HiddenStateCollector
-from ..hub import target_digest, tensor_digest
 from ..modeling_sparrow import SparrowDraftModel
 from ..prompts import fingerprint
 from ..targets import TargetView
@@ -81,7 +81,7 @@ def analyze(
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "target": name_of(view.model.config),
-        "target_sha256": target_digest(view.model),
+        "target_sha256": tensor_digest(view.model.state_dict()),
         "dtype": str(view.dtype),
         "draft": None if draft is None else tensor_digest(draft.state_dict()),
         "tree": None if draft is None else list(draft.config.tree_shape),
@@ -98,7 +98,7 @@ def analyze(
         path, made_from = folder / f"{index:05}.json", settings | {"conversation": fingerprint(conversation)}
         if path.exists():
             record = json.loads(path.read_text())
-            _check_same(path, record["made_from"], made_from)
+            check_made_alike(path, record["made_from"], made_from, AnalysisError)
         else:
             try:
                 prompt = prepare_prompt(processor, *conversation, fps=fps, max_frames=max_frames)
@@ -109,9 +109,7 @@ def analyze(
             measured = measure(view, answered, layers, max_new_tokens, draft=draft, score=judge)
             # Read back, so that a resumed analysis sums up the very same numbers.
             text = json.dumps({"made_from": made_from} | measured)
-            partial = path.with_suffix(".partial")
-            partial.write_text(text + "\n")
-            os.replace(partial, path)
+            write_text(path, text + "\n")
             record = json.loads(text)
         records.append(record)
     return summarize(records)
@@ -173,11 +171,3 @@ def _by_layer(figures: Mapping[int, float]) -> dict[str, float]:
 
 def _judge(processor: Any, score: Score) -> Callable[[list[int], Prompt], float]:
     return lambda ids, prompt: score(processor.tokenizer.decode(ids, skip_special_tokens=True), prompt.reference or "")
-
-
-def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    wrong = [
-        f"{name}: {found.get(name)!r}, now {value!r}" for name, value in wanted.items() if found.get(name) != value
-    ]
-    if wrong:
-        raise AnalysisError(f"{path} was made differently ({'; '.join(wrong)}): choose another folder, or delete it")

@@ -1,6 +1,5 @@
 """`sparrow analyze`: where a target attends, how far up it needs its visual rows, and what they do to a draft."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +36,7 @@ def analyze(
         from ..analysis import analyze as run_analysis
         from ..analysis import draw_figures, read_conversations
         from ..analysis.removal import layer_grid
+        from ..artifacts import write_json
         from ..evaluation.provenance import provenance
         from ..targets import TargetView
 
@@ -60,7 +60,7 @@ def analyze(
             max_frames=max_frames,
         )
         report = {"provenance": provenance(model, target_id=target, draft_id=draft, prompts=prompts)} | summary
-        (output / "analysis.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(output / "analysis.json", report, indent=2)
         print_summary(summary, console)
         try:
             drawn = ", ".join(path.name for path in draw_figures(summary, output))

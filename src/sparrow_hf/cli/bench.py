@@ -89,7 +89,8 @@ def bench(
     with errors_as_sentences():
         import torch
 
-        from ..evaluation.arms import Arms, weights_of
+        from ..artifacts import tensor_digest
+        from ..evaluation.arms import Arms
         from ..evaluation.benchmark import Benchmark
         from ..evaluation.prompts import conversation_prompts, read_conversations
         from ..evaluation.report import write_report
@@ -137,8 +138,8 @@ def bench(
             repeats,
             says_what_it_shows(its_processor) if testbed and knows_the_world(its_processor) else None,
             {
-                "target_sha256": weights_of(target, model),
-                "draft_sha256": sorted(filter(None, parser.weights.values())),
+                "target_sha256": tensor_digest(model.state_dict()),
+                "draft_sha256": sorted(parser.weights.values()),
                 "prompts": "testbed" if testbed else prompts,
                 "split": split,
                 "fps": fps,

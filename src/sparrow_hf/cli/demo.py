@@ -1,6 +1,5 @@
 """`sparrow demo`: the same caption, plain and with the draft."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..artifacts import write_json
 from ..errors import VideoError
 from .common import FAMILY_HELP, NOT_IDENTICAL, built_in_family, errors_as_sentences, quiet_transformers
 
@@ -71,7 +71,6 @@ def demo(
             )
         print_verdict(verdict, console)
         if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps(verdict.to_dict(), indent=2) + "\n")
+            write_json(json_file, verdict.to_dict(), indent=2)
         if not verdict.identical:
             raise typer.Exit(NOT_IDENTICAL)

@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from .._transformers import commit_of
+from ..artifacts import tensor_digest
 from ..configuration_sparrow import TREE_PRESETS, parse_tree_shape
 from ..errors import BenchmarkError
 from ..generation.integration import follow
@@ -16,7 +15,6 @@ from ..modeling_sparrow import SparrowDraftModel
 from ..rows import EVERY_VISUAL_ROW
 from . import baselines  # noqa: F401 - so that AutoModel knows their drafts
 from .baselines.specvlm import PrunedPromptArm
-from .run_file import digest
 
 PROMPT_LOOKUP_TOKENS = 5
 
@@ -42,12 +40,13 @@ class Arms:
         folders: Short names for the `ID` of drafts and assistants → their folder or Hub id.
 
     Attributes:
-        weights: Where drafts and assistants came from → what tells their weights from others (see [`weights_of`]).
+        weights: Where drafts and assistants came from → digest of their tensors as they are stored (drafts), or in
+            the target's dtype (assistants).
     """
 
     def __init__(self, target: PreTrainedModel, draft: str | None = None, folders: Mapping[str, str] | None = None):
         self.target = target
-        self.weights: dict[str, str | None] = {}
+        self.weights: dict[str, str] = {}
         self._draft = draft
         self._folders = folders or {}
         self._loaded: dict[str, Any] = {}
@@ -96,7 +95,6 @@ class Arms:
         if not isinstance(draft, SparrowDraftModel):
             raise BenchmarkError(f"arm {name!r}: {source!r} is a {type(draft).__name__}, not a draft of this package")
         follow(draft, self.target)
-        self.weights[source] = weights_of(source, draft)
         return draft
 
     def _assistant(self, source: str) -> PreTrainedModel:
@@ -109,21 +107,16 @@ class Arms:
                 assistant = AutoModelForCausalLM.from_pretrained(source, dtype=self.target.dtype)
             return assistant.to(self.target.device)
 
-        assistant = self._load(f"assistant {source!r}", source, load)
-        self.weights[source] = weights_of(source, assistant)
-        return assistant
+        return self._load(f"assistant {source!r}", source, load)
 
     def _load(self, what: str, source: str, load: Any) -> Any:
         if what not in self._loaded:
             try:
-                self._loaded[what] = load(source).eval()
+                model = load(source).eval()
             except (OSError, ValueError, KeyError, RuntimeError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise BenchmarkError(f"{what} cannot be loaded: {reason}") from error
+            # Now: the target's dtype and device, which a draft follows, do not make other weights of it.
+            self.weights[source] = tensor_digest(model.state_dict())
+            self._loaded[what] = model
         return self._loaded[what]
-
-
-def weights_of(source: str, model: PreTrainedModel) -> str | None:
-    """What tells a model's weights from others: a digest of the files in a folder, the commit of a Hub repository."""
-    folder = Path(source)
-    return digest(folder) if folder.is_dir() else commit_of(model.config)

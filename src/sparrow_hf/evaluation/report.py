@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..artifacts import write_text
 from ..measurement import PLAIN
 from .results import KEY, merge
 
@@ -34,8 +35,7 @@ def write_report(data: Path, report: Path) -> None:
         sections.setdefault(key, []).append(row)
     parts += [section(rows) for rows in sections.values()]
     parts.append(provenance_section([row["provenance"] for row in results["rows"]]))
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text("\n".join(parts))
+    write_text(report, "\n".join(parts))
 
 
 def section(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,11 +1,11 @@
 """From single measurements to the rows of a results file: one row per arm, visual length, temperature and seed."""
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..artifacts import write_json
 from ..measurement import PLAIN
 from ..metrics import Run, acceptance, speed
 from .run_file import read_lines
@@ -21,8 +21,7 @@ def write_results(runs: Path, output: Path, note: str = "") -> list[dict[str, An
         note: What a reader must know about the circumstances.
     """
     rows = pool_runs(runs)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"note": note, "rows": rows}, indent=1) + "\n")
+    write_json(output, {"note": note, "rows": rows}, indent=1)
     return rows
 
 

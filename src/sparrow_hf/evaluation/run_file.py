@@ -1,12 +1,15 @@
 """Single measurements on disk, so that a stopped benchmark goes on where it was."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..artifacts import check_made_alike, write_text
 from ..errors import BenchmarkError
+
+#: Digits that earlier versions told weights by: half a digest of files, or a commit of the Hub.
+EARLIER_DIGITS = (32, 40)
 
 
 class RunFile:
@@ -24,19 +27,16 @@ class RunFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.lines = read_lines(path) if path.exists() else []
         for line in self.lines:
-            others = {
-                "weights" if name.endswith("sha256") else name.replace("_", " ")
-                for name, value in conditions.items()
-                if line["provenance"].get(name) != value
-            }
-            if others:
+            told = line["provenance"].get("target_sha256")
+            if isinstance(told, str) and len(told) in EARLIER_DIGITS:
                 raise BenchmarkError(
-                    f"{path} was measured with other {', '.join(sorted(others))}: delete it, or choose another folder "
-                    "for the runs"
+                    f"{path} was made by an earlier version of this package, which told weights apart in another way: "
+                    "choose another folder, or delete it"
                 )
+            check_made_alike(path, line["provenance"], conditions, BenchmarkError)
         if path.exists() and not (text := path.read_text()).endswith("\n"):
             # Half a line, of a process that was killed: the next one would be written behind it.
-            path.write_text(text[: text.rfind("\n") + 1])
+            write_text(path, text[: text.rfind("\n") + 1])
 
     def done(self, **key: Any) -> bool:
         """Whether there is a measurement with these fields."""
@@ -68,13 +68,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                 "another one"
             ) from error
     return lines
-
-
-def digest(folder: Path) -> str:
-    """First half of the SHA-256 of a model's weights."""
-    sha = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                sha.update(block)
-    return sha.hexdigest()[:32]

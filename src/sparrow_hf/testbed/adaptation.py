@@ -10,8 +10,6 @@ for a quarter of the steps. Run the command again to go on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
+from ..artifacts import atomic_path, write_json
 from ..evaluation.provenance import provenance
 from ..modeling_sparrow import SparrowDraftModel
 from ..training.lora import add_lora
@@ -84,9 +83,8 @@ def fine_tune(
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    unfinished = folder.with_name(f"{folder.name}.partial")
-    export(target, processor, unfinished)
-    os.replace(unfinished, folder)
+    with atomic_path(folder) as partial:
+        export(target, processor, partial)
 
 
 def compare(target: Qwen2_5_VLForConditionalGeneration, recording: Path, work: Path) -> dict[str, dict[str, Any]]:
@@ -127,7 +125,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     target, processor = load_target()
     folder = options.work / "target"
     print(
@@ -135,7 +132,6 @@ def main(arguments: list[str] | None = None) -> None:
         "half an hour on one core of a server CPU."
     )
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         fine_tune(target, processor, folder)
     target, processor = load_target(folder)
     recording = options.work / "recording"
@@ -144,9 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     record(target, processor, seeds, recording / f"validation-{LENGTH}", visual_tokens=LENGTH)
     results = compare(target, recording, options.work)
     command = "python -m sparrow_hf.testbed.adaptation"
-    options.output.write_text(
-        json.dumps({"drafts": results, "provenance": provenance(target, command=command)}, indent=1) + "\n"
-    )
+    write_json(options.output, {"drafts": results, "provenance": provenance(target, command=command)}, indent=1)
     for name, row in results.items():
         print(f"{name}: tau {row['tau']:.2f} after {row['steps']} steps, {row['seconds']:.0f} s")
 

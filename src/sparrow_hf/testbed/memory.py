@@ -10,7 +10,6 @@ its 24 layers, as a real draft has. Linux only.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import tempfile
@@ -22,6 +21,7 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen2_5_VLProcessor
 
+from ..artifacts import write_json
 from ..evaluation.provenance import provenance
 from ..training import ALL_VISUAL_ROWS, SparrowTrainer, SparrowTrainingArguments, append_answer
 from ..video import prepare_inputs
@@ -109,8 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
         "of_forward": {variant: round(share, 3) for variant, share in shares.items()},
         "provenance": provenance(target, command="python -m sparrow_hf.testbed.memory"),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(options.output, results, indent=1)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,9 +29,10 @@ from accelerate import PartialState
 from torch import distributed, nn
 from tqdm import tqdm
 
+from ..artifacts import StoredTensors, atomic_path, tensor_digest, write_json, write_text
 from ..errors import TrainingOptionsError
 from ..evaluation.provenance import commit
-from ..evaluation.run_file import digest
+from ..hub import find_weights
 from .caption_training import (
     Claims,
     ClipGroup,
@@ -85,7 +85,7 @@ def export(target: Any, processor: Any, folder: Path) -> None:
     processor.save_pretrained(folder)
     # `from_pretrained` follows the dtype named here, and the target is meant to run in fp32.
     config_file = folder / "config.json"
-    config_file.write_text(config_file.read_text().replace('"bfloat16"', '"float32"'))
+    write_text(config_file, config_file.read_text().replace('"bfloat16"', '"float32"'))
 
 
 @dataclass
@@ -119,7 +119,10 @@ class Pretraining:
     def __init__(self, output: Path, seed: int, family: Family = QWEN2_5_VL, parent: Path | None = None):
         self.output, self.seed, self.family, self.parent = output, seed, family, parent
         self.stages = SIBLING_STAGES if parent else STAGES
-        self.origin = {"family": family.name, "parent": digest(parent) if parent else None}
+        self.origin = {
+            "family": family.name,
+            "parent": tensor_digest(StoredTensors(find_weights(parent))) if parent else None,
+        }
         self.processes = PartialState(cpu=True)
         self.processor = build_processor(family)
         self.claims = Claims(self.processor.tokenizer)
@@ -144,20 +147,17 @@ class Pretraining:
             file.write(json.dumps(entry) + "\n")
 
     def save(self) -> None:
-        """Writes model, optimizers and progress, by an atomic rename."""
+        """Writes model, optimizers and progress, atomically."""
         if not self.processes.is_main_process:
             return
-        temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save(
-            {
-                "origin": self.origin,
-                "model": self.target.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "state": asdict(self.progress),
-            },
-            temporary,
-        )
-        os.replace(temporary, self.checkpoint)
+        training = {
+            "origin": self.origin,
+            "model": self.target.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "state": asdict(self.progress),
+        }
+        with atomic_path(self.checkpoint) as partial:
+            torch.save(training, partial)
 
     def resume(self) -> bool:
         """Takes up the last checkpoint; False if there is none."""
@@ -181,7 +181,7 @@ class Pretraining:
         # What was logged after the checkpoint will be logged again.
         entries = self.curve.read_text().splitlines()
         kept = [entry for entry in entries if json.loads(entry)["seconds"] <= round(self.progress.seconds, 1)]
-        self.curve.write_text("".join(f"{entry}\n" for entry in kept))
+        write_text(self.curve, "".join(f"{entry}\n" for entry in kept))
         return True
 
     def begin(self) -> None:
@@ -345,7 +345,7 @@ class Pretraining:
             "content_accuracy_after_bf16_rounding": accuracies,
             "evaluation_clips": {str(tokens): clips for tokens, clips in FINAL_CHECKS.items()},
         }
-        (self.output / "PROVENANCE.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        write_json(self.output / "PROVENANCE.json", provenance, indent=2)
         print(f"content accuracy by visual tokens, after rounding to bf16: {accuracies}")
 
 

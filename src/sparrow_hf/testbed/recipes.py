@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,8 +24,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..artifacts import tensor_digest, write_json, write_text
 from ..evaluation.provenance import commit
-from ..hub import target_digest
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import EVERY_VISUAL_ROW
 from ..training import ALL_VISUAL_ROWS, DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainer
@@ -154,7 +153,7 @@ def run_recipe(target_folder: Path, name: str, seed: int, steps: int, recording:
         "tau_by_glimpse": {str(glimpse): measure(trainer, recording, glimpse) for glimpse in recipe.glimpses},
         "seconds": round(time.monotonic() - start),
         "commit": commit(),
-        "target_sha256": target_digest(target),
+        "target_sha256": tensor_digest(target.state_dict()),
     }
 
 
@@ -194,13 +193,13 @@ def write_report(rows: list[dict[str, Any]], path: Path) -> None:
             mean = statistics.mean(each[lengths[0]] for each in figures)
             table.append((mean, f"| {label} | {' | '.join(cells)} | {len(runs)} | {runs[0]['steps']} |"))
     lines += [line for _, line in sorted(table, key=lambda entry: -entry[0])]
-    path.write_text("\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _earlier_target(rows: list[dict[str, Any]]) -> list[str]:
     """A remark, if the runs are not of the target that ships."""
     measured = rows[0]["target_sha256"]
-    if measured == target_digest(load_target()[0]):
+    if measured == tensor_digest(load_target()[0].state_dict()):
         return []
     return [
         f"**Measured on another target than the one that ships**: sha256 `{measured[:16]}…`, at commit "
@@ -229,11 +228,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     target, processor = load_target(options.target)
     recording = options.recording or options.work / "recording"
     record_all(target, processor, recording)
-    sha256 = target_digest(target)
+    sha256 = tensor_digest(target.state_dict())
     rows = json.loads(options.output.read_text()) if options.output.exists() else []
     # Runs on another target, or of another length, are not comparable: the table starts anew.
     rows = [row for row in rows if (row["target_sha256"], row["steps"]) == (sha256, options.steps)]
@@ -267,9 +265,7 @@ def write_results(rows: list[dict[str, Any]], output: Path, report: Path | None)
     """Writes what there is so far, in the order of the table of recipes, and the report on it."""
     order = list(RECIPES)
     rows.sort(key=lambda row: (row["seed"], order.index(row["recipe"])))
-    partial = output.with_suffix(".partial")
-    partial.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(partial, output)
+    write_json(output, rows, indent=1)
     if report is not None:
         write_report(rows, report)
 

@@ -11,7 +11,6 @@ it was stopped. `--text-only` trains the baseline that reads no target states, w
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,11 +22,11 @@ import transformers
 from accelerate import PartialState
 from tqdm import tqdm
 
+from ..artifacts import tensor_digest, write_json
 from ..evaluation.provenance import commit
-from ..hub import target_digest
 from ..modeling_sparrow import SparrowDraftModel
 from ..training import SparrowTrainer, SparrowTrainingArguments, append_answer
-from ..training.files import last_checkpoint
+from ..training.checkpoints import last_checkpoint
 from ..training.recording import RecordedDataset, Recorder
 from ..training.regenerate import generate_answers
 from ..video import prepare_inputs
@@ -315,7 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"--clips {options.clips} --validation-clips {options.validation_clips} --steps {options.steps} "
         f"--seed {options.seed}" + (" --text-only" if options.text_only else ""),
         "commit": commit(),
-        "target_sha256": target_digest(target),
+        "target_sha256": tensor_digest(target.state_dict()),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "steps": options.steps,
@@ -336,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
         "validation": {name: round(value, 4) for name, value in curve[-1].items()},
         "curve": [entry for entry in curve if "eval_tau" in entry or entry["step"] % 300 == 0],
     }
-    (options.output / "PROVENANCE.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    write_json(options.output / "PROVENANCE.json", provenance, indent=2)
     print(f"validation, chain of {trainer.draft.config.num_draft_levels}: tau {curve[-1]['eval_tau']:.2f}")
 
 

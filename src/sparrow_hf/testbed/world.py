@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from ..artifacts import atomic_path
 from ..errors import MissingDependencyError
 from .captions import STYLES, sample_prompt, write_caption
 from .scenes import BLANK, COLOURS, Scene, Step, Story, sample_story, sample_timeline
@@ -235,8 +236,8 @@ def make_clip(
     """
     script = write_script(seed, visual_tokens, tokens_per_step)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_mp4(path, render(script.story, script.timeline, np.random.default_rng([seed, 1])))
+    with atomic_path(path) as partial:
+        write_mp4(partial, render(script.story, script.timeline, np.random.default_rng([seed, 1])))
     return Clip(messages_for(str(path), script.prompt), script.caption)
 
 

@@ -13,9 +13,9 @@ from ..modeling_sparrow import SparrowDraftModel
 from ..prompts import load_rows
 from .arguments import SparrowTrainingArguments
 from .callbacks import DecodingCallback
+from .checkpoints import last_checkpoint
 from .curves import plot_curves
 from .dataset import refuse_shared_media
-from .files import last_checkpoint
 from .lora import add_lora, merge_lora
 from .options import TrainingOptions
 from .recording import PROVENANCE_FILE, RecordedDataset

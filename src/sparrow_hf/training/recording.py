@@ -26,16 +26,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from .._transformers import commit_of
+from ..artifacts import (
+    atomic_path,
+    check_made_alike,
+    earlier_target_digest,
+    remove_partial_files,
+    tensor_digest,
+    write_json,
+)
 from ..configuration_sparrow import SparrowDraftConfig, published_name
 from ..errors import DiskBudgetError, TrainingDataError
-from ..hub import target_digest
 from ..modeling_sparrow import SparrowDraftModel
 from ..prompts import Rows, naming_row
 from ..rows import draft_rows
 from .data import SparrowDataCollator, TrainingStates, read_with_target
-from .files import atomic_file, check_provenance, remove_partial_files
 
 PROVENANCE_FILE = "recording.json"
 #: What a safetensors file takes besides its tensors, about.
@@ -74,7 +81,12 @@ class Recorder:
         processes = PartialState()
         with processes.main_process_first():
             self.rows_folder.mkdir(parents=True, exist_ok=True)
-            check_provenance(Path(folder) / PROVENANCE_FILE, describe(draft, visual_rows) | dict(source or {}))
+            wanted, provenance = describe(draft, visual_rows) | dict(source or {}), Path(folder) / PROVENANCE_FILE
+            if provenance.exists():
+                found = read_description(provenance, draft.target.model, wanted["target_sha256"])
+                check_made_alike(folder, found, wanted, TrainingDataError)
+            else:
+                write_json(provenance, wanted, indent=2)
             if processes.is_main_process:
                 remove_partial_files(self.rows_folder)
         self.bytes_left = None
@@ -112,7 +124,7 @@ class Recorder:
                     f"complete in {self.rows_folder}. Give more (--max-disk-gb) and run the same command again, or "
                     "train on what is there."
                 )
-        with atomic_file(self.path(index)) as partial:
+        with atomic_path(self.path(index)) as partial:
             save_file(tensors, partial)
 
     def _read(self, sample: Mapping[str, Any]) -> TrainingStates:
@@ -220,8 +232,8 @@ class RecordedDataset(Dataset):
         provenance = Path(folder) / PROVENANCE_FILE
         if not provenance.is_file():
             raise TrainingDataError(f"{folder} is not a recording: it has no {PROVENANCE_FILE}. Make one first.")
-        found = json.loads(provenance.read_text())
-        digest = target_digest(draft.target.model)
+        digest = tensor_digest(draft.target.model.state_dict())
+        found = read_description(provenance, draft.target.model, digest)
         if found["target_sha256"] != digest:
             raise TrainingDataError(
                 f"{folder} was recorded from another target ({found['target'] or 'unnamed'}, sha256 "
@@ -305,9 +317,25 @@ def describe(draft: SparrowDraftModel, visual_rows: bool) -> dict[str, Any]:
     return {
         "target": published_name(target.config),
         "target_revision": commit_of(target.config),
-        "target_sha256": target_digest(target),
+        "target_sha256": tensor_digest(target.state_dict()),
         "transformers": transformers.__version__,
         "dtype": str(draft.target.dtype),
         "text_layers": recorded_layers(draft.config),
         "visual_layers": [draft.config.visual_bridge_layer] if visual_rows else [],
     }
+
+
+def read_description(path: Path, target: PreTrainedModel, target_sha256: str) -> dict[str, Any]:
+    """What a recording says of its making, as this version would have written it.
+
+    Args:
+        path: Of `recording.json`.
+        target: The target that should have been recorded.
+        target_sha256: Its digest.
+    """
+    found = json.loads(path.read_text())
+    told = found["target_sha256"]
+    # An earlier version recorded the same weights under another digest; recordings are too large to be made again.
+    if told != target_sha256 and told == earlier_target_digest(target.state_dict()):
+        found["target_sha256"] = target_sha256
+    return found

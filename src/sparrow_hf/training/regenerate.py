@@ -20,12 +20,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .._transformers import commit_of, name_of
+from ..artifacts import atomic_path, check_made_alike, remove_partial_files, write_json, write_text
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 from ..prompts import ROW_FOLDER, ROW_INDEX, Rows, naming_row, split_answer
 from ..video import is_url
 from .data import prepare_prompt
-from .files import atomic_file, check_provenance, remove_partial_files
 
 PROVENANCE_FILE = "provenance.json"
 
@@ -104,7 +104,11 @@ def regenerate(
     }
     processes = PartialState()
     with processes.main_process_first():
-        check_provenance(folder / PROVENANCE_FILE, provenance)
+        if (folder / PROVENANCE_FILE).exists():
+            found = json.loads((folder / PROVENANCE_FILE).read_text())
+            check_made_alike(folder, found, provenance, TrainingDataError)
+        else:
+            write_json(folder / PROVENANCE_FILE, provenance, indent=2)
         if processes.is_main_process:
             remove_partial_files(folder)
     if draft is not None:
@@ -134,8 +138,8 @@ def regenerate(
                 progress.update(len(batch))
             if skipped:
                 # First: who finds the shard finds this too.
-                _write_text(shards[number].with_suffix(".skipped.json"), json.dumps(skipped) + "\n")
-            _write_text(shards[number], "".join(json.dumps(row) + "\n" for row in written))
+                write_json(shards[number].with_suffix(".skipped.json"), skipped)
+            write_text(shards[number], "".join(json.dumps(row) + "\n" for row in written))
     return shards
 
 
@@ -191,8 +195,7 @@ def _storable(turn: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(source, bytes):
             path = folder / "media" / hashlib.sha256(source).hexdigest()
             if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                with atomic_file(path) as partial:
+                with atomic_path(path) as partial:
                     partial.write_bytes(source)
             source = str(path)
         if part["type"] == "text" or is_url(source):
@@ -270,8 +273,3 @@ def left_pad(prompts: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict
                 "batched: use batch_size=1 for this family"
             )
     return batch
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as partial:
-        partial.write_text(text)

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..artifacts import atomic_path
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import draft_rows
 from .data import TrainingStates, read_with_target
-from .files import atomic_file
 
 
 class SpeculatorsDataset(Dataset):
@@ -137,7 +137,7 @@ def write_speculators(
         )
         stacked = torch.stack([*(features[layer] for layer in layers), before_norm[0][0, rows.text]], dim=1)
         ids = states.input_ids[rows.text]
-        with atomic_file(states_folder / f"hs_{index}.safetensors") as partial:
+        with atomic_path(states_folder / f"hs_{index}.safetensors") as partial:
             save_file({"token_ids": ids.cpu().contiguous(), "hidden_states": stacked.cpu().contiguous()}, partial)
         table["input_ids"].append(ids.tolist())
         table["loss_mask"].append((rows.text >= states.answer_start).long().tolist())

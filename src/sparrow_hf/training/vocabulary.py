@@ -8,7 +8,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
+from ..artifacts import atomic_path
 from ..configuration_sparrow import visual_token_ids
 from ..errors import TrainingDataError, VocabularyError
 
@@ -124,7 +124,7 @@ def coverage(counts: Tensor, draft_to_target: Tensor) -> float:
 def save_vocabulary(
     path: str | os.PathLike[str], draft_to_target: Tensor, counts: Tensor, provenance: Mapping[str, Any]
 ) -> None:
-    """Writes a vocabulary as one safetensors file, by an atomic rename.
+    """Writes a vocabulary as one safetensors file, atomically.
 
     Args:
         path: The file: `draft_to_target` `(D,)` int64 and `counts` `(D,)` int64, how often each of them was written.
@@ -132,18 +132,15 @@ def save_vocabulary(
         counts: `(V,)` from [`count_tokens`].
         provenance: What else the metadata shall say: the target, the answers.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         "vocab_size": len(counts),
         "answer_tokens": int(counts.sum()),
         "covered_tokens": int(counts[draft_to_target].sum()),
         **provenance,
     }
-    partial = path.with_name(path.name + ".partial")
     tensors = {"draft_to_target": draft_to_target.contiguous(), "counts": counts[draft_to_target]}
-    save_file(tensors, partial, {name: str(value) for name, value in metadata.items()})
-    os.replace(partial, path)
+    with atomic_path(path) as partial:
+        save_file(tensors, partial, {name: str(value) for name, value in metadata.items()})
 
 
 def load_vocabulary(path: str | os.PathLike[str], vocab_size: int | None = None) -> Tensor:

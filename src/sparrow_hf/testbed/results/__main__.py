@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from ...analysis.summary import recommend
-from ...evaluation.run_file import digest
+from ...artifacts import tensor_digest, write_json
 from .. import FAMILIES, SHIPPED, shipped
 from ..families import Family
 from ..nano import load_target
@@ -48,7 +48,8 @@ TRAINED = [name for name in CONTENDERS if name != SHIPPED_DRAFT]
 
 def work_of(family: Family, work: Path) -> Path:
     """The folder of a family's present target."""
-    return work / f"{family.name}-{digest(SHIPPED[family.name] / 'target')[:8]}"
+    target, _ = load_target(SHIPPED[family.name] / "target")
+    return work / f"{family.name}-{tensor_digest(target.state_dict())[:8]}"
 
 
 def train_all(family: Family, work: Path, names: Sequence[str], processes: int) -> None:
@@ -73,10 +74,10 @@ def measure_all(family: Family, work: Path, cells: Sequence[str]) -> None:
     target_folder, folders = SHIPPED[family.name] / "target", folders_of(family, work)
     for name in cells:
         target, processor = load_target(target_folder)
-        cell = benchmark(name, target_folder, target, processor, folders)
+        cell = benchmark(name, target, processor, folders)
         cell.measure(cell.open_runs(work / "runs"))
     target, processor = load_target(target_folder)
-    measure_draft_steps(target_folder, target, processor, folders[SHIPPED_DRAFT], work / "runs")
+    measure_draft_steps(target, processor, folders[SHIPPED_DRAFT], work / "runs")
 
 
 def write_results(work: Path, output: Path, note: str | None) -> None:
@@ -105,8 +106,7 @@ def write_results(work: Path, output: Path, note: str | None) -> None:
             "training_steps": shipped_steps(family),
             "analysis": analysis,
         }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(output, results, indent=1)
 
 
 def main(arguments: list[str] | None = None) -> None:

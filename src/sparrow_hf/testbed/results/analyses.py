@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...analysis import Conversation, analyze
+from ...artifacts import tensor_digest, write_json
 from ...evaluation.provenance import provenance
-from ...evaluation.run_file import digest
 from ...modeling_sparrow import SparrowDraftModel
 from .. import SHIPPED
 from ..captions import content_score
@@ -36,22 +36,21 @@ def analyse(family: Family, draft_folder: Path | None, work: Path) -> None:
     Args:
         draft_folder: The draft whose visual rows are taken away, if there is one.
     """
-    folder, target_folder, finished = work / "analysis", SHIPPED[family.name] / "target", work / ANALYSIS_FILE
-    details = {"command": COMMAND, "target_sha256": digest(target_folder)}
+    folder, finished = work / "analysis", work / ANALYSIS_FILE
+    target, processor = load_target(SHIPPED[family.name] / "target")
+    details = {"command": COMMAND, "target_sha256": tensor_digest(target.state_dict())}
+    draft = None
     if draft_folder is not None:
-        details["draft_sha256"] = digest(draft_folder)
+        draft = SparrowDraftModel.from_pretrained(draft_folder).eval()
+        draft.config.set_tree_shape("chain-5")
+        details["draft_sha256"] = tensor_digest(draft.state_dict())
     if finished.exists() and details.items() <= json.loads(finished.read_text())["provenance"].items():
         return
-    target, processor = load_target(target_folder)
     conversations = []
     for length, clips in CLIPS.items():
         for seed in EVALUATION_SEEDS[:clips]:
             clip = make_clip(folder / "clips" / f"{length}-{seed}.mp4", seed, length, family.tokens_per_step)
             conversations.append(Conversation(clip.messages, clip.caption))
-    draft = None
-    if draft_folder is not None:
-        draft = SparrowDraftModel.from_pretrained(draft_folder).eval()
-        draft.config.set_tree_shape("chain-5")
     summary = analyze(
         target,
         processor,
@@ -62,4 +61,4 @@ def analyse(family: Family, draft_folder: Path | None, work: Path) -> None:
         max_new_tokens=MAX_CAPTION_TOKENS,
     )
     report: dict[str, Any] = {"provenance": provenance(target, **details)} | summary
-    finished.write_text(json.dumps(report) + "\n")
+    write_json(finished, report)

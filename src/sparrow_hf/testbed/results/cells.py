@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from ...artifacts import tensor_digest
 from ...evaluation.arms import Arms
 from ...evaluation.benchmark import Benchmark, Prompt
 from ...evaluation.results import pool_runs, result_row
-from ...evaluation.run_file import digest, read_lines
+from ...evaluation.run_file import read_lines
 from ...measurement import NO_DRAFT
 from ..captions import STYLES
 from ..prompts import clip_prompts, picture_prompts, says_what_it_shows, text_prompts
@@ -82,16 +83,17 @@ def is_ready(arm: str, folders: Mapping[str, Path]) -> bool:
     return named is None or is_finished(folders[named[1]])
 
 
-def benchmark(name: str, target_folder: Path, target: Any, processor: Any, folders: Mapping[str, Path]) -> Benchmark:
+def benchmark(name: str, target: Any, processor: Any, folders: Mapping[str, Path]) -> Benchmark:
     """A cell, ready to be measured. Arms whose contender is not finished are left out.
 
     Args:
         name: Of the cell.
-        target_folder: Where the target was loaded from.
         target, processor: In fp32; brought to the cell's dtype.
         folders: Short name → folder of every contender.
     """
     cell = CELLS[name]
+    # Before the cell's dtype makes another digest of the same target.
+    target_sha256 = tensor_digest(target.state_dict())
     target = target.to(getattr(torch, cell.dtype))
     arms = Arms(target, str(folders[SHIPPED_DRAFT]), {name: str(folder) for name, folder in folders.items()})
     return Benchmark(
@@ -107,8 +109,8 @@ def benchmark(name: str, target_folder: Path, target: Any, processor: Any, folde
         is_content=says_what_it_shows(processor),
         conditions={
             "command": command(name),
-            "target_sha256": digest(target_folder),
-            "draft_sha256": sorted(filter(None, arms.weights.values())),
+            "target_sha256": target_sha256,
+            "draft_sha256": sorted(arms.weights.values()),
             "prompts": cell.kind,
             "dtype": cell.dtype,
         },

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...artifacts import write_json
 from ...evaluation.baselines import BASELINES, Baseline
 from ...evaluation.provenance import commit
 from ...training.recording import RecordedDataset
@@ -109,6 +109,4 @@ def train_contender(family: Family, work: Path, name: str) -> None:
 
 
 def _finish(folder: Path, **details: Any) -> None:
-    unfinished = folder / f"{FINISHED_FILE}.partial"
-    unfinished.write_text(json.dumps(details | {"commit": commit()}, indent=1) + "\n")
-    os.replace(unfinished, folder / FINISHED_FILE)
+    write_json(folder / FINISHED_FILE, details | {"commit": commit()}, indent=1)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ...artifacts import tensor_digest
 from ...evaluation import RunFile
 from ...evaluation.provenance import provenance
-from ...evaluation.run_file import digest, read_lines
+from ...evaluation.run_file import read_lines
 from ...generation.candidate_generator import SparrowCandidateGenerator
 from ...hidden_states import HiddenStateCollector
 from ...modeling_sparrow import SparrowDraftModel
@@ -38,11 +39,15 @@ def prefilled_generator(target: Any, draft: SparrowDraftModel, inputs: Any) -> S
 
 
 @torch.no_grad()
-def measure_draft_steps(target_folder: Path, target: Any, processor: Any, draft_folder: Path, runs: Path) -> None:
+def measure_draft_steps(target: Any, processor: Any, draft_folder: Path, runs: Path) -> None:
     """Times growing a tree, the lengths in turns, on clips that are not measured yet."""
-    conditions = {"command": COMMAND, "target_sha256": digest(target_folder), "draft_sha256": digest(draft_folder)}
-    file = RunFile(runs / FILE, conditions)
     draft = SparrowDraftModel.from_pretrained(draft_folder).eval()
+    conditions = {
+        "command": COMMAND,
+        "target_sha256": tensor_digest(target.state_dict()),
+        "draft_sha256": tensor_digest(draft.state_dict()),
+    }
+    file = RunFile(runs / FILE, conditions)
     draft.bind(target)
     for seed in tqdm(EVALUATION_SEEDS[:CLIPS], desc="draft steps"):
         if file.done(seed=seed):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...artifacts import write_text
 from ...evaluation.report import between, numbers, optional, provenance_section, section, table
 from ..retrain import CLIPS
 from .analyses import COMMAND
@@ -118,8 +119,7 @@ def write_report(data: Path, report: Path) -> None:
         ]
     parts.append(QUOTED)
     parts.append(provenance_section([_brief(row["provenance"]) for row in results.rows]))
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text("\n".join(parts))
+    write_text(report, "\n".join(parts))
     write_tables(results, tables)
 
 
@@ -149,7 +149,7 @@ def write_tables(results: Results, path: Path) -> None:
         cells.setdefault((row["family"], row["benchmark"], row["temperature"], row["seed"]), []).append(row)
     parts = ["# All tables\n\nWritten by `make results`; what the columns mean: [benchmark.md](benchmark.md).\n"]
     parts += [f"{section(rows)}\n`{command(rows[0]['benchmark'])}`\n" for rows in cells.values()]
-    path.write_text("\n".join(parts))
+    write_text(path, "\n".join(parts))
 
 
 def summary(results: Results, family: str) -> str:

@@ -1,0 +1,285 @@
+"""Files that this package writes: whole or absent, told apart by one digest, compared with what is wanted of them."""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .errors import SparrowError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_T = TypeVar("_T")
+
+#: Seconds that somebody waits for others who use the same folder. A stopped process must not hold up a training.
+LOCK_SECONDS = 30.0
+#: How often files are read that somebody replaces meanwhile.
+READ_ATTEMPTS = 5
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside `path` to write a file to, renamed at the end: whoever finds `path` finds all of it.
+
+    After an exception `path` is what it was. A folder can be written as well, if there is none at `path` yet. The
+    folder that holds `path` is made.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        # A device or a pipe (`/dev/stdout`) must not be replaced.
+        yield path
+        return
+    # What a link points to is replaced, not the link.
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{_own_suffix()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        _remove(partial)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file, atomically."""
+    with atomic_path(path) as partial:
+        partial.write_text(text)
+
+
+def write_json(
+    path: str | os.PathLike[str],
+    value: Any,
+    indent: int | None = None,
+    default: Callable[[Any], Any] | None = None,
+) -> None:
+    """Writes a JSON file that ends with a newline, atomically; `indent` and `default` are those of `json.dumps`."""
+    write_text(path, json.dumps(value, indent=indent, default=default) + "\n")
+
+
+@contextmanager
+def atomic_files(folder: Path, last: str, is_kind: Callable[[str], bool]) -> Iterator[Path]:
+    """A folder to write files to that belong together; at the end they take their places in `folder`.
+
+    After an exception `folder` holds what it held. Who reads with [`read_together`] finds the old files or the new
+    ones. Other writers wait, so that the files of two are never mixed.
+
+    Args:
+        folder: Made if it is not there.
+        last: Name of the file that tells about the others, and is moved after them.
+        is_kind: Whether a file of this name is of a kind that is replaced as a whole: if there are new files of the
+            kind, old ones of other names go.
+    """
+    partial = folder / f".{_own_suffix()}"
+    # A killed process may have had the same numbers.
+    _remove(partial)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        with _locked(folder, exclusive=True):
+            new = {path.name for path in partial.iterdir()}
+            for name in sorted(new, key=lambda name: (name == last, name)):
+                os.replace(partial / name, folder / name)
+            if any(map(is_kind, new)):
+                for path in list(folder.iterdir()):
+                    if path.name not in new and is_kind(path.name):
+                        path.unlink(missing_ok=True)
+    finally:
+        _remove(partial)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Removes what a killed process left half written."""
+    for partial in folder.glob("*.partial"):
+        _remove(partial)
+
+
+def _own_suffix() -> str:
+    # Processes and threads may write to the same folder.
+    return f"{os.getpid()}.{threading.get_ident()}.partial"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# -- reading what others may be writing -------------------------------------------------------------------------------
+
+
+def read_together(folder: Path, last: str, read: Callable[[], _T], error: type[SparrowError]) -> _T:
+    """What `read` makes of files of a folder that belong together, all of them old or all of them new.
+
+    Writers of [`atomic_files`] wait for it. Where file systems know no locks, files that others were put in place of
+    meanwhile are read again.
+
+    Args:
+        folder: The folder.
+        last: Name of the file that tells about the others, as [`atomic_files`] has it.
+        read: Reads them, and raises if they do not belong together.
+        error: The type of the error.
+
+    Raises:
+        SparrowError: Others were put in their place time and again.
+        Exception: Whatever `read` raises on files that stay as they are.
+    """
+    for _ in range(READ_ATTEMPTS):
+        with _locked(folder, exclusive=False):
+            before, told = _versions(folder), _bytes_in(folder / last)
+            try:
+                result = read()
+            except Exception:
+                if _versions(folder) == before:
+                    raise
+            else:
+                if _bytes_in(folder / last) == told:
+                    return result
+    raise error(f"{folder} was written to whenever it was read: try again when that is over")
+
+
+def _bytes_in(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+def _versions(folder: Path) -> set[tuple[Any, ...]]:
+    versions = set()
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            stat = path.stat()
+            versions.add((path.name, stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    return versions
+
+
+@contextmanager
+def _locked(folder: Path, exclusive: bool) -> Iterator[None]:
+    """Waits until no one else replaces files of the folder together, or (`exclusive`) reads them.
+
+    Goes on without a lock where there are none (Windows, some network file systems), or after `LOCK_SECONDS`.
+    """
+    if fcntl is None:
+        yield
+        return
+    # Every call opens the folder anew, so that threads exclude each other as processes do.
+    handle = os.open(folder, os.O_RDONLY)
+    give_up = time.monotonic() + LOCK_SECONDS
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    break
+                time.sleep(0.002)
+            except OSError:
+                break
+        yield
+    finally:
+        with suppress(OSError):
+            # Closing would not do: a process that was forked meanwhile has the handle too.
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+# -- digests ----------------------------------------------------------------------------------------------------------
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of safetensors files by name, each read when it is asked for."""
+
+    def __init__(self, files: Iterable[Path]):
+        self._files: dict[str, Path] = {}
+        for path in files:
+            with safe_open(path, framework="pt") as stored:
+                self._files |= dict.fromkeys(stored.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as stored:
+            return stored.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the tensors, in the order of their names.
+
+    Args:
+        tensors: A model's `state_dict()`, or [`StoredTensors`]. Of weights that are offloaded to disk (on the meta
+            device), name, dtype and shape have to do.
+
+    Returns:
+        64 hexadecimal digits: what `tensors_sha256`, `target_sha256` and `draft_sha256` are in all files.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if not tensor.is_meta:
+            digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def earlier_target_digest(tensors: Mapping[str, Tensor]) -> str:
+    """What recordings of earlier versions hold as `target_sha256`; read, never written."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(name.encode())
+        digest.update(str(tuple(tensor.shape)).encode() if tensor.is_meta else _bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+# -- made alike -------------------------------------------------------------------------------------------------------
+
+
+def check_made_alike(
+    what: str | os.PathLike[str], found: Mapping[str, Any], wanted: Mapping[str, Any], error: type[SparrowError]
+) -> None:
+    """Compares how files were made with how they would be made now.
+
+    Args:
+        what: The file or folder.
+        found: What is written there of its making. What it says beyond `wanted` does not count.
+        wanted: What it should say, as it comes back from JSON.
+        error: The type of the error.
+
+    Raises:
+        SparrowError: They differ; every difference is named.
+    """
+    wrong = list(_differences(found, wanted))
+    if wrong:
+        raise error(f"{what} was made differently ({'; '.join(wrong)}): choose another folder, or delete it")
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in wanted.items():
+        other = found.get(name)
+        if isinstance(other, Mapping) and isinstance(value, Mapping):
+            yield from _differences(other, dict.fromkeys(other) | dict(value), f"{prefix}{name}.")
+        elif other != value:
+            yield f"{prefix}{name}: {other!r}, now {value!r}"

@@ -1,0 +1,370 @@
+"""Files are whole or absent, one digest tells weights apart, and a draft that is saved again is old or new."""
+
+import copy
+import errno
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any
+
+import pytest
+import torch
+import transformers.modeling_utils
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from sparrow_hf import SparrowDraftModel, artifacts
+from sparrow_hf.artifacts import (
+    StoredTensors,
+    atomic_files,
+    atomic_path,
+    check_made_alike,
+    earlier_target_digest,
+    read_together,
+    tensor_digest,
+    write_json,
+    write_text,
+)
+from sparrow_hf.errors import BenchmarkError, DraftLoadError
+
+from families import FAMILY_BY_NAME
+
+
+class TestWriting:
+    def test_whole_or_absent(self, tmp_path: Path) -> None:
+        path = tmp_path / "new" / "file.json"
+        with pytest.raises(KeyboardInterrupt), atomic_path(path) as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+        assert list(path.parent.iterdir()) == []
+        write_json(path, {"a": 1}, indent=1)
+        assert path.read_text() == '{\n "a": 1\n}\n'
+        with pytest.raises(KeyboardInterrupt), atomic_path(path) as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+        assert json.loads(path.read_text()) == {"a": 1} and list(path.parent.iterdir()) == [path]
+
+    def test_a_folder_too(self, tmp_path: Path) -> None:
+        for wrong in (True, False):
+            try:
+                with atomic_path(tmp_path / "folder") as partial:
+                    write_text(partial / "a", "text")
+                    if wrong:
+                        raise ValueError
+            except ValueError:
+                assert list(tmp_path.iterdir()) == []
+        assert (tmp_path / "folder" / "a").read_text() == "text"
+
+    def test_threads_and_processes_do_not_share_a_partial_file(self, tmp_path: Path) -> None:
+        """Every one holds its file open while the others write theirs."""
+        texts, together = [str(number) * 100_000 for number in range(4)], threading.Barrier(4)
+
+        def write(text: str) -> str:
+            with atomic_path(tmp_path / "file") as partial:
+                partial.write_text(text)
+                together.wait()
+                return partial.name
+
+        with ThreadPoolExecutor(4) as pool:
+            names = set(pool.map(write, texts))
+        assert len(names) == 4 and all(str(os.getpid()) in name for name in names)
+        assert (tmp_path / "file").read_text() in texts and len(list(tmp_path.iterdir())) == 1
+
+    def test_links_and_devices_stay(self, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(tmp_path / "file")
+        write_text(tmp_path / "link", "text")
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "text"
+        os.mkfifo(tmp_path / "pipe")
+        reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+        read: list[str] = []
+        reader.start()
+        write_text(tmp_path / "pipe", "text")
+        reader.join()
+        assert read == ["text"] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+class TestDigest:
+    def test_says_names_types_shapes_and_bytes(self) -> None:
+        tensors = {"a": torch.arange(6.0), "b": torch.ones(2, dtype=torch.bfloat16)}
+        digest = tensor_digest(tensors)
+        assert digest == tensor_digest(dict(reversed(tensors.items())))
+        others: list[dict[str, torch.Tensor]] = [
+            {"a": tensors["b"], "b": tensors["a"]},
+            tensors | {"a": torch.arange(6.0).reshape(2, 3)},
+            tensors | {"a": torch.arange(6.0).view(torch.int32)},
+            tensors | {"a": torch.arange(6.0) * -1},
+            {"a": tensors["a"]},
+        ]
+        assert len({digest, *map(tensor_digest, others)}) == 6
+
+    def test_of_files_is_that_of_the_tensors_in_them(self, tmp_path: Path) -> None:
+        tensors = {"b": torch.ones(2, dtype=torch.bfloat16), "a": torch.arange(6.0), "c": torch.zeros(())}
+        save_file({"b": tensors["b"], "c": tensors["c"]}, tmp_path / "1.safetensors")
+        save_file({"a": tensors["a"]}, tmp_path / "2.safetensors")
+        stored = StoredTensors(sorted(tmp_path.iterdir()))
+        assert len(stored) == 3 and tensor_digest(stored) == tensor_digest(tensors)
+
+    def test_offloaded_weights_are_told_by_name_type_and_shape(self) -> None:
+        def told(*shape: int) -> str:
+            return tensor_digest({"a": torch.empty(shape, device="meta")})
+
+        assert told(2, 3) == told(2, 3) != told(3, 2)
+
+    def test_the_earlier_one_is_read_still(self) -> None:
+        tensors = {"a": torch.arange(3.0)}
+        assert earlier_target_digest(tensors) == "68e618d83c0c7d42dcde6458e1f7d9c1fa94d6bcced078db0d7c5f4b9a257351"
+
+
+def test_every_difference_is_named() -> None:
+    found = {"same": 1, "beyond": 2, "arms": {"a": {"tree": [1]}, "b": 1}, "seed": 0}
+    check_made_alike("folder", found, {"same": 1, "never": None}, BenchmarkError)
+    with pytest.raises(BenchmarkError) as caught:
+        check_made_alike("folder", found, {"same": 1, "arms": {"a": {"tree": [2]}, "c": 3}, "seed": 1}, BenchmarkError)
+    assert str(caught.value) == (
+        "folder was made differently (arms.a.tree: [1], now [2]; arms.b: 1, now None; arms.c: None, now 3; "
+        "seed: 0, now 1): choose another folder, or delete it"
+    )
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return FAMILY_BY_NAME["qwen2_5_vl"].build_target()
+
+
+@pytest.fixture
+def draft(target: PreTrainedModel) -> SparrowDraftModel:
+    return SparrowDraftModel.from_target(target)
+
+
+@pytest.fixture
+def other(draft: SparrowDraftModel) -> SparrowDraftModel:
+    other = SparrowDraftModel(copy.deepcopy(draft.config))
+    with torch.no_grad():
+        other.fc.weight.add_(1)
+    other.provenance = {"data": "other"}
+    return other
+
+
+SHARDS = {"max_shard_size": "20KB"}
+
+
+class TestAFullDisk:
+    @pytest.mark.parametrize("options", [{}, SHARDS])
+    @pytest.mark.parametrize("writer", ["weights", "config", "card"])
+    def test_the_old_draft_stays(
+        self,
+        draft: SparrowDraftModel,
+        other: SparrowDraftModel,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        options: dict[str, Any],
+        writer: str,
+    ) -> None:
+        draft.save_pretrained(tmp_path, **options)
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        calls = []
+
+        def fill(path: Path) -> None:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def save_file_once(tensors: Any, path: str, **kwargs: Any) -> None:
+            calls.append(path)
+            if len(calls) > (1 if options else 0):
+                fill(Path(path))
+            save_file(tensors, path, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            if writer == "weights":
+                patch.setattr(transformers.modeling_utils, "safe_save_file", save_file_once)
+            elif writer == "config":
+                save = type(draft.config).save_pretrained
+                patch.setattr(type(draft.config), "save_pretrained", lambda *args: fill(save(*args) or args[1] / "x"))
+            else:
+                patch.setattr("sparrow_hf.hub.write_text", lambda path, text: fill(path))
+            other.save_pretrained(tmp_path, **options)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+        assert torch.equal(SparrowDraftModel.from_pretrained(tmp_path).fc.weight, draft.fc.weight)
+        other.save_pretrained(tmp_path, **options)
+        assert torch.equal(SparrowDraftModel.from_pretrained(tmp_path).fc.weight, other.fc.weight)
+
+
+class TestSavingWhileLoading:
+    @pytest.mark.parametrize("loader", [SparrowDraftModel, AutoModel])
+    @pytest.mark.parametrize("options", [{}, SHARDS])
+    def test_four_threads_save_and_a_reader_finds_old_or_new(
+        self, draft: SparrowDraftModel, other: SparrowDraftModel, tmp_path: Path, loader: Any, options: dict[str, Any]
+    ) -> None:
+        """Two drafts by turns, so that a mixture of both would be one that nobody saved."""
+        draft.save_pretrained(tmp_path, **options)
+        known = {tensor_digest(model.state_dict()) for model in (draft, other)}
+        stop, configs = threading.Event(), []
+
+        def save(number: int) -> None:
+            while not stop.is_set():
+                (draft, other)[number % 2].save_pretrained(tmp_path, **options)
+                number += 1
+
+        with ThreadPoolExecutor(4) as pool:
+            running = [pool.submit(save, number) for number in range(4)]
+            try:
+                for _ in range(12):
+                    configs.append(json.loads((tmp_path / "config.json").read_text())["tensors_sha256"])
+                    loaded = loader.from_pretrained(tmp_path)
+                    assert tensor_digest(loaded.state_dict()) in known
+                    assert ("data" in loaded.provenance) == torch.equal(loaded.fc.weight, other.fc.weight)
+            finally:
+                stop.set()
+            for run in running:
+                run.result()
+        assert set(configs) <= known and draft.config.tensors_sha256 is None
+        assert not list(tmp_path.glob("*.partial"))
+        loader.from_pretrained(tmp_path)
+
+    def test_one_draft_saved_by_four_threads(self, draft: SparrowDraftModel, tmp_path: Path) -> None:
+        folders = [tmp_path / str(number) for number in range(12)]
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(draft.save_pretrained, folders))
+        digests = {json.loads((folder / "config.json").read_text())["tensors_sha256"] for folder in folders}
+        assert digests == {tensor_digest(draft.state_dict())}
+
+    def test_shards_take_the_place_of_one_file_and_the_other_way_round(
+        self, draft: SparrowDraftModel, other: SparrowDraftModel, tmp_path: Path
+    ) -> None:
+        (tmp_path / "model-notes.safetensors").write_bytes(b"not ours")
+        for model, options in ((draft, {}), (other, SHARDS), (draft, {"max_shard_size": "40KB"}), (other, {})):
+            model.save_pretrained(tmp_path, **options)
+            assert torch.equal(SparrowDraftModel.from_pretrained(tmp_path).fc.weight, model.fc.weight)
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {
+            "README.md", "PROVENANCE.json", "config.json", "model.safetensors", "model-notes.safetensors"
+        }  # fmt: skip
+
+    @pytest.mark.parametrize("options", [{}, SHARDS])
+    def test_variants_lie_side_by_side(
+        self, draft: SparrowDraftModel, tmp_path: Path, options: dict[str, Any]
+    ) -> None:
+        for variant in (None, "copy", "copy"):
+            draft.save_pretrained(tmp_path, variant=variant, **options)
+        for variant in (None, "copy"):
+            assert torch.equal(SparrowDraftModel.from_pretrained(tmp_path, variant=variant).fc.weight, draft.fc.weight)
+
+    def test_a_process_that_is_not_the_main_one_leaves_what_is_there(
+        self, draft: SparrowDraftModel, other: SparrowDraftModel, tmp_path: Path
+    ) -> None:
+        draft.save_pretrained(tmp_path)
+        other.save_pretrained(tmp_path, is_main_process=False)
+        assert torch.equal(SparrowDraftModel.from_pretrained(tmp_path).fc.weight, draft.fc.weight)
+
+
+class TestReadingTogether:
+    @pytest.fixture
+    def no_locks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(artifacts, "fcntl", None)
+
+    @pytest.mark.parametrize("loader", [SparrowDraftModel, AutoModel])
+    def test_without_locks_a_replaced_draft_is_read_again(
+        self,
+        no_locks: None,
+        draft: SparrowDraftModel,
+        other: SparrowDraftModel,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        loader: Any,
+    ) -> None:
+        """Others are saved after it was loaded and before it is checked."""
+        draft.save_pretrained(tmp_path)
+        load, saves = PreTrainedModel.from_pretrained.__func__, iter([other, draft])
+
+        def save_meanwhile(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            loaded = load(cls, *args, **kwargs)
+            if model := next(saves, None):
+                model.save_pretrained(tmp_path)
+            return loaded
+
+        monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(save_meanwhile))
+        loaded = loader.from_pretrained(tmp_path)
+        assert next(saves, None) is None
+        assert torch.equal(loaded.fc.weight, draft.fc.weight) and "data" not in loaded.provenance
+
+    def test_a_configuration_that_was_read_before_is_read_again(
+        self, draft: SparrowDraftModel, other: SparrowDraftModel, tmp_path: Path
+    ) -> None:
+        """As `AutoModel` reads it."""
+        draft.save_pretrained(tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+        other.config.num_glimpse_tokens = 7
+        other.save_pretrained(tmp_path)
+        loaded = SparrowDraftModel.from_pretrained(tmp_path, config=config)
+        assert torch.equal(loaded.fc.weight, other.fc.weight) and loaded.config.num_glimpse_tokens == 7
+        # What somebody set counts.
+        assert AutoModel.from_pretrained(tmp_path, num_glimpse_tokens=3).config.num_glimpse_tokens == 3
+
+    def test_what_is_damaged_is_read_once(self, tmp_path: Path) -> None:
+        calls = []
+
+        def read() -> None:
+            calls.append(1)
+            raise DraftLoadError("damaged")
+
+        with pytest.raises(DraftLoadError):
+            read_together(tmp_path, "config.json", read, DraftLoadError)
+        assert len(calls) == 1
+
+    def test_what_is_always_replaced_is_refused(self, no_locks: None, tmp_path: Path) -> None:
+        saves: list[int] = []
+
+        def save() -> None:
+            saves.append(1)
+            write_json(tmp_path / "config.json", saves)
+
+        with pytest.raises(DraftLoadError, match="whenever it was read"):
+            read_together(tmp_path, "config.json", save, DraftLoadError)
+        assert len(saves) == artifacts.READ_ATTEMPTS
+
+    def test_a_writer_waits_for_a_reader_in_another_process_but_not_for_ever(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "a").write_text("old")
+        with reading_elsewhere(tmp_path) as stop:
+            monkeypatch.setattr(artifacts, "LOCK_SECONDS", 0.2)
+            with atomic_files(tmp_path, "a", "a".__eq__) as partial:
+                (partial / "a").write_text("new")
+            assert (tmp_path / "a").read_text() == "new"
+            monkeypatch.setattr(artifacts, "LOCK_SECONDS", 30.0)
+            threading.Timer(0.3, stop).start()
+            with atomic_files(tmp_path, "a", "a".__eq__) as partial:
+                (partial / "a").write_text("newer")
+                threading.Timer(0.1, lambda: seen.append((tmp_path / "a").read_text())).start()
+                seen: list[str] = []
+            assert seen == ["new"] and (tmp_path / "a").read_text() == "newer"
+
+
+@contextmanager
+def reading_elsewhere(folder: Path) -> Iterator[Callable[[], None]]:
+    """Another process in the middle of reading a folder, until it is stopped."""
+    process = subprocess.Popen([sys.executable, "-c", READER, str(folder)], stdin=PIPE, stdout=PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        assert process.stdout.readline() == b"begun\n"
+        yield process.stdin.close
+    finally:
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
+
+
+READER = """
+import fcntl, os, sys
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_SH)
+print("begun", flush=True)
+sys.stdin.read()
+"""
