@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.analysis import Conversation, analyze, attention, draw_figures, run
-from sparrow_hf.analysis.prompts import Prompt, answer, find_text
+from sparrow_hf.analysis.answered import ProcessedPrompt, answer, find_text
 from sparrow_hf.analysis.run import measure
 from sparrow_hf.cli import app
 from sparrow_hf.errors import AnalysisError, MissingDependencyError
@@ -194,7 +194,7 @@ class SizeLimit(TorchDispatchMode):
 def largest_in_the_decoder(target, inputs):
     """Elements of the largest tensor that an analysis makes in the decoder and its hooks; and the rows there are."""
     rows = find_text(FAMILY.tokenizer, inputs["input_ids"][0], QUESTION)
-    answered, decoder = answer(target, Prompt(inputs, rows), 2), target.get_decoder()
+    answered, decoder = answer(target, ProcessedPrompt(inputs, rows), 2), target.get_decoder()
     limit = SizeLimit()
     handles = [
         decoder.register_forward_pre_hook(lambda *args: limit.__enter__() and None),

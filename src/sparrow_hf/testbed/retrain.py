@@ -23,6 +23,7 @@ import transformers
 from accelerate import PartialState
 from tqdm import tqdm
 
+from ..data.prepare import prepare_inputs
 from ..evaluation.provenance import commit
 from ..hub import target_digest
 from ..modeling_sparrow import SparrowDraftModel
@@ -30,7 +31,6 @@ from ..training import SparrowTrainer, SparrowTrainingArguments, append_answer
 from ..training.files import last_checkpoint
 from ..training.recording import RecordedDataset, Recorder
 from ..training.regenerate import generate_answers
-from ..video import prepare_inputs
 from .families import family_of
 from .muon import Muon
 from .nano import load_target

@@ -28,10 +28,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..configuration_sparrow import SparrowDraftConfig, published_name
+from ..data.datasets import Rows
+from ..data.messages import naming_row
 from ..errors import DiskBudgetError, TrainingDataError
 from ..hub import target_digest
 from ..modeling_sparrow import SparrowDraftModel
-from ..prompts import Rows, naming_row
 from ..rows import draft_rows
 from .data import SparrowDataCollator, TrainingStates, read_with_target
 from .files import atomic_file, check_provenance, remove_partial_files

@@ -19,11 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..data.datasets import Rows
+from ..data.messages import ROW_FOLDER, ROW_INDEX, naming_row, split_answer
+from ..data.prepare import prepare_prompt
+from ..data.video import is_url
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
-from ..prompts import ROW_FOLDER, ROW_INDEX, Rows, naming_row, split_answer
-from ..video import is_url
-from .data import prepare_prompt
 from .files import atomic_file, check_provenance, remove_partial_files
 
 PROVENANCE_FILE = "provenance.json"
@@ -56,8 +57,8 @@ def regenerate(
     Args:
         target: The target the draft will be trained for.
         processor: Its processor.
-        rows: Prompts: `{"messages": [...]}`, see `dataset.py`. An assistant turn at the end is left out: it is what
-            the target is to write.
+        rows: Prompts: `{"messages": [...]}`, see `data/messages.py`. Assistant turns at the end are left out: they
+            are what the target is to write.
         output_dir: Gets `answers-00000.jsonl`, … and `provenance.json`. Each line is the row with `answer_ids` (the
             tokens as written, end of turn included) and `answer` (their text). Videos and images are named by absolute
             path or URL; those given as bytes are stored in `media/`.
@@ -171,7 +172,7 @@ def _prepare(
     """A row as it will be stored, and its processed prompt."""
     with naming_row(index):
         messages, _ = split_answer(row)
-        prompt = prepare_prompt(processor, row, messages, **sampling)
+        prompt = dict(prepare_prompt(processor, row, **sampling))
         stored = sampling | {
             name: value
             for name, value in row.items()

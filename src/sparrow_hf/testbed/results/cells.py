@@ -17,8 +17,8 @@ from ...evaluation.arms import Arms
 from ...evaluation.benchmark import Benchmark, Prompt
 from ...evaluation.results import pool_runs, result_row
 from ...evaluation.run_file import digest, read_lines
+from ..benchmark_prompts import clip_prompts, picture_prompts, says_what_it_shows, text_prompts
 from ..captions import STYLES
-from ..prompts import clip_prompts, picture_prompts, says_what_it_shows, text_prompts
 from .contenders import SHIPPED_DRAFT, SIBLING, is_finished
 
 MAX_NEW_TOKENS = 320

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from sparrow_hf.data import clean_messages
 from sparrow_hf.errors import ImageError, TrainingDataError, VideoError
-from sparrow_hf.prompts import clean_messages
 from sparrow_hf.rows import visual_mask
 from sparrow_hf.testbed.nano import build_processor
 from sparrow_hf.testbed.world import make_clip
@@ -20,8 +20,6 @@ from sparrow_hf.training import (
     SparrowTrainer,
     SparrowTrainingArguments,
     load_rows,
-    media_keys,
-    refuse_shared_media,
 )
 from sparrow_hf.video import prepare_inputs, read_image, read_video
 
@@ -259,18 +257,3 @@ def test_videos_of_different_lengths_say_what_to_do(folder):
     row = ask(video(str(folder / "1.mp4")), video(str(folder / "2.mp4")))
     with pytest.raises(TrainingDataError, match="different shapes .* max_frames"):
         SparrowDataCollator(processor, family.visual_token_ids).prepare(row)
-
-
-def test_shared_media_are_refused(tmp_path, folder):
-    data = (folder / "1.mp4").read_bytes()
-    url = "https://example.org/clip.mp4"
-    assert media_keys(ask()) == set()
-    assert media_keys(ask(video(url), video(data))) == media_keys(ask(video({"bytes": data, "path": "x"}), video(url)))
-    assert media_keys(ask(video("a.mp4")) | {"row_folder": str(folder)}) == {str(folder.resolve() / "a.mp4")}
-    train = [ask(video("a.mp4")), {"messages": []}, ask(video(url)), ask(video(data))]
-    refuse_shared_media(train, [ask(video("b.mp4")), ask()])
-    held_out = [ask(video("b.mp4")), ask(video("sub/../a.mp4")), ask(video(data))]
-    with pytest.raises(
-        TrainingDataError, match="held-out row 1 and training row 0: .*held-out row 2 and training row 3"
-    ):
-        refuse_shared_media(train, held_out)
