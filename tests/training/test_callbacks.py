@@ -174,6 +174,17 @@ def test_only_the_main_process_generates(tmp_path, target, make_draft, samples, 
     assert metrics == {"eval_tau": 1.0, "eval_dsr": 2.0}
 
 
+def test_bad_held_out_rows_are_left_out_if_training_leaves_them_out(tmp_path, target, make_draft, samples, recorded):
+    bad = recorded[0] | {"row_index": 7}
+    trainer = make_trainer(tmp_path, make_draft(), target, samples, [bad])
+    with pytest.raises(TrainingDataError, match="row 7: .*no pixels"):
+        trainer.evaluate()
+    for rows, decoded in (([bad], False), ([bad, samples[0]], True)):
+        trainer = make_trainer(tmp_path, make_draft(), target, samples, rows, on_bad_row="skip")
+        assert ("eval_decoded_tau" in trainer.evaluate()) is decoded
+        assert [index for index, _ in trainer.skipped_rows] == [7]
+
+
 def test_no_held_out_row_is_refused(tmp_path, target, make_draft, samples):
     with pytest.raises(TrainingDataError, match="at least one"):
         DecodingCallback(make_trainer(tmp_path, make_draft(), target, samples, []), [])

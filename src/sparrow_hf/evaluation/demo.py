@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from ..configuration_sparrow import TREE_PRESETS, TreeShape
+from ..data.messages import text_of
 from ..data.prepare import prepare_prompt
 from ..errors import SparrowError
 from ..modeling_sparrow import SparrowDraftModel
@@ -226,7 +227,7 @@ def run_demo(
     with console.status("Reading the video"):
         prompt = next(prompts)
         inputs = prepare(prompt)
-    asked = prompt.messages[0]["content"][-1]["text"]
+    asked = text_of(prompt.messages[0])
     console.print(Text.assemble((prompt.name, "bold"), f" · {lengths[0]} visual tokens · “{asked}”\n"))
     _stream(models, arms[:2], inputs, settings, console)
 
