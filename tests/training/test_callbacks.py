@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from sparrow_hf import SparrowDraftModel, testbed
 from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.generation.emission import TokenEmitter
+from sparrow_hf.testbed.nano import build_processor
 from sparrow_hf.training import (
     SparrowTrainer,
     SparrowTrainingArguments,
@@ -175,14 +176,21 @@ def test_only_the_main_process_generates(tmp_path, target, make_draft, samples, 
 
 
 def test_bad_held_out_rows_are_left_out_if_training_leaves_them_out(tmp_path, target, make_draft, samples, recorded):
-    bad = recorded[0] | {"row_index": 7}
-    trainer = make_trainer(tmp_path, make_draft(), target, samples, [bad])
-    with pytest.raises(TrainingDataError, match="row 7: .*no pixels"):
-        trainer.evaluate()
+    def evaluate(*rows, **settings):
+        trainer = make_trainer(tmp_path, make_draft(), target, samples, rows, **settings)
+        trainer.data_collator.processor = build_processor()
+        return trainer.evaluate(), trainer.skipped_rows
+
+    bad = {"messages": [], "row_index": 7}
+    with pytest.raises(TrainingDataError, match="row 7: 'messages' must be"):
+        evaluate(bad)
     for rows, decoded in (([bad], False), ([bad, samples[0]], True)):
-        trainer = make_trainer(tmp_path, make_draft(), target, samples, rows, on_bad_row="skip")
-        assert ("eval_decoded_tau" in trainer.evaluate()) is decoded
-        assert [index for index, _ in trainer.skipped_rows] == [7]
+        metrics, skipped = evaluate(*rows, on_bad_row="skip")
+        assert ("eval_decoded_tau" in metrics) is decoded
+        assert [index for index, _ in skipped] == [7]
+    # That there is nothing to look at is a mistake of the caller, not of a row.
+    with pytest.raises(TrainingDataError, match="holds no pixels"):
+        evaluate(recorded[0], on_bad_row="skip")
 
 
 def test_no_held_out_row_is_refused(tmp_path, target, make_draft, samples):

@@ -107,9 +107,9 @@ def prepare_conversation(
     """
     if _readable_kind(row) == "processed":
         return _without_place(row)
-    tokenizer = _required(processor).tokenizer
     answer_ids, answer = row.get("answer_ids"), row.get("answer")
     if answer_ids is None:
+        tokenizer = _required(processor).tokenizer
         answer = split_answer(row)[1] if answer is None else answer
         if answer is None:
             raise TrainingDataError(
