@@ -1,4 +1,4 @@
-"""The former name of the module that starts a training."""
+"""What was renamed can still be imported by its former name, with a warning."""
 
 import importlib
 import sys
