@@ -8,16 +8,15 @@ command again to go on where it was stopped. The built-in target's few steps sho
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
 from sparrow_hf import SparrowDraftModel, testbed
+from sparrow_hf.data import load_rows, prepare_prompt
 from sparrow_hf.training import DecodingCallback, SparrowTrainer, SparrowTrainingArguments, plot_curves
 from sparrow_hf.training.regenerate import read_answers, regenerate
-from sparrow_hf.video import prepare_inputs
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
     if options.target:
         target = AutoModelForImageTextToText.from_pretrained(options.target, dtype="auto", device_map="auto")
         processor = AutoProcessor.from_pretrained(options.target)
-        prompts = [json.loads(line) for line in options.prompts.read_text().splitlines()]
+        prompts = load_rows(options.prompts)
         num_held_out, longest, learning_rate = 8, 1024, 1e-4
     else:
         target, processor = testbed.load_target()
@@ -67,7 +66,7 @@ def main() -> None:
     draft.save_pretrained(options.output)
     plot_curves(trainer.state.log_history, options.output / "curves.svg")
 
-    inputs = prepare_inputs(processor, held_out[0]["messages"]).to(target.device)
+    inputs = prepare_prompt(processor, held_out[0]).to(target.device)
     output = target.generate(**inputs, assistant_model=draft.eval(), max_new_tokens=longest)
     print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     print(f"τ = {draft.last_generation.tau:.2f}; the draft and its curves are in {options.output}")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from sparrow_hf.cli import app
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
 from sparrow_hf.testbed.nano import build_processor, build_target, load_target
-from sparrow_hf.training import SparrowTrainer
+from sparrow_hf.training import DecodingCallback, SparrowTrainer
 from sparrow_hf.video import prepare_inputs
 
 TRAINING = (
@@ -106,6 +106,30 @@ def test_a_recording_trains_the_same_draft(road: Path, tmp_path: Path) -> None:
     recorded = train(road, tmp_path / "recorded", *SMALL, rows="recording")
     assert online.exit_code == recorded.exit_code == 0, online.output + recorded.output
     assert_same(weights(tmp_path / "online"), weights(tmp_path / "recorded"))
+
+
+def test_held_out_rows_are_decoded_as_training_reads_them(road: Path, tmp_path: Path) -> None:
+    """By paths that start at their file's folder, at their own `fps`, without any of the answers they end with."""
+    part = {"type": "video", "video": "my_videos/5.mp4"}
+    asked = {"role": "user", "content": [part, {"type": "text", "text": "describe this video ."}]}
+    said = [{"role": "assistant", "content": text} for text in ("a dot", "a ring")]
+    held_out = road / "own_frames.jsonl"
+    held_out.write_text(json.dumps({"messages": [asked, *said], "fps": 2}) + "\n")
+    seen = []
+
+    class Watched(DecodingCallback):
+        def _prompts(self, rows: Any) -> Any:
+            for prompt in super()._prompts(rows):
+                seen.append(prompt)
+                yield prompt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparrow_hf.training.run.DecodingCallback", Watched)
+        result = train(road, tmp_path / "draft", *SMALL, "--held-out", held_out)
+    assert result.exit_code == 0, result.output
+    part["video"] = str(road / part["video"])
+    expected = prepare_inputs(build_processor(), [asked], fps=2)
+    assert seen and all(torch.equal(prompt[name], value) for prompt in seen for name, value in expected.items())
 
 
 class _PowerCut(TrainerCallback):

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from sparrow_hf.analysis.prompts import AnsweredPrompt, Prompt, answer, find_text
+from sparrow_hf.analysis.answered import AnsweredPrompt, ProcessedPrompt, answer, find_text
 from sparrow_hf.targets import TargetView
 
 from tiny_targets import Family
@@ -13,7 +13,7 @@ MAX_NEW_TOKENS = 12
 
 def ask(family: Family, target: PreTrainedModel, seed: int = 0) -> AnsweredPrompt:
     inputs = family.build_inputs(target, seed=seed, question=QUESTION)
-    prompt = Prompt(inputs, find_text(family.tokenizer, inputs["input_ids"][0], QUESTION))
+    prompt = ProcessedPrompt(inputs, find_text(family.tokenizer, inputs["input_ids"][0], QUESTION))
     return answer(target, prompt, MAX_NEW_TOKENS)
 
 

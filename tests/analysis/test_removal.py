@@ -4,7 +4,7 @@ import pytest
 import torch
 from subjects import MAX_NEW_TOKENS, ask
 
-from sparrow_hf.analysis.prompts import greedy
+from sparrow_hf.analysis.answered import greedy
 from sparrow_hf.analysis.removal import agreement, hidden_visual_rows, layer_grid, predicted_tokens, scores
 from sparrow_hf.configuration_sparrow import visual_token_ids
 

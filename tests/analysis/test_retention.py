@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparrow_hf.analysis import retention as room
-from sparrow_hf.analysis.prompts import answer, prepare_prompt
+from sparrow_hf.analysis.answered import Conversation, answer, process_conversation
 from sparrow_hf.analysis.retention import best_rows, layers_of, replay, retention
 from sparrow_hf.generation.candidate_generator import SparrowCandidateGenerator
 from sparrow_hf.hidden_states import HiddenStateCollector
@@ -19,7 +19,7 @@ def shipped(tmp_path_factory):
     """The testbed's target and draft, an answered prompt, and the states of it."""
     target, processor, draft = load()
     clip = make_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", EVALUATION_SEEDS[3], visual_tokens=96)
-    answered = answer(target, prepare_prompt(processor, clip.messages), MAX_NEW_TOKENS)
+    answered = answer(target, process_conversation(processor, Conversation(clip.messages)), MAX_NEW_TOKENS)
     draft.bind(target)
     with torch.no_grad(), HiddenStateCollector(dict.fromkeys(layers_of(draft))).active() as collector:
         target(**answered.inputs, use_cache=False)

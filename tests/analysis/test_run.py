@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.analysis import Conversation, analyze, attention, draw_figures, run
-from sparrow_hf.analysis.prompts import Prompt, answer, find_text
+from sparrow_hf.analysis.answered import ProcessedPrompt, answer, find_text, process_conversation
 from sparrow_hf.analysis.run import measure
 from sparrow_hf.cli import app
+from sparrow_hf.data import fingerprint, prepare_inputs
 from sparrow_hf.errors import AnalysisError, MissingDependencyError
 from sparrow_hf.targets import TargetView
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
@@ -133,6 +134,18 @@ def test_what_cannot_be_analysed_is_said(models, conversations, tmp_path):
         analyzed(models, [missing], tmp_path)
 
 
+def test_a_conversation_may_say_how_its_video_is_read(whole, models, conversations, tmp_path):
+    _, folder = whole
+    before = json.loads((folder / "prompts" / "00000.json").read_text())["made_from"]["conversation"]
+    assert run.digest_of(conversations[0]) == before == fingerprint(list(conversations[0][:2]))
+    own = conversations[0]._replace(max_frames=4)
+    assert run.digest_of(own) != before
+    processor = models[1]
+    asked = process_conversation(processor, own, max_frames=8).inputs
+    expected = prepare_inputs(processor, own.messages, max_frames=4)
+    assert all(torch.equal(asked[name], value) for name, value in expected.items())
+
+
 def test_the_target_keeps_no_hook(whole, models):
     assert not any(module._forward_pre_hooks for module in models[0].modules())
 
@@ -194,7 +207,7 @@ class SizeLimit(TorchDispatchMode):
 def largest_in_the_decoder(target, inputs):
     """Elements of the largest tensor that an analysis makes in the decoder and its hooks; and the rows there are."""
     rows = find_text(FAMILY.tokenizer, inputs["input_ids"][0], QUESTION)
-    answered, decoder = answer(target, Prompt(inputs, rows), 2), target.get_decoder()
+    answered, decoder = answer(target, ProcessedPrompt(inputs, rows), 2), target.get_decoder()
     limit = SizeLimit()
     handles = [
         decoder.register_forward_pre_hook(lambda *args: limit.__enter__() and None),

@@ -156,3 +156,28 @@ def test_rows_of_messages_become_prompts_of_each_length(tmp_path: Path):
     path.write_text(json.dumps({"messages": answered[1:]}) + "\n")
     with pytest.raises(TrainingDataError, match="row 0: it asks nothing"):
         read_conversations(str(path))
+
+
+def test_a_row_that_says_how_many_frames_is_asked_once_with_as_many(tmp_path: Path):
+    make_clip(tmp_path / "clip.mp4", 1, 32)
+    turn = {"role": "user", "content": [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "what ?"}]}
+    rows = [{"messages": [turn]}, {"messages": [turn], "max_frames": 6}, {"messages": [turn], "fps": 2}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    processor = build_processor()
+
+    def asked(*max_frames: int) -> list[tuple[str, int | None, int]]:
+        prompts = conversation_prompts(processor, read_conversations(str(path)).rows, max_frames)
+        counts = (visual_mask(prompt.read()["input_ids"], [processor.video_token_id]).sum() for prompt in prompts)
+        return [(prompt.name[:5], prompt.length, int(count)) for prompt, count in zip(prompts, counts, strict=True)]
+
+    by_length = [("row 0", 4, 8), ("row 2", 4, 8), ("row 1", 6, 12), ("row 0", 8, 16), ("row 2", 8, 8)]
+    assert asked(8, 4) == by_length
+    assert asked() == [("row 1", 6, 12), ("row 0", None, 32), ("row 2", None, 8)]
+    # The same question with other frames is another one.
+    names = {prompt.name for prompt in conversation_prompts(processor, read_conversations(str(path)).rows)}
+    assert len({name.split(", ")[1] for name in names}) == 3
+
+    path.write_text(json.dumps({"messages": [turn], "fps": "2"}) + "\n")
+    with pytest.raises(TrainingDataError, match="row 0: the row's 'fps' must be a positive number"):
+        conversation_prompts(processor, read_conversations(str(path)).rows)

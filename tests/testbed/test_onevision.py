@@ -11,9 +11,9 @@ from transformers import AutoModelForImageTextToText
 from sparrow_hf import SparrowDraftModel, TreeShape, testbed
 from sparrow_hf.errors import TargetLoadError, UnsupportedTargetError
 from sparrow_hf.testbed.attributes import OF_A_FRAME, OF_A_STEP
+from sparrow_hf.testbed.benchmark_prompts import knows_the_world, says_what_it_shows
 from sparrow_hf.testbed.families import FAMILIES, LLAVA_ONEVISION, QWEN2_5_VL, family_of
 from sparrow_hf.testbed.nano import build_processor, build_target
-from sparrow_hf.testbed.prompts import knows_the_world, says_what_it_shows
 from sparrow_hf.testbed.scenes import BLANK, COLOURS, MOTIONS, Companion, Glyph, Scene, Step
 from sparrow_hf.testbed.vision_pretraining import VisionPretraining, rescale_features
 from sparrow_hf.testbed.world import MOTION_CYCLE, SPEED, make_clip, render

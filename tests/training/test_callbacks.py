@@ -10,8 +10,14 @@ from transformers import TrainerCallback
 from sparrow_hf import SparrowDraftModel, testbed
 from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.generation.emission import TokenEmitter
-from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments, append_answer, callbacks
-from sparrow_hf.training.callbacks import DecodingCallback, decode, prompt_of
+from sparrow_hf.testbed.nano import build_processor
+from sparrow_hf.training import (
+    SparrowTrainer,
+    SparrowTrainingArguments,
+    append_answer,
+    callbacks,
+)
+from sparrow_hf.training.callbacks import DecodingCallback, decode
 from sparrow_hf.video import prepare_inputs
 
 LENGTH = 32
@@ -169,26 +175,22 @@ def test_only_the_main_process_generates(tmp_path, target, make_draft, samples, 
     assert metrics == {"eval_tau": 1.0, "eval_dsr": 2.0}
 
 
-def test_prompts_come_from_any_row_that_has_pixels(target, prompts, samples, recorded):
-    for prompt, sample in zip(prompts, samples, strict=True):
-        cut = prompt_of(sample, None)
-        assert cut.keys() == prompt.keys()
-        assert all(torch.equal(value, cut[name]) for name, value in prompt.items())
-    assert prompt_of(prompts[0], None).keys() == prompts[0].keys()
+def test_bad_held_out_rows_are_left_out_if_training_leaves_them_out(tmp_path, target, make_draft, samples, recorded):
+    def evaluate(*rows, **settings):
+        trainer = make_trainer(tmp_path, make_draft(), target, samples, rows, **settings)
+        trainer.data_collator.processor = build_processor()
+        return trainer.evaluate(), trainer.skipped_rows
+
+    bad = {"messages": [], "row_index": 7}
+    with pytest.raises(TrainingDataError, match="row 7: 'messages' must be"):
+        evaluate(bad)
+    for rows, decoded in (([bad], False), ([bad, samples[0]], True)):
+        metrics, skipped = evaluate(*rows, on_bad_row="skip")
+        assert ("eval_decoded_tau" in metrics) is decoded
+        assert [index for index, _ in skipped] == [7]
+    # That there is nothing to look at is a mistake of the caller, not of a row.
     with pytest.raises(TrainingDataError, match="holds no pixels"):
-        prompt_of(recorded[0], None)
-    with pytest.raises(TrainingDataError, match="need the target's processor"):
-        prompt_of({"messages": []}, None)
-
-
-def test_messages_are_prompted_without_their_answer():
-    from sparrow_hf.testbed.nano import build_processor
-
-    turns = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "a dot"}]
-    processor = build_processor()
-    asked = prompt_of({"messages": turns}, processor)
-    assert torch.equal(asked["input_ids"], prompt_of({"messages": turns[:1]}, processor)["input_ids"])
-    assert "dot" not in processor.decode(asked["input_ids"][0])
+        evaluate(recorded[0], on_bad_row="skip")
 
 
 def test_no_held_out_row_is_refused(tmp_path, target, make_draft, samples):

@@ -11,7 +11,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
-from sparrow_hf.training.launch import DDP_CONFIG
+from sparrow_hf.training.run import DDP_CONFIG
 
 HERE = Path(__file__).parent
 

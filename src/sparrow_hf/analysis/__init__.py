@@ -1,7 +1,7 @@
 """Looking into a target: where it attends, how far up it needs its visual rows, and what these do to a draft."""
 
+from .answered import Conversation, read_conversations
 from .figures import draw_figures
-from .prompts import Conversation, read_conversations
 from .run import analyze
 from .summary import Recommendation, recommend
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedTargetError
 from ..targets import TargetView
-from .prompts import AnsweredPrompt
+from .answered import AnsweredPrompt
 
 #: Attention scores held at a time, over all heads: 64 MB in fp32.
 MAX_SCORES = 2**24
@@ -106,7 +106,7 @@ class AttentionMass:
 
     Attributes:
         mass: Query (`"last_instruction"`, or `"answer"`: the mean over its rows) → `(layers, heads, 3)` attention on
-            the rows of each of [`~sparrow_hf.analysis.prompts.GROUPS`]; sums to one.
+            the rows of each of [`~sparrow_hf.analysis.answered.GROUPS`]; sums to one.
         visual_scores: `"last_instruction"` or `"all_text"` → `(V,)` attention that each visual row receives from the
             last instruction token, or from all text rows of the prompt on average; mean over layers and heads.
     """

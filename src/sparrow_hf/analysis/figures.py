@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..plotting import COLOURS, INK, dress, new_figure, save
-from .prompts import GROUPS
+from .answered import GROUPS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

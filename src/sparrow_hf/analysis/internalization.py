@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..targets import TargetView
-from .prompts import AnsweredPrompt
+from .answered import AnsweredPrompt
 
 #: Rows compared at a time, in fp32.
 CHUNK_ROWS = 4096

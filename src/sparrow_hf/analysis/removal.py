@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..targets import TargetView
+from .answered import AnsweredPrompt, ProcessedPrompt, greedy
 from .attention import attention_modules
-from .prompts import AnsweredPrompt, Prompt, greedy
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def scores(
     answered: AnsweredPrompt,
     layers: Sequence[int],
     max_new_tokens: int,
-    score: Callable[[list[int], Prompt], float],
+    score: Callable[[list[int], ProcessedPrompt], float],
 ) -> dict[int, float]:
     """x → score of the answer that the target writes freely when layers x, x + 1, … see no visual row.
 

@@ -14,7 +14,7 @@ from ..generation.candidate_generator import SparrowCandidateGenerator
 from ..generation.verification import walk
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import DraftRows, draft_rows, strided
-from .prompts import AnsweredPrompt
+from .answered import AnsweredPrompt
 
 #: Shares of the visual rows that the draft keeps.
 RETAINED_SHARES = (1.0, 0.25, 0.10, 0.05, 0.01, 0.0)

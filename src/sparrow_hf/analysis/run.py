@@ -12,15 +12,15 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .._transformers import name_of
 from ..artifacts import check_made_alike, tensor_digest, write_text
-from ..errors import AnalysisError, ImageError, VideoError
+from ..data.messages import fingerprint
+from ..errors import AnalysisError, ImageError, TrainingDataError, VideoError
 from ..generation.integration import follow
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
-from ..prompts import fingerprint
 from ..targets import TargetView
+from .answered import AnsweredPrompt, Conversation, ProcessedPrompt, answer, process_conversation
 from .attention import AttentionMass
 from .internalization import InputSimilarity
-from .prompts import AnsweredPrompt, Conversation, Prompt, answer, prepare_prompt
 from .removal import agreement, layer_grid, predicted_tokens, scores
 from .retention import layers_of, retention
 from .summary import summarize
@@ -95,15 +95,15 @@ def analyze(
     for index, conversation in enumerate(
         tqdm(conversations, desc="Analysing", unit="prompt", disable=not show_progress)
     ):
-        path, made_from = folder / f"{index:05}.json", settings | {"conversation": fingerprint(conversation)}
+        path, made_from = folder / f"{index:05}.json", settings | {"conversation": digest_of(conversation)}
         if path.exists():
             record = json.loads(path.read_text())
             check_made_alike(path, record["made_from"], made_from, AnalysisError)
         else:
             try:
-                prompt = prepare_prompt(processor, *conversation, fps=fps, max_frames=max_frames)
+                prompt = process_conversation(processor, conversation, fps=fps, max_frames=max_frames)
                 answered = answer(target, prompt, max_new_tokens)
-            except (AnalysisError, ImageError, VideoError) as error:
+            except (AnalysisError, ImageError, TrainingDataError, VideoError) as error:
                 raise AnalysisError(f"prompt {index}: {error}") from error
             judge = None if score is None else _judge(processor, score)
             measured = measure(view, answered, layers, max_new_tokens, draft=draft, score=judge)
@@ -122,7 +122,7 @@ def measure(
     max_new_tokens: int,
     *,
     draft: SparrowDraftModel | None = None,
-    score: Callable[[list[int], Prompt], float] | None = None,
+    score: Callable[[list[int], ProcessedPrompt], float] | None = None,
 ) -> dict[str, Any]:
     """The record of one prompt, as JSON holds it.
 
@@ -165,9 +165,15 @@ def measure(
     return record
 
 
+def digest_of(conversation: Conversation) -> str:
+    """Tells one conversation from another; as it did before conversations could say how their videos are read."""
+    says_how = conversation.fps is not None or conversation.max_frames is not None
+    return fingerprint(conversation if says_how else conversation[:2])
+
+
 def _by_layer(figures: Mapping[int, float]) -> dict[str, float]:
     return {str(layer): figure for layer, figure in figures.items()}
 
 
-def _judge(processor: Any, score: Score) -> Callable[[list[int], Prompt], float]:
+def _judge(processor: Any, score: Score) -> Callable[[list[int], ProcessedPrompt], float]:
     return lambda ids, prompt: score(processor.tokenizer.decode(ids, skip_special_tokens=True), prompt.reference or "")

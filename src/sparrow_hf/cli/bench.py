@@ -96,7 +96,7 @@ def bench(
         from ..evaluation.report import write_report
         from ..evaluation.results import write_results
         from ..testbed import shipped
-        from ..testbed.prompts import clip_prompts, knows_the_world, says_what_it_shows
+        from ..testbed.benchmark_prompts import clip_prompts, knows_the_world, says_what_it_shows
 
         quiet_transformers()
         console = Console()

@@ -39,7 +39,7 @@ def record(
         from accelerate import PartialState
 
         from .. import SparrowDraftModel
-        from ..prompts import load_rows
+        from ..data import load_rows
         from ..training.data import SparrowDataCollator
         from ..training.recording import check_disk_budget, estimate_recording_bytes
         from ..training.recording import record as write_recording

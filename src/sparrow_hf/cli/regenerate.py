@@ -39,7 +39,7 @@ def regenerate(
         from accelerate import PartialState
 
         from .. import SparrowDraftModel
-        from ..prompts import load_rows
+        from ..data import load_rows
         from ..training.regenerate import estimate_answer_bytes, read_skipped
         from ..training.regenerate import regenerate as write_answers
 

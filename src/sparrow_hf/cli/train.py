@@ -32,9 +32,9 @@ def train(context: typer.Context) -> None:
             return
         from accelerate import PartialState
 
-        from ..training.launch import prepare
         from ..training.options import parse_options
         from ..training.preview import estimate_cost, preview_sample
+        from ..training.run import prepare_training
 
         options, arguments = parse_options(context.args)
         quiet_transformers()
@@ -46,8 +46,8 @@ def train(context: typer.Context) -> None:
         target, processor = load_target(
             options.target, None, Dtype(options.target_dtype), options.device, options.target_revision
         )
-        launch = prepare(options, arguments, target, processor)
-        trainer = launch.trainer
+        run = prepare_training(options, arguments, target, processor)
+        trainer = run.trainer
         if options.inspect is not None:
             sample = sample_of(trainer, options.inspect)
             show_preview(console, preview_sample(trainer, sample, processor.tokenizer))
@@ -55,9 +55,9 @@ def train(context: typer.Context) -> None:
             show_cost(console, estimate_cost(trainer, target))
         else:
             parameters = sum(parameter.numel() for parameter in trainer.draft.parameters() if parameter.requires_grad)
-            console.print(f"training {parameters / 1e6:.3g} M parameters into {launch.output}")
-            launch.run()
-            console.print(f"the draft is in {launch.output}")
+            console.print(f"training {parameters / 1e6:.3g} M parameters into {run.output}")
+            run.run()
+            console.print(f"the draft is in {run.output}")
 
 
 def show_options(console: Console, context: typer.Context) -> None:

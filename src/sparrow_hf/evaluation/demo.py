@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from ..configuration_sparrow import TREE_PRESETS, TreeShape
+from ..data.messages import text_of
+from ..data.prepare import prepare_prompt
 from ..errors import SparrowError
 from ..measurement import NO_DRAFT, PLAIN, Arm, compare, warm_up
 from ..metrics import Acceptance, Run, Speed, acceptance, speed
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import visual_mask
-from ..video import prepare_inputs
 from .provenance import provenance
 from .streaming import ProvenanceStreamer
 
@@ -45,7 +46,7 @@ class Models(NamedTuple):
     draft: SparrowDraftModel
 
 
-class Prompt(NamedTuple):
+class VideoQuestion(NamedTuple):
     """A video and what is asked about it."""
 
     name: str
@@ -163,7 +164,7 @@ def _load(what: str, name: str, load: Callable[[], Any]) -> Any:
         raise DemoError(f"The {what} {name!r} cannot be loaded: {reason}") from error
 
 
-def unseen_clips(target: Any, folder: Path, seed: int, count: int, visual_tokens: int) -> Iterator[Prompt]:
+def unseen_clips(target: Any, folder: Path, seed: int, count: int, visual_tokens: int) -> Iterator[VideoQuestion]:
     """Writes clips of the testbed's world that its models have not seen, one at a time.
 
     They have so many visual tokens for targets of the testbed's families; for others they are as long as for its
@@ -175,13 +176,13 @@ def unseen_clips(target: Any, folder: Path, seed: int, count: int, visual_tokens
 
     for clip_seed in EVALUATION_SEEDS[seed : seed + count]:
         path = folder / f"clip-{clip_seed}.mp4"
-        yield Prompt(path.name, make_clip(path, clip_seed, visual_tokens, family.tokens_per_step).messages)
+        yield VideoQuestion(path.name, make_clip(path, clip_seed, visual_tokens, family.tokens_per_step).messages)
 
 
-def question_about(video: Path, question: str) -> Prompt:
+def question_about(video: Path, question: str) -> VideoQuestion:
     """The prompt of a user's own video."""
     content = [{"type": "video", "video": str(video)}, {"type": "text", "text": question}]
-    return Prompt(video.name, [{"role": "user", "content": content}])
+    return VideoQuestion(video.name, [{"role": "user", "content": content}])
 
 
 # -- the show ---------------------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def question_about(video: Path, question: str) -> Prompt:
 
 def run_demo(
     models: Models,
-    prompts: Iterator[Prompt],
+    prompts: Iterator[VideoQuestion],
     clips: int,
     *,
     tree: TreeShape,
@@ -203,7 +204,7 @@ def run_demo(
 
     Args:
         prompts: As many as `clips`; taken one by one.
-        fps, max_frames: See [`~sparrow_hf.video.prepare_inputs`].
+        fps, max_frames: See [`~sparrow_hf.data.prepare_inputs`].
         details: What else the provenance should name.
 
     Raises:
@@ -218,15 +219,15 @@ def run_demo(
     lengths = []
     draft.bind(target)
 
-    def prepare(prompt: Prompt) -> BatchFeature:
-        inputs = prepare_inputs(processor, prompt.messages, fps=fps, max_frames=max_frames)
+    def prepare(prompt: VideoQuestion) -> BatchFeature:
+        inputs = prepare_prompt(processor, {"messages": prompt.messages}, fps, max_frames)
         lengths.append(int(visual_mask(inputs["input_ids"], draft.config.visual_token_ids or []).sum()))
         return inputs.to(target.device, target.dtype)
 
     with console.status("Reading the video"):
         prompt = next(prompts)
         inputs = prepare(prompt)
-    asked = prompt.messages[0]["content"][-1]["text"]
+    asked = text_of(prompt.messages[0])
     console.print(Text.assemble((prompt.name, "bold"), f" · {lengths[0]} visual tokens · “{asked}”\n"))
     _stream(models, arms[:2], inputs, settings, console)
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from ..data.datasets import load_rows
+from ..data.messages import ROW_INDEX, fingerprint, naming_row, split_answer
+from ..data.prepare import own_sampling, prepare_prompt
 from ..errors import BenchmarkError
-from ..prompts import ROW_INDEX, fingerprint, load_rows, split_answer
-from ..video import prepare_inputs
 from .benchmark import Prompt
 from .video_datasets import DATASETS, Conversations, read_dataset
 
@@ -21,7 +22,7 @@ def read_conversations(source: str, split: str | None = None, limit: int | None 
 
     Args:
         source: `NAME:FOLDER` for a copy of a public data set (see [`DATASETS`]), else whatever
-            [`~sparrow_hf.prompts.load_rows`] reads.
+            [`~sparrow_hf.data.load_rows`] reads.
         split: Of a source that `load_rows` reads, `"train"` by default. A copy of a public data set has none.
         limit: Most conversations; of a data set they are spread evenly over all of it, since it is sorted by task.
 
@@ -55,16 +56,26 @@ def conversation_prompts(
 ) -> list[Prompt]:
     """Conversations as prompts, each once per number of frames, shortest first; named by number and what they ask.
 
+    A row that names its own `max_frames` is asked once, with as many; one that names its `fps` is read that way.
+
     Args:
         max_frames: Most frames to see of a video; several make one table each. None: all frames.
         fps: Frames per second to see, at most.
+
+    Raises:
+        TrainingDataError: A row's own `fps` or `max_frames` is no positive number.
     """
-    return [
-        Prompt(
-            f"row {row[ROW_INDEX]}, {fingerprint(row['messages'])[:8]}",
-            frames,
-            partial(prepare_inputs, processor, row["messages"], fps=fps, max_frames=frames),
-        )
-        for frames in (sorted(set(max_frames)) if max_frames else [None])
-        for row in rows
-    ]
+    prompts = []
+    for row in rows:
+        with naming_row(row.get(ROW_INDEX)):
+            own = own_sampling(row)
+        asked = fingerprint([row["messages"], own] if own else row["messages"])
+        name = f"row {row[ROW_INDEX]}, {asked[:8]}"
+        lengths: list[int | None] = [*sorted(set(max_frames))] or [None]
+        if "max_frames" in own:
+            lengths = [own["max_frames"]]
+        prompts += [
+            Prompt(name, frames, partial(prepare_prompt, processor, row, fps=fps, max_frames=frames))
+            for frames in lengths
+        ]
+    return sorted(prompts, key=lambda prompt: (prompt.length is None, prompt.length or 0))

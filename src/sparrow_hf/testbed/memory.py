@@ -22,9 +22,9 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLProcessor
 
 from ..artifacts import write_json
+from ..data.prepare import prepare_inputs
 from ..evaluation.provenance import provenance
 from ..training import ALL_VISUAL_ROWS, SparrowTrainer, SparrowTrainingArguments, append_answer
-from ..video import prepare_inputs
 from .nano import ASSETS, load_target
 from .retrain import build_draft
 from .world import TRAIN_SEEDS, make_clip

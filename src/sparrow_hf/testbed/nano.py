@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedTokenizerFast
 
-from ..video import prepare_inputs
+from ..data.prepare import prepare_inputs
 from .captions import content_score
 from .families import QWEN2_5_VL, Family, family_of
 from .tokenizer import build_tokenizer

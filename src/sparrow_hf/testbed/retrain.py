@@ -23,13 +23,13 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..artifacts import tensor_digest, write_json
+from ..data.prepare import prepare_inputs
 from ..evaluation.provenance import commit
 from ..modeling_sparrow import SparrowDraftModel
 from ..training import SparrowTrainer, SparrowTrainingArguments, append_answer
 from ..training.checkpoints import last_checkpoint
 from ..training.recording import RecordedDataset, Recorder
 from ..training.regenerate import generate_answers
-from ..video import prepare_inputs
 from .families import family_of
 from .muon import Muon
 from .nano import load_target

@@ -1,11 +1,12 @@
 """Training a draft: arguments, data, the passes of multi-token prediction, their losses, and the trainer."""
 
-from ..prompts import load_rows
+from ..data.datasets import load_rows
+from ..data.prepare import append_answer
 from .arguments import ALL_VISUAL_ROWS, DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainingArguments
 from .callbacks import DecodingCallback
 from .curves import plot_curves
-from .data import SparrowDataCollator, TrainingStates, append_answer, read_with_target
-from .dataset import media_keys, refuse_shared_media
+from .data import SparrowDataCollator, TrainingStates, read_with_target
+from .leakage import media_keys, refuse_shared_media
 from .trainer import SparrowTrainer
 from .vocabulary import load_vocabulary
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,17 +10,19 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    ProcessorMixin,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
+from ..data.messages import ROW_INDEX
+from ..data.prepare import kind_of
 from ..errors import TrainingDataError
 from ..measurement import PLAIN, Arm, compare
 from ..metrics import Run, acceptance, speed
 from ..modeling_sparrow import SparrowDraftModel
+from .data import SparrowDataCollator, as_row
 from .trainer import SparrowTrainer
 
 
@@ -38,8 +41,9 @@ class DecodingCallback(TrainerCallback):
 
     Args:
         trainer: The trainer this is added to.
-        rows: Prompts, each generated twice per evaluation: rows with `messages` (an answer they hold is left out),
-            what the target's processor returned for one prompt, or processed conversations.
+        rows: Prompts, each generated twice per evaluation: rows with `messages`, read as the trainer's collator reads
+            them (an answer they hold is left out), what the target's processor returned for one prompt, or processed
+            conversations. A bad row is left out if the collator would leave it out of training.
         max_new_tokens: Longest answer.
         settings: Anything else `generate()` takes; greedy by default.
 
@@ -68,14 +72,29 @@ class DecodingCallback(TrainerCallback):
         figures: list[dict[str, float]] = [{}]
         if state.is_world_process_zero:
             rows = tqdm(self.rows, desc="decoding", leave=False, disable=args.disable_tqdm)
-            prompts = (prompt_of(row, self.trainer.processing_class) for row in rows)
-            figures = [decode(self.trainer.draft, prompts, self.settings, args.seed)]
+            prompts = self._prompts(rows)
+            if (first := next(prompts, None)) is not None:
+                figures = [decode(self.trainer.draft, chain([first], prompts), self.settings, args.seed)]
         if args.world_size > 1:
             # Every process decides which checkpoint is the best one, so every process must know.
             broadcast_object_list(figures)
         named = {f"eval_{name}": value for name, value in figures[0].items()}
         metrics.update(named)
         self.trainer.log(named)
+
+    def _prompts(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Tensor]]:
+        """As training reads them: from the row's folder, as densely, and bad ones are refused or left out alike."""
+        collator = collator_of(self.trainer)
+        for row in rows:
+            try:
+                prompt = collator.prepare_prompt(row)
+            except TrainingDataError as error:
+                # States are no bad row to train on: whoever gives them here shall hear that they hold no pixels.
+                if kind_of(as_row(row)) == "states" or not collator.may_skip(row):
+                    raise
+                self.trainer.report_skipped([(as_row(row).get(ROW_INDEX), str(error))])
+            else:
+                yield prompt
 
 
 def decode(
@@ -127,29 +146,12 @@ def evaluation_mode(draft: SparrowDraftModel) -> Iterator[None]:
         draft.train(was_training)
 
 
-def prompt_of(row: Mapping[str, Any], processor: ProcessorMixin | None) -> dict[str, Tensor]:
-    """The processed prompt of a row, without the answer if it holds one.
-
-    Raises:
-        TrainingDataError: The row is a recording, which holds no pixels, or has messages and there is no processor.
-    """
-    if "text_states" in row:
-        raise TrainingDataError(
-            "a recorded row holds no pixels, so the target cannot answer it: give the callback rows with 'messages', "
-            "or what the processor returned"
-        )
-    if "input_ids" in row:
-        shape, end = row["input_ids"].shape, row.get("answer_start")
-        return {
-            name: value[:, :end] if isinstance(value, Tensor) and value.shape == shape else value
-            for name, value in row.items()
-            if name != "answer_start"
-        }
-    if processor is None:
-        raise TrainingDataError("rows with 'messages' need the target's processor: SparrowTrainer(processing_class=…)")
-    from ..video import prepare_inputs
-
-    messages = list(row["messages"])
-    if messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    return dict(prepare_inputs(processor, messages))
+def collator_of(trainer: SparrowTrainer) -> SparrowDataCollator:
+    """What reads a trainer's conversations: its own collator, or one made of its arguments if that one reads none."""
+    collator = trainer.data_collator
+    if isinstance(collator, SparrowDataCollator) and collator.processor is not None:
+        return collator
+    args = trainer.args
+    return SparrowDataCollator(
+        trainer.processing_class, on_bad_row=args.on_bad_row, fps=args.fps, max_frames=args.max_frames
+    )

@@ -1,11 +1,11 @@
 """What the trainer is fed: conversations, or what the frozen target made of them.
 
-A dataset row is one of three dictionaries, and the collator takes any mix of them:
+A dataset row is one of three dictionaries ([`~sparrow_hf.data.kind_of`] tells which), and the collator takes any mix:
 
-* a conversation: `messages` (the last turn is the answer), or `messages` and `answer` (text) or `answer_ids` (the very
-  tokens the target wrote); `load_rows` reads them;
+* a conversation: `messages` (the assistant turns at the end are the answer), or `messages` and `answer` (text) or
+  `answer_ids` (the very tokens the target wrote); `load_rows` reads them;
 * a processed conversation: `answer_start` and the tensors of the target's processor for this one conversation, batch
-  dimension included, with the answer's ids appended (see [`append_answer`]);
+  dimension included, with the answer's ids appended (see [`~sparrow_hf.data.append_answer`]);
 * a [`TrainingStates`]: the target has read it already.
 """
 
@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
+from ..data.messages import ROW_INDEX, naming_row
+from ..data.prepare import kind_of, prepare_conversation, prepare_prompt
 from ..errors import TrainingDataError
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
-from ..prompts import ROW_INDEX, clean_messages, naming_row, text_of
 from ..rows import DraftRows, draft_rows, visual_mask
-from ..video import prepare_inputs
 
 
 @dataclass
@@ -125,27 +125,6 @@ def check_sample(input_ids: Tensor, answer_start: int, visual_token_ids: list[in
         raise TrainingDataError("the answer holds visual placeholders; only prompts may")
 
 
-def append_answer(inputs: Mapping[str, Any], answer_ids: Sequence[int] | Tensor) -> dict[str, Any]:
-    """The processed conversation of a processed prompt and its answer.
-
-    Args:
-        inputs: What the target's processor returned for one prompt, generation prompt included.
-        answer_ids: Tokens of the answer, a list or an `(A,)` or `(1, A)` tensor, end of turn included if it was
-            reached.
-    """
-    prompt = inputs["input_ids"]
-    answer = torch.as_tensor(answer_ids, dtype=prompt.dtype, device=prompt.device).reshape(1, -1)
-    sample = dict(inputs)
-    for name, value in inputs.items():
-        # Whatever has one entry per token grows with the answer: its type is text (0), it is attended to (1).
-        if isinstance(value, Tensor) and value.shape == prompt.shape and name != "input_ids":
-            grown = torch.full_like(answer, 1 if name == "attention_mask" else 0, dtype=value.dtype)
-            sample[name] = torch.cat((value, grown), dim=1)
-    sample["input_ids"] = torch.cat((prompt, answer), dim=1)
-    sample["answer_start"] = prompt.shape[1]
-    return sample
-
-
 class SparrowDataCollator:
     """Turns dataset rows into `{"samples": [...], "skipped": [...]}`: one unpadded sample per good row.
 
@@ -157,7 +136,7 @@ class SparrowDataCollator:
             no pixels, or with placeholders in their answer, are then found here, before the target reads them.
         on_bad_row: `"refuse"` raises at the first bad row; `"skip"` leaves it out and says so under `"skipped"`, as
             `(index of the row, reason)`. A batch may then be empty.
-        fps, max_frames: How densely to read video files, see [`~sparrow_hf.video.prepare_inputs`]. Rows that say so
+        fps, max_frames: How densely to read video files, see [`~sparrow_hf.data.prepare_inputs`]. Rows that say so
             themselves, as regenerated ones do, are read their way.
 
     Raises:
@@ -186,13 +165,12 @@ class SparrowDataCollator:
             except TrainingDataError as error:
                 if not self.may_skip(row):
                     raise
-                skipped.append((row_index(row), str(error)))
+                skipped.append((as_row(row).get(ROW_INDEX), str(error)))
         return {"samples": samples, "skipped": skipped}
 
     def may_skip(self, row: Mapping[str, Any] | TrainingStates) -> bool:
         """Whether `row`, found bad, is left out. Without a processor no conversation is bad: the collator is."""
-        can_judge = self.processor is not None or isinstance(row, TrainingStates) or "messages" not in row
-        return self.on_bad_row == "skip" and can_judge
+        return self.on_bad_row == "skip" and (self.processor is not None or kind_of(as_row(row)) != "messages")
 
     def prepare(self, row: Mapping[str, Any] | TrainingStates) -> dict[str, Any]:
         """The sample of one row.
@@ -200,66 +178,27 @@ class SparrowDataCollator:
         Raises:
             TrainingDataError: The row is bad; its index is named if it has one.
         """
-        with naming_row(row_index(row)):
-            return self._prepare(row)
-
-    def _prepare(self, row: Mapping[str, Any] | TrainingStates) -> dict[str, Any]:
-        if isinstance(row, TrainingStates):
-            row = row.to_row()
-        if "text_states" in row:
-            sample = dict(row)
-            check_sample(sample["input_ids"], int(sample["answer_start"]), self.visual_token_ids)
+        row = as_row(row)
+        with naming_row(row.get(ROW_INDEX)):
+            if kind_of(row) == "states":
+                sample = dict(row)
+                check_sample(sample["input_ids"], int(sample["answer_start"]), self.visual_token_ids)
+            else:
+                sample = prepare_conversation(self.processor, row, self.fps, self.max_frames)
+                check_processed(sample, self.visual_token_ids)
             return sample
-        if "input_ids" in row:
-            sample = dict(row)
-        elif "messages" in row:
-            sample = self._process(row)
-        else:
-            raise TrainingDataError(
-                "a row needs 'messages', or 'input_ids' and 'answer_start'; it has "
-                f"{', '.join(sorted(row)) or 'nothing'}"
-            )
-        check_processed(sample, self.visual_token_ids)
-        return sample
 
-    def _process(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        if self.processor is None:
-            raise TrainingDataError("rows with 'messages' need the target's processor: SparrowDataCollator(processor)")
-        messages, answer, answer_ids = clean_messages(row), row.get("answer"), row.get("answer_ids")
-        if answer is None and answer_ids is None:
-            if messages[-1]["role"] != "assistant":
-                raise TrainingDataError(
-                    "the row has no answer: end 'messages' with an assistant turn, or add 'answer' or 'answer_ids'"
-                )
-            answer = text_of(messages.pop())
-        if answer_ids is None:
-            tokenizer = self.processor.tokenizer
-            answer_ids = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
-        return append_answer(prepare_prompt(self.processor, row, messages, self.fps, self.max_frames), answer_ids)
+    def prepare_prompt(self, row: Mapping[str, Any] | TrainingStates) -> BatchFeature:
+        """The prompt of the sample that [`prepare`] makes of a row, see [`~sparrow_hf.data.prepare_prompt`].
+
+        Raises:
+            TrainingDataError: The row is bad, or holds no pixels; its index is named if it has one.
+        """
+        row = as_row(row)
+        with naming_row(row.get(ROW_INDEX)):
+            return prepare_prompt(self.processor, row, self.fps, self.max_frames)
 
 
-def row_index(row: Mapping[str, Any] | TrainingStates) -> int | None:
-    """Where a row of [`load_rows`] stands in its dataset; `None` for any other row."""
-    return None if isinstance(row, TrainingStates) else row.get(ROW_INDEX)
-
-
-def prepare_prompt(
-    processor: ProcessorMixin,
-    row: Mapping[str, Any],
-    messages: list[dict[str, Any]],
-    fps: float | None = None,
-    max_frames: int | None = None,
-) -> dict[str, Any]:
-    """The processed prompt of a row: `messages` are its turns before the answer, cleaned.
-
-    A row that names its own `fps` or `max_frames` is read that way: with other frames, a regenerated answer would not
-    be the target's answer any more.
-    """
-    return dict(
-        prepare_inputs(
-            processor,
-            messages,
-            fps=fps if row.get("fps") is None else row["fps"],
-            max_frames=max_frames if row.get("max_frames") is None else row["max_frames"],
-        )
-    )
+def as_row(row: Mapping[str, Any] | TrainingStates) -> Mapping[str, Any]:
+    """The dictionary of a row, whichever way it is held."""
+    return row.to_row() if isinstance(row, TrainingStates) else row

@@ -1,155 +1,16 @@
-"""From options to a trained draft: what `sparrow train` does, and what a script can call instead."""
+"""The former name of [`sparrow_hf.training.run`]: its names stay importable from here, with a warning."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import warnings
 
-import torch
-from accelerate import PartialState
-from transformers import PreTrainedModel, ProcessorMixin
+from .run import DDP_CONFIG
+from .run import TrainingRun as Launch
+from .run import prepare_training as prepare
 
-from ..errors import MissingDependencyError, TrainingOptionsError
-from ..modeling_sparrow import SparrowDraftModel
-from ..prompts import load_rows
-from .arguments import SparrowTrainingArguments
-from .callbacks import DecodingCallback
-from .checkpoints import last_checkpoint
-from .curves import plot_curves
-from .dataset import refuse_shared_media
-from .lora import add_lora, merge_lora
-from .options import TrainingOptions
-from .recording import PROVENANCE_FILE, RecordedDataset
-from .trainer import SparrowTrainer
-from .vocabulary import load_vocabulary
+__all__ = ["DDP_CONFIG", "Launch", "prepare"]
 
-#: Configuration of `accelerate launch` for the GPUs of one machine.
-DDP_CONFIG = Path(__file__).parent / "accelerate" / "ddp.yaml"
-
-DRAFT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-#: Held-out rows that are decoded at every evaluation; all of them are walked along teacher-forced.
-DECODED_ROWS = 8
-
-
-@dataclass
-class Launch:
-    """A training that is ready to start.
-
-    Attributes:
-        trainer: The trainer.
-        adapters: peft's view of its draft, if adapters are trained.
-        checkpoint: The checkpoint to go on from, if any.
-        output: Folder of the finished draft.
-    """
-
-    trainer: SparrowTrainer
-    adapters: Any | None
-    checkpoint: str | None
-    output: Path
-
-    def run(self) -> SparrowDraftModel:
-        """Trains to the end and leaves the finished draft, its card and its curves in the output folder."""
-        self.trainer.train(resume_from_checkpoint=self.checkpoint)
-        if self.trainer.eval_dataset is not None:
-            self.trainer.evaluate()
-        draft = self.trainer.draft if self.adapters is None else merge_lora(self.adapters)
-        if self.trainer.is_world_process_zero():
-            draft.save_pretrained(self.output)
-            try:
-                plot_curves(self.trainer.state.log_history, self.output / "curves.png")
-            except MissingDependencyError:
-                # The log has all figures; a picture of them is an extra.
-                pass
-        return draft
-
-
-def check_output(options: TrainingOptions) -> str | None:
-    """The checkpoint to resume from, if that was asked for; otherwise the output folder must be free.
-
-    Raises:
-        TrainingOptionsError: There is a training or a draft in the way, or nothing to resume.
-    """
-    output = Path(options.output)
-    checkpoints = output / "checkpoints"
-    last = last_checkpoint(checkpoints)
-    if options.resume:
-        if last is None:
-            raise TrainingOptionsError(f"{checkpoints} holds no checkpoint to resume from: leave out --resume")
-        return last
-    if last is not None or (output / "config.json").exists():
-        raise TrainingOptionsError(
-            f"{output} holds {'a training' if last else 'a draft'} already: go on with --resume, start from it with "
-            "--warm-start and another --output, or choose another folder"
-        )
-    return None
-
-
-def build_draft(options: TrainingOptions, target: PreTrainedModel) -> SparrowDraftModel:
-    """The draft to train: fresh, or an existing one; in its training dtype, bound to the target."""
-    dtype = DRAFT_DTYPES.get(options.draft_dtype)
-    if dtype is None:
-        raise TrainingOptionsError(
-            f"--draft-dtype must be float32, bfloat16 or float16, found {options.draft_dtype!r}"
-        )
-    if options.warm_start is not None:
-        draft = SparrowDraftModel.from_pretrained(options.warm_start)
-        draft.bind(target)
-        draft.to(draft.target.device)
-    else:
-        draft = SparrowDraftModel.from_target(target, copy_last_layer=options.copy_last_layer, **options.draft_fields)
-        if options.vocabulary is not None:
-            draft.set_vocabulary(load_vocabulary(options.vocabulary, draft.config.vocab_size))
-    return draft.to(dtype)
-
-
-def rows_of(source: str, draft: SparrowDraftModel, streaming: bool = False) -> Any:
-    """Rows of a recording, or of anything [`load_rows`] reads."""
-    if (Path(source) / PROVENANCE_FILE).is_file():
-        return RecordedDataset(source, draft)
-    return load_rows(source, streaming=True) if streaming else load_rows(source)
-
-
-def prepare(
-    options: TrainingOptions,
-    arguments: SparrowTrainingArguments,
-    target: PreTrainedModel,
-    processor: ProcessorMixin,
-) -> Launch:
-    """Builds the draft, reads the rows and sets up the trainer.
-
-    Args:
-        options, arguments: See [`parse_options`].
-        target: The target, on its device or devices.
-        processor: Its processor.
-
-    Raises:
-        TrainingOptionsError: The options contradict each other or what lies in the output folder.
-        TrainingDataError: There are no rows, or training and held-out rows share a video.
-        BindingError: The draft to start from fits another target.
-    """
-    checkpoint = check_output(options)
-    torch.manual_seed(arguments.seed)
-    draft = build_draft(options, target)
-    adapters = None if options.lora is None else add_lora(draft, options.lora)
-    train = rows_of(options.train, draft, options.streaming)
-    held_out = None
-    if options.held_out is not None:
-        held_out = rows_of(options.held_out, draft)
-        if not isinstance(train, RecordedDataset) and not isinstance(held_out, RecordedDataset):
-            with PartialState().main_process_first():
-                refuse_shared_media(train, held_out)
-        if arguments.eval_strategy == "no":
-            # Whoever names held-out rows wants to see them measured.
-            arguments.eval_strategy, arguments.eval_steps = arguments.save_strategy, arguments.save_steps
-    trainer = SparrowTrainer(
-        draft,
-        target,
-        arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=processor,
-    )
-    if held_out is not None and not isinstance(held_out, RecordedDataset):
-        decoded = [held_out[index] for index in range(min(DECODED_ROWS, len(held_out)))]
-        trainer.add_callback(DecodingCallback(trainer, decoded))
-    return Launch(trainer, adapters, checkpoint, Path(options.output))
+warnings.warn(
+    "sparrow_hf.training.launch is now sparrow_hf.training.run, its Launch is TrainingRun and its prepare is "
+    "prepare_training: import these instead.",
+    FutureWarning,
+    stacklevel=2,
+)

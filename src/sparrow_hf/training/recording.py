@@ -38,9 +38,10 @@ from ..artifacts import (
     write_json,
 )
 from ..configuration_sparrow import SparrowDraftConfig, published_name
+from ..data.datasets import Rows
+from ..data.messages import naming_row
 from ..errors import DiskBudgetError, TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
-from ..prompts import Rows, naming_row
 from ..rows import draft_rows
 from .data import SparrowDataCollator, TrainingStates, read_with_target
 

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .._transformers import commit_of, name_of
 from ..artifacts import atomic_path, check_made_alike, remove_partial_files, write_json, write_text
+from ..data.datasets import Rows
+from ..data.messages import ROW_FOLDER, ROW_INDEX, naming_row, split_answer
+from ..data.prepare import prepare_prompt
+from ..data.video import is_url
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
-from ..prompts import ROW_FOLDER, ROW_INDEX, Rows, naming_row, split_answer
-from ..video import is_url
-from .data import prepare_prompt
 
 PROVENANCE_FILE = "provenance.json"
 
@@ -57,8 +58,8 @@ def regenerate(
     Args:
         target: The target the draft will be trained for.
         processor: Its processor.
-        rows: Prompts: `{"messages": [...]}`, see `dataset.py`. An assistant turn at the end is left out: it is what
-            the target is to write.
+        rows: Prompts: `{"messages": [...]}`, see `data/messages.py`. Assistant turns at the end are left out: they
+            are what the target is to write.
         output_dir: Gets `answers-00000.jsonl`, … and `provenance.json`. Each line is the row with `answer_ids` (the
             tokens as written, end of turn included) and `answer` (their text). Videos and images are named by absolute
             path or URL; those given as bytes are stored in `media/`.
@@ -176,7 +177,7 @@ def _prepare(
     """A row as it will be stored, and its processed prompt."""
     with naming_row(index):
         messages, _ = split_answer(row)
-        prompt = prepare_prompt(processor, row, messages, **sampling)
+        prompt = dict(prepare_prompt(processor, row, **sampling))
         stored = sampling | {
             name: value
             for name, value in row.items()

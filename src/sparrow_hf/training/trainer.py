@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from .._transformers import on_device
+from ..data.prepare import kind_of
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import draft_rows, visual_mask
 from .acceptance import acceptance_metrics, count_acceptance, summarize
 from .arguments import ALL_VISUAL_ROWS, SparrowTrainingArguments
+from .chunked_loss import chunked_loss
 from .data import SparrowDataCollator, TrainingStates, check_sample, read_with_target
-from .judging import judge_rows
 from .passes import DraftBatch, exact_passes, make_batch, reinput_passes
 
 logger = logging.get_logger(__name__)
@@ -100,14 +101,14 @@ class SparrowTrainer(Trainer):
         visual_ids = config.visual_token_ids or []
         read, noise = [], []
         for sample in samples:
-            input_ids = sample["input_ids"] if "text_states" in sample else sample["input_ids"][0]
+            input_ids = sample["input_ids"] if kind_of(sample) == "states" else sample["input_ids"][0]
             check_sample(input_ids, int(sample["answer_start"]), visual_ids)
             generator = self._generator(input_ids) if training else None
             budget = config.num_glimpse_tokens
             if generator is not None:
                 budget = self._draw_budget(int(visual_mask(input_ids, visual_ids).sum()), generator)
             rows = draft_rows(input_ids, visual_ids, budget, generator=generator)
-            if "text_states" in sample:
+            if kind_of(sample) == "states":
                 states = TrainingStates.from_row(sample)
             else:
                 states = read_with_target(self.draft, sample, rows)
@@ -154,7 +155,7 @@ class SparrowTrainer(Trainer):
             num_items_in_batch: Loss rows of all batches this optimizer step accumulates; by default of this one.
         """
         training = model.training
-        self._report_skipped(inputs.get("skipped", []))
+        self.report_skipped(inputs.get("skipped", []))
         if not inputs["samples"]:
             return self._no_loss(model, return_outputs)
         batch = self.make_batch(inputs["samples"], training=training)
@@ -174,7 +175,7 @@ class SparrowTrainer(Trainer):
         for step, hidden in enumerate(passes):
             valid = batch.has_loss(step)
             index = target_index[:, step:][valid]
-            losses, agrees = judge_rows(self.draft, self.args.loss_weights, hidden[valid], target_states[index])
+            losses, agrees = chunked_loss(self.draft, self.args.loss_weights, hidden[valid], target_states[index])
             total = total + self.args.mtp_loss_decay**step * losses.sum()
             match = torch.zeros_like(valid)
             match[valid] = agrees
@@ -189,7 +190,8 @@ class SparrowTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, count_acceptance(batch, matches)) if return_outputs else loss
 
-    def _report_skipped(self, skipped: list[tuple[int | None, str]]) -> None:
+    def report_skipped(self, skipped: list[tuple[int | None, str]]) -> None:
+        """Notes rows that were left out, as (index, reason), and warns of each once."""
         for row in skipped:
             if row not in self.skipped_rows:
                 self.skipped_rows.add(row)

@@ -16,8 +16,8 @@ from ...evaluation.benchmark import Benchmark, Prompt
 from ...evaluation.results import pool_runs, result_row
 from ...evaluation.run_file import read_lines
 from ...measurement import NO_DRAFT
+from ..benchmark_prompts import clip_prompts, picture_prompts, says_what_it_shows, text_prompts
 from ..captions import STYLES
-from ..prompts import clip_prompts, picture_prompts, says_what_it_shows, text_prompts
 from .arms import ARMS, BLIND, MSD, PAPER, PROMPT_LOOKUP, VISPEC, Role, arms_of
 from .contenders import SHIPPED_DRAFT, is_finished
 

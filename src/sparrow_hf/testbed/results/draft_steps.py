@@ -17,7 +17,7 @@ from ...evaluation.run_file import read_lines
 from ...generation.candidate_generator import SparrowCandidateGenerator
 from ...hidden_states import HiddenStateCollector
 from ...modeling_sparrow import SparrowDraftModel
-from ..prompts import clip_inputs
+from ..benchmark_prompts import clip_inputs
 from ..world import EVALUATION_SEEDS
 
 VISUAL_TOKENS = (400, 3000, 25_000)

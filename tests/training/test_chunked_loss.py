@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparrow_hf.training import judging
-from sparrow_hf.training.judging import judge_rows
+from sparrow_hf.training import chunked_loss as module
+from sparrow_hf.training.chunked_loss import chunked_loss
 
 WEIGHTS = {"soft_cross_entropy": 1.0, "probability_l1": 0.5, "list_mle": 0.1, "feature_smooth_l1": 0.2}
 ROWS = 11
@@ -12,13 +12,13 @@ ROWS = 11
 
 def judged(draft, chunk_rows, monkeypatch):
     """Losses, matches and the gradient of the predicted states."""
-    monkeypatch.setattr(judging, "LOGITS_PER_CHUNK", chunk_rows * draft.config.vocab_size)
+    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", chunk_rows * draft.config.vocab_size)
     generator = torch.Generator().manual_seed(0)
     predicted, target_states = torch.randn(2, ROWS, draft.config.hidden_size, generator=generator)
     # Near the target in every other row, but not on it: there the L1 distance has no gradient.
     predicted[::2] = target_states[::2] + 0.01 * predicted[::2]
     predicted.requires_grad_()
-    losses, matches = judge_rows(draft, WEIGHTS, predicted, target_states)
+    losses, matches = chunked_loss(draft, WEIGHTS, predicted, target_states)
     losses.sum().backward()
     return losses.detach(), matches, predicted.grad
 
@@ -59,7 +59,7 @@ def test_a_row_weighs_what_the_part_of_the_vocabulary_can_gain(make_draft, monke
     part = torch.arange(0, 60, 2)
     target_probs = draft.compute_logits(states).softmax(-1)[:, part]
     draft.set_vocabulary(part)
-    losses, matches = judge_rows(draft, WEIGHTS | dict.fromkeys(list(WEIGHTS)[1:], 0.0), states, states)
+    losses, matches = chunked_loss(draft, WEIGHTS | dict.fromkeys(list(WEIGHTS)[1:], 0.0), states, states)
     expected = -(target_probs * draft.compute_logits(states).log_softmax(-1)).sum(-1)
     torch.testing.assert_close(losses, expected)
     best = draft.compute_logits(states, full_vocabulary=True).argmax(-1)

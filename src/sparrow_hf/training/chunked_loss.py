@@ -1,4 +1,4 @@
-"""Judges predicted states by the target's head, a bounded number of logits at a time."""
+"""The loss of predicted states over the vocabulary, a bounded number of logits at a time."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from .losses import mixed_loss
 LOGITS_PER_CHUNK = 2**26
 
 
-def judge_rows(
+def chunked_loss(
     draft: SparrowDraftModel, weights: dict[str, float], predicted: Tensor, target_states: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Loss of every row, and whether the draft's most probable token is the target's.
@@ -31,16 +31,16 @@ def judge_rows(
     """
     rows = max(1, LOGITS_PER_CHUNK // draft.config.vocab_size)
     if len(predicted) <= rows:
-        return _judge(draft, weights, predicted, target_states)
+        return _loss(draft, weights, predicted, target_states)
     chunks = [
-        checkpoint(_judge, draft, weights, *chunk, use_reentrant=False)
+        checkpoint(_loss, draft, weights, *chunk, use_reentrant=False)
         for chunk in zip(predicted.split(rows), target_states.split(rows), strict=True)
     ]
     losses, matches = zip(*chunks, strict=True)
     return torch.cat(losses), torch.cat(matches)
 
 
-def _judge(
+def _loss(
     draft: SparrowDraftModel, weights: dict[str, float], predicted: Tensor, target_states: Tensor
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLProcessor
 
-from sparrow_hf import video
+from sparrow_hf.data import video
 from sparrow_hf.errors import MissingDependencyError, VideoError
 from sparrow_hf.testbed.nano import build_processor
 from sparrow_hf.testbed.world import make_clip, write_mp4

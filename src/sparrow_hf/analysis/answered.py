@@ -16,28 +16,35 @@ from transformers import PreTrainedModel
 
 from .._transformers import prompt_position_ids
 from ..configuration_sparrow import visual_token_ids
+from ..data.datasets import load_rows
+from ..data.messages import split_answer
+from ..data.prepare import append_answer, prepare_prompt
 from ..errors import AnalysisError
-from ..prompts import load_rows, split_answer
 from ..rows import visual_mask
 from ..targets import unwrap
-from ..video import prepare_inputs
 
 #: Names of the groups, in the order of every table.
 GROUPS = ("instruction", "visual", "text")
 
 
 class Conversation(NamedTuple):
-    """What to ask: chat messages that end with a user's turn, and what a good answer says."""
+    """What to ask: chat messages that end with a user's turn, and what a good answer says.
+
+    Its video files are read with its own `fps` and `max_frames` if it names them (see
+    [`~sparrow_hf.data.prepare_prompt`]).
+    """
 
     messages: list[dict[str, Any]]
     reference: str | None = None
+    fps: float | None = None
+    max_frames: int | None = None
 
 
 def read_conversations(source: str, split: str = "train", limit: int | None = None) -> list[Conversation]:
     """The first conversations of a source; the answer of a row is its reference, unless it names one.
 
     Args:
-        source: Whatever [`~sparrow_hf.prompts.load_rows`] reads.
+        source: Whatever [`~sparrow_hf.data.load_rows`] reads.
         split: Of the source.
         limit: Most conversations.
 
@@ -49,12 +56,14 @@ def read_conversations(source: str, split: str = "train", limit: int | None = No
     for index in range(len(rows))[:limit]:
         row = rows[index]
         messages, written = split_answer(row)
-        conversations.append(Conversation(messages, row.get("reference") or written))
+        conversations.append(
+            Conversation(messages, row.get("reference") or written, row.get("fps"), row.get("max_frames"))
+        )
     return conversations
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ProcessedPrompt:
     """One prompt, processed.
 
     Attributes:
@@ -79,7 +88,7 @@ class AnsweredPrompt:
         answer_ids: Tokens of the answer.
     """
 
-    prompt: Prompt
+    prompt: ProcessedPrompt
     inputs: dict[str, Any]
     is_visual: Tensor
     answer_ids: list[int]
@@ -102,25 +111,22 @@ class AnsweredPrompt:
         return torch.stack((instruction, self.is_visual, ~(instruction | self.is_visual)), dim=-1)
 
 
-def prepare_prompt(
-    processor: Any,
-    messages: list[dict[str, Any]],
-    reference: str | None = None,
-    *,
-    fps: float | None = None,
-    max_frames: int | None = None,
-) -> Prompt:
+def process_conversation(
+    processor: Any, conversation: Conversation, *, fps: float | None = None, max_frames: int | None = None
+) -> ProcessedPrompt:
     """Processes one conversation and finds its instruction: the last text the user wrote.
 
     Args:
         processor: The target's processor.
-        messages: Chat messages that end with a user's turn, see [`~sparrow_hf.video.prepare_inputs`].
-        fps, max_frames: How densely to read video files.
+        conversation: What to ask.
+        fps, max_frames: How densely to read video files of which the conversation says nothing.
 
     Raises:
         AnalysisError: The user wrote nothing, or the chat template left it out.
+        TrainingDataError: The messages are malformed; see [`~sparrow_hf.data.prepare_prompt`].
     """
-    contents = [message["content"] for message in messages if message["role"] == "user"]
+    row = conversation._asdict()
+    contents = [message["content"] for message in split_answer(row)[0] if message["role"] == "user"]
     texts = [
         text
         for content in contents
@@ -130,8 +136,9 @@ def prepare_prompt(
     ]
     if not texts or not texts[-1].strip():
         raise AnalysisError("the messages hold no instruction: end the user's turn with a text")
-    inputs = dict(prepare_inputs(processor, messages, fps=fps, max_frames=max_frames))
-    return Prompt(inputs, find_text(processor.tokenizer, inputs["input_ids"][0], texts[-1]), reference)
+    inputs = dict(prepare_prompt(processor, row, fps, max_frames))
+    instruction = find_text(processor.tokenizer, inputs["input_ids"][0], texts[-1])
+    return ProcessedPrompt(inputs, instruction, conversation.reference)
 
 
 def find_text(tokenizer: Any, input_ids: Tensor, text: str) -> Tensor:
@@ -162,7 +169,7 @@ def _squeezed(text: str) -> str:
 
 
 @torch.no_grad()
-def answer(target: PreTrainedModel, prompt: Prompt, max_new_tokens: int) -> AnsweredPrompt:
+def answer(target: PreTrainedModel, prompt: ProcessedPrompt, max_new_tokens: int) -> AnsweredPrompt:
     """Lets the target answer greedily, without penalties, and lays out one forward over prompt and answer.
 
     Raises:
@@ -205,16 +212,11 @@ def greedy(model: PreTrainedModel, inputs: Mapping[str, Any], max_new_tokens: in
 
 def _appended(model: PreTrainedModel, inputs: Mapping[str, Any], answer_ids: Tensor) -> dict[str, Any]:
     """The inputs of one forward over prompt and answer."""
-    prompt_ids, added = inputs["input_ids"], answer_ids[None]
-    grown = dict(inputs)
-    for name, value in inputs.items():
-        # Whatever has one entry per token grows: the answer is attended to (1), and its type is text (0).
-        if isinstance(value, Tensor) and value.shape == prompt_ids.shape:
-            filler = torch.full_like(added, 1 if name == "attention_mask" else 0, dtype=value.dtype)
-            grown[name] = torch.cat((value, added if name == "input_ids" else filler), dim=1)
+    grown = append_answer(inputs, answer_ids)
+    del grown["answer_start"]
     # With M-RoPE, generate() goes on at the last position + 1; asked about prompt and answer together, the model
     # would go on at the largest one + 1.
-    positions = prompt_position_ids(model, prompt_ids, inputs)
+    positions = prompt_position_ids(model, inputs["input_ids"], inputs)
     steps = torch.arange(1, len(answer_ids) + 1, device=positions.device)
     grown["position_ids"] = torch.cat((positions, positions[..., -1:] + steps), dim=-1)
     return grown

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ..data.messages import clean_messages
+from ..data.video import is_url
 from ..errors import TrainingDataError
-from ..prompts import clean_messages
-from ..video import is_url
 
 #: Pairs of rows that [`refuse_shared_media`] names.
 MAX_NAMED_PAIRS = 10

@@ -7,7 +7,14 @@ import pytest
 import torch
 from subjects import MAX_NEW_TOKENS, QUESTION, Subject
 
-from sparrow_hf.analysis.prompts import Conversation, Prompt, answer, find_text, prepare_prompt, read_conversations
+from sparrow_hf.analysis.answered import (
+    Conversation,
+    ProcessedPrompt,
+    answer,
+    find_text,
+    process_conversation,
+    read_conversations,
+)
 from sparrow_hf.configuration_sparrow import visual_token_ids
 from sparrow_hf.errors import AnalysisError, TrainingDataError
 from sparrow_hf.testbed.nano import build_processor
@@ -54,18 +61,19 @@ def test_an_instruction_that_is_not_there_is_named() -> None:
     with pytest.raises(AnalysisError, match="'sing'"):
         find_text(tokenizer, torch.tensor(tokenizer.encode("describe this video .")), "sing")
     with pytest.raises(AnalysisError, match="no instruction"):
-        prepare_prompt(build_processor(), [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}])
+        turns = [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]
+        process_conversation(build_processor(), Conversation(turns))
 
 
 def test_padding_and_prompts_without_visual_rows_are_refused(qwen: Subject) -> None:
     text_only = qwen.family.build_inputs(qwen.target, videos=0)
     with pytest.raises(AnalysisError, match="no visual rows"):
-        answer(qwen.target, Prompt(text_only, torch.tensor([1])), 4)
+        answer(qwen.target, ProcessedPrompt(text_only, torch.tensor([1])), 4)
     padded = dict(qwen.answered.prompt.inputs)
     padded["attention_mask"] = padded["attention_mask"].clone()
     padded["attention_mask"][0, 0] = 0
     with pytest.raises(AnalysisError, match="unpadded"):
-        answer(qwen.target, Prompt(padded, torch.tensor([1])), 4)
+        answer(qwen.target, ProcessedPrompt(padded, torch.tensor([1])), 4)
 
 
 def test_answers_of_rows_are_references_and_are_not_asked(tmp_path: Path) -> None:

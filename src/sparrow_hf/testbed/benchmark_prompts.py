@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
 
+from ..data.prepare import prepare_prompt
 from ..evaluation.benchmark import Prompt
-from ..video import prepare_inputs
 from .captions import CLAIM_WORDS, PROMPTS
 from .families import family_of
 from .scenes import BLANK
@@ -44,7 +44,7 @@ def clip_inputs(target: Any, processor: ProcessorMixin, seed: int, visual_tokens
     tokens_per_step = family_of(target).tokens_per_step
     with tempfile.TemporaryDirectory() as folder:
         clip = make_clip(Path(folder) / "clip.mp4", seed, visual_tokens, tokens_per_step)
-        return prepare_inputs(processor, clip.messages)
+        return prepare_prompt(processor, {"messages": clip.messages})
 
 
 def picture_prompts(processor: ProcessorMixin, number: int) -> list[Prompt]:
@@ -60,15 +60,16 @@ def picture_inputs(processor: ProcessorMixin, seed: int) -> BatchFeature:
     scene = next(step for step in script.timeline if step.scene != BLANK)
     frame = render(script.story, [scene], np.random.default_rng([seed, 1]))[0]
     parts = [{"type": "image", "image": frame}, {"type": "text", "text": script.prompt}]
-    return prepare_inputs(processor, [{"role": "user", "content": parts}])
+    return prepare_prompt(processor, {"messages": [{"role": "user", "content": parts}]})
 
 
 def text_prompts(processor: ProcessorMixin, number: int) -> list[Prompt]:
     """Questions about a video that is not there, at most as many as the world has."""
     questions = [question for questions in PROMPTS.values() for question in questions][:number]
+    rows = ({"messages": [{"role": "user", "content": question}]} for question in questions)
     return [
-        Prompt(question, None, partial(prepare_inputs, processor, [{"role": "user", "content": question}]))
-        for question in questions
+        Prompt(question, None, partial(prepare_prompt, processor, row))
+        for question, row in zip(questions, rows, strict=True)
     ]
 
 

@@ -1,0 +1,23 @@
+"""One road from a row to tensors: where rows are read from, what a good one looks like, and what a target reads."""
+
+from .datasets import Rows, StreamedRows, load_rows
+from .messages import clean_messages, fingerprint, split_answer, text_of
+from .prepare import append_answer, kind_of, prepare_conversation, prepare_inputs, prepare_prompt
+from .video import read_image, read_video
+
+__all__ = [
+    "Rows",
+    "StreamedRows",
+    "append_answer",
+    "clean_messages",
+    "fingerprint",
+    "kind_of",
+    "load_rows",
+    "prepare_conversation",
+    "prepare_inputs",
+    "prepare_prompt",
+    "read_image",
+    "read_video",
+    "split_answer",
+    "text_of",
+]

@@ -1,0 +1,79 @@
+"""What a row is, what its prompt is, and what its answer is."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from sparrow_hf.data import kind_of, prepare_conversation, prepare_prompt
+from sparrow_hf.errors import TrainingDataError
+from sparrow_hf.testbed.nano import build_processor
+from sparrow_hf.training import TrainingStates
+
+QUESTION = {"role": "user", "content": "what ?"}
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return build_processor()
+
+
+def answer_of(processor: Any, row: dict[str, Any]) -> list[int]:
+    sample = prepare_conversation(processor, row)
+    prompt = prepare_prompt(processor, {"messages": [QUESTION]})
+    assert torch.equal(sample["input_ids"][:, : sample["answer_start"]], prompt["input_ids"])
+    return sample["input_ids"][0, sample["answer_start"] :].tolist()
+
+
+def test_a_row_is_of_one_kind() -> None:
+    ids = torch.ones((1, 3), dtype=torch.long)
+    states = TrainingStates(ids[0], 1, *[torch.zeros(0)] * 4).to_row()
+    assert kind_of({"messages": [], "answer": "a"}) == "messages"
+    assert kind_of({"input_ids": ids, "messages": []}) == kind_of({"input_ids": ids, "answer_start": 1}) == "processed"
+    assert kind_of(states) == "states"
+    assert kind_of({"text": "x"}) is None
+    for prepare in (prepare_prompt, prepare_conversation):
+        with pytest.raises(TrainingDataError, match="holds no pixels"):
+            prepare(None, states)
+        with pytest.raises(TrainingDataError, match="it has text"):
+            prepare(None, {"text": "x"})
+        with pytest.raises(TrainingDataError, match="need the target's processor"):
+            prepare(None, {"messages": [QUESTION]})
+
+
+def test_the_answer_is_what_the_target_wrote_else_the_text_else_the_last_turns(processor: Any) -> None:
+    tokens = [*processor.tokenizer.encode("a dot"), processor.tokenizer.eos_token_id]
+    row = {"messages": [QUESTION, said("a ring")]}
+    assert answer_of(processor, row | {"answer": "a dot", "answer_ids": [7, 8, 9]}) == [7, 8, 9]
+    assert answer_of(processor, row | {"answer": "a dot", "answer_ids": None}) == tokens
+    assert answer_of(processor, {"messages": [QUESTION, said("a dot")], "answer": None}) == tokens
+    both = answer_of(processor, {"messages": [QUESTION, said("a"), said("dot")]})
+    assert processor.tokenizer.decode(both[:-1]) == "a dot" and both[-1] == tokens[-1]
+    with pytest.raises(TrainingDataError, match="row 2: .*asks nothing"):
+        prepare_conversation(processor, {"messages": [said("a dot")], "row_index": 2})
+
+
+def test_a_processed_row_is_handed_on_without_its_place(prompts_and_samples: Any) -> None:
+    for prompt, sample in prompts_and_samples:
+        placed = sample | {"row_index": 3, "row_folder": None}
+        assert prepare_conversation(None, placed).keys() == sample.keys()
+        for row in (placed, prompt):
+            cut = prepare_prompt(None, row)
+            assert cut.keys() == prompt.keys()
+            assert all(torch.equal(value, cut[name]) for name, value in prompt.items())
+
+
+@pytest.fixture
+def prompts_and_samples(processor: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    rows = [{"messages": [QUESTION, said(text)]} for text in ("a dot", "a ring and a dot")]
+    return [(dict(prepare_prompt(processor, row)), prepare_conversation(processor, row)) for row in rows]
+
+
+@pytest.mark.parametrize("own", [{"fps": 0}, {"fps": "2"}, {"fps": float("nan")}, {"max_frames": 0.5}])
+def test_a_row_that_asks_for_no_frames_is_refused(processor: Any, own: dict[str, Any]) -> None:
+    with pytest.raises(TrainingDataError, match="must be a positive number"):
+        prepare_prompt(processor, {"messages": [QUESTION]} | own)
