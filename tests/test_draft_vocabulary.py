@@ -86,7 +86,9 @@ def test_another_part_replaces_the_first(target) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [list, tuple, np.array, torch.tensor, partial(torch.tensor, dtype=torch.uint8)], ids=repr
+    "kind",
+    [list, tuple, np.array, torch.tensor, partial(torch.tensor, dtype=torch.uint8)],
+    ids=["list", "tuple", "array", "tensor", "bytes"],
 )
 def test_a_part_may_be_of_any_kind_of_ids(target, kind) -> None:
     draft = make_draft(target)
