@@ -1,5 +1,6 @@
 """A tiny random target, greedy answers of its own, and drafts for it."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -32,6 +33,8 @@ def die(run: Callable[[], Any]) -> None:
     """Runs something that kills its process, in a process of its own."""
     child = os.fork()
     if child == 0:
+        # The copy has none of the threads (of libraries, of pytest-xdist) whose objects a collection would finalise.
+        gc.disable()
         try:
             run()
         finally:
