@@ -95,11 +95,10 @@ def test_transformers_assistants_do_not_see_the_video(target: PreTrainedModel, t
 
 def install_method(folder: Path, value: str) -> None:
     """What pip leaves of a package that adds the method `oak`."""
-    (folder / "oak_methods-1.dist-info").mkdir()
-    (folder / "oak_methods-1.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: oak-methods\nVersion: 1\n"
-    )
-    (folder / "oak_methods-1.dist-info" / "entry_points.txt").write_text(f"[{METHODS_GROUP}]\noak = {value}\n")
+    installed = folder / "oak_methods-1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: oak-methods\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text(f"[{METHODS_GROUP}]\noak = {value}\n")
     (folder / "oak_methods.py").write_text(
         "from sparrow_hf.evaluation import Arm\n"
         "def arm(name, text, arms):\n"
