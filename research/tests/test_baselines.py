@@ -62,9 +62,16 @@ def make_draft(name: str, target: PreTrainedModel, **overrides: Any) -> SparrowD
 # -- the promise ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tree", ["chain-5", "30-4-8"])
 @pytest.mark.parametrize("name", BASELINES)
-@pytest.mark.parametrize("family_name", ["qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize(
+    ("family_name", "tree"),
+    [
+        ("qwen2_5_vl", "chain-5"),
+        ("llava_onevision", "30-4-8"),
+        pytest.param("qwen2_5_vl", "30-4-8", marks=pytest.mark.full),
+        pytest.param("llava_onevision", "chain-5", marks=pytest.mark.full),
+    ],
+)
 def test_tokens_are_those_of_plain_generate(family_name: str, name: str, tree: str) -> None:
     family = FAMILY_BY_NAME[family_name]
     target, ids = family.build_target(), family.visual_token_ids

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sparrow_hf.testbed import FAMILIES, Family
+from sparrow_hf.testbed.families import LLAVA_ONEVISION, QWEN2_5_VL, Family
 from sparrow_research.results import __main__ as command
 from sparrow_research.results import analyses, draft_steps
 from sparrow_research.results.cells import CELLS
@@ -14,7 +14,11 @@ from sparrow_research.results.contenders import folders_of, is_finished
 KEPT = Path(__file__).parents[1] / "data" / "results"
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family",
+    [QWEN2_5_VL, pytest.param(LLAVA_ONEVISION, marks=pytest.mark.full)],
+    ids=lambda family: family.name,
+)
 def test_nothing_is_made_again(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("this was done already")
