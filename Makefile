@@ -18,31 +18,32 @@ CONTRACT_TESTS := tests/test_transformers.py tests/test_generate.py tests/test_f
 	tests/training/test_trainer.py tests/training/test_lora.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full floor canary lock testbed results recipes quality style
+.PHONY: help install demo test test-research test-full floor canary lock testbed results recipes quality style
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-# $(call environment,FOLDER,LOCK): an environment with exactly the versions of a lock, and this package in it.
+# $(call environment,FOLDER,LOCK,FURTHER): an environment with exactly the versions of a lock, and this package in it;
+# FURTHER names other folders to install.
 # uv installs the several GB of torch much faster than pip; without one on the PATH, the environment gets its own.
 define environment
 	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	@command -v uv >/dev/null || test -x $(1)/bin/uv || $(1)/bin/python -m pip install --quiet uv
 	@PATH="$$PATH:$(abspath $(1))/bin" uv pip install --python $(1)/bin/python --requirement $(2)
-	@PATH="$$PATH:$(abspath $(1))/bin" uv pip install --python $(1)/bin/python --no-build-isolation --no-deps -e .
+	@PATH="$$PATH:$(abspath $(1))/bin" uv pip install --python $(1)/bin/python --no-build-isolation --no-deps -e . $(addprefix -e ,$(3))
 	@touch $@
 endef
 
-$(VENV)/.installed: pyproject.toml requirements/dev.txt
-	$(call environment,$(VENV),requirements/dev.txt)
+$(VENV)/.installed: pyproject.toml research/pyproject.toml requirements/dev.txt
+	$(call environment,$(VENV),requirements/dev.txt,./research)
 
-$(VENV)-full/.installed: pyproject.toml requirements/full.txt
-	$(call environment,$(VENV)-full,requirements/full.txt)
+$(VENV)-full/.installed: pyproject.toml research/pyproject.toml requirements/full.txt
+	$(call environment,$(VENV)-full,requirements/full.txt,./research)
 
 $(VENV)-floor/.installed: pyproject.toml requirements/floor.txt
 	$(call environment,$(VENV)-floor,requirements/floor.txt)
 
-install: $(VENV)/.installed  ## Install the package and its development tools into VENV
+install: $(VENV)/.installed  ## Install the package, its research and its development tools into VENV
 
 demo: install  ## Caption an unseen clip, plain and with the draft, and compare
 	@$(BIN)/sparrow demo
@@ -50,8 +51,12 @@ demo: install  ## Caption an unseen clip, plain and with the draft, and compare
 test: install  ## Fast tier of the tests
 	@$(TEST_ENV) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
+test-research: install  ## Fast tier of the tests of research/
+	@cd research && $(TEST_ENV) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
 test-full: $(VENV)-full/.installed  ## Every test, the long ones included (in an environment of its own)
 	@$(TEST_ENV) $(abspath $(VENV))-full/bin/python -m pytest -n 2 -m "" --timeout 3600 $(PYTEST_ARGS)
+	@cd research && $(TEST_ENV) $(abspath $(VENV))-full/bin/python -m pytest -n 2 -m "" --timeout 3600
 
 floor: $(VENV)-floor/.installed  ## Contract and losslessness tests on the oldest versions admitted
 	@$(TEST_ENV) $(abspath $(VENV))-floor/bin/python -m pytest -n 2 $(CONTRACT_TESTS) $(PYTEST_ARGS)
@@ -75,23 +80,23 @@ lock: install  ## Resolve the versions in requirements/ anew
 
 testbed: install  ## Train the built-in models again from nothing into TESTBED (hours; resumes)
 	@for family in qwen2.5-vl llava-onevision; do \
-		$(BIN)/python -m sparrow_hf.testbed.pretrain --family $$family --output $(TESTBED)/$$family/target && \
-		$(BIN)/python -m sparrow_hf.testbed.retrain --target $(TESTBED)/$$family/target \
+		$(BIN)/python -m sparrow_research.pretrain --family $$family --output $(TESTBED)/$$family/target && \
+		$(BIN)/python -m sparrow_research.retrain --target $(TESTBED)/$$family/target \
 			--output $(TESTBED)/$$family/draft || exit 1; \
 	done
 
 results: install  ## Train the rivals, measure everything, write docs/results.md (hours from nothing; resumes)
-	@$(BIN)/python -m sparrow_hf.testbed.results --work docs/data/results --processes 2 \
-		--output docs/data/results.json --report docs/results.md
+	@$(BIN)/python -m sparrow_research.results --work research/data/results --processes 2 \
+		--output research/data/results.json --report docs/results.md
 
 recipes: install  ## Compare training recipes on the built-in target: docs/recipes.md (hours; resumes)
-	@$(BIN)/python -m sparrow_hf.testbed.recipes --work $(TESTBED)/recipes --processes 2 \
-		--output docs/data/recipes.json --report docs/recipes.md
+	@$(BIN)/python -m sparrow_research.recipes --work $(TESTBED)/recipes --processes 2 \
+		--output research/data/recipes.json --report docs/recipes.md
 
 quality: install  ## Lint, formatting and types, nothing changed
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy src
+	@$(BIN)/mypy src research/src
 
 style: install  ## Fix lint and formatting in place
 	@$(BIN)/ruff check --fix .

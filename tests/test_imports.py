@@ -1,6 +1,7 @@
 """Imports go one way: the rooms above use those below, and rooms side by side share through what is below both."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ FORBIDDEN = {
     "generation": {"measurement", "prefill", "training", "evaluation", "analysis", "testbed", "cli"},
     "training": {"evaluation", "analysis", "testbed", "cli"},
     "analysis": {"training", "evaluation", "testbed", "cli"},
-    "evaluation": {"training", "cli"},
-    "testbed": {"cli"},
+    "evaluation": {"training", "analysis", "cli"},
+    # Nothing in it trains.
+    "testbed": {"training", "cli"},
 }
 
 
@@ -50,3 +52,46 @@ def test_an_import_of_every_kind_is_seen(tmp_path: Path, monkeypatch: pytest.Mon
         "def late():\n    from ..evaluation.arms import Arms\n"
     )
     assert imported_rooms(file) == {"cli", "testbed", "metrics", "training", "evaluation"}
+
+
+def imported_names(file: Path) -> set[str]:
+    """Everything a file imports, and every attribute it reads, as far as it stands there in full."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module or ''}.{alias.name}".removeprefix(".") for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+    return names
+
+
+def test_research_is_never_imported() -> None:
+    files = sorted(ROOT.rglob("*.py"))
+    assert files and not [file for file in files if any("sparrow_research" in name for name in imported_names(file))]
+
+
+def what_trains(file: Path) -> set[str]:
+    """Names in a file that only a training needs."""
+    training = re.compile(r"\boptim\b|Trainer\b|\bbackward$|\baccelerate\b")
+    return set(filter(training.search, imported_names(file)))
+
+
+def test_nothing_in_the_testbed_trains() -> None:
+    files = sorted((ROOT / "testbed").rglob("*.py"))
+    assert files and not [file for file in files if what_trains(file)]
+
+
+def test_what_trains_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "file.py"
+    file.write_text(
+        "import numpy, sparrow_research.results, torch\nfrom accelerate import PartialState\nfrom torch import optim\n"
+        "from ..training import SparrowTrainer\n"
+        "def step(loss):\n    loss.backward()\n    torch.optim.AdamW([])\n    torch.no_grad()\n"
+    )
+    assert "sparrow_research.results" in imported_names(file)
+    assert what_trains(file) == {
+        *("accelerate.PartialState", "torch.optim", "training.SparrowTrainer"),
+        *("loss.backward", "torch.optim.AdamW"),
+    }

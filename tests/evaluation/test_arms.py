@@ -8,9 +8,8 @@ from transformers import PreTrainedModel
 
 from sparrow_hf import TREE_PRESETS
 from sparrow_hf.errors import BenchmarkError
-from sparrow_hf.evaluation import compare, measure
-from sparrow_hf.evaluation.arms import Arms
-from sparrow_hf.evaluation.baselines import ViSpecDraftModel
+from sparrow_hf.evaluation import Arm, compare, measure
+from sparrow_hf.evaluation.arms import METHODS_GROUP, Arms
 from sparrow_hf.rows import EVERY_VISUAL_ROW
 
 
@@ -37,6 +36,10 @@ def test_arms_by_name(target: PreTrainedModel, draft_folder: str):
     ("name", "sentence"),
     [
         ("oak", "unknown arm 'oak'"),
+        (
+            "oak:3",
+            "unknown arm 'oak:3': give plain, none, .* or draft.*Other packages add methods: see docs/benchmark.md",
+        ),
         ("prompt-lookup-0", "unknown arm"),
         ("draft/glimpse=-1", "unknown arm"),
         ("draft@oak", "unknown tree 'oak'"),
@@ -90,9 +93,36 @@ def test_transformers_assistants_do_not_see_the_video(target: PreTrainedModel, t
     assert not any(names & {"pixel_values_videos", "mm_encoder_outputs"} for names in seen)
 
 
-def test_a_saved_baseline_is_an_arm(target: PreTrainedModel, tmp_path: Path):
-    ViSpecDraftModel.from_target(target).save_pretrained(tmp_path)
-    arms = Arms(target).parse([f"draft:{tmp_path}@chain-2"])
-    assert type(arms[1].draft) is ViSpecDraftModel
-    run = compare(target, arms, read(target, 4, 0), {"max_new_tokens": LENGTH, "do_sample": False})[arms[1].name]
-    assert run.differs_at is None and run.draft_cache_rows is not None
+def install_method(folder: Path, value: str) -> None:
+    """What pip leaves of a package that adds the method `oak`."""
+    installed = folder / "oak_methods-1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: oak-methods\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text(f"[{METHODS_GROUP}]\noak = {value}\n")
+    (folder / "oak_methods.py").write_text(
+        "from sparrow_hf.evaluation import Arm\n"
+        "def arm(name, text, arms):\n"
+        "    return Arm(name, prompt_lookup_num_tokens=int(text) + arms.target.config.text_config.num_hidden_layers)\n"
+    )
+
+
+def test_other_packages_add_methods(target: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    install_method(tmp_path, "oak_methods:arm")
+    monkeypatch.syspath_prepend(tmp_path)
+    parser = Arms(target)
+    arms = parser.parse(["oak:3"])
+    assert arms[1] == Arm("oak:3", prompt_lookup_num_tokens=3 + target.config.text_config.num_hidden_layers)
+    run = compare(target, arms, read(target, 4, 0), {"max_new_tokens": LENGTH, "do_sample": False})["oak:3"]
+    assert run.differs_at is None
+    for name in ("oak", "oak:", "elm:3"):
+        with pytest.raises(BenchmarkError, match=f"unknown arm '{name}': .*, oak:TEXT"):
+            parser.arm(name)
+
+
+def test_a_method_that_cannot_be_imported_is_named(
+    target: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    install_method(tmp_path, "oak_methods:gone")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BenchmarkError, match="'oak' .oak_methods:gone. cannot be loaded"):
+        Arms(target)

@@ -200,6 +200,24 @@ def test_a_draft_set_otherwise_is_another_arm(run: Any, draft_folder: str):
         path.write_text(written)
 
 
+def test_the_command_is_told_and_may_change(run: Any, tmp_path: Path):
+    only = {"arms": ["none"], "command": "measure"}
+    run(**only, temperatures=(0.0,))
+    rows = run(**(only | {"command": "measure --again"}), temperatures=(0.0, 1.0))
+    told = {(row["temperature"], row["provenance"]["command"]) for row in rows}
+    assert told == {(0.0, "measure"), (1.0, "measure --again")}
+
+
+def test_arms_of_a_method_that_is_gone_are_still_reported(run: Any, tmp_path: Path):
+    run(arms=["prompt-lookup"], temperatures=(0.0,))
+    path = tmp_path / "runs" / "tiny.jsonl"
+    path.write_text(path.read_text().replace('"prompt-lookup"', '"elsewhere:3"'))
+    rows = write_results(tmp_path / "runs", tmp_path / "results.json")
+    assert [row["arm"] for row in rows] == ["plain", "elsewhere:3"] * 2
+    write_report(tmp_path / "results.json", tmp_path / "results.md")
+    assert "| elsewhere:3 | 2/2 |" in (tmp_path / "results.md").read_text()
+
+
 def test_lengths_are_told_apart_where_the_prompts_are_equally_long(
     target: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

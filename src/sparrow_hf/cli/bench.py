@@ -42,7 +42,7 @@ def bench(
         list[str] | None,
         typer.Option(
             help="What to measure beside plain generate() (repeat for several): none, prompt-lookup[-N], "
-            "assistant:ID, specvlm:ID, draft[:ID][@TREE][/glimpse=M]."
+            "assistant:ID, draft[:ID][@TREE][/glimpse=M], or METHOD:TEXT of another package."
         ),
     ] = None,
     visual_tokens: Annotated[

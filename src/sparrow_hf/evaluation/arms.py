@@ -1,7 +1,8 @@
 """Arms by name: what a command line calls them, and what they are made of."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
@@ -13,13 +14,32 @@ from ..generation.integration import follow
 from ..measurement import NO_DRAFT, PLAIN, Arm
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import EVERY_VISUAL_ROW
-from . import baselines  # noqa: F401 - so that AutoModel knows their drafts
-from .baselines.specvlm import PrunedPromptArm
 
 PROMPT_LOOKUP_TOKENS = 5
 
+METHODS_GROUP = "sparrow_hf.methods"
+"""Entry points by which other packages add methods: name → a [`Method`] (docs/benchmark.md)."""
+
 _DRAFT = re.compile(r"draft(?::(?P<source>.+?))?(?:@(?P<tree>[^/@]+))?(?:/glimpse=(?P<glimpse>\d+|all))?")
 _LOOKUP = re.compile(r"prompt-lookup(?:-(?P<tokens>[1-9]\d*))?")
+
+Method = Callable[[str, str, "Arms"], Arm]
+"""What another package adds: makes the arm of a name, given also the text behind the name's colon, and who asks."""
+
+
+def load_methods() -> dict[str, Method]:
+    """The methods that installed packages add, by name. Loading them registers their draft classes with `AutoModel`.
+
+    Raises:
+        BenchmarkError: One of them cannot be imported.
+    """
+    methods: dict[str, Method] = {}
+    for entry in entry_points(group=METHODS_GROUP):
+        try:
+            methods[entry.name] = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise BenchmarkError(f"the method {entry.name!r} ({entry.value}) cannot be loaded: {error}") from error
+    return methods
 
 
 class Arms:
@@ -31,8 +51,8 @@ class Arms:
     | `none` | our loop without a draft: what of a speed-up is not the draft's |
     | `prompt-lookup[-N]` | transformers copies up to N tokens per round from the context |
     | `assistant:ID` | transformers' assisted generation with a small model |
-    | `specvlm:ID` | the same on a prompt whose visual tokens the target has sifted |
     | `draft[:ID][@TREE][/glimpse=M]` | a draft, `ID` a folder or Hub id, with a tree and M (or `all`) visual rows |
+    | `METHOD:TEXT` | what another package adds (see [`load_methods`]) |
 
     Args:
         target: Every draft is bound to it.
@@ -40,8 +60,12 @@ class Arms:
         folders: Short names for the `ID` of drafts and assistants → their folder or Hub id.
 
     Attributes:
+        target: As given.
         weights: Where drafts and assistants came from → digest of their tensors as they are stored (drafts), or in
             the target's dtype (assistants).
+
+    Raises:
+        BenchmarkError: A method that another package adds cannot be imported.
     """
 
     def __init__(self, target: PreTrainedModel, draft: str | None = None, folders: Mapping[str, str] | None = None):
@@ -50,6 +74,7 @@ class Arms:
         self._draft = draft
         self._folders = folders or {}
         self._loaded: dict[str, Any] = {}
+        self._methods = load_methods()
 
     def parse(self, names: Iterable[str]) -> list[Arm]:
         """The arms of these names, plain `generate()` first whether it is named or not.
@@ -68,10 +93,9 @@ class Arms:
             return Arm(name, self._bound_draft(name, None), TREE_PRESETS["none"])
         if found := _LOOKUP.fullmatch(name):
             return Arm(name, prompt_lookup_num_tokens=int(found["tokens"] or PROMPT_LOOKUP_TOKENS))
-        kind, _, source = name.partition(":")
-        if kind in ("assistant", "specvlm") and source:
-            made = PrunedPromptArm if kind == "specvlm" else Arm
-            return made(name, assistant=self._assistant(source))
+        method, _, text = name.partition(":")
+        if method == "assistant" and text:
+            return Arm(name, assistant=self.assistant(text))
         if found := _DRAFT.fullmatch(name):
             draft = self._bound_draft(name, found["source"])
             glimpse = found["glimpse"]
@@ -81,9 +105,13 @@ class Arms:
                 parse_tree_shape(found["tree"]) if found["tree"] else draft.config.tree_shape,
                 EVERY_VISUAL_ROW if glimpse == "all" else int(glimpse) if glimpse else draft.config.num_glimpse_tokens,
             )
+        if method in self._methods and text:
+            return self._methods[method](name, text, self)
+        added = "".join(f", {method}:TEXT" for method in sorted(self._methods))
         raise BenchmarkError(
-            f"unknown arm {name!r}: give plain, none, prompt-lookup[-N], assistant:ID, specvlm:ID or "
-            "draft[:ID][@TREE][/glimpse=M], such as draft@48-5-10/glimpse=0"
+            f"unknown arm {name!r}: give plain, none, prompt-lookup[-N], assistant:ID{added} or "
+            "draft[:ID][@TREE][/glimpse=M], such as draft@48-5-10/glimpse=0. Other packages add methods: see "
+            "docs/benchmark.md"
         )
 
     def _bound_draft(self, name: str, source: str | None) -> SparrowDraftModel:
@@ -97,7 +125,15 @@ class Arms:
         follow(draft, self.target)
         return draft
 
-    def _assistant(self, source: str) -> PreTrainedModel:
+    def assistant(self, source: str) -> PreTrainedModel:
+        """A small model in the target's dtype, loaded once.
+
+        Args:
+            source: A short name, a folder or a Hub id.
+
+        Raises:
+            BenchmarkError: It cannot be loaded.
+        """
         source = self._folders.get(source, source)
 
         def load(source: str) -> Any:

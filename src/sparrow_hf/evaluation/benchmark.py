@@ -63,6 +63,7 @@ class Benchmark:
         is_content: Whether a token id belongs to a content word, for the split of acceptance.
         conditions: What else must not change between two parts of a measurement, JSON types: digests of the weights,
             where the prompts came from and how they were read.
+        command: What makes these measurements, told beside each of them; the running command by default.
 
     Raises:
         BenchmarkError: There is nothing to measure, or the name is none of a file.
@@ -79,6 +80,7 @@ class Benchmark:
     repeats: int = 1
     is_content: Callable[[int], bool] | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name:
@@ -132,7 +134,8 @@ class Benchmark:
         Raises:
             VideoError: A video cannot be read; what was measured before it stays.
         """
-        details = provenance(self.target, **self.conditions)
+        told = {} if self.command is None else {"command": self.command}
+        details = provenance(self.target, **told, **self.conditions)
         todo = list(self.missing(runs))
         is_warm = False
         with tqdm(total=sum(len(settings) for _, settings in todo), desc=self.name, unit="prompt") as progress:

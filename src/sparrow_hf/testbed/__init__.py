@@ -54,9 +54,8 @@ def shipped(family: str = QWEN2_5_VL.name) -> Path:
     missing = [part for part in ("target", "draft") if not (folder / part / "config.json").is_file()]
     if missing:
         raise TargetLoadError(
-            f"The {' and the '.join(missing)} of {family!r} do not ship with this version of the package. Train the "
-            f"target with `python -m sparrow_hf.testbed.pretrain --family {family} --output DIR`, then its draft with "
-            "`python -m sparrow_hf.testbed.retrain --target DIR --output DRAFT`, and load both from there."
+            f"The {' and the '.join(missing)} of {family!r} do not ship with this version of the package. "
+            "`make testbed` in a clone of its repository trains them; load both from where it leaves them."
         )
     return folder
 

@@ -1,9 +1,4 @@
-"""Prompts of a benchmark from the world: clips, rendered, written as mp4 and read back when their turn comes, single
-pictures, and questions with nothing to see.
-
-The targets learned from clips alone. To a picture they answer what they would to a very short clip, and without
-anything to see they make a story up: enough to see a draft at work, not to judge the answers.
-"""
+"""Prompts of a benchmark from the world: clips, rendered, written as mp4 and read back when their turn comes."""
 
 from __future__ import annotations
 
@@ -13,15 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import BatchFeature, ProcessorMixin
 
 from ..data.prepare import prepare_prompt
 from ..evaluation.benchmark import Prompt
-from .captions import CLAIM_WORDS, PROMPTS
+from .captions import CLAIM_WORDS
 from .families import family_of
-from .scenes import BLANK
-from .world import EVALUATION_SEEDS, make_clip, render, write_script
+from .world import EVALUATION_SEEDS, make_clip
 
 
 def clip_prompts(target: Any, processor: ProcessorMixin, clips: int, lengths: Iterable[int]) -> list[Prompt]:
@@ -45,32 +38,6 @@ def clip_inputs(target: Any, processor: ProcessorMixin, seed: int, visual_tokens
     with tempfile.TemporaryDirectory() as folder:
         clip = make_clip(Path(folder) / "clip.mp4", seed, visual_tokens, tokens_per_step)
         return prepare_prompt(processor, {"messages": clip.messages})
-
-
-def picture_prompts(processor: ProcessorMixin, number: int) -> list[Prompt]:
-    """The first frames of unseen clips as still pictures, each with its clip's question."""
-    return [
-        Prompt(f"picture {seed}", None, partial(picture_inputs, processor, seed)) for seed in EVALUATION_SEEDS[:number]
-    ]
-
-
-def picture_inputs(processor: ProcessorMixin, seed: int) -> BatchFeature:
-    """The processed prompt of one picture."""
-    script = write_script(seed, visual_tokens=0)
-    scene = next(step for step in script.timeline if step.scene != BLANK)
-    frame = render(script.story, [scene], np.random.default_rng([seed, 1]))[0]
-    parts = [{"type": "image", "image": frame}, {"type": "text", "text": script.prompt}]
-    return prepare_prompt(processor, {"messages": [{"role": "user", "content": parts}]})
-
-
-def text_prompts(processor: ProcessorMixin, number: int) -> list[Prompt]:
-    """Questions about a video that is not there, at most as many as the world has."""
-    questions = [question for questions in PROMPTS.values() for question in questions][:number]
-    rows = ({"messages": [{"role": "user", "content": question}]} for question in questions)
-    return [
-        Prompt(question, None, partial(prepare_prompt, processor, row))
-        for question, row in zip(questions, rows, strict=True)
-    ]
 
 
 def knows_the_world(processor: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The families the testbed trains targets of, both of the paper's: what their trainings have to know of each.
+"""The families that the testbed has targets of, both of the paper's: architecture and processor of each.
 
 Tokenizer, chat template, text decoder (depth × 96, one KV head) and video world are shared. A temporal step of the
 world is two frames of 64 × 64 pixels; what differs is what becomes of it:
@@ -13,13 +13,8 @@ left out would hide glyphs that blink, which are gone in every second one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -38,9 +33,8 @@ from transformers import (
 )
 
 from ..errors import UnsupportedTargetError
-from .attributes import OF_A_FRAME, OF_A_STEP, Attributes
 from .tokenizer import CHAT_TEMPLATE, VOCABULARY_SIZE
-from .world import FRAME_SIZE, FRAMES_PER_SECOND, FRAMES_PER_STEP, TOKENS_PER_STEP
+from .world import FRAME_SIZE, FRAMES_PER_STEP, TOKENS_PER_STEP
 
 PATCH_SIZE = 16
 MERGE_SIZE = 2
@@ -68,19 +62,17 @@ def _text_config(tokenizer: PreTrainedTokenizerFast, num_hidden_layers: int, **r
 
 
 class Family(ABC):
-    """One architecture of video LLMs as the testbed trains it.
+    """One architecture of video LLMs as the testbed has it.
 
     Attributes:
         name: As the command line takes it.
         model_class: The target's class.
         tokens_per_step: Visual tokens of one temporal step of the world.
-        attributes: What the vision tower is taught to name.
     """
 
     name: str
     model_class: type[PreTrainedModel]
     tokens_per_step: int
-    attributes: Attributes
 
     @abstractmethod
     def config(self, tokenizer: PreTrainedTokenizerFast, num_hidden_layers: int) -> PreTrainedConfig:
@@ -90,30 +82,6 @@ class Family(ABC):
     def processor(self, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
         """A target's processor."""
 
-    @abstractmethod
-    def vision(self, target: Any) -> nn.Module:
-        """All that makes rows of pixels: trained first, then frozen."""
-
-    def seeing(self, target: Any) -> list[nn.Parameter]:
-        """All parameters on the way from pixels to the rows that the language model gets for a video."""
-        return list(self.vision(target).parameters())
-
-    @abstractmethod
-    def vision_head(self, target: Any) -> nn.Linear:
-        """The last layer of `vision`, in which the scale of the rows can be set."""
-
-    @abstractmethod
-    def visual_features(self, target: Any, processor: Any, frames: np.ndarray) -> torch.Tensor:
-        """The rows `(steps · tokens_per_step, hidden)` of decoded `frames`, every step seen by itself."""
-
-    @abstractmethod
-    def video_rows(self, target: Any, features: torch.Tensor) -> torch.Tensor:
-        """All rows that the language model gets for videos of such features `(videos, rows, hidden)`."""
-
-    @abstractmethod
-    def positions(self, target: Any, input_ids: torch.Tensor) -> torch.Tensor:
-        """Positions `(…, 1, length)` that `generate()` gives a sequence `(1, length)` with one video."""
-
 
 class Qwen2_5_VL(Family):
     """Qwen2.5-VL: a tower over two frames at a time, three-dimensional positions."""
@@ -121,7 +89,6 @@ class Qwen2_5_VL(Family):
     name = "qwen2.5-vl"
     model_class = Qwen2_5_VLForConditionalGeneration
     tokens_per_step = TOKENS_PER_STEP
-    attributes = OF_A_STEP
 
     def config(self, tokenizer: PreTrainedTokenizerFast, num_hidden_layers: int) -> Qwen2_5_VLConfig:
         token_id = tokenizer.convert_tokens_to_ids
@@ -163,48 +130,6 @@ class Qwen2_5_VL(Family):
             chat_template=CHAT_TEMPLATE,
         )
 
-    def vision(self, target: Any) -> nn.Module:
-        return target.model.visual
-
-    def vision_head(self, target: Any) -> nn.Linear:
-        return target.model.visual.merger.mlp[-1]
-
-    def visual_features(self, target: Any, processor: Any, frames: np.ndarray) -> torch.Tensor:
-        pixels = processor.video_processor(videos=[frames], return_tensors="pt")
-        with _patches_as_product(target):
-            features = target.model.get_video_features(pixels["pixel_values_videos"], pixels["video_grid_thw"])
-        return torch.cat(features.pooler_output)
-
-    def video_rows(self, target: Any, features: torch.Tensor) -> torch.Tensor:
-        return features
-
-    def positions(self, target: Any, input_ids: torch.Tensor) -> torch.Tensor:
-        """Text goes on counting after the video as if the video had the width of one picture."""
-        visual = input_ids == target.config.video_token_id
-        positions, _ = target.model.get_rope_index(
-            input_ids,
-            visual.int() * 2,
-            video_grid_thw=torch.tensor([[int(visual.sum()) // self.tokens_per_step, GRID, GRID]]),
-            second_per_grid_ts=[FRAMES_PER_STEP / FRAMES_PER_SECOND],
-        )
-        return positions
-
-
-@contextmanager
-def _patches_as_product(target: Any) -> Iterator[None]:
-    """Lets Qwen's tower embed its patches by a matrix product: its convolution's sum in an eighth of the time."""
-    embedding = target.model.visual.patch_embed
-
-    def forward(patches: torch.Tensor) -> torch.Tensor:
-        weight = embedding.proj.weight
-        return patches @ weight.view(len(weight), -1).T
-
-    embedding.forward = forward
-    try:
-        yield
-    finally:
-        del embedding.forward
-
 
 class LlavaOnevision(Family):
     """LLaVA-OneVision: a SigLIP tower over single frames, one-dimensional positions, a newline row after each video.
@@ -216,7 +141,6 @@ class LlavaOnevision(Family):
     name = "llava-onevision"
     model_class = LlavaOnevisionForConditionalGeneration
     tokens_per_step = FRAMES_PER_STEP * (GRID // 2) ** 2
-    attributes = OF_A_FRAME
 
     def config(self, tokenizer: PreTrainedTokenizerFast, num_hidden_layers: int) -> LlavaOnevisionConfig:
         token_id = tokenizer.convert_tokens_to_ids
@@ -258,27 +182,6 @@ class LlavaOnevision(Family):
             chat_template=CHAT_TEMPLATE,
         )
 
-    def vision(self, target: Any) -> nn.Module:
-        return nn.ModuleList([target.model.vision_tower, target.model.multi_modal_projector])
-
-    def seeing(self, target: Any) -> list[nn.Parameter]:
-        return [*super().seeing(target), target.model.image_newline]
-
-    def vision_head(self, target: Any) -> nn.Linear:
-        return target.model.multi_modal_projector.linear_2
-
-    def visual_features(self, target: Any, processor: Any, frames: np.ndarray) -> torch.Tensor:
-        pixels = processor.video_processor(videos=[frames], return_tensors="pt")["pixel_values_videos"]
-        # The last row is the newline.
-        return target.model.get_video_features(pixels).pooler_output[0, :-1]
-
-    def video_rows(self, target: Any, features: torch.Tensor) -> torch.Tensor:
-        newline = target.model.image_newline.expand(len(features), 1, -1)
-        return torch.cat([features, newline], dim=1)
-
-    def positions(self, target: Any, input_ids: torch.Tensor) -> torch.Tensor:
-        return torch.arange(input_ids.shape[1])[None]
-
 
 QWEN2_5_VL, LLAVA_ONEVISION = Qwen2_5_VL(), LlavaOnevision()
 FAMILIES: tuple[Family, ...] = (QWEN2_5_VL, LLAVA_ONEVISION)
@@ -288,7 +191,7 @@ def family_of(target: PreTrainedModel) -> Family:
     """The family of a target of the testbed.
 
     Raises:
-        UnsupportedTargetError: The testbed trains no targets of this class.
+        UnsupportedTargetError: The testbed has no targets of this class.
     """
     for family in FAMILIES:
         if isinstance(target, family.model_class):

@@ -1,0 +1,61 @@
+"""The comparison of recipes: every run once, resumed where it was stopped, told as a table."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from sparrow_hf.testbed.nano import build_processor, build_target
+from sparrow_research import recipes, retrain
+from sparrow_research.pretrain import export
+
+
+@pytest.fixture
+def small_world(tmp_path, monkeypatch):
+    processor = build_processor()
+    target = build_target(processor.tokenizer, num_hidden_layers=2)
+    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
+    target.generation_config.min_new_tokens = 8
+    export(target, processor, tmp_path / "target")
+    monkeypatch.setattr(recipes, "CLIPS", 2)
+    monkeypatch.setattr(recipes, "LENGTHS", {16: 2, 32: 1})
+    monkeypatch.setattr(retrain, "SHORT_CLIPS", (16, 24))
+    monkeypatch.setattr(retrain, "LONG_SHARE", 0.0)
+    monkeypatch.setattr(retrain, "MAX_CAPTION_TOKENS", 12)
+    # A process of its own would not see the constants above.
+    monkeypatch.setattr(recipes, "ProcessPoolExecutor", lambda processes, context: ThreadPoolExecutor(processes))
+    return tmp_path
+
+
+def test_runs_are_made_once_and_told_as_a_table(small_world, monkeypatch):
+    output, report = small_world / "recipes.json", small_world / "recipes.md"
+    command = ["--target", str(small_world / "target"), "--work", str(small_world), "--output", str(output)]
+    command += ["--report", str(report), "--steps", "2", "--seeds", "0", "1"]
+    recipes.main([*command, "--recipes", "default"])
+    recipes.main([*command, "--recipes", "default", "128 of 384 tokens"])
+    rows = json.loads(output.read_text())
+    assert [(row["recipe"], row["seed"]) for row in rows] == [
+        ("default", 0),
+        ("128 of 384 tokens", 0),
+        ("default", 1),
+        ("128 of 384 tokens", 1),
+    ]
+    assert all(set(row["tau"]) == {"16", "32"} and row["tau"]["16"] >= 1 for row in rows)
+    assert set(rows[0]["tau_by_glimpse"]) == {"0", "16", "256"}
+    assert "**Measured on another target than the one that ships**" in report.read_text()
+    table = [line for line in report.read_text().splitlines() if line.startswith("|")]
+    assert table[0] == "| recipe | 16 | 32 | seeds | steps |"
+    assert sum(line.startswith("| default") for line in table) == 4
+    assert all(line.endswith("| 2 | 2 |") for line in table[2:])
+
+    shipped = retrain.load_target(small_world / "target")
+    monkeypatch.setattr(recipes, "load_target", lambda *folder: shipped)
+    recipes.write_report(rows, report)
+    assert "Measured on another" not in report.read_text()
+
+    def refuse(*arguments):
+        raise AssertionError("this run was there already")
+
+    monkeypatch.setattr(recipes, "run_recipe", refuse)
+    recipes.main([*command, "--recipes", "default", "128 of 384 tokens"])
+    assert json.loads(output.read_text()) == rows
