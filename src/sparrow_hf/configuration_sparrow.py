@@ -70,8 +70,6 @@ class SparrowDraftConfig(PreTrainedConfig):
         num_glimpse_tokens (`int`): Visual rows (evenly strided) kept in the draft's window at inference; 0 = the
             paper's VATA.
         num_mtp_steps (`int`): Passes of the draft over a training row (MTP); 2 in the paper.
-        sliding_window (`int`, *optional*): Only the last so many text rows stay visible to the draft; glimpse rows
-            always do. `None`: all text rows.
         position_mode (`"compact"` or `"original"`): RoPE position of a draft row: its index among the draft's rows, or
             its index in the prompt (EAGLE-family checkpoints).
         input_norm, output_norm, fc_bias, project_visual (`bool`): Layer 0 keeps its input norm; the draft ends with a
@@ -122,7 +120,6 @@ class SparrowDraftConfig(PreTrainedConfig):
     visual_bridge_layer: int | None = None
     num_glimpse_tokens: int = 64
     num_mtp_steps: int = 4
-    sliding_window: int | None = None
     position_mode: Literal["compact", "original"] = "compact"
     input_norm: bool = True
     output_norm: bool = True
@@ -137,6 +134,11 @@ class SparrowDraftConfig(PreTrainedConfig):
     tensors_sha256: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # A field of drafts saved by earlier versions.
+        if kwargs.pop("sliding_window", None) is not None:
+            raise DraftConfigError(
+                "sliding_window is no longer supported: train the draft anew without it, or use an earlier version"
+            )
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.visual_token_ids is None:
@@ -229,9 +231,14 @@ class SparrowDraftConfig(PreTrainedConfig):
         return tuple(self.target_num_hidden_layers if layer == -1 else layer for layer in self.feature_layers or [-1])
 
     @property
+    def bridge_layer_id(self) -> int:
+        """`visual_bridge_layer`, once its default is known."""
+        return int(self.visual_bridge_layer or 0)
+
+    @property
     def layer_ids_read(self) -> set[int]:
         """All target layers whose states a draft may read: its feature layers and its bridge layer."""
-        return {*self.feature_layer_ids, int(self.visual_bridge_layer or 0)}
+        return {*self.feature_layer_ids, self.bridge_layer_id}
 
     def check(self) -> None:
         """Raises [`DraftConfigError`] if a field is out of range; runs on construction."""
@@ -239,7 +246,7 @@ class SparrowDraftConfig(PreTrainedConfig):
         for layer in self.feature_layer_ids:
             if not 1 <= layer <= depth:
                 raise DraftConfigError(f"feature_layers holds {layer}, but the target has layers 1 … {depth} (or −1)")
-        if not 0 <= int(self.visual_bridge_layer or 0) <= depth:
+        if not 0 <= self.bridge_layer_id <= depth:
             raise DraftConfigError(
                 f"visual_bridge_layer is {self.visual_bridge_layer}, but the target has layers 1 … {depth} (0: what "
                 "enters the first)"
@@ -249,8 +256,6 @@ class SparrowDraftConfig(PreTrainedConfig):
                 raise DraftConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.num_glimpse_tokens < 0:
             raise DraftConfigError(f"num_glimpse_tokens must not be negative, found {self.num_glimpse_tokens}")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise DraftConfigError(f"sliding_window must be positive or None, found {self.sliding_window}")
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise DraftConfigError(
                 f"draft_vocab_size must be 1 … vocab_size ({self.vocab_size}) or None, found {self.draft_vocab_size}"

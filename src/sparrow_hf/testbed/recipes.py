@@ -25,9 +25,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..artifacts import tensor_digest, write_json, write_text
+from ..draft_inputs import EVERY_VISUAL_TOKEN
 from ..evaluation.provenance import commit
 from ..modeling_sparrow import SparrowDraftModel
-from ..rows import EVERY_VISUAL_ROW
 from ..training import ALL_VISUAL_ROWS, DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainer
 from ..training.recording import RecordedDataset
 from .nano import ASSETS, load_target
@@ -78,7 +78,7 @@ RECIPES = {
     "text rows only": Recipe({"num_glimpse_tokens": 0}, _visual(0)),
     "glimpse of 16": Recipe({"num_glimpse_tokens": 16}, {"num_visual_rows_max": 16}),
     "glimpse of 256": Recipe({"num_glimpse_tokens": 256}, {"num_visual_rows_max": 256}),
-    "all visual rows": Recipe({"num_glimpse_tokens": EVERY_VISUAL_ROW}, _visual(ALL_VISUAL_ROWS)),
+    "all visual rows": Recipe({"num_glimpse_tokens": EVERY_VISUAL_TOKEN}, _visual(ALL_VISUAL_ROWS)),
     "1 pass": Recipe({"num_mtp_steps": 1}),
     "2 passes": Recipe({"num_mtp_steps": 2}),
     "4 passes": Recipe({"num_mtp_steps": 4}),

@@ -26,10 +26,11 @@ from ..artifacts import tensor_digest, write_json
 from ..data.prepare import prepare_inputs
 from ..evaluation.provenance import commit
 from ..modeling_sparrow import SparrowDraftModel
-from ..training import SparrowTrainer, SparrowTrainingArguments, append_answer
+from ..training import SparrowTrainer, append_answer
 from ..training.checkpoints import last_checkpoint
 from ..training.recording import RecordedDataset, Recorder
 from ..training.regenerate import generate_answers
+from .curriculum import CurriculumArguments
 from .families import family_of
 from .muon import Muon
 from .nano import load_target
@@ -245,10 +246,10 @@ def build_trainer(
         draft: A draft bound to the target the rows were recorded from.
         rows, validation: Recorded rows; the second ones are only measured on.
         output: Its `training` folder takes the checkpoints; the finished draft is left to the caller to save.
-        recipe: Fields of [`SparrowTrainingArguments`], over `RECIPE`.
+        recipe: Fields of [`CurriculumArguments`], over `RECIPE`.
     """
     measured = {} if validation is not None else {"eval_strategy": "no"}
-    arguments = SparrowTrainingArguments(output_dir=str(output / "training"), **(RECIPE | measured | recipe))
+    arguments = CurriculumArguments(output_dir=str(output / "training"), **(RECIPE | measured | recipe))
     return SparrowTrainer(
         draft,
         draft.target.model,

@@ -18,8 +18,8 @@ from transformers.generation import CandidateGenerator
 from ..._transformers import CACHE, drop_newest, replaced_candidate_generator
 from ...analysis.attention import watching_attention
 from ...configuration_sparrow import visual_token_ids
+from ...draft_inputs import visual_mask
 from ...measurement import Arm
-from ...rows import visual_mask
 from ...targets import TargetView, unwrap
 
 KEPT_SHARE, KEPT_MASS = 0.1, 0.4
