@@ -167,7 +167,7 @@ def _has(kind: type, attribute: str) -> bool:
 
 
 def _changed_cache() -> list[str]:
-    """The layers of a dynamic cache must show their tensors, not copies, and it must drop its newest rows."""
+    """The layers of a dynamic cache must show their tensors, not copies, and it must drop its newest positions."""
     try:
         cache = transformers.DynamicCache()
         states = torch.arange(3.0).view(1, 1, 3, 1)
@@ -180,7 +180,7 @@ def _changed_cache() -> list[str]:
         works = kept == [[0.0, 2.0], [3.0, 5.0]] and cache.get_seq_length() == 2
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return [f"DynamicCache cannot be cut back ({type(error).__name__}: {error})"]
-    return [] if works else ["DynamicCache keeps other rows than it is told to"]
+    return [] if works else ["DynamicCache keeps other positions than it is told to"]
 
 
 # -- the seam ---------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def _refuse_drafts(is_draft: Callable[[Any], bool]) -> None:
 
 
 def prefill(target: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> Any:
-    """The target's outputs of the prompt rows its cache does not hold yet, in chunks if the configuration says so."""
+    """The target's outputs of what its cache does not hold of the prompt, in chunks if the configuration says so."""
     return target._prefill(input_ids, generation_config, model_kwargs)
 
 
@@ -353,12 +353,12 @@ def run_layer(
 
 
 def cache_tensors(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer, `(B, heads, rows, head_dim)`; the cache's own, not copies."""
+    """Keys and values of each layer, `(B, heads, length, head_dim)`; the cache's own, not copies."""
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def drop_newest(cache: Any, count: int) -> None:
-    """Drops the `count` newest rows of a dynamic cache."""
+    """Drops the `count` newest positions of a dynamic cache."""
     cache.crop(-count)
 
 

@@ -59,21 +59,21 @@ class SparrowDraftConfig(PreTrainedConfig):
             of the same shape only warns when the draft is bound: local copies and fine-tunes are normal.
         target_model_type (`str`): `model_type` of the target.
         target_num_hidden_layers (`int`): Decoder layers of the target; layer ids below count in these.
-        visual_token_ids (`list[int]`): The target's image and video placeholder ids. Never drafted; rows that carry
-            them are visual rows.
+        visual_token_ids (`list[int]`): The target's image and video placeholder ids. Never drafted; where they
+            stand is visual, everything else is text.
         block_type (`"qwen2"`, `"qwen3"` or `"llama"`): Which decoder layer of transformers the draft is made of.
         num_hidden_layers (`int`): Decoder layers of the draft (paper, section 3.1: one).
         feature_layers (`list[int]`): Target layers whose text states the draft reads, in the `hidden_states`
             convention: k = output after k layers, −1 = post-norm. Several are fused by one more linear map.
         visual_bridge_layer (`int`): Layer m whose visual states serve as the bridge (IVSB) and the glimpse; the paper
             takes half of the depth. 0: the projected visual features, as they enter the target's decoder.
-        num_glimpse_tokens (`int`): Visual rows (evenly strided) kept in the draft's window at inference; 0 = the
+        num_glimpse_tokens (`int`): Visual tokens (evenly strided) kept in the draft's window at inference; 0 = the
             paper's VATA.
         num_mtp_steps (`int`): Passes of the draft over a training row (MTP); 2 in the paper.
-        position_mode (`"compact"` or `"original"`): RoPE position of a draft row: its index among the draft's rows, or
-            its index in the prompt (EAGLE-family checkpoints).
+        position_mode (`"compact"` or `"original"`): RoPE position: the index in the draft's sequence, or
+            the index in the prompt (EAGLE-family checkpoints).
         input_norm, output_norm, fc_bias, project_visual (`bool`): Layer 0 keeps its input norm; the draft ends with a
-            norm; FC has a bias; visual rows go through FC's hidden-state half instead of entering raw (paper: raw).
+            norm; FC has a bias; visual states go through FC's hidden-state half instead of entering raw (paper: raw).
         num_tree_nodes, num_draft_levels, beam_width (`int`): Shape of the tree (see [`TreeShape`]). `beam_width=1` is
             a chain of `num_draft_levels` tokens. Without `num_tree_nodes`, one root plus a beam per level.
         draft_vocab_size (`int`, *optional*): The draft proposes only so many tokens of the target's vocabulary; which
@@ -170,7 +170,7 @@ class SparrowDraftConfig(PreTrainedConfig):
                 f"no decoder layer is known for text model type {text.model_type!r}; supported: "
                 f"{', '.join(sorted(_BLOCK_OF_TEXT_MODEL))}"
             )
-        # Text rows have one position each, so the multimodal sections of the target's RoPE do not apply.
+        # Text tokens have one position each, so the multimodal sections of the target's RoPE do not apply.
         rope = {key: value for key, value in (text.rope_parameters or {}).items() if not key.startswith("mrope")}
         if rope.get("rope_type") == "mrope":
             rope["rope_type"] = "default"

@@ -18,13 +18,13 @@ DRY_RUN_ROWS = 8
 
 @dataclass(frozen=True)
 class PreviewedRow:
-    """One row of the draft in the first pass; `None` where a visual row has no token.
+    """One position of the draft's sequence in the first pass; `None` where a visual one has no token.
 
     Attributes:
         position: RoPE position.
-        state_of: The token whose target state the row reads; of a visual row, `None`.
-        embedding_of: The token after it, whose embedding the row reads.
-        predicts: The token after that, if the row has a loss.
+        state_of: The token whose target state the draft reads there; `None` if it is visual.
+        embedding_of: The token after it, whose embedding the draft reads there.
+        predicts: The token after that, if there is a loss.
     """
 
     position: int
