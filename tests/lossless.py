@@ -104,7 +104,6 @@ def make_case(number: int, **fixed: Any) -> Case:
             **shape._asdict(),
             "num_glimpse_tokens": rng.choice([0, 2, 5, 64]),
             "position_mode": rng.choice(["compact", "original"]),
-            "sliding_window": rng.choice([None, None, 8]),
             "feature_layers": rng.choice([[-1], [-1], [1, 3, -1]]),
             "project_visual": rng.random() < 0.3,
             "input_norm": rng.random() < 0.7,

@@ -52,7 +52,6 @@ def test_minus_one_is_the_post_norm_state() -> None:
         {"feature_layers": [0]},
         {"visual_bridge_layer": 29},
         {"num_glimpse_tokens": -1},
-        {"sliding_window": 0},
         {"position_mode": "rotary"},
         {"num_mtp_steps": 0},
         {"num_attention_heads": 28, "num_key_value_heads": 5},
@@ -64,6 +63,19 @@ def test_minus_one_is_the_post_norm_state() -> None:
 def test_contradictions_are_refused(fields: dict) -> None:
     with pytest.raises(DraftConfigError):
         SparrowDraftConfig(**fields)
+
+
+def test_drafts_saved_with_the_former_window_field(tmp_path) -> None:
+    """Every draft of version 0.1 has it in its file, nearly all as null."""
+    SparrowDraftConfig().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    assert "sliding_window" not in saved
+    file.write_text(json.dumps(saved | {"sliding_window": None}))
+    assert SparrowDraftConfig.from_pretrained(tmp_path).to_dict() == SparrowDraftConfig().to_dict()
+    file.write_text(json.dumps(saved | {"sliding_window": 8}))
+    with pytest.raises(DraftConfigError, match="sliding_window is no longer supported"):
+        SparrowDraftConfig.from_pretrained(tmp_path)
 
 
 def test_unknown_text_model_is_refused_by_name() -> None:

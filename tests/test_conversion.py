@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.cli import app
 from sparrow_hf.conversion import convert_checkpoint
+from sparrow_hf.draft_inputs import draft_positions
 from sparrow_hf.errors import DraftLoadError
-from sparrow_hf.rows import draft_rows
 
 from families import FAMILY_BY_NAME
 
@@ -103,13 +103,11 @@ def prompt_of(target: PreTrainedModel) -> tuple[Tensor, Tensor]:
 def our_logits(draft: SparrowDraftModel, target: PreTrainedModel) -> Tensor:
     ids, states = prompt_of(target)
     draft.bind(target)
-    rows = draft_rows(ids, draft.config.visual_token_ids or [], draft.config.num_glimpse_tokens)
-    text = rows.text
-    embeds = draft.embed(ids[text[1:]][None])
-    positions = rows.positions(draft.config.position_mode)[None, :-1]
+    kept = draft_positions(ids, draft.config.visual_token_ids or [], draft.config.num_glimpse_tokens)
+    position_ids = kept.position_ids(draft.config.position_mode)[None, :-1]
     with torch.no_grad():
-        fused = draft.fuse(embeds, states[text[:-1]][None])
-        return draft.compute_logits(draft(fused, positions, is_causal=True).last_hidden_state)[0]
+        embeds = draft.embed_next(ids[kept.text[1:]][None], states[kept.text[:-1]][None])
+        return draft.compute_logits(draft(embeds, position_ids, is_causal=True).last_hidden_state)[0]
 
 
 @torch.no_grad()

@@ -26,7 +26,6 @@ DRAFTS: dict[str, dict[str, Any]] = {
         "beam_width": 3,
         "num_glimpse_tokens": 0,
         "position_mode": "original",
-        "sliding_window": 16,
     },
 }
 DECODING: dict[str, dict[str, Any]] = {

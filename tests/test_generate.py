@@ -9,7 +9,6 @@ from transformers import DynamicCache, PreTrainedModel, pipeline
 
 from sparrow_hf import SparrowCandidateGenerator, SparrowDraftModel
 from sparrow_hf._transformers import CACHE
-from sparrow_hf.errors import UnsupportedGenerationError
 
 from families import FAMILY_BY_NAME
 from oracles import drafting_around
@@ -204,43 +203,6 @@ def test_not_a_number_drafts_nothing_and_changes_nothing(setting) -> None:
         ours = target.generate(**inputs, max_new_tokens=10, assistant_model=draft)
     assert torch.equal(plain, ours)
     assert (draft.last_generation.failed_drafts, draft.last_generation.rounds) == (8, 9)  # the last may draft nothing
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"num_beams": 3}, "num_beams=3"),
-        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
-        ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
-        ({"use_cache": False}, "use_cache=False"),
-        ({"cache_implementation": "static"}, "cache_implementation='static'"),
-        ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_the_prefill(setting, kwargs: dict[str, Any], message: str) -> None:
-    target, draft, inputs = setting
-    calls = []
-    hook = target.get_decoder().register_forward_hook(lambda *_: calls.append(1))
-    with pytest.raises(UnsupportedGenerationError, match=message):
-        target.generate(**inputs, assistant_model=draft, max_new_tokens=4, **kwargs)
-    hook.remove()
-    assert not calls
-
-
-def test_flash_attention_is_refused_before_the_prefill(setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, draft, inputs = setting
-    monkeypatch.setattr(target.config.get_text_config(), "_attn_implementation_internal", "flash_attention_2")
-    with pytest.raises(UnsupportedGenerationError, match="flash_attention_2"):
-        target.generate(**inputs, assistant_model=draft, max_new_tokens=4)
-
-
-def test_batches_are_refused_before_the_prefill() -> None:
-    family = FAMILY_BY_NAME["qwen2_5_vl"]
-    target = family.build_target()
-    draft = SparrowDraftModel.from_target(target)
-    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    with pytest.raises(UnsupportedGenerationError, match="batch of 2"):
-        target.generate(input_ids=ids, attention_mask=torch.ones_like(ids), assistant_model=draft, max_new_tokens=4)
 
 
 def test_other_assistants_pass_through() -> None:

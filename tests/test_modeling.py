@@ -24,7 +24,7 @@ def run(draft: SparrowDraftModel, target: PreTrainedModel) -> torch.Tensor:
     draft.bind(target)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 5, draft.config.hidden_size, generator=generator)
-    embeds = draft.fuse(draft.embed(torch.arange(5)[None]), hidden)
+    embeds = draft.embed_next(torch.arange(5)[None], hidden, step=1)
     mask = torch.full((5, 5), torch.finfo(torch.float32).min).triu(1)[None, None]
     return draft.compute_logits(draft(embeds, torch.arange(5)[None], mask).last_hidden_state)
 
@@ -46,7 +46,10 @@ def test_several_feature_layers_start_as_the_last_one(target: PreTrainedModel, f
     draft = SparrowDraftModel.from_target(target, feature_layers=feature_layers)
     features = torch.randn(3, 2, draft.config.hidden_size)
     last = features[:, feature_layers.index(-1)]
-    assert torch.equal(draft.reduce_features(features.flatten(1)), last)
+    assert torch.equal(draft.feature_fc(features.flatten(1)), last)
+    ids, single = torch.arange(3)[None], SparrowDraftModel.from_target(target)
+    single.fc.load_state_dict(draft.fc.state_dict())
+    assert torch.equal(draft.embed_next(ids, features.flatten(1)[None]), single.embed_next(ids, last[None]))
 
 
 def test_the_target_is_neither_registered_nor_moved(target: PreTrainedModel) -> None:

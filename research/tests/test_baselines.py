@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
 from sparrow_hf import SparrowCandidateGenerator, SparrowDraftModel
+from sparrow_hf.draft_inputs import DraftInputs, draft_positions, visual_mask
 from sparrow_hf.errors import DraftLoadError
-from sparrow_hf.rows import DraftInputs, draft_rows, visual_mask
-from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments, append_answer, read_with_target
+from sparrow_hf.training import SparrowTrainer, append_answer, read_with_target
 from sparrow_hf.training.passes import exact_passes, make_batch, reinput_passes
 from sparrow_research.baselines import BASELINES, HiViSDraftModel, ViSpecDraftModel
+from sparrow_research.curriculum import CurriculumArguments
 
 from families import FAMILY_BY_NAME
 from oracles import drafting_around
@@ -97,11 +98,11 @@ def decoded_chains(
     states = read_with_target(
         draft,
         sample,
-        draft_rows(sample["input_ids"][0], draft.config.visual_token_ids, draft.config.num_glimpse_tokens),
+        draft_positions(sample["input_ids"][0], draft.config.visual_token_ids, draft.config.num_glimpse_tokens),
     )
     answer = sample["input_ids"][0, start:].tolist()
     generator = SparrowCandidateGenerator(draft, sample["input_ids"][:, :start])
-    num_text = len(generator.rows.text)
+    num_text = len(generator.positions.text)
     predicted: list[Tensor] = []
 
     def draft_the_answer(hidden: Tensor) -> Tensor:
@@ -123,15 +124,13 @@ def decoded_chains(
     return chains
 
 
-@pytest.mark.parametrize(
-    "overrides", [{}, {"position_mode": "compact", "sliding_window": 5}], ids=["published", "compact-window"]
-)
+@pytest.mark.parametrize("overrides", [{}, {"position_mode": "compact"}], ids=["published", "compact"])
 @pytest.mark.parametrize("name", BASELINES)
 def test_exact_passes_are_what_the_generator_computes(name, overrides, target, samples, monkeypatch) -> None:
     draft = make_draft(name, target, **overrides)
     config, read = draft.config, []
     for sample in samples:
-        rows = draft_rows(sample["input_ids"][0], config.visual_token_ids, config.num_glimpse_tokens)
+        rows = draft_positions(sample["input_ids"][0], config.visual_token_ids, config.num_glimpse_tokens)
         read.append((read_with_target(draft, sample, rows), rows))
     with torch.no_grad():
         passes = exact_passes(draft, make_batch(read, config.position_mode), num_passes=5)
@@ -146,7 +145,7 @@ def test_padding_changes_nothing(name, target, samples) -> None:
     """A sample alone and the same one beside one with a longer video: same outputs of both kinds of passes."""
     draft, read = make_draft(name, target), []
     for sample in samples:
-        rows = draft_rows(sample["input_ids"][0], draft.config.visual_token_ids, draft.config.num_glimpse_tokens)
+        rows = draft_positions(sample["input_ids"][0], draft.config.visual_token_ids, draft.config.num_glimpse_tokens)
         read.append((read_with_target(draft, sample, rows), rows))
     with torch.no_grad():
         for passes in (exact_passes, reinput_passes):
@@ -165,12 +164,10 @@ def test_padding_changes_nothing(name, target, samples) -> None:
 def test_one_trainer_for_all(tmp_path, name, progress, target, samples) -> None:
     """Every parameter learns in every step, be it nothing: processes that train together wait for its gradient."""
     draft = make_draft(name, target)
-    args = SparrowTrainingArguments(
-        str(tmp_path), use_cpu=True, report_to="none", max_steps=10, **BASELINES[name].training
-    )
+    args = CurriculumArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=10, **BASELINES[name].training)
     trainer = SparrowTrainer(draft, target, args)
     trainer.state.max_steps, trainer.state.global_step = 10, int(10 * progress)
-    budgets = [len(rows) for rows in trainer.make_batch(samples, training=True).visual_rows]
+    budgets = [len(rows) for rows in trainer.make_batch(samples, training=True).visual_positions]
     assert (max(budgets) > 0) == (progress == 1.0 and name != "hivis")
     loss = trainer.compute_loss(draft.train(), {"samples": samples})
     loss.backward()
@@ -206,7 +203,10 @@ def test_msd_reads_the_projected_visual_features(target, samples) -> None:
     with torch.no_grad():
         embeddings = target(**prompt, output_hidden_states=True).hidden_states[0][0]
     assert torch.equal(states.visual_states, embeddings[states.visual_rows])
-    assert torch.equal(draft.fuse_visual(states.visual_states), states.visual_states)
+    kept = draft_positions(states.input_ids, draft.config.visual_token_ids, draft.config.num_glimpse_tokens)
+    batch = make_batch([(states, kept)], "original")
+    embeds, _ = draft.embed_inputs(batch)
+    assert torch.equal(embeds[0, batch.visual_positions[0]], states.visual_states)
 
 
 def test_vispec_rows_by_hand(target) -> None:
@@ -218,16 +218,16 @@ def test_vispec_rows_by_hand(target) -> None:
         next_ids=torch.zeros(2, 4, dtype=torch.long),
         text_states=torch.randn(2, 4, hidden),
         #                        t v v t v v v t t       t t v t, padded
-        text_rows=torch.tensor([[0, 3, 7, 8], [0, 1, 3, 9]]),
+        text_positions=torch.tensor([[0, 3, 7, 8], [0, 1, 3, 9]]),
         visual_states=visual,
-        visual_rows=torch.tensor([[1, 2, 4, 5, 6], [2, 9, 9, 9, 9]]),
-        positions=torch.tensor([[10, 11, 12, 13, 14, 15, 16, 17, 18], [20, 21, 22, 23, 0, 0, 0, 0, 0]]),
+        visual_positions=torch.tensor([[1, 2, 4, 5, 6], [2, 9, 9, 9, 9]]),
+        position_ids=torch.tensor([[10, 11, 12, 13, 14, 15, 16, 17, 18], [20, 21, 22, 23, 0, 0, 0, 0, 0]]),
     )
     with torch.no_grad():
-        found = draft.compress_visual(inputs)
-        assert found.text_rows.tolist() == [[0, 2, 4, 5], [0, 1, 3, 6]]
-        assert found.visual_rows.tolist() == [[1, 3], [2, 6]]
-        assert found.positions.tolist() == [[10, 12, 13, 16, 17, 18], [20, 21, 22, 23, 0, 0]]
+        _, found = draft.embed_inputs(inputs)
+        assert found.text_positions.tolist() == [[0, 2, 4, 5], [0, 1, 3, 6]]
+        assert found.visual_positions.tolist() == [[1, 3], [2, 6]]
+        assert found.position_ids.tolist() == [[10, 12, 13, 16, 17, 18], [20, 21, 22, 23, 0, 0]]
 
         def attend(run: Tensor) -> Tensor:
             queries = draft.visual_queries.weight[None]
@@ -242,7 +242,7 @@ def test_vispec_rows_by_hand(target) -> None:
 
         state, summary = torch.randn(1, 1, hidden), torch.randn(1, 1, hidden)
         by_hand = draft.img_fc.weight @ torch.cat((state, summary), dim=-1)[0, 0]
-        torch.testing.assert_close(draft.read_states(state, summary)[0, 0], by_hand)
+        torch.testing.assert_close(draft.read_states(state, summary, 0)[0, 0], by_hand)
 
 
 def test_before_training_they_read_states_as_sparrow_does(target) -> None:
@@ -256,7 +256,7 @@ def test_hivis_has_a_residual_for_each_step(target) -> None:
     draft = make_draft("hivis", target, num_mtp_steps=3)
     states = torch.zeros(1, 1, draft.config.hidden_size)
     for step, row in enumerate([0, 1, 2, 2]):
-        assert torch.equal(draft.read_states(states, step=step)[0, 0], draft.step_residuals.weight[row])
+        assert torch.equal(draft.read_states(states, None, step)[0, 0], draft.step_residuals.weight[row])
 
 
 @pytest.mark.parametrize("name", TRAINED)

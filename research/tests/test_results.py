@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparrow_hf import SparrowDraftModel
-from sparrow_hf.rows import EVERY_VISUAL_ROW
+from sparrow_hf.draft_inputs import EVERY_VISUAL_TOKEN
 from sparrow_hf.testbed.families import QWEN2_5_VL
 from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.training import ALL_VISUAL_ROWS
@@ -152,7 +152,7 @@ def test_every_contender_can_be_built_and_reads_what_it_learned_from(shipped: Pa
         # No draft is shown visual rows in use that it never saw, nor asked to do without what it was promised.
         glimpse, most = draft.config.num_glimpse_tokens, contender.training.get("num_visual_rows_max", 64)
         if name not in ("paper", "no-bridge", "no-mtp", "text-only"):
-            assert (glimpse, most) in {(64, 64), (0, 0), (EVERY_VISUAL_ROW, ALL_VISUAL_ROWS)}, name
+            assert (glimpse, most) in {(64, 64), (0, 0), (EVERY_VISUAL_TOKEN, ALL_VISUAL_ROWS)}, name
         else:
             assert glimpse == 0
     assert {name for name, layer in layers.items() if layer == 0} == {"msd", "vispec"}

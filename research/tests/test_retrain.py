@@ -9,7 +9,7 @@ import torch
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.testbed.families import LLAVA_ONEVISION, QWEN2_5_VL, Family
-from sparrow_hf.testbed.nano import build_processor, build_target
+from sparrow_hf.testbed.nano import build_processor, build_target, load_target
 from sparrow_research import retrain
 from sparrow_research.pretrain import export
 
@@ -51,10 +51,12 @@ def test_one_command_makes_a_draft_and_its_baseline(tmp_path, target_folder):
     retrain.main([*common, "--output", str(tmp_path / "blind"), "--recording", str(recording), "--text-only"])
     assert stored == {path: path.stat().st_mtime_ns for path in recording.rglob("*.safetensors")}
     blind = SparrowDraftModel.from_pretrained(tmp_path / "blind")
-    embeds, states = torch.randn(4, blind.config.hidden_size), torch.randn(4, blind.config.hidden_size)
+    for each in (blind, draft):
+        each.bind(load_target(target_folder)[0])
+    ids, states = torch.arange(4)[None], torch.randn(1, 4, blind.config.hidden_size)
     assert blind.config.num_glimpse_tokens == 0
-    assert torch.equal(blind.fuse(embeds, states), blind.fuse(embeds, torch.zeros_like(states)))
-    assert not torch.equal(blind.fuse(embeds, states), draft.fuse(embeds, states))
+    assert torch.equal(blind.embed_next(ids, states), blind.embed_next(ids, torch.zeros_like(states)))
+    assert not torch.equal(draft.embed_next(ids, states), draft.embed_next(ids, torch.zeros_like(states)))
 
 
 def test_the_family_is_the_targets(tmp_path, monkeypatch):

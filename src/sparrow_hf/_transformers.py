@@ -74,7 +74,15 @@ def missing_names() -> list[str]:
 
 #: Methods of `GenerationMixin` that the package wraps or calls, with the parameters it passes.
 _METHODS = {
-    "generate": {"generation_config", "logits_processor", "stopping_criteria", "assistant_model", "streamer"},
+    "generate": {
+        "inputs",
+        "generation_config",
+        "logits_processor",
+        "stopping_criteria",
+        "assistant_model",
+        "streamer",
+        "kwargs",
+    },
     "_assisted_decoding": {
         "input_ids",
         "logits_processor",
@@ -159,7 +167,7 @@ def _has(kind: type, attribute: str) -> bool:
 
 
 def _changed_cache() -> list[str]:
-    """The layers of a dynamic cache must show their tensors, not copies, and it must drop its newest rows."""
+    """The layers of a dynamic cache must show their tensors, not copies, and it must drop its newest positions."""
     try:
         cache = transformers.DynamicCache()
         states = torch.arange(3.0).view(1, 1, 3, 1)
@@ -172,20 +180,28 @@ def _changed_cache() -> list[str]:
         works = kept == [[0.0, 2.0], [3.0, 5.0]] and cache.get_seq_length() == 2
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return [f"DynamicCache cannot be cut back ({type(error).__name__}: {error})"]
-    return [] if works else ["DynamicCache keeps other rows than it is told to"]
+    return [] if works else ["DynamicCache keeps other positions than it is told to"]
 
 
 # -- the seam ---------------------------------------------------------------------------------------------------------
 
 
-def install_seam(is_draft: Callable[[Any], bool], check: Callable[..., None], decode: Callable[..., Any]) -> None:
+def install_seam(
+    is_draft: Callable[[Any], bool],
+    check_inputs: Callable[..., None],
+    check: Callable[..., None],
+    decode: Callable[..., Any],
+) -> None:
     """Lets `generate(assistant_model=draft)` dispatch to our loop; calls without a draft pass through untouched.
 
-    transformers has no registry for assisted decoding, so two methods of `GenerationMixin` are wrapped, once and at
+    transformers has no registry for assisted decoding, so three methods of `GenerationMixin` are wrapped, once and at
     class level. Where the contract is broken only `generate()` is wrapped, to refuse drafts in a sentence.
 
     Args:
         is_draft: Whether an `assistant_model` is ours.
+        check_inputs: Called first, as `check_inputs(input_ids, inputs_embeds, cache)` with what the call brings of
+            these; raises what a draft cannot serve. Where `check` stands, the options are known but not the inputs,
+            and where `decode` stands the vision tower has run.
         check: Called before anything is computed, as `check(target, draft, generation_mode, generation_config,
             generation_mode_kwargs)`; raises what cannot be combined with a draft.
         decode: Called in the place of transformers' own loop, as `decode(target, draft, input_ids, logits_processor=,
@@ -197,8 +213,17 @@ def install_seam(is_draft: Callable[[Any], bool], check: Callable[..., None], de
     if contract_breaches():
         _refuse_drafts(is_draft)
         return
+    stock_generate = GenerationMixin.generate
     stock_decode = GenerationMixin._assisted_decoding
     stock_validate = GenerationMixin._validate_generation_mode
+
+    @functools.wraps(stock_generate)
+    def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if is_draft(kwargs.get("assistant_model")):
+            caches = [kwargs[name] for name in (CACHE, "past_key_values") if kwargs.get(name) is not None]
+            input_ids = kwargs.get("input_ids") if inputs is None else inputs
+            check_inputs(input_ids, kwargs.get("inputs_embeds"), caches[0] if caches else None)
+        return stock_generate(self, inputs, *args, **kwargs)
 
     # `wraps`: generate() inspects the signature of the method it is about to call.
     @functools.wraps(stock_decode)
@@ -221,6 +246,7 @@ def install_seam(is_draft: Callable[[Any], bool], check: Callable[..., None], de
             check(self, draft, generation_mode, generation_config, generation_mode_kwargs)
         stock_validate(self, generation_mode, generation_config, generation_mode_kwargs)
 
+    GenerationMixin.generate = generate
     GenerationMixin._assisted_decoding = assisted_decoding
     GenerationMixin._validate_generation_mode = validate_generation_mode
 
@@ -241,7 +267,7 @@ def _refuse_drafts(is_draft: Callable[[Any], bool]) -> None:
 
 
 def prefill(target: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> Any:
-    """The target's outputs of the prompt rows its cache does not hold yet, in chunks if the configuration says so."""
+    """The target's outputs of what its cache does not hold of the prompt, in chunks if the configuration says so."""
     return target._prefill(input_ids, generation_config, model_kwargs)
 
 
@@ -327,12 +353,12 @@ def run_layer(
 
 
 def cache_tensors(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer, `(B, heads, rows, head_dim)`; the cache's own, not copies."""
+    """Keys and values of each layer, `(B, heads, length, head_dim)`; the cache's own, not copies."""
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def drop_newest(cache: Any, count: int) -> None:
-    """Drops the `count` newest rows of a dynamic cache."""
+    """Drops the `count` newest positions of a dynamic cache."""
     cache.crop(-count)
 
 

@@ -59,23 +59,21 @@ class SparrowDraftConfig(PreTrainedConfig):
             of the same shape only warns when the draft is bound: local copies and fine-tunes are normal.
         target_model_type (`str`): `model_type` of the target.
         target_num_hidden_layers (`int`): Decoder layers of the target; layer ids below count in these.
-        visual_token_ids (`list[int]`): The target's image and video placeholder ids. Never drafted; rows that carry
-            them are visual rows.
+        visual_token_ids (`list[int]`): The target's image and video placeholder ids. Never drafted; where they
+            stand is visual, everything else is text.
         block_type (`"qwen2"`, `"qwen3"` or `"llama"`): Which decoder layer of transformers the draft is made of.
         num_hidden_layers (`int`): Decoder layers of the draft (paper, section 3.1: one).
         feature_layers (`list[int]`): Target layers whose text states the draft reads, in the `hidden_states`
             convention: k = output after k layers, −1 = post-norm. Several are fused by one more linear map.
         visual_bridge_layer (`int`): Layer m whose visual states serve as the bridge (IVSB) and the glimpse; the paper
             takes half of the depth. 0: the projected visual features, as they enter the target's decoder.
-        num_glimpse_tokens (`int`): Visual rows (evenly strided) kept in the draft's window at inference; 0 = the
+        num_glimpse_tokens (`int`): Visual tokens (evenly strided) kept in the draft's window at inference; 0 = the
             paper's VATA.
         num_mtp_steps (`int`): Passes of the draft over a training row (MTP); 2 in the paper.
-        sliding_window (`int`, *optional*): Only the last so many text rows stay visible to the draft; glimpse rows
-            always do. `None`: all text rows.
-        position_mode (`"compact"` or `"original"`): RoPE position of a draft row: its index among the draft's rows, or
-            its index in the prompt (EAGLE-family checkpoints).
+        position_mode (`"compact"` or `"original"`): RoPE position: the index in the draft's sequence, or
+            the index in the prompt (EAGLE-family checkpoints).
         input_norm, output_norm, fc_bias, project_visual (`bool`): Layer 0 keeps its input norm; the draft ends with a
-            norm; FC has a bias; visual rows go through FC's hidden-state half instead of entering raw (paper: raw).
+            norm; FC has a bias; visual states go through FC's hidden-state half instead of entering raw (paper: raw).
         num_tree_nodes, num_draft_levels, beam_width (`int`): Shape of the tree (see [`TreeShape`]). `beam_width=1` is
             a chain of `num_draft_levels` tokens. Without `num_tree_nodes`, one root plus a beam per level.
         draft_vocab_size (`int`, *optional*): The draft proposes only so many tokens of the target's vocabulary; which
@@ -122,7 +120,6 @@ class SparrowDraftConfig(PreTrainedConfig):
     visual_bridge_layer: int | None = None
     num_glimpse_tokens: int = 64
     num_mtp_steps: int = 4
-    sliding_window: int | None = None
     position_mode: Literal["compact", "original"] = "compact"
     input_norm: bool = True
     output_norm: bool = True
@@ -137,6 +134,11 @@ class SparrowDraftConfig(PreTrainedConfig):
     tensors_sha256: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # A field of drafts saved by earlier versions.
+        if kwargs.pop("sliding_window", None) is not None:
+            raise DraftConfigError(
+                "sliding_window is no longer supported: train the draft anew without it, or use an earlier version"
+            )
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.visual_token_ids is None:
@@ -168,7 +170,7 @@ class SparrowDraftConfig(PreTrainedConfig):
                 f"no decoder layer is known for text model type {text.model_type!r}; supported: "
                 f"{', '.join(sorted(_BLOCK_OF_TEXT_MODEL))}"
             )
-        # Text rows have one position each, so the multimodal sections of the target's RoPE do not apply.
+        # Text tokens have one position each, so the multimodal sections of the target's RoPE do not apply.
         rope = {key: value for key, value in (text.rope_parameters or {}).items() if not key.startswith("mrope")}
         if rope.get("rope_type") == "mrope":
             rope["rope_type"] = "default"
@@ -229,9 +231,14 @@ class SparrowDraftConfig(PreTrainedConfig):
         return tuple(self.target_num_hidden_layers if layer == -1 else layer for layer in self.feature_layers or [-1])
 
     @property
+    def bridge_layer_id(self) -> int:
+        """`visual_bridge_layer`, once its default is known."""
+        return int(self.visual_bridge_layer or 0)
+
+    @property
     def layer_ids_read(self) -> set[int]:
         """All target layers whose states a draft may read: its feature layers and its bridge layer."""
-        return {*self.feature_layer_ids, int(self.visual_bridge_layer or 0)}
+        return {*self.feature_layer_ids, self.bridge_layer_id}
 
     def check(self) -> None:
         """Raises [`DraftConfigError`] if a field is out of range; runs on construction."""
@@ -239,7 +246,7 @@ class SparrowDraftConfig(PreTrainedConfig):
         for layer in self.feature_layer_ids:
             if not 1 <= layer <= depth:
                 raise DraftConfigError(f"feature_layers holds {layer}, but the target has layers 1 … {depth} (or −1)")
-        if not 0 <= int(self.visual_bridge_layer or 0) <= depth:
+        if not 0 <= self.bridge_layer_id <= depth:
             raise DraftConfigError(
                 f"visual_bridge_layer is {self.visual_bridge_layer}, but the target has layers 1 … {depth} (0: what "
                 "enters the first)"
@@ -249,8 +256,6 @@ class SparrowDraftConfig(PreTrainedConfig):
                 raise DraftConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.num_glimpse_tokens < 0:
             raise DraftConfigError(f"num_glimpse_tokens must not be negative, found {self.num_glimpse_tokens}")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise DraftConfigError(f"sliding_window must be positive or None, found {self.sliding_window}")
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise DraftConfigError(
                 f"draft_vocab_size must be 1 … vocab_size ({self.vocab_size}) or None, found {self.draft_vocab_size}"

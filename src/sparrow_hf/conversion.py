@@ -1,6 +1,6 @@
 """Drafts of the EAGLE family → [`SparrowDraftModel`]: EAGLE-1/2, MSD, ViSpec's text path, the Sparrow authors' files.
 
-Their common layout: `fc` maps the embedding and the target's state, concatenated in this order as here, to one row;
+Their common layout: `fc` maps the embedding and the target's state, concatenated in this order as here, to one vector;
 `layers.0` is a decoder layer, mostly without an input norm (attention and residual then take the raw output of `fc`);
 nothing comes after it; embedding and head are the target's. RoPE is plain, at the tokens' original positions.
 """
@@ -60,7 +60,7 @@ def convert_checkpoint(
     weights_only_bin: bool = False,
     **overrides: Any,
 ) -> Conversion:
-    """Converts a draft of the EAGLE family into one of ours that gives the same logits on text rows.
+    """Converts a draft of the EAGLE family into one of ours that gives the same logits on text.
 
     Args:
         source: Folder, weights file or Hub id of the draft. A `config.json` beside the weights is read for heads,

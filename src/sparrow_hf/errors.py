@@ -31,7 +31,7 @@ class UnsupportedGenerationError(SparrowError, ValueError):
 
 
 class HiddenStateCaptureError(SparrowError, RuntimeError):
-    """The output hooks did not see the rows they were asked for (a target compiled before it was bound, say)."""
+    """The output hooks did not see the positions they were asked for (a target compiled before it was bound, say)."""
 
 
 class AnalysisError(SparrowError, ValueError):

@@ -1,7 +1,7 @@
 """Hooks on the target's decoder, and the collector of one call.
 
-`output_hidden_states=True` would keep every layer of every visual row (5.2 GB for 25k tokens of a 7B target). The
-hooks here keep only the rows the draft reads. They are installed once, when a draft is bound (a hook added after a
+`output_hidden_states=True` would keep every layer of every visual token (5.2 GB for 25k tokens of a 7B target). The
+hooks here keep only what the draft reads. They are installed once, when a draft is bound (a hook added after a
 compiled call never fires), and do nothing unless the running thread has a collector.
 """
 
@@ -19,44 +19,44 @@ _ACTIVE: "ContextVar[HiddenStateCollector | None]" = ContextVar("sparrow_hidden_
 
 
 class HiddenStateCollector:
-    """Gathers chosen rows of chosen layers over one or several forwards of the target (chunked prefill).
+    """Gathers the states of chosen layers at chosen positions over one or several forwards (chunked prefill).
 
     Args:
-        rows: Layer id (`hidden_states` convention: 0 = what enters the first layer, k = output after k layers,
-            depth = post-norm) → `(n,)` ascending row indices, counted from the first row of the first forward; `None`
-            keeps every row.
+        positions: Layer id (`hidden_states` convention: 0 = what enters the first layer, k = output after k layers,
+            depth = post-norm) → `(n,)` ascending positions, counted from the start of the first forward; `None` keeps
+            all.
     """
 
-    def __init__(self, rows: dict[int, Tensor | None]):
-        self._rows = rows
-        self._seen = dict.fromkeys(rows, 0)
-        self._parts: dict[int, list[Tensor]] = {layer: [] for layer in rows}
+    def __init__(self, positions: Mapping[int, Tensor | None]):
+        self._positions = positions
+        self._seen = dict.fromkeys(positions, 0)
+        self._parts: dict[int, list[Tensor]] = {layer: [] for layer in positions}
 
     def collect(self, layer: int, states: Tensor) -> None:
-        """Takes the rows of one forward: `(B, n, H)` states of `layer`."""
-        if layer not in self._rows:
+        """Takes what is wanted of one forward: `(B, n, H)` states of `layer`."""
+        if layer not in self._positions:
             return
-        start, rows = self._seen[layer], self._rows[layer]
+        start, wanted = self._seen[layer], self._positions[layer]
         self._seen[layer] = start + states.shape[1]
-        if rows is not None:
-            # rows     3   7 |  9  14  20 | 31          absolute, all chunks
+        if wanted is not None:
+            # wanted   3   7 |  9  14  20 | 31          absolute, all chunks
             # chunk           [8 ………… 24)               start = 8, n = 16
             # local             1   6  12               absolute − start
-            rows = rows.to(states.device)
-            states = states[:, rows[(rows >= start) & (rows < self._seen[layer])] - start]
+            wanted = wanted.to(states.device)
+            states = states[:, wanted[(wanted >= start) & (wanted < self._seen[layer])] - start]
         self._parts[layer].append(states)
 
     def take(self, layer: int) -> Tensor:
-        """`(B, n, H)` rows gathered so far, in order.
+        """`(B, n, H)` states gathered so far, in order.
 
         Raises:
-            HiddenStateCaptureError: The hook did not fire, or fewer rows passed than were asked for.
+            HiddenStateCaptureError: The hook did not fire, or the forwards were shorter than what was asked for.
         """
-        rows = self._rows[layer]
-        if self._seen[layer] == 0 or (rows is not None and len(rows) and int(rows[-1]) >= self._seen[layer]):
+        wanted = self._positions[layer]
+        if self._seen[layer] == 0 or (wanted is not None and len(wanted) and int(wanted[-1]) >= self._seen[layer]):
             raise HiddenStateCaptureError(
-                f"layer {layer}: {self._seen[layer]} rows passed the hook, fewer than the prompt has. Was the target "
-                "compiled or copied before the draft was bound? Call draft.bind(target) first."
+                f"layer {layer}: {self._seen[layer]} states passed the hook, fewer than the prompt has. Was the "
+                "target compiled or copied before the draft was bound? Call draft.bind(target) first."
             )
         return torch.cat(self._parts[layer], dim=1)
 
@@ -74,7 +74,7 @@ def replay(states: Mapping[int, Tensor]) -> None:
     """Hands stored states to the running thread's collector, as the hooks would during the forward they come from.
 
     Args:
-        states: Layer id → `(B, n, H)` states of all rows of the forward.
+        states: Layer id → `(B, n, H)` states of the whole forward.
     """
     collector = _ACTIVE.get()
     if collector is not None:

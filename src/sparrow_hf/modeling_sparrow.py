@@ -1,4 +1,4 @@
-"""`SparrowDraftModel`: fuse, decoder layer, head. No decoding loop and no target code live here."""
+"""`SparrowDraftModel`: FC, decoder layer, head. No decoding loop and no target code live here."""
 
 import copy
 import os
@@ -26,8 +26,8 @@ from ._transformers import (
     run_layer,
 )
 from .configuration_sparrow import SparrowDraftConfig, check_vocabulary
+from .draft_inputs import DraftInputs, put
 from .errors import BindingError, DraftLoadError
-from .rows import DraftInputs
 
 if TYPE_CHECKING:
     from .generation.stats import GenerationStats
@@ -42,9 +42,9 @@ _HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfold
 class SparrowDraftModel(PreTrainedModel):
     """The draft of Sparrow (paper, section 3): one decoder layer over the target's own text states.
 
-    A draft row `t` holds the embedding of token `t + 1` and the target's state of token `t`, fused by one linear map,
-    and predicts the target's state of token `t + 1`, hence token `t + 2`. Embedding and head are the target's: they
-    are borrowed by [`~SparrowDraftModel.bind`], never registered and never saved.
+    Position `t` of its sequence holds the embedding of token `t + 1` and the target's state of token `t`, fused by one
+    linear map, and predicts the target's state of token `t + 1`, hence token `t + 2`. Embedding and head are the
+    target's: they are borrowed by [`~SparrowDraftModel.bind`], never registered and never saved.
 
     Use it as `target.generate(**inputs, assistant_model=draft)`; `draft.last_generation` then holds the
     [`GenerationStats`] of this thread's last call.
@@ -115,52 +115,48 @@ class SparrowDraftModel(PreTrainedModel):
 
     # -- what one forward does ---------------------------------------------------------------------------------------
 
-    def reduce_features(self, features: Tensor) -> Tensor:
-        """`(…, n·H)` concatenated states of the `n` feature layers → `(…, H)`; identity for one layer."""
-        return self.feature_fc(features)
+    def embed_inputs(self, inputs: _Inputs) -> tuple[Tensor, _Inputs]:
+        """What enters the draft's layers for whole prompts, in training and generation alike.
 
-    def fuse(self, token_embeds: Tensor, hidden_states: Tensor) -> Tensor:
-        """`FC(e ⊕ h)` (paper, equation of HSR): `(…, H)`, `(…, H)` → `(…, H)`."""
-        return self.fc(torch.cat((token_embeds, hidden_states), dim=-1))
-
-    def fuse_visual(self, bridge_states: Tensor) -> Tensor:
-        """Rows that carry the target's middle-layer visual states: raw (paper, IVSB), or through FC's second half."""
-        if self.config.project_visual:
-            return self.fuse(torch.zeros_like(bridge_states), bridge_states)
-        return bridge_states
-
-    def compress_visual(self, inputs: _Inputs) -> _Inputs:
-        """The rows that enter the draft: here all of `inputs`. Drafts that merge visual rows return fewer of them."""
-        return inputs
-
-    def read_states(self, hidden_states: Tensor, visual_summary: Tensor | None = None, step: int = 0) -> Tensor:
-        """States as `FC` reads them: here as they are.
-
-        Args:
-            hidden_states: `(B, n, H)` reduced states of the target (step 0), or the draft's own outputs.
-            visual_summary: `(B, n, H)` or `(B, 1, H)`, if [`~SparrowDraftModel.compress_visual`] made one.
-            step: How many outputs of its own the draft has fed itself, these ones included.
-        """
-        return hidden_states
-
-    def make_rows(self, inputs: DraftInputs, hidden_states: Tensor) -> Tensor:
-        """The draft's rows, in training and generation alike: fused text rows and bridge rows, each in its place.
-
-        Args:
-            inputs: What [`~SparrowDraftModel.compress_visual`] returned.
-            hidden_states: `(B, T, H)` states of the text rows, from [`~SparrowDraftModel.read_states`].
+        Text tokens are embedded by [`~SparrowDraftModel.embed_next`]. Visual ones are the target's middle-layer
+        states, raw (paper, IVSB) or through FC's second half (`project_visual`).
 
         Returns:
-            `(B, R, H)`, zero where padded.
+            embeds: `(B, R, H)`, zero where padded.
+            inputs: As given. Drafts that merge visual tokens return fewer of them, and the `visual_summary` that later
+                text is told of them.
         """
-        text = self.fuse(self.embed(inputs.next_ids), hidden_states)
-        size, num_rows, hidden = len(text), inputs.positions.shape[1], text.shape[-1]
-        # One spare row at the end takes all padding and is cut off again.
-        rows = text.new_zeros((size, num_rows + 1, hidden))
-        rows = rows.scatter(1, inputs.text_rows[..., None].expand(-1, -1, hidden), text)
-        visual = self.fuse_visual(inputs.visual_states)
-        rows = rows.scatter(1, inputs.visual_rows[..., None].expand(-1, -1, hidden), visual)
-        return rows[:, :num_rows]
+        text = self.embed_next(inputs.next_ids, inputs.text_states, inputs.visual_summary)
+        visual = inputs.visual_states
+        if self.config.project_visual:
+            visual = self.fc(torch.cat((torch.zeros_like(visual), visual), dim=-1))
+        nothing = text.new_zeros((*inputs.position_ids.shape, text.shape[-1]))
+        return put(put(nothing, inputs.text_positions, text), inputs.visual_positions, visual), inputs
+
+    def embed_next(
+        self, token_ids: Tensor, states: Tensor, visual_summary: Tensor | None = None, step: int = 0
+    ) -> Tensor:
+        """What enters the draft's layers for text tokens: `FC(e ⊕ h)` (paper, equation of HSR).
+
+        Args:
+            token_ids: `(B, n)` token after each text token.
+            states: `(B, n, F·H)` the target's states of the text tokens, the F feature layers side by side (step 0),
+                or `(B, n, H)` the draft's own outputs.
+            visual_summary: `(B, n, H)` or `(B, 1, H)`, from the inputs that
+                [`~SparrowDraftModel.embed_inputs`] returned.
+            step: How many outputs of its own the draft has fed itself, these ones included.
+
+        Returns:
+            `(B, n, H)`.
+        """
+        if step == 0:
+            states = self.feature_fc(states)
+        states = self.read_states(states, visual_summary, step)
+        return self.fc(torch.cat((self.embed(token_ids), states), dim=-1))
+
+    def read_states(self, states: Tensor, visual_summary: Tensor | None, step: int) -> Tensor:
+        """`(B, n, H)` states as FC reads them, arguments as in [`~SparrowDraftModel.embed_next`]: here as they are."""
+        return states
 
     def forward(
         self,
@@ -170,15 +166,15 @@ class SparrowDraftModel(PreTrainedModel):
         cache: Cache | None = None,
         is_causal: bool = False,
     ) -> Any:
-        """Runs the draft's decoder layers over fused rows.
+        """Runs the draft's decoder layers.
 
         Args:
-            inputs_embeds: `(B, R, H)` rows made by [`~SparrowDraftModel.make_rows`] or [`~SparrowDraftModel.fuse`].
+            inputs_embeds: `(B, R, H)` from [`~SparrowDraftModel.embed_inputs`] or [`~SparrowDraftModel.embed_next`].
             position_ids: `(B, R)` RoPE positions.
-            attention_mask: `(B, 1, R, past + R)` additive mask, or `None` when every key is visible to every row.
+            attention_mask: `(B, 1, R, past + R)` additive mask, or `None` when every key is visible to every query.
             cache: Cache of the draft, extended in place.
-            is_causal: Without a mask and without past rows, every row sees the rows up to itself (training: no R × R
-                mask is ever built). Not understood by the eager attention.
+            is_causal: Without a mask and with an empty cache, every position sees those up to itself (training: no
+                R × R mask is ever built). Not understood by the eager attention.
 
         Returns:
             A [`~transformers.modeling_outputs.BaseModelOutputWithPast`]; its `last_hidden_state` `(B, R, H)` predicts

@@ -1,8 +1,8 @@
 """One prefill for all arms: with 25,000 visual tokens it takes longer than everything that is compared after it.
 
 `generate()` prefills once per call, in plain decoding and in ours. Here that is done once and kept: the logits of the
-last row, the cache, and the states of the layers that drafts read. While it is replayed, the prefill returns a copy;
-the only difference is the time it takes.
+last position, the cache, and the states of the layers that drafts read. While it is replayed, the prefill returns a
+copy; the only difference is the time it takes.
 """
 
 import copy
@@ -22,7 +22,7 @@ from .targets import unwrap
 class PrefillSnapshot:
     """The target's prefill of one prompt, computed on construction.
 
-    Holds the prompt's cache a second time, and its states of `layers`, all rows: at 25,000 visual tokens of a 7B
+    Holds the prompt's cache a second time, and its states of `layers`, all of them: at 25,000 visual tokens of a 7B
     target 1.4 GB and 0.18 GB per layer.
 
     Args:

@@ -6,9 +6,9 @@ import torch
 from sparrow_hf.analysis import retention as room
 from sparrow_hf.analysis.answered import Conversation, answer, process_conversation
 from sparrow_hf.analysis.retention import best_rows, layers_of, replay, retention
+from sparrow_hf.draft_inputs import draft_positions
 from sparrow_hf.generation.candidate_generator import SparrowCandidateGenerator
 from sparrow_hf.hidden_states import HiddenStateCollector
-from sparrow_hf.rows import draft_rows
 from sparrow_hf.testbed import EVALUATION_SEEDS, load, make_clip
 
 MAX_NEW_TOKENS = 40
@@ -33,7 +33,7 @@ def generated(target, draft, answered):
 
 def own_rows(draft, answered):
     ids = answered.inputs["input_ids"][0, : answered.prompt_length]
-    return draft_rows(ids, draft.config.visual_token_ids, draft.config.num_glimpse_tokens)
+    return draft_positions(ids, draft.config.visual_token_ids, draft.config.num_glimpse_tokens)
 
 
 @pytest.mark.parametrize(("tree", "glimpse"), [((6, 5, 1), 16), ((6, 5, 1), 0), ((30, 4, 8), 64)])

@@ -7,10 +7,10 @@ from noise import LENGTH, read
 from transformers import PreTrainedModel
 
 from sparrow_hf import TREE_PRESETS
+from sparrow_hf.draft_inputs import EVERY_VISUAL_TOKEN
 from sparrow_hf.errors import BenchmarkError
 from sparrow_hf.evaluation import Arm, compare, measure
 from sparrow_hf.evaluation.arms import METHODS_GROUP, Arms
-from sparrow_hf.rows import EVERY_VISUAL_ROW
 
 
 def test_arms_by_name(target: PreTrainedModel, draft_folder: str):
@@ -23,7 +23,7 @@ def test_arms_by_name(target: PreTrainedModel, draft_folder: str):
     assert none.tree == TREE_PRESETS["none"]
     assert lookup.prompt_lookup_num_tokens == lookup.num_draft_levels == 3
     assert (draft.tree, draft.num_glimpse_tokens) == (draft.draft.config.tree_shape, 4)
-    assert (tree.tree, tree.num_glimpse_tokens) == ((10, 2, 4), EVERY_VISUAL_ROW)
+    assert (tree.tree, tree.num_glimpse_tokens) == ((10, 2, 4), EVERY_VISUAL_TOKEN)
     assert blind.num_glimpse_tokens == 0
     assert (other.name, other.num_draft_levels) == (f"draft:{draft_folder}@chain-2", 2)
     # One checkpoint, one model.

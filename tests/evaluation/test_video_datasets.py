@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sparrow_hf.draft_inputs import visual_mask
 from sparrow_hf.errors import BenchmarkError, TrainingDataError
 from sparrow_hf.evaluation.prompts import conversation_prompts, read_conversations
 from sparrow_hf.evaluation.video_datasets import EXPLAIN, read_dataset
-from sparrow_hf.rows import visual_mask
 from sparrow_hf.testbed.nano import build_processor
 from sparrow_hf.testbed.world import make_clip
 

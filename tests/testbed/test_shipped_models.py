@@ -10,8 +10,8 @@ import torch
 from transformers.generation.utils import GenerationMixin
 
 from sparrow_hf import SparrowCandidateGenerator, SparrowDraftModel, testbed
+from sparrow_hf.draft_inputs import draft_positions
 from sparrow_hf.hidden_states import HiddenStateCollector
-from sparrow_hf.rows import draft_rows
 from sparrow_hf.testbed.nano import ASSETS
 from sparrow_hf.video import prepare_inputs
 
@@ -69,7 +69,7 @@ def test_identical_and_accepted_in_depth(models, clips, tree: str, sampling: dic
         assert generate(target, inputs, **sampling) == generate(target, inputs, assistant_model=draft, **sampling)
         stats = draft.last_generation
         rounds, tokens = rounds + stats.rounds, tokens + stats.new_tokens - 1
-        kept = draft_rows(inputs["input_ids"][0], draft.config.visual_token_ids, draft.config.num_glimpse_tokens)
+        kept = draft_positions(inputs["input_ids"][0], draft.config.visual_token_ids, draft.config.num_glimpse_tokens)
         frontier_rows = (draft.config.num_draft_levels - 1) * draft.config.beam_width
         assert stats.max_draft_cache_length <= len(kept.indices) + stats.new_tokens + frontier_rows
     # A draft out of step with its training (positions, shift, rows) accepts almost nothing.

@@ -9,14 +9,16 @@ from sparrow_hf.training.acceptance import acceptance_metrics, count_acceptance,
 from sparrow_hf.training.passes import DraftBatch
 
 
-def batch_of(*num_loss_rows):
-    longest = max(num_loss_rows)
-    empty = torch.zeros(len(num_loss_rows), 0)
+def batch_of(*num_losses):
+    longest = max(num_losses)
+    empty = torch.zeros(len(num_losses), 0)
     return DraftBatch(
-        **dict.fromkeys(("next_ids", "text_states", "text_rows", "visual_states", "visual_rows", "positions"), empty),
-        first_loss_row=torch.zeros(len(num_loss_rows), dtype=torch.long),
-        num_loss_rows=torch.tensor(num_loss_rows),
-        target_states=torch.zeros(len(num_loss_rows), longest, 1),
+        **dict.fromkeys(
+            ("next_ids", "text_states", "text_positions", "visual_states", "visual_positions", "position_ids"), empty
+        ),
+        first_loss=torch.zeros(len(num_losses), dtype=torch.long),
+        num_losses=torch.tensor(num_losses),
+        target_states=torch.zeros(len(num_losses), longest, 1),
     )
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from sparrow_hf.draft_inputs import visual_mask
 from sparrow_hf.errors import TrainingDataError
-from sparrow_hf.rows import visual_mask
 from sparrow_hf.testbed.nano import build_processor
 from sparrow_hf.testbed.world import make_clip
 from sparrow_hf.training import (

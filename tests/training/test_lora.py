@@ -21,12 +21,12 @@ LAYER_MAPS = {
 
 
 def logits_of(draft):
-    """What the draft makes of five rows, by the calls that decoding and training make."""
+    """What the draft makes of five tokens, by the calls that decoding and training make."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 5, len(draft.config.feature_layers) * draft.config.hidden_size, generator=generator)
     with torch.no_grad():
-        rows = draft.fuse(draft.embed(torch.arange(5)[None]), draft.reduce_features(hidden))
-        output = draft(rows, torch.arange(5)[None], is_causal=True).last_hidden_state
+        embeds = draft.embed_next(torch.arange(5)[None], hidden)
+        output = draft(embeds, torch.arange(5)[None], is_causal=True).last_hidden_state
         logits = draft.compute_logits(output)
     return logits[logits.isfinite()]
 

@@ -2,11 +2,9 @@
 
 import json
 
-import datasets
 import pytest
 import torch
 from conftest import die, files_of, kill_this_process
-from safetensors.torch import load_file, save_file
 
 from sparrow_hf.artifacts import earlier_target_digest, tensor_digest
 from sparrow_hf.errors import DiskBudgetError, TrainingDataError
@@ -14,11 +12,9 @@ from sparrow_hf.training import (
     SparrowDataCollator,
     SparrowTrainer,
     SparrowTrainingArguments,
-    read_with_target,
     recording,
 )
 from sparrow_hf.training.recording import RecordedDataset, Recorder, estimate_recording_bytes, record
-from sparrow_hf.training.speculators import SpeculatorsDataset, write_speculators
 
 
 def train(folder, draft, target, rows, **settings):
@@ -143,57 +139,6 @@ def test_a_recording_of_an_earlier_version_is_gone_on_with(tmp_path, target, mak
     (tmp_path / "rows" / "row-000001.safetensors").unlink()
     record(make_draft(), samples, tmp_path, SparrowDataCollator())
     assert len(RecordedDataset(tmp_path, make_draft())) == len(samples)
-
-
-def test_speculators_files_are_written_and_read(tmp_path, target, make_draft, samples):
-    """Their conditions (columns, keys, shapes, un-normed last layer), then the way back to our rows."""
-    overrides = {"feature_layers": [1, 3, -1], "num_glimpse_tokens": 0}
-    draft = make_draft(**overrides)
-    layers = write_speculators(draft, samples, tmp_path)
-    assert layers == [1, 3, 4]
-    table = datasets.load_from_disk(str(tmp_path))
-    assert set(table.column_names) == {"input_ids", "loss_mask", "seq_len"}
-    rows = SpeculatorsDataset(tmp_path, draft, layers)
-    assert len(rows) == len(samples)
-    for index, sample in enumerate(samples):
-        tensors = load_file(tmp_path / "hidden_states" / f"hs_{index}.safetensors")
-        length = table[index]["seq_len"]
-        assert tensors["token_ids"].tolist() == table[index]["input_ids"] and len(tensors["token_ids"]) == length
-        assert tensors["hidden_states"].shape == (length, 3, 32) and len(table[index]["loss_mask"]) == length
-        states, row = read_with_target(draft, sample), rows[index]
-        torch.testing.assert_close(
-            target.model.language_model.norm(tensors["hidden_states"][:, -1]), states.last_states
-        )
-        torch.testing.assert_close(row["last_states"], states.last_states)
-        torch.testing.assert_close(row["text_states"], states.text_states)
-        answer = sample["input_ids"][0, sample["answer_start"] :]
-        assert torch.equal(row["input_ids"][row["answer_start"] :], answer)
-    train(tmp_path / "draft", make_draft(**overrides), target, rows, num_visual_rows_max=0)
-    with pytest.raises(TrainingDataError, match="the files hold"):
-        SpeculatorsDataset(tmp_path, make_draft(feature_layers=[2]), layers)
-    (tmp_path / "hidden_states" / "hs_1.safetensors").unlink()
-    with pytest.raises(TrainingDataError, match="row 1: there is no"):
-        rows[1]
-
-
-def test_visual_rows_of_speculators_files_are_bridge_rows(tmp_path, make_draft, samples):
-    """vLLM extracts every row, placeholders included; the answer may be followed by tokens without loss."""
-    draft = make_draft(feature_layers=[-1], visual_bridge_layer=2)
-    ids = samples[0]["input_ids"][0]
-    start, states = samples[0]["answer_start"], torch.randn(len(ids), 2, 32)
-    mask = [0] * start + [1] * (len(ids) - start - 2) + [0, 0]
-    mask[2] = 1
-    table = {"input_ids": [ids.tolist()], "loss_mask": [mask], "seq_len": [len(ids)]}
-    datasets.Dataset.from_dict(table).save_to_disk(str(tmp_path))
-    (tmp_path / "hidden_states").mkdir()
-    save_file({"token_ids": ids, "hidden_states": states}, tmp_path / "hidden_states" / "hs_0.safetensors")
-    row = SpeculatorsDataset(tmp_path, draft, [2, 4])[0]
-    is_visual = torch.isin(ids, torch.tensor(draft.config.visual_token_ids))
-    assert row["answer_start"] == start and torch.equal(row["input_ids"], ids[:-2])
-    assert torch.equal(row["visual_rows"], is_visual.nonzero().squeeze(-1))
-    assert torch.equal(row["visual_states"], states[is_visual, 0])
-    norm = draft.target.norm
-    assert torch.equal(row["last_states"], norm(states[~is_visual][:-2, 1]).detach())
 
 
 def test_a_killed_recording_goes_on_and_ends_the_same(tmp_path, make_draft, samples, monkeypatch):

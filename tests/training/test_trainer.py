@@ -14,6 +14,7 @@ from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import BindingError, TrainingDataError
 from sparrow_hf.training import (
     ALL_VISUAL_ROWS,
+    TRAINING_PRESETS,
     SparrowDataCollator,
     SparrowTrainer,
     SparrowTrainingArguments,
@@ -144,24 +145,6 @@ def test_a_bf16_target_and_an_fp32_draft(tmp_path, target, make_draft, samples):
     assert trainer.evaluate()["eval_tau"] >= 1
 
 
-def test_text_first_then_visual_rows(tmp_path, target, make_draft, recorded):
-    args = arguments(tmp_path, num_visual_rows_min=6, visual_start=0.5, visual_full=1.0)
-    assert [args.visual_odds(share) for share in (0.0, 0.5, 0.75, 1.0)] == [0.0, 0.0, 0.5, 1.0]
-    trainer = SparrowTrainer(make_draft(), target, args, train_dataset=recorded)
-    trainer.state.max_steps = 1000
-
-    def shown(step):
-        trainer.state.global_step = step
-        return [trainer.make_batch([row], training=True).visual_rows.shape[1] for row in recorded]
-
-    assert set(sum((shown(step) for step in range(20)), [])) == {0}
-    halfway = sum((shown(step) for step in range(740, 760)), [])
-    assert set(halfway) == {0, 6} and 20 < halfway.count(6) < 60
-    assert set(sum((shown(1000) for _ in range(2)), [])) == {6}
-    trainer.args.visual_dropout = 1.0
-    assert set(shown(1000)) == {0}
-
-
 def test_accumulated_batches_equal_one_large_batch(tmp_path, target, make_draft, recorded):
     """Samples differ in length, so a mean of means would not do."""
     results = []
@@ -263,8 +246,6 @@ def test_states_survive_the_collator(recorded):
         {"soft_cross_entropy_weight": 0.0, "feature_smooth_l1_weight": 0.0},
         {"list_mle_weight": -1.0},
         {"mtp_attention": "other"},
-        {"visual_start": 0.6, "visual_full": 0.5},
-        {"visual_dropout": 1.5},
         {"remove_unused_columns": True},
     ],
 )
@@ -274,7 +255,7 @@ def test_contradicting_arguments_are_refused(tmp_path, bad):
 
 
 def test_presets(tmp_path):
-    paper = SparrowTrainingArguments.from_preset("paper", output_dir=str(tmp_path), learning_rate=1e-4)
+    paper = arguments(tmp_path, **TRAINING_PRESETS["paper"])
     assert (paper.mtp_attention, paper.num_visual_rows_min, paper.num_visual_rows_max) == ("reinput", -1, -1)
     assert paper.loss_weights == {
         "soft_cross_entropy": 0.0,
@@ -282,9 +263,7 @@ def test_presets(tmp_path):
         "list_mle": 0.1,
         "feature_smooth_l1": 0.0,
     }
-    assert paper.learning_rate == 1e-4 and paper.adam_beta2 == 0.95
-    with pytest.raises(ValueError, match="unknown training preset"):
-        SparrowTrainingArguments.from_preset("papers", output_dir=str(tmp_path))
+    assert paper.learning_rate == 3e-5 and paper.adam_beta2 == 0.95
 
 
 def test_the_drafts_own_card_stays(tmp_path, target, make_draft, samples):

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sparrow_hf.artifacts import tensor_digest, write_json, write_text
+from sparrow_hf.draft_inputs import EVERY_VISUAL_TOKEN
 from sparrow_hf.evaluation.provenance import commit
 from sparrow_hf.modeling_sparrow import SparrowDraftModel
-from sparrow_hf.rows import EVERY_VISUAL_ROW
 from sparrow_hf.testbed.nano import ASSETS, load_target
 from sparrow_hf.testbed.world import TRAIN_SEEDS, VALIDATION_SEEDS
 from sparrow_hf.training import ALL_VISUAL_ROWS, DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainer
@@ -79,7 +79,7 @@ RECIPES = {
     "text rows only": Recipe({"num_glimpse_tokens": 0}, _visual(0)),
     "glimpse of 16": Recipe({"num_glimpse_tokens": 16}, {"num_visual_rows_max": 16}),
     "glimpse of 256": Recipe({"num_glimpse_tokens": 256}, {"num_visual_rows_max": 256}),
-    "all visual rows": Recipe({"num_glimpse_tokens": EVERY_VISUAL_ROW}, _visual(ALL_VISUAL_ROWS)),
+    "all visual rows": Recipe({"num_glimpse_tokens": EVERY_VISUAL_TOKEN}, _visual(ALL_VISUAL_ROWS)),
     "1 pass": Recipe({"num_mtp_steps": 1}),
     "2 passes": Recipe({"num_mtp_steps": 2}),
     "4 passes": Recipe({"num_mtp_steps": 4}),

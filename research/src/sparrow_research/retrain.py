@@ -36,11 +36,12 @@ from sparrow_hf.testbed.world import (
     render,
     write_script,
 )
-from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments, append_answer
+from sparrow_hf.training import SparrowTrainer, append_answer
 from sparrow_hf.training.checkpoints import last_checkpoint
 from sparrow_hf.training.recording import RecordedDataset, Recorder
 from sparrow_hf.training.regenerate import generate_answers
 
+from .curriculum import CurriculumArguments
 from .muon import Muon
 from .vision_pretraining import through_codec
 
@@ -253,10 +254,10 @@ def build_trainer(
         draft: A draft bound to the target the rows were recorded from.
         rows, validation: Recorded rows; the second ones are only measured on.
         output: Its `training` folder takes the checkpoints; the finished draft is left to the caller to save.
-        recipe: Fields of [`SparrowTrainingArguments`], over `RECIPE`.
+        recipe: Fields of [`CurriculumArguments`], over `RECIPE`.
     """
     measured = {} if validation is not None else {"eval_strategy": "no"}
-    arguments = SparrowTrainingArguments(output_dir=str(output / "training"), **(RECIPE | measured | recipe))
+    arguments = CurriculumArguments(output_dir=str(output / "training"), **(RECIPE | measured | recipe))
     return SparrowTrainer(
         draft,
         draft.target.model,

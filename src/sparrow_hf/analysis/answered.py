@@ -19,8 +19,8 @@ from ..configuration_sparrow import visual_token_ids
 from ..data.datasets import load_rows
 from ..data.messages import split_answer
 from ..data.prepare import append_answer, prepare_prompt
+from ..draft_inputs import visual_mask
 from ..errors import AnalysisError
-from ..rows import visual_mask
 from ..targets import unwrap
 
 #: Names of the groups, in the order of every table.

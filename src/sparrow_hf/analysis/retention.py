@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..draft_inputs import DraftPositions, draft_positions, strided
 from ..generation.candidate_generator import SparrowCandidateGenerator
 from ..generation.verification import walk
 from ..modeling_sparrow import SparrowDraftModel
-from ..rows import DraftRows, draft_rows, strided
 from .answered import AnsweredPrompt
 
 #: Shares of the visual rows that the draft keeps.
@@ -69,10 +69,9 @@ def retention(
             kept = strided(visual, count) if name == "strided" else best_rows(visual, visual_scores[name], count)
             key = tuple(kept.tolist())
             if key not in replayed:
-                rows = draft_rows(
-                    input_ids[0], draft.config.visual_token_ids or [], count, visual_rows=kept.to(input_ids.device)
-                )
-                replayed[key] = replay(draft, answered, states, rows, max_new_tokens)
+                visual_ids, on_device = draft.config.visual_token_ids or [], kept.to(input_ids.device)
+                positions = draft_positions(input_ids[0], visual_ids, count, visual_positions=on_device)
+                replayed[key] = replay(draft, answered, states, positions, max_new_tokens)
             found[name][share] = replayed[key]
     return found
 
@@ -86,12 +85,12 @@ def replay(
     draft: SparrowDraftModel,
     answered: AnsweredPrompt,
     states: Mapping[int, Tensor],
-    rows: DraftRows,
+    positions: DraftPositions,
     max_new_tokens: int,
 ) -> Rounds:
-    """Decodes along a known answer, the draft reading `rows` of the prompt, on its device; see [`retention`]."""
+    """Decodes along a known answer, the draft reading these positions of its prompt; see [`retention`]."""
     answer_ids, layers = answered.answer_ids, draft.config.feature_layer_ids
-    generator = SparrowCandidateGenerator(draft, _prompt_ids(answered, draft), rows=rows)
+    generator = SparrowCandidateGenerator(draft, _prompt_ids(answered, draft), positions=positions)
     wanted = generator.layers_to_collect
     generator.prefill({layer: states[layer][:, at] for layer, at in wanted.items()}, answer_ids[0])
     features = torch.cat([states[layer][:, answered.prompt_length :] for layer in layers], dim=-1)

@@ -9,11 +9,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 from ..artifacts import tensor_digest
 from ..configuration_sparrow import TREE_PRESETS, parse_tree_shape
+from ..draft_inputs import EVERY_VISUAL_TOKEN
 from ..errors import BenchmarkError
 from ..generation.integration import follow
 from ..measurement import NO_DRAFT, PLAIN, Arm
 from ..modeling_sparrow import SparrowDraftModel
-from ..rows import EVERY_VISUAL_ROW
 
 PROMPT_LOOKUP_TOKENS = 5
 
@@ -103,7 +103,7 @@ class Arms:
                 name,
                 draft,
                 parse_tree_shape(found["tree"]) if found["tree"] else draft.config.tree_shape,
-                EVERY_VISUAL_ROW if glimpse == "all" else int(glimpse) if glimpse else draft.config.num_glimpse_tokens,
+                EVERY_VISUAL_TOKEN if glimpse == "all" else int(glimpse or draft.config.num_glimpse_tokens),
             )
         if method in self._methods and text:
             return self._methods[method](name, text, self)

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel
 
 from ..configuration_sparrow import visual_token_ids
+from ..draft_inputs import EVERY_VISUAL_TOKEN, visual_mask
 from ..errors import BenchmarkError
 from ..measurement import Arm, compare, num_rounds, warm_up
-from ..rows import EVERY_VISUAL_ROW, visual_mask
 from ..targets import unwrap
 from .provenance import provenance
 from .run_file import RunFile
@@ -198,7 +198,7 @@ def _key(prompt: Prompt, setting: Setting) -> dict[str, Any]:
 def describe(arm: Arm) -> dict[str, Any]:
     """The tree `[nodes, levels, beam]` of an arm and its glimpse; `None` where it has none."""
     glimpse = arm.num_glimpse_tokens
-    return {"tree": arm.tree, "glimpse": "all" if glimpse == EVERY_VISUAL_ROW else glimpse}
+    return {"tree": arm.tree, "glimpse": "all" if glimpse == EVERY_VISUAL_TOKEN else glimpse}
 
 
 def count_visual_tokens(target: PreTrainedModel, input_ids: Tensor) -> int:

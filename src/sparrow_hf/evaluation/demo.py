@@ -18,11 +18,11 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from ..configuration_sparrow import TREE_PRESETS, TreeShape
 from ..data.messages import text_of
 from ..data.prepare import prepare_prompt
+from ..draft_inputs import visual_mask
 from ..errors import SparrowError
 from ..measurement import NO_DRAFT, PLAIN, Arm, compare, warm_up
 from ..metrics import Acceptance, Run, Speed, acceptance, speed
 from ..modeling_sparrow import SparrowDraftModel
-from ..rows import visual_mask
 from .provenance import provenance
 from .streaming import ProvenanceStreamer
 

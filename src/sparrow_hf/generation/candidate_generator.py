@@ -10,27 +10,24 @@ from transformers.generation import CandidateGenerator
 
 from .._transformers import drop_newest
 from ..configuration_sparrow import TreeShape
+from ..draft_inputs import DraftInputs, DraftPositions, additive_mask, causal, draft_positions
 from ..modeling_sparrow import SparrowDraftModel
-from ..rows import DraftInputs, DraftRows, draft_rows
 from .tree import CandidatePool, CandidateTree, build_tree
 
-#: Rows of a long prompt enter the draft this many at a time, so that no mask grows with the square of its length.
-PREFILL_CHUNK_ROWS = 1024
-
-#: Text index of glimpse rows: no sliding window ever moves past them.
-_ALWAYS_IN_WINDOW = torch.iinfo(torch.long).max // 2
+#: Positions of a long prompt enter the draft this many at a time, so that no mask grows with the square of its length.
+PREFILL_CHUNK = 1024
 
 
 class SparrowCandidateGenerator(CandidateGenerator):
     """Drafts chains and trees for one sequence; holds the draft's cache of that sequence and nothing else.
 
-    The draft's cache holds committed rows only between two calls; the rows of a tree are dropped once it is built.
+    Between two calls the draft's cache holds committed tokens only; the nodes of a tree are dropped once it is built.
 
     Args:
         draft: A draft bound to its target.
         input_ids: `(1, L)` the prompt, as far as the target's states of it will be given.
         attention_mask: `(1, L)`, 0 on left padding.
-        rows: The rows of the prompt to read; by default all text rows and the draft's `num_glimpse_tokens`.
+        positions: Where to read the prompt; by default all text and the draft's `num_glimpse_tokens`.
     """
 
     requires_model_outputs = True
@@ -40,13 +37,13 @@ class SparrowCandidateGenerator(CandidateGenerator):
         draft: SparrowDraftModel,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        rows: DraftRows | None = None,
+        positions: DraftPositions | None = None,
     ):
         config = draft.config
         self.draft = draft
-        self.device, self._dtype = draft.device, draft.dtype
+        self.device = draft.device
         self.shape = config.tree_shape
-        self.rows: DraftRows = rows or draft_rows(
+        self.positions: DraftPositions = positions or draft_positions(
             input_ids[0],
             config.visual_token_ids or [],
             config.num_glimpse_tokens,
@@ -56,25 +53,18 @@ class SparrowCandidateGenerator(CandidateGenerator):
         self.failed_drafts = 0
         self._prompt_ids = input_ids
         self._cache = DynamicCache()
-        self._hidden: Tensor | None = None  # (1, 1, H) prediction of the newest committed row
+        self._hidden: Tensor | None = None  # (1, 1, H) prediction of the newest committed token
         self._visual_summary: Tensor | None = None  # (1, 1, H), of drafts that make one
         self._root_token = -1
-        self._next_position = 0
-        self._num_text_rows = 0
-        self._text_index = torch.empty(0, dtype=torch.long, device=self.device)  # (C,) of the committed rows
+        self._next_position_id = 0
         # The stock loop asks the target for its states through this.
         self.model_kwargs_overrides = {"output_hidden_states": True}
 
     @property
-    def layers_to_collect(self) -> dict[int, Tensor | None]:
-        """Layer id → prompt rows whose states [`~SparrowCandidateGenerator.prefill`] wants."""
-        wanted: dict[int, Tensor | None] = dict.fromkeys(self.draft.config.feature_layer_ids, self.rows.text)
-        bridge = int(self.draft.config.visual_bridge_layer or 0)
-        if bridge in wanted and len(self.rows.visual):
-            wanted[bridge] = self.rows.indices
-        elif len(self.rows.visual):
-            wanted[bridge] = self.rows.visual
-        return wanted
+    def layers_to_collect(self) -> dict[int, Tensor]:
+        """Layer id → prompt positions whose states [`~SparrowCandidateGenerator.prefill`] wants."""
+        config = self.draft.config
+        return self.positions.to_collect(config.feature_layer_ids, config.bridge_layer_id)
 
     # -- the draft's context ------------------------------------------------------------------------------------------
 
@@ -83,55 +73,38 @@ class SparrowCandidateGenerator(CandidateGenerator):
 
         Args:
             states: What [`~SparrowCandidateGenerator.layers_to_collect`] names: layer id → `(1, n, H)`.
-            first_token: The first generated token; it completes the last text row.
+            first_token: The first generated token; it completes the last text position.
         """
         self._root_token = first_token
         if self.shape.num_draft_levels == 0:
             return
-        draft, rows = self.draft, self.rows
-        device = self.device
-        kept_visual = rows.is_visual.to(device)
-        bridge = int(draft.config.visual_bridge_layer or 0)
-
-        def of_kind(layer: int, visual: bool) -> Tensor:
-            states_of_layer = states[layer].to(device=device, dtype=draft.dtype)
-            # A layer that serves as feature and as bridge was collected for both kinds of rows.
-            both = states_of_layer.shape[1] == len(rows.indices)
-            return states_of_layer[:, kept_visual == visual] if both else states_of_layer
-
-        text_states = torch.cat([of_kind(layer, False) for layer in draft.config.feature_layer_ids], dim=-1)
-        # text rows     x0 x1 … x(T−1)                 hidden states of these
+        draft, config, kept = self.draft, self.draft.config, self.positions
+        states = {layer: of_layer.to(device=self.device, dtype=draft.dtype) for layer, of_layer in states.items()}
+        text_states, visual_states = kept.by_kind(states, config.feature_layer_ids, config.bridge_layer_id)
+        # text          x0 x1 … x(T−1)                 hidden states of these
         # next tokens   x1 x2 … x(T−1) first_token     embeddings of those
-        text_ids = self._prompt_ids[:, rows.text]
-        next_ids = torch.cat((text_ids, text_ids.new_full((1, 1), first_token)), dim=1)[:, 1:]
-        no_visual_states = text_states.new_empty((1, 0, draft.config.hidden_size))
-        inputs = draft.compress_visual(
+        text_ids = self._prompt_ids[:, kept.text]
+        is_visual = kept.is_visual.to(self.device)
+        embeds, inputs = draft.embed_inputs(
             DraftInputs(
-                next_ids=next_ids,
-                text_states=text_states,
-                text_rows=(~kept_visual).nonzero().T,
-                visual_states=of_kind(bridge, True) if len(rows.visual) else no_visual_states,
-                visual_rows=kept_visual.nonzero().T,
-                positions=rows.positions(draft.config.position_mode).to(device)[None],
+                next_ids=torch.cat((text_ids, text_ids.new_full((1, 1), first_token)), dim=1)[:, 1:],
+                text_states=torch.cat([text_states[layer] for layer in config.feature_layer_ids], dim=-1),
+                text_positions=(~is_visual).nonzero().T,
+                visual_states=visual_states,
+                visual_positions=is_visual.nonzero().T,
+                position_ids=kept.position_ids(config.position_mode).to(self.device)[None],
             )
         )
-        summary = inputs.visual_summary
-        embeds = draft.make_rows(inputs, draft.read_states(draft.reduce_features(text_states), summary))
-        # All visual rows stand in the prompt: what its last row is told of them, every later row is told.
-        self._visual_summary = None if summary is None else summary[:, -1:]
-
-        positions = inputs.positions[0]
-        is_visual = torch.ones_like(positions, dtype=torch.bool)
-        is_visual[inputs.text_rows[0]] = False
-        text_index = (~is_visual).cumsum(0) - 1
-        for start in range(0, embeds.shape[1], PREFILL_CHUNK_ROWS):
-            chunk = slice(start, start + PREFILL_CHUNK_ROWS)
-            self._append(embeds[:, chunk], positions[chunk], text_index[chunk], is_visual[chunk])
-        self._num_text_rows = len(rows.text)
-        self._next_position = rows.next_position(draft.config.position_mode)
+        if inputs.visual_summary is not None:
+            # All visual tokens stand in the prompt: what its last token is told of them, every later one is told.
+            self._visual_summary = inputs.visual_summary[:, -1:]
+        for start in range(0, embeds.shape[1], PREFILL_CHUNK):
+            chunk = slice(start, start + PREFILL_CHUNK)
+            self._append(embeds[:, chunk], inputs.position_ids[:, chunk])
+        self._next_position_id = kept.next_position_id(config.position_mode)
 
     def extend(self, features: Tensor, next_tokens: list[int]) -> None:
-        """Appends committed rows.
+        """Appends committed tokens.
 
         Args:
             features: `(1, n, features · H)` the target's states of the newly verified tokens.
@@ -140,43 +113,25 @@ class SparrowCandidateGenerator(CandidateGenerator):
         self._root_token = next_tokens[-1]
         if self.shape.num_draft_levels == 0:
             return
-        draft = self.draft
-        hidden = draft.reduce_features(features.to(device=self.device, dtype=draft.dtype))
-        hidden = draft.read_states(hidden, self._visual_summary)
-        embeds = draft.fuse(draft.embed(torch.tensor([next_tokens], device=self.device)), hidden)
-        offsets = torch.arange(len(next_tokens), device=self.device)
-        text_index = self._num_text_rows + offsets
-        self._append(embeds, self._next_position + offsets, text_index, torch.zeros_like(offsets, dtype=torch.bool))
-        self._num_text_rows += len(next_tokens)
-        self._next_position += len(next_tokens)
+        token_ids = torch.tensor([next_tokens], device=self.device)
+        states = features.to(device=self.device, dtype=self.draft.dtype)
+        embeds = self.draft.embed_next(token_ids, states, self._visual_summary)
+        self._append(embeds, self._next_position_id + torch.arange(len(next_tokens), device=self.device)[None])
+        self._next_position_id += len(next_tokens)
 
-    def _append(self, embeds: Tensor, positions: Tensor, text_index: Tensor, is_visual: Tensor) -> None:
-        """Runs committed rows through the draft, each seeing all rows up to itself; keeps the last one's output."""
+    def _append(self, embeds: Tensor, position_ids: Tensor) -> None:
+        """Runs committed tokens through the draft, each seeing all up to itself; keeps the last one's output."""
         past, new = self._cache.get_seq_length(), embeds.shape[1]
-        self._text_index = torch.cat((self._text_index, text_index.masked_fill(is_visual, _ALWAYS_IN_WINDOW)))
         mask = None
-        if new > 1 or self.draft.config.sliding_window is not None:
-            keys = torch.arange(past + new, device=embeds.device)
-            visible = keys[None, :] <= keys[past:, None]
-            mask = self._additive(visible & self._in_window(text_index, past + new))
-        hidden = self._forward(embeds, positions, mask)
-        self._hidden = hidden[:, -1:]
+        if new > 1:
+            last = torch.arange(past, past + new, device=embeds.device)
+            mask = additive_mask(causal(last, past + new)[None], self.draft.dtype)
+        self._hidden = self._forward(embeds, position_ids, mask)[:, -1:]
 
-    def _in_window(self, query_text_index: Tensor, num_keys: int) -> Tensor:
-        """`(q, keys)` bool: committed rows inside the sliding window of each query."""
-        window = self.draft.config.sliding_window
-        if window is None:
-            return torch.ones((len(query_text_index), num_keys), dtype=torch.bool, device=query_text_index.device)
-        return query_text_index[:, None] - self._text_index[None, :num_keys] < window
-
-    def _forward(self, embeds: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        hidden = self.draft(embeds, positions[None], mask, self._cache).last_hidden_state
+    def _forward(self, embeds: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
+        hidden = self.draft(embeds, position_ids, mask, self._cache).last_hidden_state
         self.max_cache_length = max(self.max_cache_length, self._cache.get_seq_length())
         return hidden
-
-    def _additive(self, visible: Tensor) -> Tensor:
-        mask = torch.zeros((1, 1, *visible.shape), dtype=self._dtype, device=visible.device)
-        return mask.masked_fill_(~visible, torch.finfo(self._dtype).min)
 
     # -- proposing ----------------------------------------------------------------------------------------------------
 
@@ -194,35 +149,34 @@ class SparrowCandidateGenerator(CandidateGenerator):
         hidden = self._hidden
         if levels > 0 and hidden is not None:
             tokens, origins = pool.add_level(self.draft.compute_logits(hidden)[0].log_softmax(-1))
-            # (F, A) bool: which tree rows in the cache are ancestors of each frontier node
+            # (F, A) bool: which tree nodes in the cache are ancestors of each frontier node
             ancestors = torch.zeros((len(tokens), 0), dtype=torch.bool, device=tokens.device)
             for level in range(1, levels):
-                states = self.draft.read_states(hidden[:, origins], self._visual_summary, level)
-                embeds = self.draft.fuse(self.draft.embed(tokens[None]), states)
-                own_rows = torch.eye(len(tokens), dtype=torch.bool, device=tokens.device)
-                hidden = self._forward(embeds, *self._level_layout(level, ancestors, own_rows))
+                itself = torch.eye(len(tokens), dtype=torch.bool, device=tokens.device)
+                embeds = self.draft.embed_next(tokens[None], hidden[:, origins], self._visual_summary, level)
+                hidden = self._forward(embeds, *self._level_layout(level, committed, ancestors, itself))
                 logits = self.draft.compute_logits(hidden)[0]
                 tokens, origins = pool.add_level(logits.log_softmax(-1))
-                ancestors = torch.cat((ancestors, own_rows), dim=1)[origins]
+                ancestors = torch.cat((ancestors, itself), dim=1)[origins]
             if self._cache.get_seq_length() > committed:
                 drop_newest(self._cache, self._cache.get_seq_length() - committed)
         tree = pool.best_tree(self._root_token, self.shape.num_tree_nodes, self.draft.target.device)
         return self._draft_nothing() if tree is None else tree
 
-    def _level_layout(self, level: int, ancestors: Tensor, own_rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Positions and mask of one level's frontier.
+    def _level_layout(
+        self, level: int, committed: int, ancestors: Tensor, itself: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """RoPE positions and mask of one level's frontier.
 
-        keys      committed rows | earlier frontiers | this frontier
-        node      in the window  | its ancestors     | itself
+        keys      committed | earlier frontiers | this frontier
+        node      all       | its ancestors     | itself
         """
-        frontier = len(own_rows)
-        positions = torch.full((frontier,), self._next_position + level - 1, device=own_rows.device)
-        window = self.draft.config.sliding_window
-        if frontier == 1 and window is None:
-            return positions, None
-        query_text_index = torch.full((frontier,), self._num_text_rows + level - 1, device=own_rows.device)
-        committed = self._in_window(query_text_index, len(self._text_index))
-        return positions, self._additive(torch.cat((committed, ancestors, own_rows), dim=1))
+        frontier = len(itself)
+        position_ids = torch.full((1, frontier), self._next_position_id + level - 1, device=itself.device)
+        if frontier == 1:
+            return position_ids, None
+        prefix = itself.new_ones((frontier, committed))
+        return position_ids, additive_mask(torch.cat((prefix, ancestors, itself), dim=1)[None], self.draft.dtype)
 
     def _draft_nothing(self) -> CandidateTree:
         self.failed_drafts += 1
@@ -262,8 +216,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
         states = model_outputs.hidden_states
         if self._hidden is None:
             wanted = self.layers_to_collect
-            rows = {layer: states[layer] if at is None else states[layer][:, at] for layer, at in wanted.items()}
-            self.prefill(rows, int(input_ids[0, -1]))
+            self.prefill({layer: states[layer][:, at] for layer, at in wanted.items()}, int(input_ids[0, -1]))
         else:
             new = n_last_matches + 1
             features = torch.cat([states[layer][:, :new] for layer in self.draft.config.feature_layer_ids], dim=-1)

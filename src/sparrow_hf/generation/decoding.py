@@ -10,11 +10,11 @@ from transformers.generation import BaseStreamer
 from .. import _transformers
 from .._transformers import CACHE, GenerateOutput
 from ..clocks import PhaseClock
-from ..errors import UnsupportedGenerationError
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
 from .candidate_generator import SparrowCandidateGenerator
 from .emission import TokenEmitter
+from .refusals import check_inputs
 from .stats import GenerationStats
 from .tree import CandidateTree
 from .verification import commit_path, tree_attention_mask, tree_position_ids, walk
@@ -41,7 +41,8 @@ def speculative_decode(
     Raises:
         UnsupportedGenerationError: The call asks for something that speculation cannot serve; nothing has run yet.
     """
-    check_inputs(input_ids, model_kwargs)
+    # Again: `generate()` has made the cache since, and the draft may have come another way than by its name.
+    check_inputs(input_ids, model_kwargs.get("inputs_embeds"), model_kwargs[CACHE])
     emitter = TokenEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     recorded: dict[str, tuple[Any, ...]] = {}
     if generation_config.return_dict_in_generate:
@@ -53,8 +54,8 @@ def speculative_decode(
     stats = GenerationStats(draft.config.tree_shape.num_draft_levels, clock)
     draft.last_generation = stats
 
-    # Prefill. Only rows that are new to the target's cache pass the hooks.
-    new = num_new_rows(input_ids, generation_config, model_kwargs)
+    # Prefill. Only what is new to the target's cache passes the hooks.
+    new = num_new_positions(input_ids, generation_config, model_kwargs)
     mask = model_kwargs.get("attention_mask")
     with clock.phase("draft"):
         generator = SparrowCandidateGenerator(draft, input_ids[:, -new:], None if mask is None else mask[:, -new:])
@@ -153,8 +154,8 @@ def verification_inputs(target: PreTrainedModel, tree: CandidateTree, model_kwar
     return inputs
 
 
-def num_new_rows(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:
-    """Prompt rows the prefill will compute: all, or those a cache passed in by the caller does not hold yet.
+def num_new_positions(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:
+    """Prompt positions the prefill will compute: all, or those a cache passed in by the caller does not hold yet.
 
     As transformers has it: with a cache, `input_ids` is the full sequence exactly if it is as long as the attention
     mask.
@@ -162,24 +163,3 @@ def num_new_rows(input_ids: Tensor, generation_config: GenerationConfig, model_k
     full_length = _transformers.length_with_cache(generation_config, model_kwargs.get("attention_mask"))
     is_full = full_length == input_ids.shape[1]
     return input_ids.shape[1] - (model_kwargs[CACHE].get_seq_length() if is_full else 0)
-
-
-def check_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
-    """Raises [`UnsupportedGenerationError`] for inputs the loop cannot serve."""
-    if input_ids.shape[0] != 1:
-        raise UnsupportedGenerationError(
-            f"a Sparrow draft serves one sequence per call, found a batch of {input_ids.shape[0]}: call generate() "
-            "for each, or leave assistant_model out"
-        )
-    embeds = model_kwargs.get("inputs_embeds")
-    if embeds is not None and embeds.shape[1] != input_ids.shape[1]:
-        raise UnsupportedGenerationError(
-            f"inputs_embeds has {embeds.shape[1]} rows and input_ids {input_ids.shape[1]}: the draft must know which "
-            "rows are visual, so pass the input_ids of all rows as well"
-        )
-    cache = model_kwargs.get(CACHE)
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
-        raise UnsupportedGenerationError(
-            f"a Sparrow draft needs the default dynamic cache, found {type(cache).__name__}: leave "
-            f"cache_implementation and {CACHE} at their defaults (use_cache=True)"
-        )

@@ -14,7 +14,7 @@ class GenerationStats:
         num_draft_levels: Most tokens a round of this call could accept.
         new_tokens: Tokens generated, the first one (which the prefill gives) included.
         accepted: Accepted draft tokens of each round; a round is one target forward after the prefill.
-        max_draft_cache_length: Most rows the draft's cache ever held (text, glimpse and tree together).
+        max_draft_cache_length: Most positions the draft's cache ever held (text, glimpse and tree together).
         failed_drafts: Rounds in which the draft's scores were not numbers and nothing was drafted.
     """
 

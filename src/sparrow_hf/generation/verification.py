@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .._transformers import cache_tensors, drop_newest
+from ..draft_inputs import additive_mask
 from .tree import CandidateTree
 
 
@@ -18,18 +19,13 @@ def tree_attention_mask(
 ) -> Tensor:
     """`(1, 1, N, past + N)` additive mask: every node sees the prefix, its ancestors and itself.
 
-    Additive, since eager attention silently misreads a boolean one.
-
     Args:
         prefix_mask: `(1, ≥ past)`, 0 on padding; `None` without padding.
     """
-    lowest = torch.finfo(dtype).min
-    device = tree.ancestors.device
-    mask = torch.zeros((1, 1, len(tree), past_length + len(tree)), dtype=dtype, device=device)
+    prefix = tree.ancestors.new_ones((len(tree), past_length))
     if prefix_mask is not None:
-        mask[..., :past_length].masked_fill_(prefix_mask[:, None, None, :past_length].to(device) == 0, lowest)
-    mask[..., past_length:].masked_fill_(~tree.ancestors, lowest)
-    return mask
+        prefix &= prefix_mask[0, :past_length].to(prefix.device) != 0
+    return additive_mask(torch.cat((prefix, tree.ancestors), dim=1)[None], dtype)
 
 
 def tree_position_ids(tree: CandidateTree, root_position: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ def count_acceptance(batch: DraftBatch, matches: Sequence[Tensor]) -> Tensor:
 
     Args:
         batch: The batch the passes ran on.
-        matches: Per pass s, `(B, J−s)` bool: the draft's most probable token in loss row u + s is the target's.
+        matches: Per pass s, `(B, J−s)` bool: the draft's most probable token at loss u + s is the target's.
 
     Returns:
-        `(1, 3·D + 1)` for D passes: matching rows and all rows of each pass, rounds that accepted at least 1 … D
+        `(1, 3·D + 1)` for D passes: matching losses and all losses of each pass, rounds that accepted at least 1 … D
         tokens, and all rounds.
     """
     depth = len(matches)
@@ -33,10 +33,10 @@ def count_acceptance(batch: DraftBatch, matches: Sequence[Tensor]) -> Tensor:
 def walk(batch: DraftBatch, matches: Sequence[Tensor]) -> list[int]:
     """Decodes on paper: accepted tokens of each round of a chain of D tokens, on the answers of the batch.
 
-    A chain that starts at loss row u and accepts k tokens is followed by the target's own token, so the next one
+    A chain that starts at loss u and accepts k tokens is followed by the target's own token, so the next one
     starts at u + k + 1. With answers that are the target's greedy text this is what decoding does.
     """
-    # (B, J) leading matches of the chain that starts at each loss row
+    # (B, J) leading matches of the chain that starts at each loss
     lengths = torch.zeros_like(batch.has_loss(0), dtype=torch.long)
     alive = batch.has_loss(0).clone()
     for step, match in enumerate(matches):
@@ -44,9 +44,9 @@ def walk(batch: DraftBatch, matches: Sequence[Tensor]) -> list[int]:
         alive[:, : match.shape[1]] &= match & batch.has_loss(step)
         lengths += alive
     rounds = []
-    for sample, num_rows in zip(lengths.tolist(), batch.num_loss_rows.tolist(), strict=True):
+    for sample, num_losses in zip(lengths.tolist(), batch.num_losses.tolist(), strict=True):
         start = 0
-        while start < num_rows:
+        while start < num_losses:
             rounds.append(sample[start])
             start += sample[start] + 1
     return rounds
@@ -57,7 +57,7 @@ def acceptance_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
     Returns:
         `k` accepted drafts per round, `tau` = k + 1 tokens per target forward, `accepted_j` = P(k ≥ j), and
-        `agreement_s`, the share of all rows of pass s (from 1) whose token is the target's.
+        `agreement_s`, the share of all losses of pass s (from 1) whose token is the target's.
     """
     *counts, rounds = np.asarray(prediction.predictions).sum(axis=0).tolist()
     depth = len(counts) // 3
@@ -73,7 +73,7 @@ def acceptance_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def summarize(agreed: Sequence[float], rows: Sequence[float]) -> dict[str, float]:
-    """`agreement_s` per pass, from counts; passes that had no row are left out."""
+    """`agreement_s` per pass, from counts; passes that had no loss are left out."""
     return {
         f"agreement_{step}": float(match / total)
         for step, (match, total) in enumerate(zip(agreed, rows, strict=True), start=1)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from transformers import TrainingArguments
 
 #: `num_visual_rows_*`: every visual row of the sample.
@@ -82,17 +83,6 @@ class SparrowTrainingArguments(TrainingArguments):
             "in the paper (IVSB); 0 for both: text rows only."
         },
     )
-    visual_start: float = field(
-        default=0.0,
-        metadata={"help": "Share of the training's steps before which no sample shows visual rows (text first)."},
-    )
-    visual_full: float = field(
-        default=0.0,
-        metadata={"help": "Share of the steps from which on every sample shows them; ever more do until then."},
-    )
-    visual_dropout: float = field(
-        default=0.0, metadata={"help": "Probability that a sample shows no visual rows in one step all the same."}
-    )
     mtp_attention: Literal["exact", "reinput"] = field(
         default="exact",
         metadata={
@@ -144,21 +134,23 @@ class SparrowTrainingArguments(TrainingArguments):
                 "num_visual_rows_min and num_visual_rows_max must be 0 ≤ min ≤ max, or both −1; found "
                 f"{low} and {high}"
             )
-        if not 0 <= self.visual_start <= self.visual_full <= 1 or not 0 <= self.visual_dropout <= 1:
-            raise ValueError(
-                "these must be 0 ≤ visual_start ≤ visual_full ≤ 1 and 0 ≤ visual_dropout ≤ 1; found "
-                f"{self.visual_start}, {self.visual_full} and {self.visual_dropout}"
-            )
         if self.mtp_attention not in ("exact", "reinput"):
             raise ValueError(f"mtp_attention must be 'exact' or 'reinput', found {self.mtp_attention!r}")
         if self.on_bad_row not in ("refuse", "skip"):
             raise ValueError(f"on_bad_row must be 'refuse' or 'skip', found {self.on_bad_row!r}")
 
-    def visual_odds(self, progress: float) -> float:
-        """Probability that a sample shows its visual rows after this share (0 … 1) of the steps."""
-        ramp = self.visual_full - self.visual_start
-        shown = float(progress >= self.visual_start) if ramp == 0 else (progress - self.visual_start) / ramp
-        return min(max(shown, 0.0), 1.0) * (1 - self.visual_dropout)
+    def draw_visual_rows(self, num_visual_rows: int, progress: float, generator: torch.Generator) -> int:
+        """How many of a sample's visual rows the draft is shown in one step.
+
+        Args:
+            num_visual_rows: How many the sample has.
+            progress: Share (0 … 1) of the training's steps that are done; a curriculum may depend on it.
+            generator: The sample's, in this step.
+        """
+        if self.num_visual_rows_max == ALL_VISUAL_ROWS:
+            return num_visual_rows
+        low, high = self.num_visual_rows_min, self.num_visual_rows_max
+        return int(torch.randint(low, high + 1, (), generator=generator))
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -169,14 +161,3 @@ class SparrowTrainingArguments(TrainingArguments):
             "list_mle": self.list_mle_weight,
             "feature_smooth_l1": self.feature_smooth_l1_weight,
         }
-
-    @classmethod
-    def from_preset(cls, preset: str, **overrides: Any) -> "SparrowTrainingArguments":
-        """Arguments of a named recipe (see [`TRAINING_PRESETS`]), with `overrides` on top.
-
-        Raises:
-            ValueError: There is no preset of that name.
-        """
-        if preset not in TRAINING_PRESETS:
-            raise ValueError(f"unknown training preset {preset!r}; known: {', '.join(TRAINING_PRESETS)}")
-        return cls(**(TRAINING_PRESETS[preset] | overrides))

@@ -19,10 +19,10 @@ from transformers import BatchFeature, ProcessorMixin
 
 from ..data.messages import ROW_INDEX, naming_row
 from ..data.prepare import kind_of, prepare_conversation, prepare_prompt
+from ..draft_inputs import DraftPositions, draft_positions, visual_mask
 from ..errors import TrainingDataError
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
-from ..rows import DraftRows, draft_rows, visual_mask
 
 
 @dataclass
@@ -57,7 +57,7 @@ class TrainingStates:
 
 @torch.no_grad()
 def read_with_target(
-    draft: SparrowDraftModel, sample: Mapping[str, Any], rows: DraftRows | None = None
+    draft: SparrowDraftModel, sample: Mapping[str, Any], positions: DraftPositions | None = None
 ) -> TrainingStates:
     """Runs the frozen target over one processed conversation and keeps what training needs.
 
@@ -67,7 +67,7 @@ def read_with_target(
     Args:
         draft: A draft bound to the target.
         sample: Processed conversation (see the module's docstring), on the target's device.
-        rows: Rows to keep; by default all text rows and all visual rows, as a recording needs them.
+        positions: Where to keep states; by default all text and all visual tokens, as a recording needs them.
 
     Raises:
         TrainingDataError: The prompt has visual placeholders but no pixels, or the answer is too short or not text.
@@ -76,28 +76,23 @@ def read_with_target(
     check_processed(sample, config.visual_token_ids or [])
     input_ids = sample["input_ids"][0]
     inputs = {name: value for name, value in sample.items() if name != "answer_start"}
-    if rows is None:
-        rows = draft_rows(input_ids, config.visual_token_ids or [], num_glimpse_tokens=len(input_ids))
-    last, bridge = config.target_num_hidden_layers, int(config.visual_bridge_layer or 0)
-    wanted: dict[int, Tensor | None] = dict.fromkeys((*config.feature_layer_ids, last), rows.text)
-    # A layer that is both feature and bridge is kept in both kinds of rows, no other one in more than it is read in.
-    bridge_is_feature = bridge in wanted
-    wanted[bridge] = rows.indices if bridge_is_feature else rows.visual
+    if positions is None:
+        positions = draft_positions(input_ids, config.visual_token_ids or [], num_glimpse_tokens=len(input_ids))
+    bridge, text_layers = config.bridge_layer_id, (*config.feature_layer_ids, config.target_num_hidden_layers)
+    wanted = positions.to_collect(text_layers, bridge)
     collector = HiddenStateCollector(wanted)
     with collector.active():
         # The logits of training rows are computed from the collected states, and only where there is a loss.
         view.model(**inputs, use_cache=False, logits_to_keep=1)
-    states = {layer: collector.take(layer)[0] for layer in wanted}
-    visual_states = states[bridge]
-    if bridge_is_feature:
-        states[bridge], visual_states = visual_states[~rows.is_visual], visual_states[rows.is_visual]
+    states = {layer: collector.take(layer) for layer in wanted}
+    text_states, visual_states = positions.by_kind(states, text_layers, bridge)
     return TrainingStates(
         input_ids=input_ids,
         answer_start=int(sample["answer_start"]),
-        text_states=torch.cat([states[layer] for layer in config.feature_layer_ids], dim=-1),
-        last_states=states[last],
-        visual_rows=rows.visual,
-        visual_states=visual_states,
+        text_states=torch.cat([text_states[layer][0] for layer in config.feature_layer_ids], dim=-1),
+        last_states=text_states[config.target_num_hidden_layers][0],
+        visual_rows=positions.visual,
+        visual_states=visual_states[0],
     )
 
 

@@ -21,7 +21,6 @@ DRAFT_FIELDS = (
     "num_glimpse_tokens",
     "num_mtp_steps",
     "num_draft_levels",
-    "sliding_window",
     "position_mode",
     "project_visual",
 )
@@ -72,7 +71,6 @@ class TrainingOptions:
     num_glimpse_tokens: int | None = field(default=None, metadata={"help": "Visual rows kept when drafting."})
     num_mtp_steps: int | None = field(default=None, metadata={"help": "Passes over each training row."})
     num_draft_levels: int | None = field(default=None, metadata={"help": "Tokens per drafted chain."})
-    sliding_window: int | None = field(default=None, metadata={"help": "Text rows the draft sees at most."})
     position_mode: Literal["compact", "original"] | None = field(
         default=None, metadata={"help": "Positions of the draft's rows."}
     )

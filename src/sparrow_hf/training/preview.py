@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._transformers import on_device
 from ..clocks import now
-from ..rows import visual_mask
+from ..draft_inputs import visual_mask
 from .trainer import SparrowTrainer
 
 #: Rows a dry run really takes, spread evenly over the training set.
@@ -18,13 +18,13 @@ DRY_RUN_ROWS = 8
 
 @dataclass(frozen=True)
 class PreviewedRow:
-    """One row of the draft in the first pass; `None` where a visual row has no token.
+    """One position of the draft's sequence in the first pass; `None` where a visual one has no token.
 
     Attributes:
         position: RoPE position.
-        state_of: The token whose target state the row reads; of a visual row, `None`.
-        embedding_of: The token after it, whose embedding the row reads.
-        predicts: The token after that, if the row has a loss.
+        state_of: The token whose target state the draft reads there; `None` if it is visual.
+        embedding_of: The token after it, whose embedding the draft reads there.
+        predicts: The token after that, if there is a loss.
     """
 
     position: int
@@ -64,13 +64,13 @@ def preview_sample(
     input_ids = sample["input_ids"].flatten().to(batch.next_ids.device)
     names = tokenizer.convert_ids_to_tokens
     is_visual = visual_mask(input_ids, trainer.draft.config.visual_token_ids or [])
-    first_loss, num_loss = int(batch.first_loss_row), int(batch.num_loss_rows)
-    positions = batch.positions[0].tolist()
+    first_loss, num_loss = int(batch.first_loss), int(batch.num_losses)
+    positions = batch.position_ids[0].tolist()
     rows = [PreviewedRow(position, None, None, None) for position in positions]
     next_ids, answer = batch.next_ids[0].tolist(), input_ids[int(sample["answer_start"]) :].tolist()
     # The text before the first row's next token is the first kept token of the prompt, whichever rows were dropped.
     states = [int(input_ids[~is_visual][0]), *next_ids[:-1]]
-    for index, at in enumerate(batch.text_rows[0].tolist()):
+    for index, at in enumerate(batch.text_positions[0].tolist()):
         loss_row = index - first_loss
         predicts = names(answer[loss_row + 1]) if 0 <= loss_row < num_loss else None
         rows[at] = PreviewedRow(positions[at], names(states[index]), names(next_ids[index]), predicts)
@@ -79,7 +79,7 @@ def preview_sample(
     return SamplePreview(
         rows=rows,
         visual_runs=[(start, end - start + 1) for start, end in zip(starts, ends, strict=True)],
-        num_visual_rows=batch.visual_rows.shape[1],
+        num_visual_rows=batch.visual_positions.shape[1],
         num_loss_rows=num_loss,
     )
 

@@ -40,9 +40,9 @@ from ..artifacts import (
 from ..configuration_sparrow import SparrowDraftConfig, published_name
 from ..data.datasets import Rows
 from ..data.messages import naming_row
+from ..draft_inputs import draft_positions
 from ..errors import DiskBudgetError, TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
-from ..rows import draft_rows
 from .data import SparrowDataCollator, TrainingStates, read_with_target
 
 PROVENANCE_FILE = "recording.json"
@@ -130,7 +130,9 @@ class Recorder:
 
     def _read(self, sample: Mapping[str, Any]) -> TrainingStates:
         ids, budget = sample["input_ids"][0], sample["input_ids"].shape[1] if self.visual_rows else 0
-        return read_with_target(self.draft, sample, draft_rows(ids, self.draft.config.visual_token_ids or [], budget))
+        return read_with_target(
+            self.draft, sample, draft_positions(ids, self.draft.config.visual_token_ids or [], budget)
+        )
 
 
 def record(
@@ -202,7 +204,7 @@ def estimate_recording_bytes(
         except TrainingDataError:
             sizes.append(0)
             continue
-        kept = draft_rows(input_ids, config.visual_token_ids or [], len(input_ids) if visual_rows else 0)
+        kept = draft_positions(input_ids, config.visual_token_ids or [], len(input_ids) if visual_rows else 0)
         states = (len(kept.text) * layers + len(kept.visual)) * config.hidden_size * itemsize
         sizes.append(HEADER_BYTES + 8 * (len(input_ids) + len(kept.visual) + 1) + states)
     return round(len(rows) * sum(sizes) / max(1, len(sizes)))

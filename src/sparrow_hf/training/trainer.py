@@ -13,10 +13,10 @@ from transformers.utils import logging
 
 from .._transformers import on_device
 from ..data.prepare import kind_of
+from ..draft_inputs import draft_positions, visual_mask
 from ..modeling_sparrow import SparrowDraftModel
-from ..rows import draft_rows, visual_mask
 from .acceptance import acceptance_metrics, count_acceptance, summarize
-from .arguments import ALL_VISUAL_ROWS, SparrowTrainingArguments
+from .arguments import SparrowTrainingArguments
 from .chunked_loss import chunked_loss
 from .data import SparrowDataCollator, TrainingStates, check_sample, read_with_target
 from .passes import DraftBatch, exact_passes, make_batch, reinput_passes
@@ -30,8 +30,8 @@ class SparrowTrainer(Trainer):
     Rows of the datasets are conversations, processed conversations or recorded states (see `data.py`). Conversations
     are read by the target during training, without gradient; recorded states give the same losses, to the last bit.
 
-    All randomness of a step (which visual rows, the noise) is a function of `args.seed`, the step and the sample, so
-    a resumed run repeats what the uninterrupted one would have drawn.
+    All randomness of a step (which visual positions, the noise) is a function of `args.seed`, the step and the sample,
+    so a resumed run repeats what the uninterrupted one would have drawn.
 
     Args:
         model: The draft. Only its own tensors are optimised and saved.
@@ -47,7 +47,7 @@ class SparrowTrainer(Trainer):
     """
 
     args: SparrowTrainingArguments
-    # The loss below is divided by the loss rows of the whole accumulated batch.
+    # The loss below is divided by the number of losses of the whole accumulated batch.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -95,7 +95,7 @@ class SparrowTrainer(Trainer):
 
         Args:
             samples: Processed conversations or rows of [`TrainingStates`].
-            training: Random visual rows and noise; otherwise the rows that decoding keeps, and no noise.
+            training: Random visual positions and noise; otherwise the positions that decoding keeps, and no noise.
         """
         config = self.draft.config
         visual_ids = config.visual_token_ids or []
@@ -106,18 +106,20 @@ class SparrowTrainer(Trainer):
             generator = self._generator(input_ids) if training else None
             budget = config.num_glimpse_tokens
             if generator is not None:
-                budget = self._draw_budget(int(visual_mask(input_ids, visual_ids).sum()), generator)
-            rows = draft_rows(input_ids, visual_ids, budget, generator=generator)
+                progress = self.state.global_step / max(self.state.max_steps, 1)
+                num_visual = int(visual_mask(input_ids, visual_ids).sum())
+                budget = self.args.draw_visual_rows(num_visual, progress, generator)
+            positions = draft_positions(input_ids, visual_ids, budget, generator=generator)
             if kind_of(sample) == "states":
                 states = TrainingStates.from_row(sample)
             else:
-                states = read_with_target(self.draft, sample, rows)
+                states = read_with_target(self.draft, sample, positions)
             if generator is not None and self.args.hidden_state_noise:
                 shape = states.text_states.shape
-                scale = self.args.hidden_state_noise * 512 / len(rows.indices)
+                scale = self.args.hidden_state_noise * 512 / len(positions.indices)
                 drawn = (torch.rand(shape, generator=generator) - 0.5) * scale
                 noise.append(drawn.to(states.text_states))
-            read.append((states, rows))
+            read.append((states, positions))
         batch = make_batch(read, config.position_mode, noise or None)
         for name in ("text_states", "visual_states", "target_states"):
             setattr(batch, name, getattr(batch, name).to(self.draft.dtype))
@@ -130,15 +132,6 @@ class SparrowTrainer(Trainer):
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
         return torch.Generator().manual_seed(seed)
 
-    def _draw_budget(self, num_visual_rows: int, generator: torch.Generator) -> int:
-        odds = self.args.visual_odds(self.state.global_step / max(self.state.max_steps, 1))
-        if odds < 1 and float(torch.rand((), generator=generator)) >= odds:
-            return 0
-        low, high = self.args.num_visual_rows_min, self.args.num_visual_rows_max
-        if high == ALL_VISUAL_ROWS:
-            return num_visual_rows
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
     # -- the loss -----------------------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -148,11 +141,12 @@ class SparrowTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Sum over passes of the weighted losses, summed over rows, over the number of loss rows of the first pass.
+        """Sum over passes of the weighted losses, summed over positions, over the number of losses of the first pass.
 
         Args:
             inputs: `{"samples": [...]}` from the collator.
-            num_items_in_batch: Loss rows of all batches this optimizer step accumulates; by default of this one.
+            num_items_in_batch: Losses of the first pass in all batches this optimizer step accumulates; by default in
+                this one.
         """
         training = model.training
         self.report_skipped(inputs.get("skipped", []))
@@ -167,7 +161,7 @@ class SparrowTrainer(Trainer):
 
         has_loss = batch.has_loss(0)
         target_states = batch.target_states[has_loss]
-        # (B, J) → index into the (n, H) rows of the target
+        # (B, J) → index into the (n, H) states of the target
         target_index = has_loss.flatten().cumsum(0).reshape(has_loss.shape) - 1
 
         total = torch.zeros((), device=target_states.device)
@@ -186,7 +180,7 @@ class SparrowTrainer(Trainer):
         num_items = int(has_loss.sum()) if num_items_in_batch is None else num_items_in_batch
         loss = total / num_items
         if num_items_in_batch is not None:
-            # Gradients are averaged over processes, but every process has divided by the rows of all of them.
+            # Gradients are averaged over processes, but every process has divided by the losses of all of them.
             loss = loss * self.accelerator.num_processes
         return (loss, count_acceptance(batch, matches)) if return_outputs else loss
 
@@ -209,15 +203,15 @@ class SparrowTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """As in the base class, with the number of loss rows of the accumulated batches as `num_items_in_batch`."""
+        """As in the base class, with the number of losses of the accumulated batches as `num_items_in_batch`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # One loss row per answer token but the first.
-        rows = sum(
+        # One loss per answer token but the first.
+        losses = sum(
             sample["input_ids"].shape[-1] - int(sample["answer_start"]) - 1
             for batch in batches
             for sample in batch["samples"]
         )
-        count = torch.tensor(max(rows, 1), device=device)
+        count = torch.tensor(max(losses, 1), device=device)
         return batches, self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def prediction_step(

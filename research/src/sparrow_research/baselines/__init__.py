@@ -5,7 +5,7 @@ loads them once this is imported, and `sparrow bench` imports it where this pack
 
     baseline = BASELINES["msd"]
     draft = baseline.draft_class.from_target(target, **baseline.draft)
-    SparrowTrainer(draft, target, SparrowTrainingArguments("msd", **baseline.training), train_dataset=rows).train()
+    SparrowTrainer(draft, target, CurriculumArguments("msd", **baseline.training), train_dataset=rows).train()
 
 `specvlm` needs no training, but a small sibling of the target, and runs in transformers' own loop.
 """
@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel
 
+from sparrow_hf.draft_inputs import EVERY_VISUAL_TOKEN
 from sparrow_hf.modeling_sparrow import SparrowDraftModel
-from sparrow_hf.rows import EVERY_VISUAL_ROW
 from sparrow_hf.training import ALL_VISUAL_ROWS
 
 from .hivis import HiViSDraftConfig, HiViSDraftModel
@@ -34,7 +34,8 @@ class Baseline:
     Attributes:
         draft_class: Its `from_target` makes the draft.
         draft: Fields of the draft's configuration.
-        training: Fields of the training arguments. Unused where `weights_of` names another baseline.
+        training: Fields of [`~sparrow_research.curriculum.CurriculumArguments`]. Unused where `weights_of` names
+            another baseline.
         weights_of: The baseline whose trained weights it drafts with, its own `draft` fields set on them.
     """
 
@@ -48,7 +49,7 @@ _ALL_VISUAL_ROWS = {"num_visual_rows_min": ALL_VISUAL_ROWS, "num_visual_rows_max
 
 _MSD_DRAFT = {
     "visual_bridge_layer": 0,
-    "num_glimpse_tokens": EVERY_VISUAL_ROW,
+    "num_glimpse_tokens": EVERY_VISUAL_TOKEN,
     "position_mode": "original",
     "input_norm": True,
     "output_norm": False,
@@ -70,7 +71,7 @@ BASELINES: dict[str, Baseline] = {
     "msd-deleted": Baseline(draft=_MSD_DRAFT | {"num_glimpse_tokens": 0}, weights_of="msd"),
     "vispec": Baseline(
         ViSpecDraftModel,
-        draft={"num_mtp_steps": 2, "num_glimpse_tokens": EVERY_VISUAL_ROW},
+        draft={"num_mtp_steps": 2, "num_glimpse_tokens": EVERY_VISUAL_TOKEN},
         training=_ALL_VISUAL_ROWS
         | {
             "probability_l1_weight": 10.0,

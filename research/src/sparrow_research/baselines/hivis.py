@@ -33,6 +33,6 @@ class HiViSDraftModel(SparrowDraftModel):
         self.post_init()
         nn.init.zeros_(self.step_residuals.weight)
 
-    def read_states(self, hidden_states: Tensor, visual_summary: Tensor | None = None, step: int = 0) -> Tensor:
+    def read_states(self, states: Tensor, visual_summary: Tensor | None, step: int) -> Tensor:
         """`h + r(step)`."""
-        return hidden_states + self.step_residuals.weight[min(step, self.config.num_mtp_steps - 1)]
+        return states + self.step_residuals.weight[min(step, self.config.num_mtp_steps - 1)]

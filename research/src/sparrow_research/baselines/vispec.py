@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparrow_hf.configuration_sparrow import SparrowDraftConfig
+from sparrow_hf.draft_inputs import EVERY_VISUAL_TOKEN, DraftInputs
 from sparrow_hf.modeling_sparrow import SparrowDraftModel
-from sparrow_hf.rows import EVERY_VISUAL_ROW, DraftInputs
 
 _Inputs = TypeVar("_Inputs", bound=DraftInputs)
 
@@ -23,7 +23,7 @@ class ViSpecDraftConfig(SparrowDraftConfig):
     model_type = "vispec_draft"
 
     visual_bridge_layer: int | None = 0
-    num_glimpse_tokens: int = EVERY_VISUAL_ROW
+    num_glimpse_tokens: int = EVERY_VISUAL_TOKEN
     position_mode: Literal["compact", "original"] = "original"
 
 
@@ -33,7 +33,7 @@ class ViSpecDraftModel(SparrowDraftModel):
     The row stands where the run's last one stood. `g` joins the states of all text rows behind the run, drafted ones
     included: `z = FC(e ⊕ img_fc(h ⊕ g))`, where `img_fc` starts as `[I | 0]`. Behind several runs `g` is the last
     one's, before the first it is zero. Visual rows with nothing but a frame header between them are one run
-    (`rows.py`).
+    (`draft_inputs.py`).
     """
 
     config_class = ViSpecDraftConfig
@@ -48,10 +48,14 @@ class ViSpecDraftModel(SparrowDraftModel):
         with torch.no_grad():
             self.img_fc.weight.copy_(torch.cat((torch.eye(hidden), torch.zeros(hidden, hidden)), dim=1))
 
-    def read_states(self, hidden_states: Tensor, visual_summary: Tensor | None = None, step: int = 0) -> Tensor:
+    def read_states(self, states: Tensor, visual_summary: Tensor | None, step: int) -> Tensor:
         """`img_fc(h ⊕ g)`."""
         assert visual_summary is not None
-        return self.img_fc(torch.cat((hidden_states, visual_summary.expand_as(hidden_states)), dim=-1))
+        return self.img_fc(torch.cat((states, visual_summary.expand_as(states)), dim=-1))
+
+    def embed_inputs(self, inputs: _Inputs) -> tuple[Tensor, _Inputs]:
+        """As [`SparrowDraftModel`] does, after each visual run became one token."""
+        return super().embed_inputs(self.compress_visual(inputs))
 
     def compress_visual(self, inputs: _Inputs) -> _Inputs:
         """Replaces each of the (at most G) runs of a sample by one row, and adds the summaries.
@@ -61,14 +65,14 @@ class ViSpecDraftModel(SparrowDraftModel):
         rows then       0 1 2 3   4 5  6  …       numbered anew, gaps closed
         """
         visual_states, visual_rows = _with_spare_row(inputs)
-        num_rows = inputs.positions.shape[1]
+        num_rows = inputs.position_ids.shape[1]
         in_run = _runs(visual_rows, num_rows)
         outputs = self._attend(visual_states, in_run)
         last_rows = torch.where(in_run, visual_rows[:, None], -1).amax(-1)
         last_rows = last_rows.masked_fill(~in_run.any(-1), num_rows)
 
         # (B, T, G) runs before each text row; index 0 of the summaries is that of no run
-        num_before = (last_rows[:, None] < inputs.text_rows[..., None]).sum(-1)
+        num_before = (last_rows[:, None] < inputs.text_positions[..., None]).sum(-1)
         summaries = F.pad(outputs[:, :, 1], (0, 0, 1, 0))
         summary = summaries.gather(1, num_before[..., None].expand(-1, -1, summaries.shape[-1]))
         return _keep_rows(inputs, last_rows, outputs[:, :, 0], summary)
@@ -89,8 +93,8 @@ def _with_spare_row(inputs: DraftInputs) -> tuple[Tensor, Tensor]:
 
     All parameters then have a gradient in every step, be it zero: processes that train together wait for it.
     """
-    spare = inputs.positions.shape[1]
-    return F.pad(inputs.visual_states, (0, 0, 0, 1)), F.pad(inputs.visual_rows, (0, 1), value=spare)
+    spare = inputs.position_ids.shape[1]
+    return F.pad(inputs.visual_states, (0, 0, 0, 1)), F.pad(inputs.visual_positions, (0, 1), value=spare)
 
 
 def _runs(visual_rows: Tensor, num_rows: int) -> Tensor:
@@ -105,19 +109,19 @@ def _runs(visual_rows: Tensor, num_rows: int) -> Tensor:
 
 def _keep_rows(inputs: _Inputs, visual_rows: Tensor, visual_states: Tensor, summary: Tensor) -> _Inputs:
     """`inputs` with `(B, G)` of the visual rows only, holding these states; the rows are numbered anew."""
-    num_rows = inputs.positions.shape[1]
+    num_rows = inputs.position_ids.shape[1]
     kept = torch.zeros((len(visual_rows), num_rows + 1), dtype=torch.bool, device=visual_rows.device)
-    kept = kept.scatter(1, inputs.text_rows, True).scatter(1, visual_rows, True)
+    kept = kept.scatter(1, inputs.text_positions, True).scatter(1, visual_rows, True)
     kept[:, num_rows] = False
     num_kept = int(kept.sum(1).max())
     # Old number of a row → its new one; padding and rows that are gone share the spare place at the end.
     new_rows = (kept.cumsum(1) - 1).masked_fill(~kept, num_kept)
-    positions = inputs.positions.new_zeros((len(kept), num_kept + 1))
+    position_ids = inputs.position_ids.new_zeros((len(kept), num_kept + 1))
     return dataclasses.replace(
         inputs,
-        text_rows=new_rows.gather(1, inputs.text_rows),
+        text_positions=new_rows.gather(1, inputs.text_positions),
         visual_states=visual_states,
-        visual_rows=new_rows.gather(1, visual_rows),
-        positions=positions.scatter(1, new_rows[:, :num_rows], inputs.positions)[:, :num_kept],
+        visual_positions=new_rows.gather(1, visual_rows),
+        position_ids=position_ids.scatter(1, new_rows[:, :num_rows], inputs.position_ids)[:, :num_kept],
         visual_summary=summary,
     )

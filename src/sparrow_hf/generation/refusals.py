@@ -1,0 +1,91 @@
+"""What a `generate()` call cannot combine with a draft, all of it refused before the vision tower runs.
+
+What depends on the target alone (its layers, its vocabulary) is refused where the draft is made or bound:
+`targets.py`, `configuration_sparrow.py`.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation import GenerationMode
+
+from .._transformers import CACHE, attention_of, is_stateful
+from ..errors import UnsupportedGenerationError
+
+#: Options of `generate()` that ask for another way to draft or to decode, which a draft would silently replace.
+_OTHER_WAYS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type", "dola_layers")
+
+
+def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Any) -> None:
+    """Checks the tensors of a call, as the user passed them or as `generate()` completed them.
+
+    Args:
+        input_ids: `(B, L)`; `None` if the call brings none.
+        inputs_embeds: `(B, L, H)`, if the call brings them.
+        cache: A cache that the call brings, or the one made for it.
+
+    Raises:
+        UnsupportedGenerationError: There are several sequences, embeddings without ids, or another kind of cache.
+    """
+    size = next((len(given) for given in (input_ids, inputs_embeds) if given is not None), 1)
+    if size != 1:
+        raise UnsupportedGenerationError(
+            f"a Sparrow draft serves one sequence per call, found a batch of {size}: call generate() for each, or "
+            "leave assistant_model out"
+        )
+    length = 0 if input_ids is None else input_ids.shape[1]
+    if inputs_embeds is not None and inputs_embeds.shape[1] != length:
+        raise UnsupportedGenerationError(
+            f"inputs_embeds has {inputs_embeds.shape[1]} positions and input_ids {length}: the draft must know which "
+            "positions are visual, so pass the input_ids of all of them as well"
+        )
+    if cache is not None and (type(cache) is not DynamicCache or getattr(cache, "offloading", False)):
+        raise UnsupportedGenerationError(
+            f"a Sparrow draft needs the default dynamic cache, found {type(cache).__name__}: leave "
+            f"cache_implementation and {CACHE} at their defaults (use_cache=True)"
+        )
+
+
+def check_request(
+    generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any], target: Any
+) -> None:
+    """Checks the options of a call and how the target is set up.
+
+    Raises:
+        UnsupportedGenerationError: Something cannot be combined with a draft; all of it is named.
+    """
+    found: list[str] = []
+    if generation_mode != GenerationMode.ASSISTED_GENERATION:
+        found.append(f"{generation_mode.value} (num_beams={generation_config.num_beams})")
+    if (generation_config.num_return_sequences or 1) > 1:
+        found.append(f"num_return_sequences={generation_config.num_return_sequences}")
+    if generation_config.assistant_ensemble_weight is not None:
+        found.append("assistant_ensemble_weight (it would change the output)")
+    if generation_config.use_cache is False:
+        found.append("use_cache=False")
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        found.append(f"cache_implementation={generation_config.cache_implementation!r}")
+    if generation_mode_kwargs.get("synced_gpus"):
+        found.append("synced_gpus (ZeRO-3 or FSDP generation)")
+    for name in _OTHER_WAYS:
+        value = getattr(generation_config, name, None)
+        if value not in (None, False):
+            found.append(f"{name}={value!r}")
+    attention = attention_of(target.config.get_text_config())
+    if "flash" in attention:
+        # Verification needs a 4-D mask; FlashAttention would drop it and accept wrong tokens without a word.
+        found.append(f"attn_implementation={attention!r} (load the target with 'sdpa')")
+    if is_stateful(target):
+        found.append("a stateful target (its state cannot step back over rejected tokens)")
+    if learns_prompt(target):
+        found.append("prompt or prefix tuning of peft on the target (its virtual tokens stand in no input_ids)")
+    if found:
+        raise UnsupportedGenerationError(f"cannot be combined with a Sparrow draft: {'; '.join(found)}")
+
+
+def learns_prompt(target: Any) -> bool:
+    """Whether a peft wrapper that puts virtual tokens before the prompt is generating with this model."""
+    # The wrapper lends the model its own method while it generates.
+    wrapper = getattr(target.prepare_inputs_for_generation, "__self__", None)
+    return bool(getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False))

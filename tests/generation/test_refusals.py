@@ -1,0 +1,137 @@
+"""What a draft cannot be combined with is refused before any part of the target runs, its vision tower included."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf._transformers import CACHE
+from sparrow_hf.errors import UnsupportedGenerationError
+
+from families import FAMILY_BY_NAME
+
+FAMILIES = ("qwen2_5_vl", "llava_onevision")
+
+
+@pytest.fixture(params=FAMILIES)
+def setting(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, SparrowDraftModel, dict[str, Any]]:
+    family = FAMILY_BY_NAME[request.param]
+    target = family.build_target()
+    return target, SparrowDraftModel.from_target(target), family.build_inputs(target)
+
+
+@contextmanager
+def refused(target: PreTrainedModel, message: str) -> Iterator[None]:
+    """The call inside raises, and no module of the target has run."""
+    ran: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+        for name, module in target.named_modules()
+    ]
+    try:
+        with pytest.raises(UnsupportedGenerationError, match=message):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert not ran
+
+
+def test_the_vision_tower_is_watched(setting) -> None:
+    """A call that is served runs modules, so one that is refused too late is seen."""
+    target, draft, inputs = setting
+    with pytest.raises(pytest.fail.Exception), refused(target, "."):
+        target.generate(**inputs, assistant_model=draft, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_beams": 3}, "num_beams=3"),
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
+        ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
+        ({"assistant_early_exit": 2}, "assistant_early_exit=2"),
+        ({"use_mtp": True}, "use_mtp=True"),
+        ({"speculation_type": "dflash"}, "speculation_type='dflash'"),
+        ({"dola_layers": "high"}, "dola_layers='high'"),
+        ({"dola_layers": [1], "use_cache": False}, r"use_cache=False; dola_layers=\[1\]"),
+    ],
+)
+def test_options(setting, kwargs: dict[str, Any], message: str) -> None:
+    target, draft, inputs = setting
+    with refused(target, message):
+        target.generate(**inputs, assistant_model=draft, max_new_tokens=4, **kwargs)
+
+
+def test_flash_attention(setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft, inputs = setting
+    monkeypatch.setattr(target.config.get_text_config(), "_attn_implementation_internal", "flash_attention_2")
+    with refused(target, "flash_attention_2"):
+        target.generate(**inputs, assistant_model=draft, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_batches(setting, positional: bool) -> None:
+    target, draft, inputs = setting
+    batch = {
+        name: tensor.repeat_interleave(2, dim=0) for name, tensor in inputs.items() if not name.endswith("grid_thw")
+    }
+    batch |= {name: tensor.repeat(2, 1) for name, tensor in inputs.items() if name.endswith("grid_thw")}
+    first = (batch.pop("input_ids"),) if positional else ()
+    with refused(target, "batch of 2"):
+        target.generate(*first, **batch, assistant_model=draft, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("length", [None, 3])
+def test_embeddings_without_all_of_their_ids(setting, length: int | None) -> None:
+    target, draft, inputs = setting
+    with torch.no_grad():
+        embeds = target.get_input_embeddings()(inputs.pop("input_ids"))
+    ids = {} if length is None else {"input_ids": torch.full((1, length), 20)}
+    with refused(target, f"inputs_embeds has {embeds.shape[1]} positions and input_ids {length or 0}"):
+        target.generate(inputs_embeds=embeds, **ids, assistant_model=draft, max_new_tokens=4)
+
+
+# Since 5.24 transformers takes the cache by either name.
+@pytest.mark.parametrize("name", sorted({"past_key_values", CACHE}))
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+def test_caches_that_cannot_step_back(setting, name: str) -> None:
+    target, draft, inputs = setting
+    cache = StaticCache(config=target.config.get_text_config(), max_cache_len=200)
+    with refused(target, "found StaticCache"):
+        target.generate(**inputs, **{name: cache}, assistant_model=draft, max_new_tokens=4)
+    offloaded = DynamicCache(config=target.config.get_text_config())
+    # Made on a machine with an accelerator only.
+    offloaded.offloading = True
+    with refused(target, "needs the default dynamic cache"):
+        target.generate(**inputs, **{name: offloaded}, assistant_model=draft, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_virtual_tokens_of_peft(setting, method: str) -> None:
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    target, draft, inputs = setting
+    text = target.config.get_text_config()
+    kind = PrefixTuningConfig if method == "prefix" else PromptTuningConfig
+    config = kind(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=3,
+        num_layers=text.num_hidden_layers,
+        token_dim=text.hidden_size,
+        num_attention_heads=text.num_attention_heads,
+    )
+    wrapped = get_peft_model(target, config)
+    with refused(target, "prompt or prefix tuning of peft"):
+        wrapped.generate(**inputs, assistant_model=draft, max_new_tokens=4)
+    # The model itself is as it was.
+    plain = target.generate(**inputs, max_new_tokens=4)
+    assert torch.equal(plain, target.generate(**inputs, max_new_tokens=4, assistant_model=draft))
