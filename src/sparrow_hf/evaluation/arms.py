@@ -10,6 +10,7 @@ from ..artifacts import tensor_digest
 from ..configuration_sparrow import TREE_PRESETS, parse_tree_shape
 from ..errors import BenchmarkError
 from ..generation.integration import follow
+from ..loading import told_if_not_loaded
 from ..measurement import NO_DRAFT, PLAIN, Arm
 from ..modeling_sparrow import SparrowDraftModel
 from ..rows import EVERY_VISUAL_ROW
@@ -49,7 +50,7 @@ class Arms:
         self.weights: dict[str, str] = {}
         self._draft = draft
         self._folders = folders or {}
-        self._loaded: dict[str, Any] = {}
+        self._loaded: dict[tuple[str, str], Any] = {}
 
     def parse(self, names: Iterable[str]) -> list[Arm]:
         """The arms of these names, plain `generate()` first whether it is named or not.
@@ -91,7 +92,7 @@ class Arms:
         if source is None:
             raise BenchmarkError(f"arm {name!r} needs a draft: name one with --draft, or inside the arm as draft:ID")
         source = self._folders.get(source, source)
-        draft = self._load(f"draft {source!r}", source, AutoModel.from_pretrained)
+        draft = self._load("draft", source, AutoModel.from_pretrained)
         if not isinstance(draft, SparrowDraftModel):
             raise BenchmarkError(f"arm {name!r}: {source!r} is a {type(draft).__name__}, not a draft of this package")
         follow(draft, self.target)
@@ -107,16 +108,13 @@ class Arms:
                 assistant = AutoModelForCausalLM.from_pretrained(source, dtype=self.target.dtype)
             return assistant.to(self.target.device)
 
-        return self._load(f"assistant {source!r}", source, load)
+        return self._load("assistant", source, load)
 
     def _load(self, what: str, source: str, load: Any) -> Any:
-        if what not in self._loaded:
-            try:
+        if (what, source) not in self._loaded:
+            with told_if_not_loaded(what, source, BenchmarkError):
                 model = load(source).eval()
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise BenchmarkError(f"{what} cannot be loaded: {reason}") from error
             # Now: the target's dtype and device, which a draft follows, do not make other weights of it.
             self.weights[source] = tensor_digest(model.state_dict())
-            self._loaded[what] = model
-        return self._loaded[what]
+            self._loaded[what, source] = model
+        return self._loaded[what, source]
