@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner, Result
 
 import sparrow_hf
-from sparrow_hf import SparrowDraftModel
+from sparrow_hf import SparrowDraftModel, _transformers, extras
 from sparrow_hf.cli import app
 from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
@@ -50,6 +52,26 @@ def test_version_and_help():
     assert listing.exit_code == 0
     assert "--visual-tokens" in listing.output
     assert run().exit_code == 2
+
+
+def test_the_doctor_says_what_is_installed(monkeypatch: pytest.MonkeyPatch):
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    told = {words[0]: " ".join(words[1:]) for words in map(str.split, result.output.splitlines())}
+    assert told["sparrow-hf"] == sparrow_hf.__version__
+    assert told["torch"] == torch.__version__
+    assert told["transformers"].startswith(transformers.__version__)
+    assert all(version in told["transformers"] for version in _transformers.TESTED_VERSIONS)
+    assert told["contract"].startswith("kept")
+    assert {told[f"[{extra}]"] for extra in extras.EXTRAS} == {"installed"}
+    assert "cpu" in told["devices"]
+
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "av" else find_spec(name))
+    monkeypatch.setattr(_transformers, "contract_breaches", lambda: ("GenerationMixin._prefill is missing",))
+    result = run("doctor")
+    assert result.exit_code == 2
+    assert "GenerationMixin._prefill is missing" in result.output
+    assert "without av" in result.output
 
 
 def test_demo_writes_its_verdict(models: tuple[object, ...], tmp_path: Path):

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers.utils import is_matplotlib_available
-
 from .artifacts import atomic_path
-from .errors import MissingDependencyError
+from .extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,10 +23,7 @@ def new_figure(count: int) -> tuple[Figure, Sequence[Axes]]:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    if not is_matplotlib_available():
-        raise MissingDependencyError(
-            'Drawing figures needs matplotlib, not installed here. Install it with: pip install "sparrow-hf[plot]"'
-        )
+    require("plot", "Drawing figures")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * count, 3.9), layout="constrained")

@@ -1,7 +1,6 @@
 """A whole analysis of an untrained target of two layers: records, resume, figures, and the command."""
 
 import json
-import sys
 from copy import deepcopy
 from typing import Any
 
@@ -158,8 +157,8 @@ def test_figures(whole, tmp_path):
 
 
 def test_without_matplotlib_figures_name_the_install_line(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["sparrow_hf.plotting"], "is_matplotlib_available", lambda: False)
-    with pytest.raises(MissingDependencyError, match=r"sparrow-hf\[plot\]"):
+    monkeypatch.setattr("sparrow_hf.extras.find_spec", lambda package: None)
+    with pytest.raises(MissingDependencyError, match=r"\.\[plot\]"):
         draw_figures(whole[0], tmp_path)
 
 
@@ -176,7 +175,7 @@ def test_the_command(models, conversations, tmp_path, monkeypatch):
     def invoke():
         return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
-    monkeypatch.setattr(sys.modules["sparrow_hf.plotting"], "is_matplotlib_available", lambda: False)
+    monkeypatch.setattr("sparrow_hf.extras.find_spec", lambda package: None)
     result = invoke()
     assert result.exit_code == 0, result.output
     assert "2 prompts, each answered once and read 4 times" in result.output

@@ -1,5 +1,6 @@
 """Reading videos and messages: what is decoded, what is passed on, and what each unreadable file says."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLProcessor
 
-from sparrow_hf.data import video
+from sparrow_hf import extras
 from sparrow_hf.errors import MissingDependencyError, VideoError
 from sparrow_hf.testbed.nano import build_processor
 from sparrow_hf.testbed.world import make_clip, write_mp4
@@ -130,12 +131,12 @@ def test_an_unreadable_file_is_named_with_a_way_out(gray_ramp: Path, tmp_path: P
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["is_av_available", "is_torchvision_available"])
+@pytest.mark.parametrize("name", ["av", "torchvision"])
 def test_a_missing_dependency_names_the_install_line(
     gray_ramp: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(video, name, lambda: False)
-    with pytest.raises(MissingDependencyError, match=r'pip install "sparrow-hf\[video\]"'):
+    monkeypatch.setattr(extras, "find_spec", lambda package: None if package == name else find_spec(package))
+    with pytest.raises(MissingDependencyError, match=rf'needs {name}, .* pip install "\.\[video\]"'):
         read_video(gray_ramp)
 
 

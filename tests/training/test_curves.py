@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from matplotlib.axes import Axes
 
-from sparrow_hf import plotting
+from sparrow_hf import extras
 from sparrow_hf.errors import MissingDependencyError, TrainingDataError
 from sparrow_hf.training.curves import plot_curves
 
@@ -61,6 +61,6 @@ def test_panels_without_a_curve_are_left_out(tmp_path, plotted):
 
 
 def test_without_matplotlib_the_install_line_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(plotting, "is_matplotlib_available", lambda: False)
-    with pytest.raises(MissingDependencyError, match=r'pip install "sparrow-hf\[plot\]"'):
+    monkeypatch.setattr(extras, "find_spec", lambda package: None)
+    with pytest.raises(MissingDependencyError, match=r'pip install "\.\[plot\]"'):
         plot_curves(LOG, tmp_path / "curves.png")

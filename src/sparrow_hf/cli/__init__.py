@@ -1,49 +1,30 @@
-"""The `sparrow` command: one file per verb. Verbs only parse and report; what they do lives in the package."""
+"""The `sparrow` command: one file per verb. Verbs only parse and report; what they do lives in the package.
 
-from typing import Annotated
+Nothing here imports what the extra `cli` brings, so that the command can say that it is missing.
+"""
 
-import typer
+import sys
+from typing import Any
 
-from .. import __version__
-from .analyze import analyze
-from .bench import bench
-from .convert import convert
-from .demo import demo
-from .record import record
-from .regenerate import regenerate
-from .train import train
-from .vocab import vocab
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
+from ..errors import MissingDependencyError
+from ..extras import require
 
 
-def show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"sparrow-hf {__version__}")
-        raise typer.Exit
+def main() -> None:
+    """What `sparrow` starts: the command line, or one sentence if its packages are not installed."""
+    try:
+        require("cli", "The sparrow command")
+    except MissingDependencyError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    from .commands import app
+
+    app(prog_name="sparrow")
 
 
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and leave.")
-    ] = False,
-) -> None:
-    """Lossless speculative decoding for video LLMs."""
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        from .commands import app
 
-
-app.command()(demo)
-app.command()(regenerate)
-app.command()(record)
-app.command(
-    # The parser of the training's own arguments reads them, and knows what there is to be helped with.
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)(train)
-app.command()(vocab)
-app.command()(convert)
-app.command()(analyze)
-app.command()(bench)
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,5 @@
 """`python -m sparrow_hf.cli`: the `sparrow` command, for launchers that start a module."""
 
-from . import app
+from . import main
 
-app(prog_name="sparrow")
+main()

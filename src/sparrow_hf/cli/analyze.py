@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import MissingDependencyError
-from .common import Dtype, errors_as_sentences, load_target, quiet_transformers
+from .common import Dtype, errors_as_sentences, quiet_transformers
 
 
 def analyze(
@@ -38,12 +38,13 @@ def analyze(
         from ..analysis.removal import layer_grid
         from ..artifacts import write_json
         from ..evaluation.provenance import provenance
+        from ..loading import load_target
         from ..targets import TargetView
 
         quiet_transformers()
         console = Console()
         conversations = read_conversations(prompts, split, limit)
-        model, its_processor = load_target(target, processor, dtype, device)
+        model, its_processor = load_target(target, processor, dtype.value, device)
         layers = layer_grid(len(TargetView(model).layers))
         console.print(
             f"{len(conversations)} prompts, each answered once and read {len(layers) + 1} times; results in {output}"

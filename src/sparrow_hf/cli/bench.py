@@ -8,15 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import BenchmarkError
-from .common import (
-    FAMILY_HELP,
-    NOT_IDENTICAL,
-    Dtype,
-    built_in_family,
-    errors_as_sentences,
-    load_target,
-    quiet_transformers,
-)
+from .common import FAMILY_HELP, NOT_IDENTICAL, Dtype, built_in_family, errors_as_sentences, quiet_transformers
 
 DEFAULT_ARMS = ["none", "prompt-lookup", "draft@chain-5", "draft@48-5-10"]
 
@@ -95,6 +87,7 @@ def bench(
         from ..evaluation.prompts import conversation_prompts, read_conversations
         from ..evaluation.report import write_report
         from ..evaluation.results import write_results
+        from ..loading import load_target
         from ..testbed import shipped
         from ..testbed.benchmark_prompts import clip_prompts, knows_the_world, says_what_it_shows
 
@@ -116,7 +109,7 @@ def bench(
             folder = shipped(family)
             target, draft, device = str(folder / "target"), draft or str(folder / "draft"), device or "cpu"
         conversations = None if prompts is None else read_conversations(prompts, split, limit)
-        model, its_processor = load_target(target, processor, dtype, device)
+        model, its_processor = load_target(target, processor, dtype.value, device)
         if conversations is None:
             asked = clip_prompts(model, its_processor, limit, visual_tokens or [400])
         else:

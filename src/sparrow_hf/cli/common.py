@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Any
 
 import typer
 from rich.console import Console
@@ -65,35 +64,6 @@ def built_in_family(family: str | None, target: str | None) -> str:
     if family is not None and target is not None:
         raise TargetLoadError("--family is which built-in models: leave it out beside --target.")
     return family or QWEN2_5_VL.name
-
-
-def load_target(
-    target: str, processor: str | None, dtype: Dtype, device: str | None, revision: str | None = None
-) -> tuple[Any, Any]:
-    """A target in evaluation mode and its processor, from folders or Hub ids.
-
-    Args:
-        target: Folder or Hub id.
-        processor: The same of its processor, if it lies elsewhere.
-        dtype: "auto" is the checkpoint's own.
-        device: By default this process's GPU, else the CPU; "auto" spreads the target over all GPUs.
-        revision: Of both on the Hub.
-
-    Raises:
-        TargetLoadError: One of them is not there, or does not fit the device.
-    """
-    from accelerate import PartialState
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    where = {"device_map": device} if device == "auto" else {}
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(target, revision=revision, dtype=dtype.value, **where)
-        if not where:
-            model = model.to(device or PartialState().device)
-        return model.eval(), AutoProcessor.from_pretrained(processor or target, revision=revision)
-    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TargetLoadError(f"target {target!r} or its processor cannot be loaded: {reason}") from error
 
 
 def size(num_bytes: float) -> str:

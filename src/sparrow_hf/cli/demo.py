@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ..artifacts import write_json
 from ..errors import VideoError
+from ..extras import require
 from .common import FAMILY_HELP, NOT_IDENTICAL, built_in_family, errors_as_sentences, quiet_transformers
 
 
@@ -41,6 +42,7 @@ def demo(
     plain generate(), and with 2 if something is missing.
     """
     with errors_as_sentences():
+        require("video", "sparrow demo")
         from ..configuration_sparrow import parse_tree_shape
         from ..evaluation.demo import load_models, print_verdict, question_about, run_demo, unseen_clips
 

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .common import Dtype, OnBadRow, errors_as_sentences, load_target, quiet_transformers, report_skipped, size
+from ..extras import require
+from .common import Dtype, OnBadRow, errors_as_sentences, quiet_transformers, report_skipped, size
 
 
 def record(
@@ -36,10 +37,12 @@ def record(
     Says how much disk it will take before it starts.
     """
     with errors_as_sentences():
+        require("train", "sparrow record")
         from accelerate import PartialState
 
         from .. import SparrowDraftModel
         from ..data import load_rows
+        from ..loading import load_target
         from ..training.data import SparrowDataCollator
         from ..training.recording import check_disk_budget, estimate_recording_bytes
         from ..training.recording import record as write_recording
@@ -48,7 +51,7 @@ def record(
         processes = PartialState()
         console = Console(quiet=not processes.is_main_process)
         rows = load_rows(answers, split)
-        model, its_processor = load_target(target, processor, dtype, device)
+        model, its_processor = load_target(target, processor, dtype.value, device or processes.device)
         # Only its configuration counts: which layers are kept.
         draft = SparrowDraftModel.from_target(model, feature_layers=feature_layers, visual_bridge_layer=bridge_layer)
         collator = SparrowDataCollator(

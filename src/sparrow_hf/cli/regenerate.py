@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .common import Dtype, OnBadRow, errors_as_sentences, load_target, quiet_transformers, report_skipped, size
+from ..extras import require
+from .common import Dtype, OnBadRow, errors_as_sentences, quiet_transformers, report_skipped, size
 
 
 def regenerate(
@@ -36,10 +37,12 @@ def regenerate(
     Started by accelerate launch -m sparrow_hf.cli, processes share the work and write the same files.
     """
     with errors_as_sentences():
+        require("train", "sparrow regenerate")
         from accelerate import PartialState
 
         from .. import SparrowDraftModel
         from ..data import load_rows
+        from ..loading import load_target
         from ..training.regenerate import estimate_answer_bytes, read_skipped
         from ..training.regenerate import regenerate as write_answers
 
@@ -51,7 +54,7 @@ def regenerate(
             f"{len(rows)} prompts; answers of up to {max_new_tokens} tokens take at most about "
             f"{size(estimate_answer_bytes(rows, max_new_tokens))} in {output}"
         )
-        model, its_processor = load_target(target, processor, dtype, device)
+        model, its_processor = load_target(target, processor, dtype.value, device or processes.device)
         sampling = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if do_sample else {"do_sample": False}
         )

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from .._transformers import on_device
 from ..errors import TrainingOptionsError
-from .common import Dtype, errors_as_sentences, load_target, quiet_transformers, size
+from ..extras import require
+from .common import Dtype, errors_as_sentences, quiet_transformers, size
 
 #: Rows of a preview that are shown before and after the part left out.
 SHOWN_ROWS = 12
@@ -27,24 +28,30 @@ def train(context: typer.Context) -> None:
     The command line goes before the YAML file, the file before the preset.
     """
     with errors_as_sentences():
+        require("train", "sparrow train")
         if HELP in context.args:
             show_options(Console(), context)
             return
         from accelerate import PartialState
 
+        from ..loading import load_target
         from ..training.options import parse_options
         from ..training.preview import estimate_cost, preview_sample
         from ..training.run import prepare_training
 
         options, arguments = parse_options(context.args)
         quiet_transformers()
-        console = Console(quiet=not PartialState().is_main_process)
+        processes = PartialState()
+        console = Console(quiet=not processes.is_main_process)
         if options.target_dtype not in Dtype.__members__:
             raise TrainingOptionsError(
                 f"--target-dtype must be one of {', '.join(Dtype.__members__)}, found {options.target_dtype!r}"
             )
         target, processor = load_target(
-            options.target, None, Dtype(options.target_dtype), options.device, options.target_revision
+            options.target,
+            dtype=options.target_dtype,
+            device=options.device or processes.device,
+            revision=options.target_revision,
         )
         run = prepare_training(options, arguments, target, processor)
         trainer = run.trainer

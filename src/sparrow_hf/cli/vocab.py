@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..extras import require
 from .common import errors_as_sentences, quiet_transformers
 
 TABLE_SIZES = (4_096, 8_192, 16_384, 32_768, 65_536)
@@ -24,6 +25,7 @@ def vocab(
     Needs the target's configuration, not its weights.
     """
     with errors_as_sentences():
+        require("train", "sparrow vocab")
         from tqdm import tqdm
 
         from .. import __version__

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import TrainingDataError
+from ..extras import require
 from .messages import ROW_FOLDER, ROW_INDEX
 
 
@@ -65,7 +66,9 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
 
     Raises:
         TrainingDataError: There is nothing to read at `source`, or it has no such split or no column `messages`.
+        MissingDependencyError: datasets is not installed.
     """
+    require("train", "Reading rows", "datasets")
     import datasets
 
     path = Path(source)

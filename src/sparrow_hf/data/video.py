@@ -16,26 +16,13 @@ from urllib.request import urlopen
 
 import numpy as np
 from transformers.image_utils import load_image
-from transformers.utils import is_av_available, is_torchvision_available
 from transformers.video_utils import VideoMetadata, read_video_pyav
 
-from ..errors import ImageError, MissingDependencyError, VideoError
+from ..errors import ImageError, VideoError
+from ..extras import require
 
 DOWNLOAD_TIMEOUT = 60.0
 """Seconds a server may stay silent."""
-
-
-def _require_video_dependencies() -> None:
-    missing = [
-        name
-        for name, available in (("av", is_av_available()), ("torchvision", is_torchvision_available()))
-        if not available
-    ]
-    if missing:
-        raise MissingDependencyError(
-            f"Reading videos needs {' and '.join(missing)}, not installed here. "
-            'Install what is missing with: pip install "sparrow-hf[video]"'
-        )
 
 
 def is_url(source: Any) -> bool:
@@ -65,7 +52,7 @@ def read_video(
         raise ValueError(f"fps must be positive, got {fps}.")
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames must be at least 1, got {max_frames}.")
-    _require_video_dependencies()
+    require("video", "Reading videos", "av", "torchvision")
     import av
 
     name, file = _open_video(source)
@@ -156,7 +143,9 @@ def read_image(source: Any) -> Any:
 
     Raises:
         ImageError: The image is missing or cannot be read.
+        MissingDependencyError: Pillow is not installed.
     """
+    require("video", "Reading images", "PIL")
     from PIL import Image
 
     if isinstance(source, PathLike):

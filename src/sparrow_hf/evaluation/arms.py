@@ -12,6 +12,7 @@ from ..configuration_sparrow import TREE_PRESETS, parse_tree_shape
 from ..draft_inputs import EVERY_VISUAL_TOKEN
 from ..errors import BenchmarkError
 from ..generation.integration import follow
+from ..loading import told_if_not_loaded
 from ..measurement import NO_DRAFT, PLAIN, Arm
 from ..modeling_sparrow import SparrowDraftModel
 
@@ -73,7 +74,7 @@ class Arms:
         self.weights: dict[str, str] = {}
         self._draft = draft
         self._folders = folders or {}
-        self._loaded: dict[str, Any] = {}
+        self._loaded: dict[tuple[str, str], Any] = {}
         self._methods = load_methods()
 
     def parse(self, names: Iterable[str]) -> list[Arm]:
@@ -119,7 +120,7 @@ class Arms:
         if source is None:
             raise BenchmarkError(f"arm {name!r} needs a draft: name one with --draft, or inside the arm as draft:ID")
         source = self._folders.get(source, source)
-        draft = self._load(f"draft {source!r}", source, AutoModel.from_pretrained)
+        draft = self._load("draft", source, AutoModel.from_pretrained)
         if not isinstance(draft, SparrowDraftModel):
             raise BenchmarkError(f"arm {name!r}: {source!r} is a {type(draft).__name__}, not a draft of this package")
         follow(draft, self.target)
@@ -143,16 +144,13 @@ class Arms:
                 assistant = AutoModelForCausalLM.from_pretrained(source, dtype=self.target.dtype)
             return assistant.to(self.target.device)
 
-        return self._load(f"assistant {source!r}", source, load)
+        return self._load("assistant", source, load)
 
     def _load(self, what: str, source: str, load: Any) -> Any:
-        if what not in self._loaded:
-            try:
+        if (what, source) not in self._loaded:
+            with told_if_not_loaded(what, source, BenchmarkError):
                 model = load(source).eval()
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise BenchmarkError(f"{what} cannot be loaded: {reason}") from error
             # Now: the target's dtype and device, which a draft follows, do not make other weights of it.
             self.weights[source] = tensor_digest(model.state_dict())
-            self._loaded[what] = model
-        return self._loaded[what]
+            self._loaded[what, source] = model
+        return self._loaded[what, source]

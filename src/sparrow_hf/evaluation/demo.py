@@ -1,7 +1,7 @@
 """The demo: captions videos plain and with a draft, shows which tokens were drafted, and measures both."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from ..data.messages import text_of
 from ..data.prepare import prepare_prompt
 from ..draft_inputs import visual_mask
 from ..errors import SparrowError
+from ..loading import load_target, told_if_not_loaded
 from ..measurement import NO_DRAFT, PLAIN, Arm, compare, warm_up
 from ..metrics import Acceptance, Run, Speed, acceptance, speed
 from ..modeling_sparrow import SparrowDraftModel
@@ -129,11 +130,9 @@ def load_models(
     """Loads from folders or Hub ids; what is not named is the testbed's, of a family.
 
     Raises:
-        DemoError: Something is not there, or is not what it should be.
-        TargetLoadError: There is no such family.
+        DemoError: The draft is not named, not there, or is not what it should be.
+        TargetLoadError: The target or its processor is not there, or there is no such family.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     from ..testbed import shipped
 
     if target is None:
@@ -144,24 +143,9 @@ def load_models(
         target, draft = str(folder / "target"), draft or str(folder / "draft")
     elif draft is None:
         raise DemoError("A target of your own needs a draft made for it: name one with --draft.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Models(
-        _load(
-            "target",
-            target,
-            lambda: AutoModelForImageTextToText.from_pretrained(target, dtype="auto").to(device).eval(),
-        ),
-        _load("processor", processor or target, lambda: AutoProcessor.from_pretrained(processor or target)),
-        _load("draft", draft, lambda: SparrowDraftModel.from_pretrained(draft)).eval(),
-    )
-
-
-def _load(what: str, name: str, load: Callable[[], Any]) -> Any:
-    try:
-        return load()
-    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DemoError(f"The {what} {name!r} cannot be loaded: {reason}") from error
+    model, its_processor = load_target(target, processor, device=device)
+    with told_if_not_loaded("draft", draft, DemoError):
+        return Models(model, its_processor, SparrowDraftModel.from_pretrained(draft).eval())
 
 
 def unseen_clips(target: Any, folder: Path, seed: int, count: int, visual_tokens: int) -> Iterator[VideoQuestion]:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from ..errors import BenchmarkError
+from ..extras import require
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 EXPLAIN = "Explain what in the video supports your answer, then name the letter of the best option."
@@ -171,6 +172,7 @@ def _row_files(dataset: VideoDataset, folder: Path) -> Iterator[tuple[Path, str]
 
 def _read_rows(path: Path) -> list[Any]:
     if path.suffix == ".parquet":
+        require("train", "Reading Parquet files", "datasets")
         import datasets
 
         try:

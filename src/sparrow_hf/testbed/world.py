@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ..artifacts import atomic_path
-from ..errors import MissingDependencyError
+from ..extras import require
 from .captions import STYLES, sample_prompt, write_caption
 from .scenes import BLANK, COLOURS, Scene, Step, Story, sample_story, sample_timeline
 
@@ -198,12 +198,9 @@ def write_mp4(
     file: str | PathLike[str] | BinaryIO, frames: np.ndarray, frames_per_second: int = FRAMES_PER_SECOND
 ) -> None:
     """Encodes RGB frames `(frames, height, width, 3)` uint8 as h264 (yuv420p) into a path or a binary stream."""
-    try:
-        import av
-    except ImportError as error:
-        raise MissingDependencyError(
-            'Writing a video needs PyAV. Install it with: pip install "sparrow-hf[video]"'
-        ) from error
+    require("video", "Writing a video", "av")
+    import av
+
     target = file if hasattr(file, "write") else str(file)
     with av.open(target, mode="w", format="mp4") as container:
         # One thread: the same frames give the same file on every machine.

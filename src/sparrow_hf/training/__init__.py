@@ -2,6 +2,11 @@
 
 from ..data.datasets import load_rows
 from ..data.prepare import append_answer
+from ..extras import require
+
+# Before the files below import what may not be there.
+require("train", "Training a draft")
+
 from .arguments import ALL_VISUAL_ROWS, DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainingArguments
 from .callbacks import DecodingCallback
 from .curves import plot_curves

@@ -1,0 +1,66 @@
+"""Models from folders or Hub ids, and the one sentence that says why one cannot be loaded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from .errors import TargetLoadError
+from .extras import require
+
+
+@contextmanager
+def told_if_not_loaded(what: str, source: str, error_class: type[Exception] = TargetLoadError) -> Iterator[None]:
+    """Turns what the loading of a model can die of into one sentence.
+
+    Args:
+        what: "target", "draft", …
+        source: Its folder or Hub id.
+        error_class: What is raised.
+    """
+    try:
+        yield
+    # torch asserts that it was built for the device.
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise error_class(f"{what} {source!r} cannot be loaded: {reason}") from error
+
+
+def load_target(
+    target: str,
+    processor: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> tuple[Any, Any]:
+    """A target in evaluation mode and its processor, from folders or Hub ids.
+
+    Args:
+        target: Folder or Hub id.
+        processor: The same of its processor, if it lies elsewhere.
+        dtype: "auto" is the checkpoint's own.
+        device: By default the accelerator, else the CPU; "auto" spreads the target over all GPUs.
+        revision: Of both on the Hub.
+
+    Raises:
+        TargetLoadError: One of them is not there, or does not fit the device.
+        MissingDependencyError: The device is "auto", and accelerate is not installed.
+    """
+    if device == "auto":
+        require("train", "Spreading a target over all GPUs", "accelerate")
+    with told_if_not_loaded("target", target):
+        where = {"device_map": "auto"} if device == "auto" else {}
+        model = AutoModelForImageTextToText.from_pretrained(target, revision=revision, dtype=dtype, **where)
+        if not where:
+            model = model.to(device or default_device())
+    source = processor or target
+    with told_if_not_loaded("processor", source):
+        return model.eval(), AutoProcessor.from_pretrained(source, revision=revision)
+
+
+def default_device() -> torch.device:
+    """The accelerator that torch runs on here, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
