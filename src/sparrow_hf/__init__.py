@@ -9,7 +9,7 @@ from typing import Any
 from . import _transformers
 from .errors import SparrowError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "TREE_PRESETS",

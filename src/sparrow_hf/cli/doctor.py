@@ -30,7 +30,7 @@ def doctor() -> None:
         table.add_column(overflow="fold")
 
         def show(name: str, value: str) -> None:
-            table.add_row(name, Text(value))
+            table.add_row(Text(name), Text(value))
 
         show("sparrow-hf", __version__)
         show("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
