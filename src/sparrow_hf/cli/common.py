@@ -1,4 +1,4 @@
-"""What all verbs share: exit codes, and errors told as sentences."""
+"""What all verbs share: exit codes, help texts, loading, and errors printed as sentences."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +14,18 @@ from ..errors import SparrowError, TargetLoadError
 NOT_IDENTICAL, BAD_INPUT, INTERRUPTED = 1, 2, 130
 """Exit codes besides 0."""
 
-FAMILY_HELP = "Which built-in models: qwen2.5-vl (the default) or llava-onevision."
+FAMILY_HELP = "The built-in models to use: qwen2.5-vl (the default) or llava-onevision."
+FPS_HELP = "Maximum number of frames per second to read of a video."
+MAX_FRAMES_HELP = "Maximum number of frames to read of a video."
+PROCESSOR_HELP = "Processor of --target, if it is in another folder or Hub repository."
+DTYPE_HELP = "Dtype of the target."
+DEVICE_HELP = "Device of the target, such as cpu, cuda or cuda:1; auto spreads it over all GPUs."
+ON_BAD_ROW_HELP = "What to do with a row that cannot be used: stop (refuse), or leave it out (skip)."
 
 
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    """Turns what users can get wrong into one red sentence, and Ctrl-C into a quiet end."""
+    """Prints an error that a user can mend as one red sentence, and ends without a traceback on Ctrl-C."""
     try:
         yield
     except (SparrowError, OSError) as error:
@@ -31,7 +37,7 @@ def errors_as_sentences() -> Iterator[None]:
 
 
 def quiet_transformers() -> None:
-    """No progress bars of loading and no log lines below errors: a command tells by itself what it does."""
+    """Turns off transformers' progress bars and its log lines below errors: a command prints its own progress."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -46,7 +52,7 @@ class OnBadRow(StrEnum):
 
 
 class Dtype(StrEnum):
-    """What a target computes in."""
+    """Dtype of a target."""
 
     auto = "auto"
     float32 = "float32"
@@ -55,7 +61,7 @@ class Dtype(StrEnum):
 
 
 def built_in_family(family: str | None, target: str | None) -> str:
-    """The family whose built-in models are meant, where no target is named.
+    """The family of the built-in models to use, where no target is named.
 
     Raises:
         TargetLoadError: Both are named.
@@ -63,7 +69,7 @@ def built_in_family(family: str | None, target: str | None) -> str:
     from ..testbed import QWEN2_5_VL
 
     if family is not None and target is not None:
-        raise TargetLoadError("--family is which built-in models: leave it out beside --target.")
+        raise TargetLoadError("--family chooses built-in models: leave it out beside --target.")
     return family or QWEN2_5_VL.name
 
 
@@ -74,13 +80,13 @@ def load_target(
 
     Args:
         target: Folder or Hub id.
-        processor: The same of its processor, if it lies elsewhere.
+        processor: Folder or Hub id of its processor, if it is not the target's.
         dtype: "auto" is the checkpoint's own.
         device: By default this process's GPU, else the CPU; "auto" spreads the target over all GPUs.
-        revision: Of both on the Hub.
+        revision: Revision of both on the Hub.
 
     Raises:
-        TargetLoadError: One of them is not there, or does not fit the device.
+        TargetLoadError: One of them is missing, or does not fit the device.
     """
     from accelerate import PartialState
     from transformers import AutoModelForImageTextToText, AutoProcessor
