@@ -183,7 +183,7 @@ def test_a_cache_that_shows_copies_is_found(monkeypatch: pytest.MonkeyPatch, fre
     monkeypatch.setattr(
         _transformers, "cache_tensors", lambda cache: [(keys.clone(), values) for keys, values in shown(cache)]
     )
-    assert _transformers.contract_breaches() == ("DynamicCache keeps other positions than it is told to",)
+    assert _transformers.contract_breaches() == ("DynamicCache.crop keeps the wrong positions",)
 
 
 # -- another transformers ---------------------------------------------------------------------------------------------

@@ -93,5 +93,5 @@ def test_answers_of_rows_are_references_and_are_not_asked(tmp_path: Path) -> Non
         Conversation(asked, "a circle"),
         Conversation([*asked, first, *asked], "a dot\na red one"),
     ]
-    with pytest.raises(TrainingDataError, match="row 3: it asks nothing"):
+    with pytest.raises(TrainingDataError, match="row 3: all its turns are answers"):
         read_conversations(str(path))

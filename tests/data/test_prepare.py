@@ -53,7 +53,7 @@ def test_the_answer_is_what_the_target_wrote_else_the_text_else_the_last_turns(p
     assert answer_of(processor, {"messages": [QUESTION, said("a dot")], "answer": None}) == tokens
     both = answer_of(processor, {"messages": [QUESTION, said("a"), said("dot")]})
     assert processor.tokenizer.decode(both[:-1]) == "a dot" and both[-1] == tokens[-1]
-    with pytest.raises(TrainingDataError, match="row 2: .*asks nothing"):
+    with pytest.raises(TrainingDataError, match="row 2: .*all its turns are answers"):
         prepare_conversation(processor, {"messages": [said("a dot")], "row_index": 2})
 
 

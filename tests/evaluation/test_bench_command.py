@@ -105,7 +105,7 @@ def test_a_sampled_text_of_transformers_own_loop_is_no_wrong_one(models: list[ob
         (["--testbed", "--max-frames", "4"], "leave out --max-frames"),
         (["--testbed", "--split", "test"], "leave out --max-frames, --fps and --split"),
         (["--prompts", "mlvu:copy", "--split", "test"], "has no splits to choose from, found 'test'"),
-        (["--prompts", "rows.jsonl", "--visual-tokens", "400"], "--visual-tokens is for --testbed"),
+        (["--prompts", "rows.jsonl", "--visual-tokens", "400"], "--visual-tokens is an option of --testbed"),
         (["--prompts", "mlvu:nowhere"], "download MLVU/MVLU"),
         (["--testbed", "--arms", "oak"], "unknown arm 'oak'"),
     ],

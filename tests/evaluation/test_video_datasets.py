@@ -154,7 +154,7 @@ def test_rows_of_messages_become_prompts_of_each_length(tmp_path: Path):
     assert len(names) == 5
 
     path.write_text(json.dumps({"messages": answered[1:]}) + "\n")
-    with pytest.raises(TrainingDataError, match="row 0: it asks nothing"):
+    with pytest.raises(TrainingDataError, match="row 0: all its turns are answers"):
         read_conversations(str(path))
 
 

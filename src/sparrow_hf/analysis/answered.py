@@ -49,7 +49,7 @@ def read_conversations(source: str, split: str = "train", limit: int | None = No
         limit: Most conversations.
 
     Raises:
-        TrainingDataError: The rows cannot be read, or one has no well-formed messages, or asks nothing.
+        TrainingDataError: The rows cannot be read, or one has no well-formed messages or no question.
     """
     rows = load_rows(source, split)
     conversations = []

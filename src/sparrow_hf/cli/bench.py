@@ -125,7 +125,9 @@ def bench(
         quiet_transformers()
         console = Console()
         if testbed == (prompts is not None):
-            raise BenchmarkError(f"give either --testbed, or --prompts with a data set; found {'both' if testbed else 'neither'}")
+            raise BenchmarkError(
+                f"give either --testbed, or --prompts with a data set; found {'both' if testbed else 'neither'}"
+            )
         if testbed and (max_frames or fps is not None or split is not None):
             raise BenchmarkError(
                 "--testbed makes clips of --visual-tokens visual tokens: leave out --max-frames, --fps and --split"

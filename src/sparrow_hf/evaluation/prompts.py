@@ -28,7 +28,7 @@ def read_conversations(source: str, split: str | None = None, limit: int | None 
 
     Raises:
         BenchmarkError: The data set cannot be read or was asked for a split, or no row is left.
-        TrainingDataError: The rows cannot be read, or one has no well-formed messages, or asks nothing.
+        TrainingDataError: The rows cannot be read, or one has no well-formed messages or no question.
     """
     name, colon, folder = source.partition(":")
     if colon and name in DATASETS:
