@@ -142,14 +142,14 @@ def read_together(folder: Path, last: str, read: Callable[[], _T], error: type[S
     """
     for _ in range(READ_ATTEMPTS):
         with _locked(folder, exclusive=False):
-            before, told = _versions(folder), _bytes_in(folder / last)
+            before, described = _versions(folder), _bytes_in(folder / last)
             try:
                 result = read()
             except Exception:
                 if _versions(folder) == before:
                     raise
             else:
-                if _bytes_in(folder / last) == told:
+                if _bytes_in(folder / last) == described:
                     return result
     raise error(f"{folder} was written to whenever it was read: try again when the writer has finished")
 

@@ -1,7 +1,7 @@
 """One prefill for all arms. With 25,000 visual tokens the prefill takes longer than the decoding of all arms.
 
 `generate()` runs a prefill in every call. Here it runs once, and its results are kept: the logits of the last
-position, the cache, and the states of the layers that drafts read. Later calls get a copy of them instead of a prefill.
+position, the cache, and the states of the layers that drafts read. Later calls get a copy of them.
 """
 
 import copy

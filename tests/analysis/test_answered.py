@@ -67,7 +67,7 @@ def test_an_instruction_that_is_not_there_is_named() -> None:
 
 def test_padding_and_prompts_without_visual_rows_are_refused(qwen: Subject) -> None:
     text_only = qwen.family.build_inputs(qwen.target, videos=0)
-    with pytest.raises(AnalysisError, match="no visual rows"):
+    with pytest.raises(AnalysisError, match="no visual tokens"):
         answer(qwen.target, ProcessedPrompt(text_only, torch.tensor([1])), 4)
     padded = dict(qwen.answered.prompt.inputs)
     padded["attention_mask"] = padded["attention_mask"].clone()

@@ -127,7 +127,7 @@ def test_what_cannot_be_analysed_is_said(models, conversations, tmp_path):
     with pytest.raises(AnalysisError, match=r"0 … 2 \(the target's depth\), found \[1, 2, 5\]"):
         analyzed(models, conversations, tmp_path, layers=[1, 5])
     text_only = Conversation([{"role": "user", "content": "describe this video ."}])
-    with pytest.raises(AnalysisError, match="prompt 0: the prompt has no visual rows"):
+    with pytest.raises(AnalysisError, match="prompt 0: the prompt has no visual tokens"):
         analyzed(models, [text_only], tmp_path)
     missing = Conversation([{"role": "user", "content": [{"type": "video", "video": "no.mp4"}, TEXT]}])
     with pytest.raises(AnalysisError, match="prompt 0: There is no video file at no.mp4"):
