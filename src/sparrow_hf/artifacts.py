@@ -202,7 +202,7 @@ def _locked(folder: Path, exclusive: bool) -> Iterator[None]:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of safetensors files by name, each read when it is asked for."""
+    """The tensors of safetensors files by name, each read when it is accessed."""
 
     def __init__(self, files: Iterable[Path]):
         self._files: dict[str, Path] = {}

@@ -20,7 +20,7 @@ def now(device: torch.device) -> float:
 
 
 class StopWatch(BaseStreamer):
-    """Times one `generate()` call, the same way whoever does the decoding, and counts the target's forwards.
+    """Times one `generate()` call, in the same way for every arm, and counts the target's forwards.
 
     A streamer and a context manager: `with StopWatch(target) as watch: target.generate(..., streamer=watch)`.
 

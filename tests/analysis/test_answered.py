@@ -76,7 +76,7 @@ def test_padding_and_prompts_without_visual_rows_are_refused(qwen: Subject) -> N
         answer(qwen.target, ProcessedPrompt(padded, torch.tensor([1])), 4)
 
 
-def test_answers_of_rows_are_references_and_are_not_asked(tmp_path: Path) -> None:
+def test_answers_of_rows_are_references_and_not_part_of_the_prompt(tmp_path: Path) -> None:
     asked = [{"role": "user", "content": "what ?"}]
     first = {"role": "assistant", "content": "a dot"}
     second = {"role": "assistant", "content": [{"type": "text", "text": "a red one"}]}

@@ -134,7 +134,7 @@ def test_what_cannot_be_analysed_is_said(models, conversations, tmp_path):
         analyzed(models, [missing], tmp_path)
 
 
-def test_a_conversation_may_say_how_its_video_is_read(whole, models, conversations, tmp_path):
+def test_a_conversation_may_set_the_sampling_of_its_video(whole, models, conversations, tmp_path):
     _, folder = whole
     before = json.loads((folder / "prompts" / "00000.json").read_text())["made_from"]["conversation"]
     assert run.digest_of(conversations[0]) == before == fingerprint(list(conversations[0][:2]))

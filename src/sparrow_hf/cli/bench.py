@@ -145,19 +145,19 @@ def bench(
         conversations = None if prompts is None else read_conversations(prompts, split, limit)
         model, its_processor = load_target(target, processor, dtype, device)
         if conversations is None:
-            asked = clip_prompts(model, its_processor, limit, visual_tokens or [400])
+            all_prompts = clip_prompts(model, its_processor, limit, visual_tokens or [400])
         else:
             if missing := conversations.missing:
                 console.print(
                     f"[yellow]left out {len(missing)} questions without their video, such as {missing[0]}[/]"
                 )
-            asked = conversation_prompts(its_processor, conversations.rows, max_frames or [], fps)
+            all_prompts = conversation_prompts(its_processor, conversations.rows, max_frames or [], fps)
         parser = Arms(model, draft)
         benchmark = Benchmark(
             name,
             model,
             parser.parse(DEFAULT_ARMS if arms is None else arms),
-            asked,
+            all_prompts,
             temperatures or [0.0],
             seeds or [0],
             max_new_tokens,
@@ -177,7 +177,7 @@ def bench(
         measured = benchmark.open_runs(runs)
         todo = benchmark.calls_per_prompt * sum(len(settings) for _, settings in benchmark.missing(measured))
         console.print(
-            f"{len(asked)} prompts × {len(benchmark.settings)} temperatures and seeds × {len(benchmark.arms)} arms"
+            f"{len(all_prompts)} prompts × {len(benchmark.settings)} temperatures and seeds × {len(benchmark.arms)} arms"
             + (f" × {repeats} rounds; " if repeats > 1 else "; ")
             + f"to do: {todo} calls of up to {max_new_tokens} tokens"
         )

@@ -75,7 +75,7 @@ def _clean_part(part: Any, folder: str | None) -> dict[str, Any]:
 
 
 def split_answer(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
-    """The turns of a row up to its last question, cleaned, and the answer that is written behind it, if any.
+    """The turns of a row up to its last question, cleaned, and the answer after it, if any.
 
     Raises:
         TrainingDataError: The row has no well-formed messages, or nothing but answers; it is named by its index.

@@ -4,7 +4,7 @@ row            messages, and what `load_rows` adds: see `messages.py`
  │ split_answer     turns cleaned, paths made absolute, the answer at the end taken off
  │ prepare_inputs   videos decoded as densely as the row says, the target's processor run
 prompt         what the processor returns for one prompt, generation prompt included
- │ append_answer    the answer's tokens behind it
+ │ append_answer    the answer's tokens appended
 processed      conversation: the tensors of prompt and answer, and `answer_start`
 """
 
@@ -65,7 +65,7 @@ def prepare_prompt(
 
     Args:
         processor: The target's processor; rows that are processed need none.
-        row: A conversation, whose last question ends the prompt: all assistant turns behind it are left out. Or a
+        row: A conversation, whose last question ends the prompt: all assistant turns after it are left out. Or a
             processed prompt or conversation.
         fps, max_frames: How densely to read video files, see [`prepare_inputs`]. A row that names its own `fps` or
             `max_frames` is read that way: with other frames, an answer of the target would not be its answer any more.
@@ -98,7 +98,7 @@ def prepare_conversation(
 
     Args:
         processor: The target's processor; processed conversations need none.
-        row: A conversation. Its answer are the `answer_ids` it names (the very tokens the target wrote), else its
+        row: A conversation. Its answer is its `answer_ids` (the exact tokens the target wrote), else its
             `answer` (text), else the assistant turns at its end. Or a processed conversation, handed on.
         fps, max_frames: As for [`prepare_prompt`].
 

@@ -47,7 +47,7 @@ class Models(NamedTuple):
 
 
 class VideoQuestion(NamedTuple):
-    """A video and what is asked about it."""
+    """A video and a question about it."""
 
     name: str
     messages: list[dict[str, Any]]
@@ -227,8 +227,8 @@ def run_demo(
     with console.status("Reading the video"):
         prompt = next(prompts)
         inputs = prepare(prompt)
-    asked = text_of(prompt.messages[0])
-    console.print(Text.assemble((prompt.name, "bold"), f" · {lengths[0]} visual tokens · “{asked}”\n"))
+    question = text_of(prompt.messages[0])
+    console.print(Text.assemble((prompt.name, "bold"), f" · {lengths[0]} visual tokens · “{question}”\n"))
     _stream(models, arms[:2], inputs, settings, console)
 
     # The other two arms have run before.

@@ -69,8 +69,8 @@ def conversation_prompts(
     for row in rows:
         with naming_row(row.get(ROW_INDEX)):
             own = own_sampling(row)
-        asked = fingerprint([row["messages"], own] if own else row["messages"])
-        name = f"row {row[ROW_INDEX]}, {asked[:8]}"
+        key = fingerprint([row["messages"], own] if own else row["messages"])
+        name = f"row {row[ROW_INDEX]}, {key[:8]}"
         lengths: list[int | None] = [*sorted(set(max_frames))] or [None]
         if "max_frames" in own:
             lengths = [own["max_frames"]]
