@@ -231,7 +231,7 @@ def run_demo(
     console.print(Text.assemble((prompt.name, "bold"), f" · {lengths[0]} visual tokens · “{question}”\n"))
     _stream(models, arms[:2], inputs, settings, console)
 
-    # The other two arms have run before.
+    # The first two arms have run already.
     warm_up(target, arms[2:], inputs, settings)
     with _progress(console) as progress:
         task = progress.add_task("Measuring", total=clips * repeats)
