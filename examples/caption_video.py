@@ -1,4 +1,4 @@
-"""Caption a video with a draft, and see what it saved.
+"""Caption a video with a draft, and print the statistics of the call.
 
 python examples/caption_video.py                       # the built-in models on a clip they have not seen
 python examples/caption_video.py --video my.mp4        # the built-in models on your file

@@ -1,10 +1,10 @@
-"""Train a draft: the target answers your prompts, the draft learns to foresee its answers, generate() uses it.
+"""Train a draft: the target answers your prompts, the draft is trained on these answers, and generate() uses it.
 
 python examples/train_draft.py                         # the built-in target and a few clips, on a CPU
 python examples/train_draft.py --target Qwen/Qwen2.5-VL-7B-Instruct --prompts prompts.jsonl --steps 20000
 
-Each line of prompts.jsonl is {"messages": [...]} with videos as paths; the first eight are held out. Run the same
-command again to go on where it was stopped. The built-in target's few steps show the road; they make no good draft.
+Each line of prompts.jsonl is {"messages": [...]} with videos as paths; the first eight are held out. The same
+command continues a stopped run. The few steps with the built-in target only show how it works: the draft is poor.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The nine supported architectures, as tiny targets.
 
-Everything a family needs is one entry of `FAMILIES`: its configuration, its processor, and what a prompt says where a
-video goes. Nothing else in the tests knows one family from another.
+Everything a family needs is one entry of `FAMILIES`: its configuration, its processor, and what a prompt holds where a
+video goes. No other test code depends on the family.
 """
 
 from collections.abc import Callable

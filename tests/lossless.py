@@ -1,6 +1,6 @@
 """Random cases of one promise: `generate(assistant_model=draft)` gives the tokens plain `generate()` gives.
 
-A case is a function of its number: family, attention, draft, tree shape, processors, stop rule and outputs asked for.
+A case is a function of its number: family, attention, draft, tree shape, processors, stop rule and requested outputs.
 """
 
 import functools
@@ -118,7 +118,7 @@ def make_case(number: int, **fixed: Any) -> Case:
 
 @functools.cache
 def built_target(family: str, attn_implementation: str) -> PreTrainedModel:
-    """Targets are shared: a call must leave nothing behind on one."""
+    """Targets are shared, so a call must not change one."""
     return FAMILY_BY_NAME[family].build_target(attn_implementation)
 
 

@@ -1,4 +1,4 @@
-"""Prompts of noise, for targets that have learned nothing, and how long their answers are."""
+"""Prompts of noise for untrained targets, and the length of their answers."""
 
 from transformers import BatchFeature, PreTrainedModel
 

@@ -1,11 +1,11 @@
-"""Drafters that know the answer, so that tests reach what an untrained draft never does.
+"""Drafters that know the answer, so that tests cover what an untrained draft never reaches.
 
 A random draft is right once in a vocabulary: nearly every round ends at the root. Here the text that plain
 `generate()` gave is known beforehand, and trees are grown around it:
 
 * an *oracle* drafts the true continuation in full, hidden among wrong branches;
 * an *adversary* drafts it up to a random depth only and goes wrong there; right tokens hang under wrong parents, and
-  siblings stand in random order.
+  siblings are in random order.
 
 Only the proposals are replaced: the draft still reads the target's states, the loop still verifies.
 """

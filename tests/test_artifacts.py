@@ -1,4 +1,4 @@
-"""Files are whole or absent, one digest tells weights apart, and a draft that is saved again is old or new."""
+"""Atomic writes, digests of weights, and saving a draft while it is loaded."""
 
 import copy
 import errno
@@ -92,7 +92,7 @@ class TestWriting:
 
 
 class TestDigest:
-    def test_says_names_types_shapes_and_bytes(self) -> None:
+    def test_the_digest_depends_on_names_types_shapes_and_bytes(self) -> None:
         tensors = {"a": torch.arange(6.0), "b": torch.ones(2, dtype=torch.bfloat16)}
         digest = tensor_digest(tensors)
         assert digest == tensor_digest(dict(reversed(tensors.items())))
@@ -112,7 +112,7 @@ class TestDigest:
         stored = StoredTensors(sorted(tmp_path.iterdir()))
         assert len(stored) == 3 and tensor_digest(stored) == tensor_digest(tensors)
 
-    def test_offloaded_weights_are_told_by_name_type_and_shape(self) -> None:
+    def test_the_digest_of_offloaded_weights_has_name_type_and_shape(self) -> None:
         def told(*shape: int) -> str:
             return tensor_digest({"a": torch.empty(shape, device="meta")})
 
@@ -203,7 +203,7 @@ class TestSavingWhileLoading:
     def test_four_threads_save_and_a_reader_finds_old_or_new(
         self, draft: SparrowDraftModel, other: SparrowDraftModel, tmp_path: Path, loader: Any, options: dict[str, Any]
     ) -> None:
-        """Two drafts by turns, so that a mixture of both would be one that nobody saved."""
+        """Two drafts in turn, so that a mixture of both can be recognised."""
         draft.save_pretrained(tmp_path, **options)
         known = {tensor_digest(model.state_dict()) for model in (draft, other)}
         stop, configs = threading.Event(), []
@@ -305,7 +305,7 @@ class TestReadingTogether:
         other.save_pretrained(tmp_path)
         loaded = SparrowDraftModel.from_pretrained(tmp_path, config=config)
         assert torch.equal(loaded.fc.weight, other.fc.weight) and loaded.config.num_glimpse_tokens == 7
-        # What somebody set counts.
+        # A value that was set counts.
         assert AutoModel.from_pretrained(tmp_path, num_glimpse_tokens=3).config.num_glimpse_tokens == 3
 
     def test_what_is_damaged_is_read_once(self, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from sparrow_hf.errors import DraftLoadError
 
 from families import FAMILY_BY_NAME
 
-#: What the family's config.json says; heads and epsilon differ from the targets' on purpose.
+#: The family's config.json; heads and epsilon differ from the targets' on purpose.
 CONFIG = {"num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-3, "rope_theta": 500.0}
 HEAD_DIM = 16
 
@@ -209,7 +209,7 @@ def test_rope_of_the_family(qwen: PreTrainedModel, qwen_folder: Path, tmp_path: 
     assert_same_logits(our_logits(draft, qwen), their_logits(tensors, qwen, theta=10000.0))
 
 
-def test_without_a_configuration_the_target_is_asked(qwen: PreTrainedModel, qwen_folder: Path, tmp_path: Path) -> None:
+def test_without_a_configuration_the_targets_is_used(qwen: PreTrainedModel, qwen_folder: Path, tmp_path: Path) -> None:
     tensors = eagle_tensors(qwen)
     save_file(tensors, tmp_path / "alone.safetensors")
     conversion = convert_checkpoint(tmp_path / "alone.safetensors", qwen_folder, num_attention_heads=2)
@@ -222,7 +222,7 @@ def test_without_a_configuration_the_target_is_asked(qwen: PreTrainedModel, qwen
 
 @pytest.mark.parametrize("fc_bias", [False, True])
 def test_vispec_text_path(qwen: PreTrainedModel, qwen_folder: Path, tmp_path: Path, fc_bias: bool) -> None:
-    """`img_fc` stands between the state and `fc` on text too: it is folded into `fc`; the compressor is left out."""
+    """`img_fc` is applied before `fc` on text too, so it is merged into `fc`; the compressor is left out."""
     plain = eagle_tensors(qwen, fc_bias=fc_bias)
     hidden = qwen.get_input_embeddings().weight.shape[1]
     generator = torch.Generator().manual_seed(9)
@@ -260,7 +260,7 @@ def test_tensors_that_are_not_the_drafts(qwen: PreTrainedModel, qwen_folder: Pat
     assert_same_logits(our_logits(conversion.draft, qwen), their_logits(eagle_tensors(qwen), qwen))
 
 
-def test_an_embedding_that_cannot_be_compared_is_said(
+def test_an_embedding_that_cannot_be_compared_is_reported(
     qwen: PreTrainedModel, qwen_folder: Path, tmp_path: Path
 ) -> None:
     (qwen_folder / "model.safetensors").unlink()

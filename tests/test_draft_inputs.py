@@ -83,7 +83,7 @@ def test_each_layer_is_collected_where_it_is_read(glimpse: int, bridge: int) -> 
     assert visual.flatten().tolist() == [10 * bridge + at for at in (1, 2)[:glimpse]]
 
 
-def test_values_are_put_where_they_stand_and_padding_is_dropped() -> None:
+def test_values_are_put_at_their_positions_and_padding_is_dropped() -> None:
     sequence = torch.zeros(2, 3, 1)
     found = put(sequence, torch.tensor([[2, 0], [1, 3]]), torch.tensor([[[5.0], [6.0]], [[7.0], [8.0]]]))
     assert found.squeeze(-1).tolist() == [[6, 0, 5], [0, 7, 0]]

@@ -30,14 +30,14 @@ DRAFTS: dict[str, dict[str, Any]] = {
 }
 DECODING: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
-    # Two processors that look at one row, one that looks at the history.
+    # Two processors that read the current scores only, and one that reads the history.
     "sampling": {"do_sample": True, "temperature": 0.9, "top_k": 20, "repetition_penalty": 1.2},
 }
 
 
 @functools.cache
 def built_target(name: str, attn_implementation: str) -> PreTrainedModel:
-    """Targets are shared by the tests: a call must leave nothing behind on one."""
+    """Targets are shared by the tests, so a call must not change one."""
     return FAMILY_BY_NAME[name].build_target(attn_implementation)
 
 

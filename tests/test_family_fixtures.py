@@ -1,4 +1,4 @@
-"""The fixtures themselves: tiny targets that see their pixels and generate text in which mistakes would show."""
+"""The fixtures themselves: tiny targets read their pixels, and generate texts that depend on all inputs."""
 
 from typing import Any
 

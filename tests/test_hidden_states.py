@@ -1,4 +1,4 @@
-"""The output hooks see what `output_hidden_states=True` would give, and keep only what was asked for."""
+"""The output hooks give the states of `output_hidden_states=True`, at the requested positions only."""
 
 import threading
 
@@ -88,7 +88,7 @@ def test_binding_twice_installs_one_hook(target: PreTrainedModel) -> None:
 
 
 def test_changed_pixels_change_the_captured_text_states(family: Family) -> None:
-    """The blindness gate: what the draft reads must depend on what the target saw."""
+    """The states that the draft reads must depend on the target's video."""
     target = family.build_target()
     draft = SparrowDraftModel.from_target(target)
     depth = target.config.get_text_config().num_hidden_layers

@@ -1,4 +1,4 @@
-"""What lies beside the weights: the digest is checked, the card is ours or the user's, an upload holds four files."""
+"""Files beside the weights: the digest is checked, a user's card is kept, an upload holds four files."""
 
 import copy
 import json
@@ -69,7 +69,7 @@ class TestDigest:
         with pytest.raises(DraftLoadError, match="not those that were saved"):
             SparrowDraftModel.from_pretrained(folder)
 
-    def test_one_digest_whatever_the_dtype_asked_for(self, folder: Path) -> None:
+    def test_the_digest_does_not_depend_on_the_requested_dtype(self, folder: Path) -> None:
         assert SparrowDraftModel.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
 
     def test_shards_are_checked_too(self, draft: SparrowDraftModel, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ class TestDigest:
 
 
 class TestCard:
-    def test_says_what_the_hub_and_a_reader_need(self, folder: Path) -> None:
+    def test_the_card_holds_what_the_hub_and_a_reader_need(self, folder: Path) -> None:
         card = ModelCard.load(folder / "README.md")
         assert card.data.to_dict() == {
             "base_model": "org/video-llm",
@@ -128,7 +128,7 @@ class TestCard:
             assert line in card.text.splitlines()
         assert 'from_pretrained("org/video-llm")' in card.text
 
-    def test_a_draft_nothing_is_known_of(self, target: PreTrainedModel, tmp_path: Path) -> None:
+    def test_the_card_of_a_draft_without_provenance(self, target: PreTrainedModel, tmp_path: Path) -> None:
         SparrowDraftModel.from_target(target).save_pretrained(tmp_path)
         card = ModelCard.load(tmp_path / "README.md")
         assert not {"base_model", "base_model_relation", "datasets", "license"} & card.data.to_dict().keys()
@@ -163,9 +163,7 @@ class TestProvenance:
         draft.save_pretrained(folder)
         assert json.loads((folder / "PROVENANCE.json").read_text())["saved_with"]["torch"] == torch.__version__
 
-    def test_words_that_mean_something_else_do_not_keep_a_draft_from_being_saved(
-        self, draft: SparrowDraftModel, folder: Path
-    ) -> None:
+    def test_a_foreign_provenance_does_not_prevent_saving(self, draft: SparrowDraftModel, folder: Path) -> None:
         draft.provenance |= {"recipe": ["sgd"], "acceptance": 4.9, "data": None, "folder": Path("/data")}
         draft.save_pretrained(folder)
         assert "Not measured." in (folder / "README.md").read_text()
@@ -192,7 +190,7 @@ def test_another_revision_of_the_target_warns(draft: SparrowDraftModel, target: 
 
 
 class Uploads:
-    """The Hub as `HfApi` sees it: remembers what is asked of it, and the bytes of what is uploaded."""
+    """A stand-in for `HfApi` that records calls and uploaded bytes."""
 
     def __init__(self, patch: pytest.MonkeyPatch, published_card: Path | None = None):
         self.files: dict[str, bytes] = {}

@@ -43,7 +43,7 @@ def test_a_room_imports_only_from_below(room: str) -> None:
     assert found and not {file: rooms for file, rooms in found.items() if rooms}
 
 
-def test_an_import_of_every_kind_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_of_every_kind_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("test_imports.ROOT", tmp_path)
     (tmp_path / "training").mkdir()
     file = tmp_path / "training" / "file.py"
@@ -55,7 +55,7 @@ def test_an_import_of_every_kind_is_seen(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def imported_names(file: Path) -> set[str]:
-    """Everything a file imports, and every attribute it reads, as far as it stands there in full."""
+    """Everything that a file imports, and every attribute it reads by its full name."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -83,7 +83,7 @@ def test_nothing_in_the_testbed_trains() -> None:
     assert files and not [file for file in files if what_trains(file)]
 
 
-def test_what_trains_is_seen(tmp_path: Path) -> None:
+def test_names_that_train_are_found(tmp_path: Path) -> None:
     file = tmp_path / "file.py"
     file.write_text(
         "import numpy, sparrow_research.results, torch\nfrom accelerate import PartialState\nfrom torch import optim\n"

@@ -91,7 +91,7 @@ def test_esr_equals_its_formula_where_prefills_are_equal():
 
 
 def test_speed_needs_pairs():
-    with pytest.raises(ValueError, match="plain twin"):
+    with pytest.raises(ValueError, match="a plain run of the same prompt"):
         speed([run([1])], [run([1]), run([1])])
     with pytest.raises(ValueError, match="first token"):
         speed([run([])], [run([])])

@@ -72,7 +72,7 @@ def two_draws_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def position_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nodes stand one position too far."""
+    """Nodes are one position too far."""
     monkeypatch.setattr(decoding, "tree_position_ids", lambda tree, root: root + tree.depths + 1)
 
 
@@ -102,7 +102,7 @@ def wrong_kv_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def criteria_once_per_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopping criteria are only looked at where a round ends."""
+    """Stopping criteria are checked at the end of a round only."""
     accept, commit = decoding.accept, TokenEmitter.commit
 
     def commit_unchecked(self: TokenEmitter, token: int) -> None:

@@ -1,4 +1,4 @@
-"""What `pyproject.toml` asks for, what the locks pin, and what the code imports are the same."""
+"""The requirements of `pyproject.toml`, the pins of the locks, and the imports of the code agree."""
 
 import ast
 import re

@@ -66,7 +66,7 @@ def own_names(trees: list[ast.AST]) -> set[str]:
 
 
 def names_for_the_room(tree: ast.AST, own: set[str]) -> Iterator[str]:
-    """What a file says that only `_transformers.py` may say, each with its line."""
+    """Names in a file that only `_transformers.py` may use, each with its line."""
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     looked_up = {
         id(argument)
@@ -183,7 +183,7 @@ def test_a_cache_that_shows_copies_is_found(monkeypatch: pytest.MonkeyPatch, fre
     monkeypatch.setattr(
         _transformers, "cache_tensors", lambda cache: [(keys.clone(), values) for keys, values in shown(cache)]
     )
-    assert _transformers.contract_breaches() == ("DynamicCache keeps other positions than it is told to",)
+    assert _transformers.contract_breaches() == ("DynamicCache.crop keeps the wrong positions",)
 
 
 # -- another transformers ---------------------------------------------------------------------------------------------
@@ -267,9 +267,9 @@ def test_verification_runs_as_transformers_decodes(monkeypatch: pytest.MonkeyPat
 def test_text_behind_a_video_goes_on_where_the_targets_learned_it(family: Family) -> None:
     """Behind a video of t × h × w merged patches text goes on max(h, w) positions later, whatever t is.
 
-    The models' original code, and other engines, go on behind the largest of t, h and w. The output of a draft does
-    not depend on it, but the built-in Qwen2.5-VL target has learned this rule: if it changes upstream, captions and τ
-    get worse, and this test says why (`docs/compatibility.md`).
+    The models' original code, and other engines, continue after the largest of t, h and w. The output of a draft does
+    not depend on it, but the built-in Qwen2.5-VL target was trained with it: if it changes upstream, captions and τ
+    get worse, and this test gives the reason (`docs/compatibility.md`).
     """
     target = family.build_target("sdpa")
     inputs = family.build_inputs(target)

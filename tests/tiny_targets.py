@@ -45,7 +45,7 @@ class Family:
         processor: Makes the processor around a tokenizer.
         named_tokens: Special tokens under the attribute names the processor looks for.
         placeholder_tokens: Those of `named_tokens` that visual features replace.
-        video_prompt, image_prompt: What a prompt says where a video or an image goes; the processor expands it.
+        video_prompt, image_prompt: Placeholder of a video or an image in a prompt; the processor expands it.
         mixes_modalities: The processor takes images and videos in one call.
     """
 

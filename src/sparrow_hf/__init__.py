@@ -1,6 +1,6 @@
 """Sparrow: lossless speculative decoding for video LLMs on transformers.
 
-Importing the package registers the draft class and installs the one seam `generate(assistant_model=draft)` needs.
+Importing the package registers the draft class and wraps the methods that `generate(assistant_model=draft)` needs.
 On a transformers that lacks what the package needs, the import still works, and a draft raises when it is used.
 """
 

@@ -1,7 +1,7 @@
-"""Everything in transformers that is private, or that its versions name differently. No other file says these names.
+"""Everything of transformers that is private, or that its versions name differently. No other file uses these names.
 
-`contract_breaches` checks the installed transformers against all of it. When a new version breaks something, this is
-the file to mend; `docs/compatibility.md` says how.
+`contract_breaches` checks the installed transformers against all of it. When a new version breaks something, change
+this file; `docs/compatibility.md` explains how.
 """
 
 import functools
@@ -23,7 +23,7 @@ TESTED_VERSIONS = ("5.23.0", "5.24.0")
 SUPPORTED_VERSIONS = ">=5.23,<5.25"
 
 
-# -- names that move --------------------------------------------------------------------------------------------------
+# -- names that change ------------------------------------------------------------------------------------------------
 
 _not_found: list[str] = []
 
@@ -37,7 +37,7 @@ def _find(module: str, name: str) -> Any:
         return None
 
 
-# Public ones too: without these no class of the package can be defined.
+# Public names too, because no class of the package can be defined without them.
 for _name in ("Cache", "DynamicCache", "GenerationConfig", "PreTrainedConfig", "PreTrainedModel"):
     _find("transformers", _name)
 for _name in ("BaseStreamer", "CandidateGenerator", "GenerationMode"):
@@ -114,7 +114,7 @@ _ATTRIBUTES = {
 
 @functools.cache
 def contract_breaches() -> tuple[str, ...]:
-    """What the installed transformers lacks, or does differently, of all that this package leans on; none is good."""
+    """What this package needs and the installed transformers lacks or does differently; empty if all is well."""
     found = [f"{name} is missing" for name in _not_found]
     if not found:
         found += _changed_methods() + _changed_attributes() + _changed_cache()
@@ -180,10 +180,10 @@ def _changed_cache() -> list[str]:
         works = kept == [[0.0, 2.0], [3.0, 5.0]] and cache.get_seq_length() == 2
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return [f"DynamicCache cannot be cut back ({type(error).__name__}: {error})"]
-    return [] if works else ["DynamicCache keeps other positions than it is told to"]
+    return [] if works else ["DynamicCache.crop keeps the wrong positions"]
 
 
-# -- the seam ---------------------------------------------------------------------------------------------------------
+# -- wrapped methods --------------------------------------------------------------------------------------------------
 
 
 def install_seam(
@@ -195,13 +195,13 @@ def install_seam(
     """Lets `generate(assistant_model=draft)` dispatch to our loop; calls without a draft pass through untouched.
 
     transformers has no registry for assisted decoding, so three methods of `GenerationMixin` are wrapped, once and at
-    class level. Where the contract is broken only `generate()` is wrapped, to refuse drafts in a sentence.
+    class level. Where the contract is broken only `generate()` is wrapped, to raise an error for drafts.
 
     Args:
         is_draft: Whether an `assistant_model` is ours.
-        check_inputs: Called first, as `check_inputs(input_ids, inputs_embeds, cache)` with what the call brings of
-            these; raises what a draft cannot serve. Where `check` stands, the options are known but not the inputs,
-            and where `decode` stands the vision tower has run.
+        check_inputs: Called first, as `check_inputs(input_ids, inputs_embeds, cache)` with those of the call; raises
+            for inputs that a draft cannot decode. Later, `check` does not get the inputs, and before `decode` the
+            vision tower has run.
         check: Called before anything is computed, as `check(target, draft, generation_mode, generation_config,
             generation_mode_kwargs)`; raises what cannot be combined with a draft.
         decode: Called in the place of transformers' own loop, as `decode(target, draft, input_ids, logits_processor=,
@@ -273,7 +273,7 @@ def prefill(target: Any, input_ids: Tensor, generation_config: Any, model_kwargs
 
 @contextmanager
 def replaced_prefill(target: Any, replacement: Callable[[Callable[[], Any], dict[str, Any]], Any]) -> Iterator[None]:
-    """While it lasts, the target's `generate()` takes the outputs of its prefill from `replacement`.
+    """In this context, the target's `generate()` takes the outputs of its prefill from `replacement`.
 
     Args:
         replacement: Called with the prefill it replaces, ready to be called, and the `model_kwargs`.
@@ -292,7 +292,7 @@ def replaced_prefill(target: Any, replacement: Callable[[Callable[[], Any], dict
 
 @contextmanager
 def replaced_candidate_generator(target: Any, make: Callable[..., Any]) -> Iterator[None]:
-    """While it lasts, transformers' assisted loop on this target drafts with `make(generation_config)`."""
+    """In this context, transformers' assisted loop on this target drafts with `make(generation_config)`."""
 
     def generator(generation_config: Any, **_: Any) -> Any:
         return make(generation_config)
@@ -325,7 +325,7 @@ def prompt_position_ids(target: Any, input_ids: Tensor, inputs: Mapping[str, Any
 
 
 def is_stateful(target: Any) -> bool:
-    """Whether the target keeps a state that cannot step back over rejected tokens."""
+    """Whether the target keeps a state that cannot be reset to before the rejected tokens."""
     return bool(target._is_stateful)
 
 
@@ -341,7 +341,7 @@ def run_layer(
     position_embeddings: tuple[Tensor, Tensor],
     is_causal: bool,
 ) -> Tensor:
-    """One decoder layer of [`DECODER_LAYERS`]. `is_causal` is said, because sdpa takes no mask for a causal one."""
+    """One decoder layer of [`DECODER_LAYERS`]. `is_causal` is set: sdpa takes a missing mask as a causal one."""
     return layer(
         hidden_states,
         attention_mask=attention_mask,
@@ -392,10 +392,10 @@ def on_device(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_file(source: Any, name: str, *, needs_hub: bool, **hub_options: Any) -> str | None:
-    """Where a file of a folder or a Hub repository lies on this machine, downloaded if it must be.
+    """Local path of a file of a folder or a Hub repository, downloaded if necessary.
 
     Args:
-        needs_hub: Raise `OSError` if the Hub cannot be reached; else that counts as no such file.
+        needs_hub: Raise `OSError` if the Hub cannot be reached; otherwise the file counts as missing.
     """
     return transformers.utils.cached_file(
         source,

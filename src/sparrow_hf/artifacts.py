@@ -1,4 +1,4 @@
-"""Files that this package writes: whole or absent, told apart by one digest, compared with what is wanted of them."""
+"""Files that this package writes: atomic writes, digests of tensors, and the check that settings are the same."""
 
 import hashlib
 import json
@@ -24,9 +24,9 @@ except ImportError:  # Windows
 
 _T = TypeVar("_T")
 
-#: Seconds that somebody waits for others who use the same folder. A stopped process must not hold up a training.
+#: Maximum seconds to wait for other processes that use the same folder. A stopped process must not block a training.
 LOCK_SECONDS = 30.0
-#: How often files are read that somebody replaces meanwhile.
+#: How often files are read again if they are replaced meanwhile.
 READ_ATTEMPTS = 5
 
 
@@ -35,7 +35,7 @@ READ_ATTEMPTS = 5
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside `path` to write a file to, renamed at the end: whoever finds `path` finds all of it.
+    """A path beside `path` to write a file to, renamed at the end, so that `path` is always complete.
 
     After an exception `path` is what it was. A folder can be written as well, if there is none at `path` yet. The
     folder that holds `path` is made.
@@ -74,14 +74,14 @@ def write_json(
 
 @contextmanager
 def atomic_files(folder: Path, last: str, is_kind: Callable[[str], bool]) -> Iterator[Path]:
-    """A folder to write files to that belong together; at the end they take their places in `folder`.
+    """A folder to write files to that belong together; at the end they are moved to `folder`.
 
-    After an exception `folder` holds what it held. Who reads with [`read_together`] finds the old files or the new
-    ones. Other writers wait, so that the files of two are never mixed.
+    After an exception `folder` is unchanged. [`read_together`] reads either the old or the new files. Other writers
+    wait, so that the files of two writers are never mixed.
 
     Args:
         folder: Made if it is not there.
-        last: Name of the file that tells about the others, and is moved after them.
+        last: Name of the file that describes the others, and is moved after them.
         is_kind: Whether a file of this name is of a kind that is replaced as a whole: if there are new files of the
             kind, old ones of other names go.
     """
@@ -125,33 +125,33 @@ def _remove(path: Path) -> None:
 
 
 def read_together(folder: Path, last: str, read: Callable[[], _T], error: type[SparrowError]) -> _T:
-    """What `read` makes of files of a folder that belong together, all of them old or all of them new.
+    """Reads files of a folder that belong together with `read`, all of them old or all of them new.
 
-    Writers of [`atomic_files`] wait for it. Where file systems know no locks, files that others were put in place of
-    meanwhile are read again.
+    Writers with [`atomic_files`] wait for it. On file systems without locks, files that were replaced meanwhile are
+    read again.
 
     Args:
         folder: The folder.
-        last: Name of the file that tells about the others, as [`atomic_files`] has it.
+        last: Name of the file that describes the others, as in [`atomic_files`].
         read: Reads them, and raises if they do not belong together.
         error: The type of the error.
 
     Raises:
-        SparrowError: Others were put in their place time and again.
+        SparrowError: They were replaced during every attempt.
         Exception: Whatever `read` raises on files that stay as they are.
     """
     for _ in range(READ_ATTEMPTS):
         with _locked(folder, exclusive=False):
-            before, told = _versions(folder), _bytes_in(folder / last)
+            before, described = _versions(folder), _bytes_in(folder / last)
             try:
                 result = read()
             except Exception:
                 if _versions(folder) == before:
                     raise
             else:
-                if _bytes_in(folder / last) == told:
+                if _bytes_in(folder / last) == described:
                     return result
-    raise error(f"{folder} was written to whenever it was read: try again when that is over")
+    raise error(f"{folder} was written to whenever it was read: try again when the writer has finished")
 
 
 def _bytes_in(path: Path) -> bytes | None:
@@ -193,7 +193,7 @@ def _locked(folder: Path, exclusive: bool) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            # Closing would not do: a process that was forked meanwhile has the handle too.
+            # Closing is not enough: a process that was forked meanwhile has the handle too.
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
@@ -202,7 +202,7 @@ def _locked(folder: Path, exclusive: bool) -> Iterator[None]:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of safetensors files by name, each read when it is asked for."""
+    """The tensors of safetensors files by name, each read when it is accessed."""
 
     def __init__(self, files: Iterable[Path]):
         self._files: dict[str, Path] = {}
@@ -264,8 +264,8 @@ def check_made_alike(
 
     Args:
         what: The file or folder.
-        found: What is written there of its making. What it says beyond `wanted` does not count.
-        wanted: What it should say, as it comes back from JSON.
+        found: The settings recorded there. Settings that are not in `wanted` do not count.
+        wanted: The settings it should have, as read back from JSON.
         error: The type of the error.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The clocks: one that times a `generate()` call from outside, one that adds up the phases of a call from inside."""
+"""Two clocks: one times a `generate()` call from outside, the other adds up the phases of a call from inside."""
 
 import time
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ from .targets import unwrap
 
 
 def now(device: torch.device) -> float:
-    """Wall-clock seconds, taken when the device has done all it was told to do."""
+    """Wall-clock seconds, taken when all work queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class StopWatch(BaseStreamer):
-    """Times one `generate()` call, the same way whoever does the decoding, and counts the target's forwards.
+    """Times one `generate()` call, in the same way for every arm, and counts the target's forwards.
 
     A streamer and a context manager: `with StopWatch(target) as watch: target.generate(..., streamer=watch)`.
 
@@ -78,7 +78,7 @@ class StopWatch(BaseStreamer):
 class PhaseClock:
     """Adds up the time spent in named phases, without ever waiting for the device.
 
-    On CUDA a pair of events brackets each phase and is only read when somebody asks; elsewhere wall-clock time.
+    On CUDA a pair of events brackets each phase and is read only when a total is requested; elsewhere wall-clock time.
     """
 
     def __init__(self, device: torch.device):
@@ -100,7 +100,7 @@ class PhaseClock:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
 
     def seconds(self, name: str) -> float:
-        """Total of one phase so far; waits for the device if it has not got there yet."""
+        """Total of one phase so far; waits until the device has finished the phase."""
         while self._pending:
             phase, start, end = self._pending.pop()
             end.synchronize()

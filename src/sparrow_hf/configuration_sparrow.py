@@ -21,8 +21,8 @@ class TreeShape(NamedTuple):
     beam_width: int
 
 
-#: The trees of the paper (written there as nodes-levels-beam), the chain this project's figures start from, and the
-#: bare root: the same loop without drafting, which tells what the loop itself costs.
+#: The trees of the paper (written there as nodes-levels-beam), this project's default chain, and a root alone: the
+#: same loop without drafting, which measures the cost of the loop itself.
 TREE_PRESETS: dict[str, TreeShape] = {
     "none": TreeShape(1, 0, 1),
     "chain-5": TreeShape(6, 5, 1),
@@ -59,8 +59,8 @@ class SparrowDraftConfig(PreTrainedConfig):
             of the same shape only warns when the draft is bound: local copies and fine-tunes are normal.
         target_model_type (`str`): `model_type` of the target.
         target_num_hidden_layers (`int`): Decoder layers of the target; layer ids below count in these.
-        visual_token_ids (`list[int]`): The target's image and video placeholder ids. Never drafted; where they
-            stand is visual, everything else is text.
+        visual_token_ids (`list[int]`): The target's image and video placeholder ids. They are never drafted. Their
+            positions are visual, all others are text.
         block_type (`"qwen2"`, `"qwen3"` or `"llama"`): Which decoder layer of transformers the draft is made of.
         num_hidden_layers (`int`): Decoder layers of the draft (paper, section 3.1: one).
         feature_layers (`list[int]`): Target layers whose text states the draft reads, in the `hidden_states`
@@ -183,7 +183,7 @@ class SparrowDraftConfig(PreTrainedConfig):
             "visual_token_ids": visual_token_ids(target_config),
             "block_type": block_type,
             "rope_parameters": rope,
-            # Qwen2 attention has its bias hard-wired and no field for it.
+            # Qwen2 attention always has its bias and no field for it.
             "attention_bias": getattr(text, "attention_bias", block_type == "qwen2"),
             "mlp_bias": getattr(text, "mlp_bias", False),
             "head_dim": getattr(text, "head_dim", None),
@@ -319,7 +319,7 @@ def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor | Sequence[in
         raise DraftConfigError(f"a draft vocabulary is one row of token ids, found {token_ids!r:.80}") from error
     if found.ndim != 1 or not len(found) or found.is_floating_point() or found.dtype == torch.bool:
         raise DraftConfigError(f"a draft vocabulary is one row of token ids, found {found.dtype} {tuple(found.shape)}")
-    # An unsigned type would know no difference below zero.
+    # Differences of an unsigned type cannot be negative.
     token_ids = found.to(torch.int64)
     if (token_ids.diff() <= 0).any() or token_ids[0] < 0 or token_ids[-1] >= config.vocab_size:
         raise DraftConfigError(
@@ -335,7 +335,7 @@ def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor | Sequence[in
 
 
 def published_name(target_config: PreTrainedConfig) -> str | None:
-    """Where the target came from, unless that is a folder: a path of one machine means nothing on another."""
+    """Hub id of the target; empty for a folder, because a path of one machine is useless on another."""
     name = name_of(target_config)
     return None if not name or os.path.isdir(name) else name
 

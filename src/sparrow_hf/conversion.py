@@ -25,7 +25,7 @@ from .modeling_sparrow import SparrowDraftModel
 
 #: Tensors without a place in a Sparrow draft, by a part of their name, and what is lost without them.
 IGNORED_TENSORS: dict[str, str] = {
-    "imadpt.": "ViSpec's compressor of visual rows: the draft reads text rows only",
+    "imadpt.": "ViSpec's compressor of visual tokens: the draft reads text only",
     "rotary_emb.inv_freq": "computed from the configuration",
 }
 
@@ -123,7 +123,7 @@ def convert_tensors(
     text = target_config.get_text_config()
     if weights["fc.weight"].shape != (text.hidden_size, 2 * text.hidden_size):
         raise DraftLoadError(
-            f"fc.weight is {tuple(weights['fc.weight'].shape)}, but two rows of a target of hidden size "
+            f"fc.weight is {tuple(weights['fc.weight'].shape)}, but embedding and state of a target of hidden size "
             f"{text.hidden_size} take {(text.hidden_size, 2 * text.hidden_size)}: this draft was made for another "
             "target, or reads several layers (EAGLE-3), which is not supported"
         )
@@ -145,13 +145,13 @@ def convert_tensors(
 
 
 def _shape_fields(weights: dict[str, Tensor], own_config: dict[str, Any], text: PreTrainedConfig) -> dict[str, Any]:
-    """Fields of the draft's configuration that its tensors, or else its own configuration, tell."""
+    """Fields of the draft's configuration, from its tensors or else from its own configuration."""
     own = {"num_attention_heads": text.num_attention_heads, "rms_norm_eps": text.rms_norm_eps}
     own |= {"hidden_act": text.hidden_act}
     own |= {name: own_config[name] for name in own if name in own_config}
     attention = "layers.0.self_attn."
     head_dim = weights[attention + "q_proj.weight"].shape[0] // own["num_attention_heads"]
-    # The biases tell the blocks apart: Qwen2 has them on q, k and v only, Llama on all four or none.
+    # The biases distinguish the blocks: Qwen2 has them on q, k and v only, Llama on all four or none.
     has_bias = {name: f"{attention}{name}_proj.bias" in weights for name in "qo"}
     if f"{attention}q_norm.weight" in weights:
         block_type = "qwen3"
@@ -183,7 +183,7 @@ def _plain_rope(own_config: dict[str, Any]) -> dict[str, Any]:
     rope = own_config.get("rope_parameters") or own_config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
-        raise DraftLoadError(f"the draft's config.json asks for RoPE of type {kind!r}; only plain RoPE is converted")
+        raise DraftLoadError(f"the draft's config.json has RoPE of type {kind!r}; only plain RoPE is converted")
     theta = rope.get("rope_theta", own_config.get("rope_theta", _DEFAULT_ROPE_THETA))
     return {"rope_type": "default", "rope_theta": theta}
 

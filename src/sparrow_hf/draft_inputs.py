@@ -1,4 +1,4 @@
-"""Which positions of a sequence the draft reads, and where they stand. Shared by generation and training.
+"""Which positions of a sequence the draft reads, and their order. Shared by generation and training.
 
 A prompt of L tokens has *visual* positions (placeholders), and *text* positions (everything else). The draft's
 sequence keeps all text positions and a fixed number of visual ones, in their original order:
@@ -69,7 +69,7 @@ class DraftPositions:
     def by_kind(
         self, states: Mapping[int, Tensor], text_layers: Iterable[int], bridge_layer: int
     ) -> tuple[dict[int, Tensor], Tensor]:
-        """Sorts what [`~DraftPositions.to_collect`] asked for.
+        """Splits the states of [`~DraftPositions.to_collect`] into text and visual ones.
 
         Args:
             states: Layer id → `(B, n, H)`.
@@ -92,11 +92,11 @@ class DraftInputs:
     Attributes:
         next_ids: `(B, T)` token after each text token.
         text_states: `(B, T, n·H)` target states of the text tokens, the feature layers side by side.
-        text_positions: `(B, T)` where each text token stands in the draft's sequence; R where padded.
+        text_positions: `(B, T)` index of each text token in the draft's sequence; R where padded.
         visual_states: `(B, M, H)` bridge states.
-        visual_positions: `(B, M)` where each visual token stands; R where padded.
+        visual_positions: `(B, M)` index of each visual token in it; R where padded.
         position_ids: `(B, R)` RoPE positions.
-        visual_summary: `(B, T, H)` what each text token is told of the visual ones before it, for drafts that
+        visual_summary: `(B, T, H)` summary of the visual tokens before each text token, for drafts that
             summarise them (see `SparrowDraftModel.embed_inputs`).
     """
 
@@ -125,7 +125,7 @@ def frame_header_mask(is_visual: Tensor) -> Tensor:
 
 
 def strided(positions: Tensor, count: int) -> Tensor:
-    """`count` of the `(V,)` positions, evenly strided from the middle of each of `count` equal stretches."""
+    """`count` of the `(V,)` positions, evenly strided from the middle of each of `count` equal intervals."""
     if count >= len(positions):
         return positions
     picks = (torch.arange(count, device=positions.device) + 0.5) * (len(positions) / max(count, 1))

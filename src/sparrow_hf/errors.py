@@ -19,7 +19,7 @@ class BindingError(SparrowError, ValueError):
 
 
 class VocabularyError(SparrowError, ValueError):
-    """A reduced draft vocabulary is not an ascending list of the target's ids, or cannot have the size asked for."""
+    """A reduced draft vocabulary is not an ascending list of the target's ids, or cannot have the requested size."""
 
 
 class UnsupportedTargetError(SparrowError, ValueError):
@@ -27,15 +27,15 @@ class UnsupportedTargetError(SparrowError, ValueError):
 
 
 class UnsupportedGenerationError(SparrowError, ValueError):
-    """`generate()` was asked for something that cannot be combined with a Sparrow draft; raised before the prefill."""
+    """An option of `generate()` cannot be combined with a Sparrow draft; raised before the prefill."""
 
 
 class HiddenStateCaptureError(SparrowError, RuntimeError):
-    """The output hooks did not see the positions they were asked for (a target compiled before it was bound, say)."""
+    """The output hooks did not get the requested positions (for example if the target was compiled before binding)."""
 
 
 class AnalysisError(SparrowError, ValueError):
-    """A prompt or a folder of results cannot be analysed: no visual rows, no instruction, or other settings."""
+    """A prompt or a folder of results cannot be analysed: no visual tokens, no instruction, or other settings."""
 
 
 class TransformersContractError(SparrowError, ImportError):
@@ -55,11 +55,11 @@ class ImageError(SparrowError, ValueError):
 
 
 class TargetLoadError(SparrowError, OSError):
-    """A target, or its processor, cannot be loaded from where the command line said."""
+    """A target, or its processor, cannot be loaded from the folder or Hub id on the command line."""
 
 
 class DiskBudgetError(SparrowError, OSError):
-    """A recording would take more disk than it was given; what is complete stays and is used when it goes on."""
+    """A recording would take more disk space than allowed; complete rows stay and are used when it is continued."""
 
 
 class BenchmarkError(SparrowError, ValueError):
@@ -71,4 +71,4 @@ class TrainingDataError(SparrowError, ValueError):
 
 
 class TrainingOptionsError(SparrowError, ValueError):
-    """What a training was told contradicts itself, is unknown, or would overwrite an earlier training."""
+    """Options of a training contradict each other, are unknown, or would overwrite an earlier training."""

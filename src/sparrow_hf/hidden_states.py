@@ -33,7 +33,7 @@ class HiddenStateCollector:
         self._parts: dict[int, list[Tensor]] = {layer: [] for layer in positions}
 
     def collect(self, layer: int, states: Tensor) -> None:
-        """Takes what is wanted of one forward: `(B, n, H)` states of `layer`."""
+        """Keeps the requested positions of one forward, given the `(B, n, H)` states of `layer`."""
         if layer not in self._positions:
             return
         start, wanted = self._seen[layer], self._positions[layer]
@@ -50,7 +50,7 @@ class HiddenStateCollector:
         """`(B, n, H)` states gathered so far, in order.
 
         Raises:
-            HiddenStateCaptureError: The hook did not fire, or the forwards were shorter than what was asked for.
+            HiddenStateCaptureError: The hook did not run, or the forwards were shorter than the requested positions.
         """
         wanted = self._positions[layer]
         if self._seen[layer] == 0 or (wanted is not None and len(wanted) and int(wanted[-1]) >= self._seen[layer]):

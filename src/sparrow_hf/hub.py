@@ -1,4 +1,4 @@
-"""What lies beside a draft's weights: the digest of its tensors, its provenance, its model card; and finding files."""
+"""Files beside a draft's weights (digest of its tensors, provenance, model card), and finding files on the Hub."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from .errors import DraftLoadError
 PROVENANCE_FILE = "PROVENANCE.json"
 CARD_FILE = "README.md"
 
-#: A card with this line is ours to write again; without it, it is the user's and stays as it is.
+#: A card with this line may be overwritten; a card without it belongs to the user.
 CARD_MARK = "<!-- Written by sparrow-hf when the draft is saved. Delete this line to keep a card of your own. -->"
 
 
@@ -27,10 +27,10 @@ CARD_MARK = "<!-- Written by sparrow-hf when the draft is saved. Delete this lin
 
 
 def find_file(source: str | Path, name: str, *, needs_hub: bool = True, **hub_options: Any) -> Path | None:
-    """Where the file `name` of a folder or a Hub repository lies on this machine, downloaded if it must be.
+    """Local path of the file `name` of a folder or a Hub repository, downloaded if necessary.
 
     Args:
-        needs_hub: Whether a Hub that cannot be reached is an error; else it counts as one without the file.
+        needs_hub: Whether a Hub that cannot be reached is an error; otherwise the file counts as missing.
         hub_options: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, … of
             [`~transformers.utils.cached_file`].
 
@@ -103,7 +103,7 @@ def check_digest(source: str | Path, variant: str | None = None, **hub_options: 
 
 
 def read_provenance(source: str | Path, **hub_options: Any) -> dict[str, Any]:
-    """`PROVENANCE.json` of a saved draft, or `{}` if there is none or the Hub cannot be asked.
+    """`PROVENANCE.json` of a saved draft, or `{}` if there is none or the Hub cannot be reached.
 
     Raises:
         DraftLoadError: The file is not a JSON object.
@@ -153,7 +153,7 @@ def model_card(
     Args:
         draft_class: The draft's, whose `from_pretrained` loads it.
         config: The draft's.
-        provenance: What is known of its making. The card shows `license` (an identifier of the Hub), `datasets`
+        provenance: How it was trained. The card shows `license` (an identifier of the Hub), `datasets`
             (their ids), `data` (a sentence), `recipe` (name → value), `command`, and `acceptance` (rows of a table:
             mappings with the same keys); all are optional.
         repo_id: Where the draft is found, for the lines that load it.
@@ -209,7 +209,7 @@ def _making(provenance: Mapping[str, Any]) -> str:
     if provenance.get("command"):
         lines.append(f"```\n{provenance['command']}\n```")
     recipe = provenance.get("recipe")
-    # Other people's files may mean something else by the word, and must not keep a draft from being saved.
+    # Files of other programs may use the name for something else, which must not prevent saving a draft.
     if isinstance(recipe, Mapping) and recipe:
         lines.append(_table([{"setting": f"`{key}`", "value": value} for key, value in recipe.items()]))
     if not lines:

@@ -1,9 +1,8 @@
-"""Measures plain `generate()` and its rivals on the same inputs in the same process, all timed by one instrument.
+"""Measures several arms (methods) on the same inputs in the same process, with the same clock.
 
-Benchmarks, the demo and the decoded evaluation of a training all measure here. The instrument is a streamer:
-`generate()` hands it the prompt, then tokens as they are committed. What lies before the first token counts as prefill
-(the video encoder included), what lies after it as decoding, in every arm alike. A forward hook on the target counts
-its forwards.
+Benchmarks, the demo and the decoded evaluation of a training all measure here. The clock is a streamer:
+`generate()` passes it the prompt, then tokens as they are committed. The time before the first token counts as prefill
+(video encoder included) and the time after it as decoding, in every arm. A forward hook on the target counts forwards.
 """
 
 import dataclasses
@@ -36,11 +35,11 @@ class Arm:
     """One way to generate. Without a draft, an assistant and prompt lookup it is plain `generate()`.
 
     Attributes:
-        name: What tables call it.
+        name: Its name in tables.
         draft: A Sparrow draft of the target.
         tree: The tree the draft grows; its configured one by default.
-        num_glimpse_tokens: Visual rows the draft keeps in its window; its configured number by default.
-        prompt_lookup_num_tokens: Most tokens per round that transformers' prompt lookup copies from the context.
+        num_glimpse_tokens: Visual tokens that the draft reads; its configured number by default.
+        prompt_lookup_num_tokens: Maximum number of tokens per round that transformers' prompt lookup copies.
         assistant: A small model of the target's own kind, run by transformers' assisted generation.
     """
 
@@ -105,9 +104,9 @@ def measure(
     Args:
         inputs: What the processor returned.
         settings: Further arguments of `generate()`, the same for every arm.
-        seed: Of torch's global generator, for sampling.
-        prefill: The prefill of these inputs, done before: the call starts from a copy, and is credited with the time
-            it took. Arms that run transformers' own loop prefill for themselves.
+        seed: Seed of torch's global generator, for sampling.
+        prefill: The prefill of these inputs, computed before. The call starts from a copy, and the time of that
+            prefill is added to its own. Arms that run transformers' own loop run their own prefill.
 
     Returns:
         The measurement, and the generated tokens.
@@ -125,7 +124,7 @@ def measure(
         new_tokens=len(watch.tokens),
         decode_tokens=sum(watch.chunks[1:]),
         rounds=watch.rounds,
-        # Whoever streams whole rounds at once (transformers' own loop) tells with them what was accepted.
+        # transformers' own loop streams a whole round at once, which shows how many tokens were accepted.
         accepted=[chunk - 1 for chunk in watch.chunks[1:]],
         num_draft_levels=arm.num_draft_levels,
         prefill_seconds=prefill.seconds if prefill is not None and is_replayed else watch.prefill_seconds,
@@ -160,11 +159,11 @@ def compare(
 
     Args:
         arms: The first one is the reference whose tokens all others must give.
-        turn: Says in which order the arms run: another number, another order. Give every call its own, so that no arm
-            is always the one that runs first, or right after a slow one.
-        repeats: Rounds in which every arm takes its turn, each in an order of its own. Of an arm's calls, the one that
-            took the median time to decode is kept (of an even number the faster of the two in the middle), and it
-            differs from the reference where any of them does (see [`num_rounds`] for who takes part).
+        turn: Seed of the order in which the arms run. Use another number for every call, so that no arm always runs
+            first or after the same arm.
+        repeats: How often every arm runs, each time in a new order. The call with the median decode time is kept (of
+            an even number, the faster of the two in the middle). An arm differs from the reference if any of its
+            calls does. [`num_rounds`] says how often each arm takes part.
         shared_prefill: Compute the prompt once, and let every arm start from a copy (see [`PrefillSnapshot`]).
         is_content: Whether a token id belongs to a content word; fills [`Run`]'s `asked` for arms with a draft.
 
@@ -191,10 +190,10 @@ def compare(
 
 
 def num_rounds(arm: Arm, repeats: int, shared_prefill: bool) -> int:
-    """How many of the rounds an arm takes part in.
+    """How many of the repeats an arm takes part in.
 
-    One that cannot start from a shared prefill only in the first: at 25,000 visual tokens its prefill takes longer
-    than ten other arms.
+    An arm that cannot start from a shared prefill takes part in the first only, because at 25,000 visual tokens its
+    prefill takes longer than ten other arms.
     """
     return 1 if shared_prefill and arm.runs_stock_loop else repeats
 
@@ -220,7 +219,7 @@ def warm_up(
     *,
     shared_prefill: bool = False,
 ) -> None:
-    """Runs every arm for a few tokens, so that no measurement pays for what is only done once.
+    """Runs every arm for a few tokens, so that no measurement includes work that is done only once.
 
     Args:
         shared_prefill: As in [`compare`].

@@ -34,15 +34,15 @@ class Run:
         decode_tokens: Those of them that came after the prefill.
         rounds: Target forwards after the prefill.
         accepted: Accepted draft tokens of each round.
-        num_draft_levels: Most tokens a round could accept.
+        num_draft_levels: Maximum number of tokens that a round could accept.
         prefill_seconds: From the call of `generate()` to its first token: video encoder and prefill.
         decode_seconds: From the first token to the return of `generate()`.
         differs_at: Index of the first generated token that is not plain `generate()`'s; `None` if all are.
-        draft_seconds, verify_seconds: The draft's own account of the decode time; `None` without a Sparrow draft.
-        draft_cache_rows: Most rows the draft's cache ever held; `None` without a Sparrow draft.
-        peak_bytes: Most memory the call had allocated beyond what was there before; `None` where nobody counts (CPU).
-        asked: Class of words → how many of its tokens the draft was asked for, and how many it got accepted (see
-            [`count_asked`]); `None` if nobody told the classes.
+        draft_seconds, verify_seconds: Parts of the decode time, measured in our loop; `None` without a Sparrow draft.
+        draft_cache_rows: Maximum length of the draft's cache; `None` without a Sparrow draft.
+        peak_bytes: Peak memory of the call beyond what was allocated before; `None` on a CPU.
+        asked: Class of words → number of its tokens that were requested of the draft, and number that were accepted
+            (see [`count_asked`]); `None` without classes.
     """
 
     new_tokens: int
@@ -92,7 +92,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Acceptance:
-    """How much of a draft the target took, pooled over runs.
+    """Acceptance, pooled over runs.
 
     Attributes:
         rounds: Target forwards after the prefills.
@@ -193,19 +193,19 @@ def count_asked(
     max_new_tokens: int,
     is_content: Callable[[int], bool],
 ) -> dict[str, list[int]]:
-    """How many tokens of content and of function words the draft was asked for, and how many it got accepted.
+    """How many tokens of content and of function words were requested of the draft, and how many were accepted.
 
-    A round asks for its accepted tokens and for the one that came instead of the first rejected one; the token after
-    a draft that was accepted to the end was never asked for. The prefill's token belongs to no round.
+    A round requests its accepted tokens and the token in place of the first rejected one. The token after a draft that
+    was accepted to the end was not requested. The prefill's token belongs to no round.
 
-        round   a1 a2 x          accepted 2 of 5: asked for 3
-        round   a1 a2 a3 a4 a5 + accepted 5 of 5: asked for 5
+        round   a1 a2 x          accepted 2 of 5: 3 requested
+        round   a1 a2 a3 a4 a5 + accepted 5 of 5: 5 requested
 
     Args:
         tokens: Generated tokens, the prefill's first.
         accepted: Accepted draft tokens of each round.
-        num_draft_levels: Most tokens a round drafts.
-        max_new_tokens: Longest text allowed: rounds close to it draft less.
+        num_draft_levels: Maximum number of tokens that a round drafts.
+        max_new_tokens: Maximum length of the text; rounds close to it draft less.
         is_content: Whether a token id belongs to a content word.
 
     Returns:
@@ -230,7 +230,9 @@ def speed(plain: Sequence[Run], runs: Sequence[Run]) -> Speed:
         ValueError: The two do not pair up, there is no run, or a run did not get past its first token.
     """
     if len(plain) != len(runs) or not runs:
-        raise ValueError(f"every run needs its plain twin, found {len(runs)} runs and {len(plain)} plain ones")
+        raise ValueError(
+            f"every run needs a plain run of the same prompt, found {len(runs)} runs and {len(plain)} plain ones"
+        )
     if any(run.decode_tokens == 0 for run in (*plain, *runs)):
         raise ValueError("a run that ends with its first token has no decode speed")
     pairs = list(zip(plain, runs, strict=True))
@@ -268,8 +270,8 @@ def spread(values: Sequence[float]) -> Spread:
 def bootstrap(samples: Sequence[T], statistic: Callable[[Sequence[T]], float]) -> Interval | None:
     """95 % interval of a statistic under resampling with replacement; the same samples always give the same one.
 
-    `None` for fewer than [`LEAST_SAMPLES`]: the whole range of five values holds their median in 94 % of all cases, so
-    no resampling of them can tell 95 %.
+    `None` for fewer than [`LEAST_SAMPLES`]: the range of five values contains the median in only 94 % of all cases, so
+    no resampling of them can give a 95 % interval.
     """
     if len(samples) < LEAST_SAMPLES:
         return None

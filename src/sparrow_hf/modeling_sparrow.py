@@ -1,4 +1,4 @@
-"""`SparrowDraftModel`: FC, decoder layer, head. No decoding loop and no target code live here."""
+"""`SparrowDraftModel`: FC, decoder layer, head. It contains no decoding loop and no code of the target."""
 
 import copy
 import os
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _Inputs = TypeVar("_Inputs", bound=DraftInputs)
 
-#: Arguments of `from_pretrained` that say where files come from.
+#: Arguments of `from_pretrained` that choose the files to load.
 _HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -49,8 +49,8 @@ class SparrowDraftModel(PreTrainedModel):
     Use it as `target.generate(**inputs, assistant_model=draft)`; `draft.last_generation` then holds the
     [`GenerationStats`] of this thread's last call.
 
-    `draft.provenance` is what is known of its making; it is saved beside the weights as `PROVENANCE.json` and shown on
-    the model card (see [`~hub.model_card`] for the names the card knows), and comes back when they are loaded.
+    `draft.provenance` describes how the draft was trained. It is saved beside the weights as `PROVENANCE.json`, shown
+    on the model card (see [`~hub.model_card`] for its entries), and loaded again with the weights.
     """
 
     config_class = SparrowDraftConfig
@@ -85,7 +85,7 @@ class SparrowDraftModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self.feature_fc and isinstance(module, nn.Linear):
-            # Several feature layers start where one does: [0 | … | I], the last layer's states alone.
+            # Several feature layers start as [0 | … | I]: the last layer's states alone.
             hidden, layers = self.config.hidden_size, self.config.feature_layer_ids
             last = layers.index(max(layers))
             start = torch.zeros_like(module.weight)
@@ -98,7 +98,7 @@ class SparrowDraftModel(PreTrainedModel):
         object.__setattr__(self, "_thread", threading.local())
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and worker processes start unbound: the target is not the draft's to copy, thread state no one's.
+        # Copies and worker processes start unbound: the draft does not own its target. Thread state is dropped.
         return {key: value for key, value in self.__dict__.items() if key not in ("_target", "_thread")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ class SparrowDraftModel(PreTrainedModel):
         Returns:
             embeds: `(B, R, H)`, zero where padded.
             inputs: As given. Drafts that merge visual tokens return fewer of them, and the `visual_summary` that later
-                text is told of them.
+                text reads.
         """
         text = self.embed_next(inputs.next_ids, inputs.text_states, inputs.visual_summary)
         visual = inputs.visual_states
@@ -200,9 +200,9 @@ class SparrowDraftModel(PreTrainedModel):
     ) -> None:
         """As in transformers, with a digest of the tensors in `config.json`, `PROVENANCE.json` and a model card.
 
-        A `README.md` that somebody wrote or changed by hand is left alone. A draft that was saved in the folder before
-        stays whole until the new one is, also if the disk is full: who loads it meanwhile gets the old one or the new
-        one.
+        A `README.md` that was written or changed by hand is not overwritten. An earlier draft in the folder stays
+        complete until the new one is, also if the disk is full, so a process that loads it meanwhile gets either the
+        old or the new draft.
 
         Args:
             push_to_hub: Upload what was saved, see [`~SparrowDraftModel.push_to_hub`]; its arguments, `repo_id` among
@@ -213,12 +213,12 @@ class SparrowDraftModel(PreTrainedModel):
             names = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
             options = {name: kwargs.pop(name) for name in names if name in kwargs}
         folder, variant = Path(save_directory), kwargs.get("variant")
-        # Before transformers takes tensors out of it.
+        # Computed before transformers removes tensors from it.
         digest = artifacts.tensor_digest(self.state_dict() if state_dict is None else state_dict)
         with artifacts.atomic_files(folder, CONFIG_NAME, lambda name: hub.is_weights_file(name, variant)) as partial:
             super().save_pretrained(partial, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
             if (partial / CONFIG_NAME).exists():
-                # A copy: other threads may be saving or using this draft.
+                # A copy, because other threads may be saving or using this draft.
                 config = copy.deepcopy(self.config)
                 config.tensors_sha256 = digest
                 config.save_pretrained(partial)
@@ -239,7 +239,7 @@ class SparrowDraftModel(PreTrainedModel):
     ) -> str:
         """Uploads configuration, weights, provenance and model card, and makes the repository if there is none.
 
-        A card that somebody wrote on the Hub is left alone.
+        A card that was written by hand on the Hub is not overwritten.
 
         Args:
             repo_id: `"me/my-draft"`.
@@ -270,8 +270,8 @@ class SparrowDraftModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """As in transformers, but a checkpoint that does not hold exactly the draft's tensors is refused.
 
-        transformers would fill missing tensors at random and only log it; the draft would then quietly accept nothing.
-        A folder may be saved to meanwhile: what is loaded is the old draft or the new one.
+        transformers would initialise missing tensors at random and only log it, and such a draft would have almost no
+        acceptance. If the folder is saved to meanwhile, either the old or the new draft is loaded.
 
         Raises:
             DraftLoadError: Tensors are missing, unexpected or of another shape, their bytes are not those that were
@@ -339,7 +339,7 @@ class SparrowDraftModel(PreTrainedModel):
         draft = draft.to(dtype=view.dtype).eval()
         if copy_last_layer:
             for layer, source in zip(draft.layers, view.layers[-config.num_hidden_layers :], strict=True):
-                # `strict=False`: a draft without input norm has no place for the target's.
+                # `strict=False`: a draft without an input norm has no parameter for the target's.
                 layer.load_state_dict(source.state_dict(), strict=False)
         draft.bind(target)
         return draft
@@ -350,7 +350,7 @@ class SparrowDraftModel(PreTrainedModel):
         Called by `generate()` on first use; calling it again with the same target costs nothing.
 
         Raises:
-            TransformersContractError: The installed transformers lacks something the package leans on.
+            TransformersContractError: The installed transformers lacks something that the package needs.
             BindingError: Another hidden size, vocabulary, layer count or set of placeholder ids.
             DraftConfigError: The draft's own, smaller vocabulary holds ids that cannot be drafted.
         """
@@ -391,14 +391,14 @@ class SparrowDraftModel(PreTrainedModel):
             return self.target.head_rows(self.draft_to_target)(hidden_states).float()
         logits = self.target.head(hidden_states).float()
         for token_id in self.config.visual_token_ids or []:
-            # A drafted placeholder would be taken for visual input by the target.
+            # The target would read a drafted placeholder as visual input.
             logits[..., token_id] = float("-inf")
         return logits
 
     def set_vocabulary(self, token_ids: Tensor | Sequence[int]) -> None:
         """Lets the draft propose these tokens only; `config.draft_vocab_size` follows.
 
-        A smaller vocabulary makes the head, the larger part of a draft step on a real target, that much cheaper.
+        On real targets the head takes most of a draft step, and its cost is proportional to the vocabulary.
         Verification always uses the target's whole vocabulary, so the output does not change.
 
         Args:

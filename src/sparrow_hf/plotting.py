@@ -1,4 +1,4 @@
-"""How this package draws: grey ink on a transparent ground, readable on white and on black pages."""
+"""The style of this package's figures: grey on a transparent background, readable on white and on black pages."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def save(figure: Figure, path: Path) -> Path:
     """Writes a picture, `.png` or `.svg`; its folder is made. The same picture gives the same file."""
     from matplotlib import rc_context
 
-    # Ids and dates in the file would make two pictures of the same curves differ.
+    # Without ids and dates, the same curves always give the same file.
     with rc_context({"svg.hashsalt": "sparrow"}), atomic_path(path) as partial:
         figure.savefig(
             partial,

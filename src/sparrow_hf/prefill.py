@@ -1,8 +1,7 @@
-"""One prefill for all arms: with 25,000 visual tokens it takes longer than everything that is compared after it.
+"""One prefill for all arms. With 25,000 visual tokens the prefill takes longer than the decoding of all arms.
 
-`generate()` prefills once per call, in plain decoding and in ours. Here that is done once and kept: the logits of the
-last position, the cache, and the states of the layers that drafts read. While it is replayed, the prefill returns a
-copy; the only difference is the time it takes.
+`generate()` runs a prefill in every call. Here it runs once, and its results are kept: the logits of the last
+position, the cache, and the states of the layers that drafts read. Later calls get a copy of them.
 """
 
 import copy
@@ -38,7 +37,7 @@ class PrefillSnapshot:
         self, target: PreTrainedModel, inputs: Mapping[str, Tensor], settings: Mapping[str, Any], layers: set[int]
     ):
         self._model: Any = unwrap(target)
-        # The video is encoded: no later call has to look at it.
+        # The video is encoded, so later calls do not need its pixels.
         self._inputs = {name: value for name, value in inputs.items() if not name.startswith("pixel_values")}
 
         def keep(compute: Callable[[], Any], model_kwargs: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""All the package asks of a target: decoder, embedding, head, device. Families differ in configuration only."""
+"""The parts of a target that the package uses: decoder, embedding, head, device. No code depends on the family."""
 
 import warnings
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class TargetView:
         target: A video LLM of transformers, bare or wrapped by peft.
 
     Raises:
-        UnsupportedTargetError: It has no decoder, embedding or head of the usual shape, or mixes attention types.
+        UnsupportedTargetError: It has no decoder, embedding or head in the usual place, or mixes attention types.
     """
 
     def __init__(self, target: PreTrainedModel):
@@ -53,7 +53,7 @@ class TargetView:
         self._head_rows: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
 
     def is_view_of(self, target: PreTrainedModel) -> bool:
-        """Whether this view still shows `target`, with the embedding and head it has now."""
+        """Whether this is a view of `target` with its current embedding and head."""
         model = unwrap(target)
         return (
             model is self.model
@@ -64,8 +64,8 @@ class TargetView:
     def head_rows(self, token_ids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """The head cut down to some tokens: `(…, H)` states → `(…, len(token_ids))` logits.
 
-        The rows are copied once and kept. A head without plain weights (quantised, or offloaded by accelerate) is run
-        whole instead, and its logits are picked: right, but no cheaper.
+        The weights of these tokens are copied once and kept. A head without plain weights (quantised, or offloaded by
+        accelerate) computes all logits and the others are discarded, which is correct but saves no time.
         """
         if self._head_rows is None or self._head_rows[0] is not token_ids:
             head = self.head
@@ -84,9 +84,9 @@ class TargetView:
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder's last states come out: the draft works there."""
+        """Device of the decoder's last states, on which the draft runs."""
         device = self.norm.weight.device
-        # Offloaded by accelerate: the weight visits its device during the forward only.
+        # Offloaded by accelerate: the weight is on its device during the forward only.
         return device if device.type != "meta" else execution_device(self.norm) or device
 
 

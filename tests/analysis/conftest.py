@@ -1,4 +1,4 @@
-"""Who is looked into: each architecture in turn, and one for all."""
+"""The targets of the analysis tests: each architecture, and one for all other tests."""
 
 import pytest
 from subjects import Subject

@@ -18,7 +18,7 @@ def ask(family: Family, target: PreTrainedModel, seed: int = 0) -> AnsweredPromp
 
 
 class Subject:
-    """A target with sdpa attention, its twin with eager attention, and what it was asked."""
+    """A target with sdpa attention, the same with eager attention, and a prompt."""
 
     def __init__(self, family: Family):
         self.family = family

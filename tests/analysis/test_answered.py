@@ -67,7 +67,7 @@ def test_an_instruction_that_is_not_there_is_named() -> None:
 
 def test_padding_and_prompts_without_visual_rows_are_refused(qwen: Subject) -> None:
     text_only = qwen.family.build_inputs(qwen.target, videos=0)
-    with pytest.raises(AnalysisError, match="no visual rows"):
+    with pytest.raises(AnalysisError, match="no visual tokens"):
         answer(qwen.target, ProcessedPrompt(text_only, torch.tensor([1])), 4)
     padded = dict(qwen.answered.prompt.inputs)
     padded["attention_mask"] = padded["attention_mask"].clone()
@@ -76,7 +76,7 @@ def test_padding_and_prompts_without_visual_rows_are_refused(qwen: Subject) -> N
         answer(qwen.target, ProcessedPrompt(padded, torch.tensor([1])), 4)
 
 
-def test_answers_of_rows_are_references_and_are_not_asked(tmp_path: Path) -> None:
+def test_answers_of_rows_are_references_and_not_part_of_the_prompt(tmp_path: Path) -> None:
     asked = [{"role": "user", "content": "what ?"}]
     first = {"role": "assistant", "content": "a dot"}
     second = {"role": "assistant", "content": [{"type": "text", "text": "a red one"}]}
@@ -93,5 +93,5 @@ def test_answers_of_rows_are_references_and_are_not_asked(tmp_path: Path) -> Non
         Conversation(asked, "a circle"),
         Conversation([*asked, first, *asked], "a dot\na red one"),
     ]
-    with pytest.raises(TrainingDataError, match="row 3: it asks nothing"):
+    with pytest.raises(TrainingDataError, match="row 3: all its turns are answers"):
         read_conversations(str(path))

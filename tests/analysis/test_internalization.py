@@ -16,7 +16,7 @@ def test_similarity_of_states_to_the_inputs_of_the_decoder(subject: Subject, mon
     with torch.no_grad(), InputSimilarity(subject.view, answered).gathering() as found:
         states = subject.target(**answered.inputs, output_hidden_states=True).hidden_states
     handle.remove()
-    # The last entry of `hidden_states` is behind the final norm.
+    # The last entry of `hidden_states` is after the final norm.
     states = [*states[:-1], last_layer[0]]
     for kind, rows in (("visual", answered.is_visual), ("text", ~answered.is_visual)):
         expected = [

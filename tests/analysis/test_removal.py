@@ -1,4 +1,4 @@
-"""Visual rows hidden from layer x on: what must be equal to what."""
+"""Visual tokens hidden from layer x on equal a mask over them, and the limits equal known prompts."""
 
 import pytest
 import torch

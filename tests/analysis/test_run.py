@@ -126,14 +126,14 @@ def test_what_cannot_be_analysed_is_said(models, conversations, tmp_path):
     with pytest.raises(AnalysisError, match=r"0 … 2 \(the target's depth\), found \[1, 2, 5\]"):
         analyzed(models, conversations, tmp_path, layers=[1, 5])
     text_only = Conversation([{"role": "user", "content": "describe this video ."}])
-    with pytest.raises(AnalysisError, match="prompt 0: the prompt has no visual rows"):
+    with pytest.raises(AnalysisError, match="prompt 0: the prompt has no visual tokens"):
         analyzed(models, [text_only], tmp_path)
     missing = Conversation([{"role": "user", "content": [{"type": "video", "video": "no.mp4"}, TEXT]}])
     with pytest.raises(AnalysisError, match="prompt 0: There is no video file at no.mp4"):
         analyzed(models, [missing], tmp_path)
 
 
-def test_a_conversation_may_say_how_its_video_is_read(whole, models, conversations, tmp_path):
+def test_a_conversation_may_set_the_sampling_of_its_video(whole, models, conversations, tmp_path):
     _, folder = whole
     before = json.loads((folder / "prompts" / "00000.json").read_text())["made_from"]["conversation"]
     assert run.digest_of(conversations[0]) == before == fingerprint(list(conversations[0][:2]))

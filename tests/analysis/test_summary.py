@@ -40,7 +40,7 @@ def test_prompts_of_about_one_length_are_one_group():
 
 
 def test_the_rule():
-    """Two layers need visual rows; state 1 is the only one the second of them reads; layer 1 (0-based) looks most."""
+    """Two layers need visual tokens; the second one reads state 1 only; layer 1 (0-based) attends to them most."""
     assert recommend(pool([record()])) == Recommendation(2, 1, [2, -1])
     # Three layers need them: of the states 1 and 2, the second is less like the inputs.
     assert recommend(pool([record(agreed=(2, 5, 8, 10, 10))])) == Recommendation(3, 2, [2, 3, -1])

@@ -124,7 +124,7 @@ def test_video_columns_are_not_decoded_by_datasets(tmp_path, folder, processor):
     assert same(prepare_conversation(processor, found), prepare_conversation(processor, row))
 
 
-def test_what_is_not_there_is_said(tmp_path):
+def test_missing_files_are_reported(tmp_path):
     for source in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(TrainingDataError, match="no rows can be read"):
             load_rows(source)

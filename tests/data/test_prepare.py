@@ -53,11 +53,11 @@ def test_the_answer_is_what_the_target_wrote_else_the_text_else_the_last_turns(p
     assert answer_of(processor, {"messages": [QUESTION, said("a dot")], "answer": None}) == tokens
     both = answer_of(processor, {"messages": [QUESTION, said("a"), said("dot")]})
     assert processor.tokenizer.decode(both[:-1]) == "a dot" and both[-1] == tokens[-1]
-    with pytest.raises(TrainingDataError, match="row 2: .*asks nothing"):
+    with pytest.raises(TrainingDataError, match="row 2: .*all its turns are answers"):
         prepare_conversation(processor, {"messages": [said("a dot")], "row_index": 2})
 
 
-def test_a_processed_row_is_handed_on_without_its_place(prompts_and_samples: Any) -> None:
+def test_a_processed_row_is_passed_on_without_index_and_folder(prompts_and_samples: Any) -> None:
     for prompt, sample in prompts_and_samples:
         placed = sample | {"row_index": 3, "row_folder": None}
         assert prepare_conversation(None, placed).keys() == sample.keys()
@@ -74,6 +74,6 @@ def prompts_and_samples(processor: Any) -> list[tuple[dict[str, Any], dict[str, 
 
 
 @pytest.mark.parametrize("own", [{"fps": 0}, {"fps": "2"}, {"fps": float("nan")}, {"max_frames": 0.5}])
-def test_a_row_that_asks_for_no_frames_is_refused(processor: Any, own: dict[str, Any]) -> None:
+def test_a_row_with_zero_frames_is_refused(processor: Any, own: dict[str, Any]) -> None:
     with pytest.raises(TrainingDataError, match="must be a positive number"):
         prepare_prompt(processor, {"messages": [QUESTION]} | own)

@@ -1,4 +1,4 @@
-"""Reading videos and messages: what is decoded, what is passed on, and what each unreadable file says."""
+"""Reading videos and messages: what is decoded, what is passed on, and the error of each unreadable file."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,7 +123,7 @@ def write_no_frames(path: Path, video_bytes: bytes) -> None:
         write_no_frames,
     ],
 )
-def test_an_unreadable_file_is_named_with_a_way_out(gray_ramp: Path, tmp_path: Path, write: Any) -> None:
+def test_the_error_of_an_unreadable_file_names_it_and_what_to_do(gray_ramp: Path, tmp_path: Path, write: Any) -> None:
     path = tmp_path / "broken.mp4"
     write(path, gray_ramp.read_bytes())
     with pytest.raises(VideoError, match=r"(Check|Record|Download|Re-encode|re-encode)") as caught:

@@ -52,7 +52,7 @@ def test_a_wrong_arm_is_named(target: PreTrainedModel, draft_folder: str, name: 
         Arms(target, draft_folder).arm(name)
 
 
-def test_an_arm_that_needs_a_draft_says_so(target: PreTrainedModel, tmp_path: Path):
+def test_an_arm_without_its_draft_is_refused(target: PreTrainedModel, tmp_path: Path):
     with pytest.raises(BenchmarkError, match="arm 'none' needs a draft"):
         Arms(target).arm("none")
     target.save_pretrained(tmp_path)
@@ -79,7 +79,7 @@ def test_a_small_assistant(target: PreTrainedModel, tmp_path: Path):
 
 
 def test_transformers_assistants_do_not_see_the_video(target: PreTrainedModel, tmp_path: Path):
-    """What docs/benchmark.md says of them. Where this fails, transformers has learned to show it: say so there."""
+    """The limitation in docs/benchmark.md. If this fails, transformers passes the video on: change that page."""
     target.save_pretrained(tmp_path)
     arm = Arms(target).arm(f"assistant:{tmp_path}")
     seen: list[set[str]] = []

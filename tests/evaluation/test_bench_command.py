@@ -51,7 +51,7 @@ def test_clips_of_the_testbed(models: list[Any], tmp_path: Path):
     assert "draft@chain-2/glimpse=0" in result.output and "1/1" in result.output
     assert "## bench: qwen2_5_vl, length 32, 32 visual tokens, greedy" in (tmp_path / "results.md").read_text()
 
-    # As a recording tells the target, and as the draft tells itself.
+    # As in a recording of the target, and as in the draft's own configuration.
     target = load_target(models[1])[0].state_dict()
     draft = json.loads((models[3] / "config.json").read_text())["tensors_sha256"]
     told = {(row["provenance"]["target_sha256"], *row["provenance"]["draft_sha256"]) for row in rows}
@@ -105,7 +105,7 @@ def test_a_sampled_text_of_transformers_own_loop_is_no_wrong_one(models: list[ob
         (["--testbed", "--max-frames", "4"], "leave out --max-frames"),
         (["--testbed", "--split", "test"], "leave out --max-frames, --fps and --split"),
         (["--prompts", "mlvu:copy", "--split", "test"], "has no splits to choose from, found 'test'"),
-        (["--prompts", "rows.jsonl", "--visual-tokens", "400"], "--visual-tokens is for --testbed"),
+        (["--prompts", "rows.jsonl", "--visual-tokens", "400"], "--visual-tokens is an option of --testbed"),
         (["--prompts", "mlvu:nowhere"], "download MLVU/MVLU"),
         (["--testbed", "--arms", "oak"], "unknown arm 'oak'"),
     ],

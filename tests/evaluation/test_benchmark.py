@@ -40,7 +40,7 @@ def prompts(target: PreTrainedModel) -> list[Prompt]:
 
 def test_asked_and_accepted_by_class_of_word():
     content = {1, 3}.__contains__
-    # The prefill's 0; a round accepts 1 2, rejects, so the target says 3; one accepts all of 1 2 1 and gets a free 3.
+    # The prefill gives 0; a round accepts 1 2 and the target adds 3; another accepts 1 2 1 and the target adds 3.
     assert count_asked([0, 1, 2, 3, 1, 2, 1, 3], [2, 3], 3, 99, content) == {"content": [4, 3], "function": [2, 2]}
     # With eight tokens allowed and five there, the last round may draft two; with seven, one.
     assert count_asked([0, 1, 2, 3, 1, 2, 1], [2, 1], 3, 8, content)["content"] == [3, 2]
@@ -200,7 +200,7 @@ def test_a_draft_set_otherwise_is_another_arm(run: Any, draft_folder: str):
         path.write_text(written)
 
 
-def test_the_command_is_told_and_may_change(run: Any, tmp_path: Path):
+def test_the_command_is_recorded_and_may_change(run: Any, tmp_path: Path):
     only = {"arms": ["none"], "command": "measure"}
     run(**only, temperatures=(0.0,))
     rows = run(**(only | {"command": "measure --again"}), temperatures=(0.0, 1.0))
@@ -233,7 +233,9 @@ def test_lengths_are_told_apart_where_the_prompts_are_equally_long(
     assert "length 4, 8 visual tokens" in report and "length 8, 8 visual tokens" in report
 
 
-def test_what_a_generation_config_asks_for_is_off(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch):
+def test_penalties_and_filters_of_a_generation_config_are_off(
+    target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+):
     def processors(temperature: float) -> list[str]:
         found = []
         right = type(target)._get_logits_processor
@@ -286,7 +288,7 @@ def test_nothing_to_measure(target: PreTrainedModel):
         Benchmark("tiny", target, Arms(target).parse([]), [])
 
 
-def test_an_oracle_gets_all_it_is_asked_for(target: PreTrainedModel, draft_folder: str):
+def test_an_oracle_gets_all_requested_tokens_accepted(target: PreTrainedModel, draft_folder: str):
     inputs, settings = read(target, 4, 0), {"max_new_tokens": LENGTH, "do_sample": False}
     text = target.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :].tolist()
     arms = Arms(target, draft_folder).parse(["draft@chain-3"])

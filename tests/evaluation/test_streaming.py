@@ -28,7 +28,7 @@ class Words:
 
 
 class Draft:
-    """As much of a draft as a streamer looks at."""
+    """The part of a draft that a streamer reads."""
 
     def __init__(self) -> None:
         self.last_generation = GenerationStats(num_draft_levels=3, clock=PhaseClock(torch.device("cpu")))
@@ -45,7 +45,7 @@ def streamer(draft: Any, pieces: list[tuple[str, bool]]) -> ProvenanceStreamer:
     return built
 
 
-def test_drafted_tokens_are_told_apart(pieces: list[tuple[str, bool]]):
+def test_drafted_tokens_are_marked(pieces: list[tuple[str, bool]]):
     draft = Draft()
     accepted = draft.last_generation.accepted
     stream = streamer(draft, pieces)

@@ -49,7 +49,7 @@ def test_video_detail_caption(tmp_path: Path):
     assert missing == ["v_gone"]
 
 
-def test_mvbench_tells_videos_of_one_name_apart(tmp_path: Path):
+def test_mvbench_distinguishes_videos_of_one_name(tmp_path: Path):
     row = {"video": "video_1.mp4", "question": "How many?", "candidates": ["1", "2"], "answer": "2"}
     write_json(tmp_path / "json" / "moving_count.json", [row])
     write_json(tmp_path / "json" / "action_count.json", [row])
@@ -97,7 +97,7 @@ def test_mlvu_asks_for_choices_and_for_summaries(tmp_path: Path):
     assert [asked(row) for row in rows] == [(first, f"Who?\n(A) a\n(B) b\n{EXPLAIN}"), (last, "Sum it up.")]
 
 
-def test_what_is_wrong_with_a_copy_is_said(tmp_path: Path):
+def test_a_wrong_copy_is_reported(tmp_path: Path):
     with pytest.raises(BenchmarkError, match="unknown data set 'imagenet'"):
         read_dataset("imagenet", tmp_path)
     with pytest.raises(BenchmarkError, match="download MLVU/MVLU"):
@@ -142,11 +142,11 @@ def test_rows_of_messages_become_prompts_of_each_length(tmp_path: Path):
     assert counts == [8, 8, 16, 16]
     assert [prompt.length for prompt in conversation_prompts(processor, rows)] == [None, None]
 
-    # Who asks something else under an old number has not asked that yet.
+    # Another question under an old number is a new prompt.
     rows[0]["messages"][0]["content"][1]["text"] = "where ?"
     changed = conversation_prompts(processor, rows, max_frames=[8, 4])
     assert [new.name == old.name for new, old in zip(changed, prompts, strict=True)] == [False, True, False, True]
-    # Nor who shows something else: paths tell files apart, and what is in memory is told by what it holds.
+    # So is another video: files count by their paths, and videos in memory by their content.
     names = set()
     for shown in (b"a", b"b", Image.new("RGB", (2, 2)), Image.new("RGB", (2, 2), "red"), np.zeros((1, 2, 2, 3))):
         rows[0]["messages"][0]["content"][0] = {"type": "image", "image": shown}
@@ -154,11 +154,11 @@ def test_rows_of_messages_become_prompts_of_each_length(tmp_path: Path):
     assert len(names) == 5
 
     path.write_text(json.dumps({"messages": answered[1:]}) + "\n")
-    with pytest.raises(TrainingDataError, match="row 0: it asks nothing"):
+    with pytest.raises(TrainingDataError, match="row 0: all its turns are answers"):
         read_conversations(str(path))
 
 
-def test_a_row_that_says_how_many_frames_is_asked_once_with_as_many(tmp_path: Path):
+def test_a_row_with_its_own_max_frames_is_used_once_with_it(tmp_path: Path):
     make_clip(tmp_path / "clip.mp4", 1, 32)
     turn = {"role": "user", "content": [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "what ?"}]}
     rows = [{"messages": [turn]}, {"messages": [turn], "max_frames": 6}, {"messages": [turn], "fps": 2}]

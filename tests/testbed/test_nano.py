@@ -69,7 +69,7 @@ def check_visual_tokens(family: Family, size: tuple[int, int, int], tokens: int,
 
 
 @pytest.mark.parametrize("visual_tokens", [64, 402])
-def test_a_clip_has_the_visual_tokens_it_was_asked_for(
+def test_a_clip_has_the_requested_visual_tokens(
     family: Family, processor: Any, target: Any, tmp_path: Path, visual_tokens: int
 ) -> None:
     clip = make_clip(tmp_path / "clip.mp4", EVALUATION_SEEDS[0], visual_tokens, family.tokens_per_step)

@@ -96,7 +96,7 @@ def test_chain_in_the_stock_loop_takes_as_many_rounds(models, clips, monkeypatch
 
 
 def test_other_pixels_change_what_is_proposed(models, clips) -> None:
-    """The blindness gate of the draft: two videos under one question give two proposals."""
+    """The draft's proposals must depend on the video: two videos with one question give two proposals."""
     target, _, draft = models
     draft.config.set_tree_shape("48-5-10")
     proposals = []
@@ -113,7 +113,7 @@ def test_other_pixels_change_what_is_proposed(models, clips) -> None:
     assert proposals[0] != proposals[1]
 
 
-def test_streamed_tokens_can_be_told_apart(models, clips) -> None:
+def test_a_streamer_can_distinguish_drafted_tokens(models, clips) -> None:
     target, _, draft = models
     draft.config.set_tree_shape("chain-5")
     streamer = RecordingStreamer()
@@ -130,6 +130,6 @@ def test_what_ships_is_small_and_says_where_it_comes_from() -> None:
     for folder in testbed.SHIPPED.values():
         for part in ("target", "draft"):
             provenance = json.loads((folder / part / "PROVENANCE.json").read_text())
-            # The module by its name at the commit that is told.
+            # The module at the recorded commit.
             assert re.match(r"python -m sparrow_(hf\.testbed|research)\.(pre|re)train ", provenance["command"])
             assert provenance["commits" if part == "target" else "commit"]

@@ -122,7 +122,7 @@ def test_a_caption_reads_as_written() -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_what_a_clip_shows_is_first_told_by_a_claim_word(style: str) -> None:
+def test_the_first_word_that_depends_on_a_fact_is_a_claim_word(style: str) -> None:
     """Two stories that differ in one thing, worded alike, first part at a word that claims something."""
     scene = Scene(RED_HEART, "left", "night", Companion("lime", "upper left"))
     others = [

@@ -32,7 +32,7 @@ def test_walk_and_figures_by_hand():
     assert [int(length) for length in walk(batch, [first, second])] == [2, 2, 1, 1]
 
     counts = count_acceptance(batch, [first, second])
-    # rows: 9 in the first pass, 5 + 2 in the second; what lies past the end of sample 1 is not counted
+    # rows: 9 in the first pass, 5 + 2 in the second; positions after the end of sample 1 are not counted
     assert counts.tolist() == [[4 + 3, 4 + 1, 9, 7, 4, 2, 4]]
     pooled = np.concatenate([counts.numpy(), counts.numpy()])
     metrics = acceptance_metrics(EvalPrediction(predictions=pooled, label_ids=pooled))

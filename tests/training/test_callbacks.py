@@ -87,7 +87,7 @@ def test_figures_of_one_call_by_hand(target, make_draft, prompts):
     assert "dsr" not in decode(draft, prompts[:1], greedy(1))
 
 
-def test_a_token_that_is_not_the_targets_is_seen(target, make_draft, prompts, monkeypatch):
+def test_a_token_that_is_not_the_targets_is_found(target, make_draft, prompts, monkeypatch):
     right = TokenEmitter.choose
     monkeypatch.setattr(TokenEmitter, "choose", lambda self, *args: (right(self, *args) + 1) % 100)
     assert decode(make_draft(), prompts[:2], greedy(6))["identical"] == 0.0
@@ -188,7 +188,7 @@ def test_bad_held_out_rows_are_left_out_if_training_leaves_them_out(tmp_path, ta
         metrics, skipped = evaluate(*rows, on_bad_row="skip")
         assert ("eval_decoded_tau" in metrics) is decoded
         assert [index for index, _ in skipped] == [7]
-    # That there is nothing to look at is a mistake of the caller, not of a row.
+    # A row without pixels is a mistake of the caller, and not a bad row.
     with pytest.raises(TrainingDataError, match="holds no pixels"):
         evaluate(recorded[0], on_bad_row="skip")
 

@@ -1,4 +1,4 @@
-"""The picture holds the logged points, and says what it lacks."""
+"""The figure shows the logged points, and the error names what is missing."""
 
 import xml.etree.ElementTree as ElementTree
 

@@ -114,7 +114,7 @@ def test_skipped_rows_are_reported_and_never_trained_on(tmp_path, target, make_d
         assert torch.equal(tensor, trainer.draft.state_dict()[name]), name
 
 
-def test_rows_say_how_densely_their_videos_are_read(collate, folder):
+def test_rows_set_the_sampling_of_their_videos(collate, folder):
     row = ask(video(str(folder / "2.mp4")))
 
     def steps(collator, **fields):
@@ -153,7 +153,7 @@ def test_videos_images_and_text_turns_in_one_row_of_every_family(family, folder)
         assert visual_tokens(clips[0], image, clips[1]) == 2 * one + picture
 
 
-def test_videos_of_different_lengths_say_what_to_do(folder):
+def test_the_error_of_videos_of_different_lengths_says_what_to_do(folder):
     family = FAMILY_BY_NAME["llava_onevision"]
     processor = family.processor(family.tokenizer)
     processor.chat_template = CHAT_TEMPLATE.replace("VIDEO", family.video_prompt)

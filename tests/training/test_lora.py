@@ -32,7 +32,7 @@ def logits_of(draft):
 
 
 def randomize(adapters, std=0.1):
-    """Adapters that have learned something: fresh ones are zero."""
+    """Adapters with random weights: fresh ones are zero."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in adapters.named_parameters():

@@ -1,4 +1,4 @@
-"""`sparrow train` is told things in three places; the nearer one counts, and nothing is silently ignored."""
+"""Options of `sparrow train` from preset, file and command line: which one counts, and that none is ignored."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_command_line_before_file_before_preset(tmp_path):
         ["--config", str(config), "--preset", "paper", "--num-mtp-steps", "4", "--feature-layers", "2", "-1"]
     )
     assert options.target == "t" and arguments.output_dir == "draft/checkpoints"
-    assert arguments.learning_rate == 1e-4 and arguments.use_cpu  # file, though the preset says 3e-5
+    assert arguments.learning_rate == 1e-4 and arguments.use_cpu  # from the file; the preset has 3e-5
     assert arguments.mtp_attention == "reinput" and arguments.probability_l1_weight == 10.0  # preset
     assert options.draft_fields == {"num_mtp_steps": 4, "num_glimpse_tokens": 0, "feature_layers": [2, -1]}
 

@@ -1,4 +1,4 @@
-"""What a training would see and cost is told as it is."""
+"""The preview and the cost estimate of a training are correct."""
 
 import pytest
 import torch

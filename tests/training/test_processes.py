@@ -1,4 +1,4 @@
-"""Several processes: two learn what one process with twice the batch learns."""
+"""Two processes give the same weights as one process with twice the batch."""
 
 import json
 import os

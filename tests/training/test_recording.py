@@ -61,7 +61,7 @@ def test_the_estimate_is_near_and_visual_rows_are_what_costs(tmp_path, make_draf
     num_visual = sum(
         int(torch.isin(s["input_ids"], torch.tensor(draft.config.visual_token_ids)).sum()) for s in samples
     )
-    # Each visual row: 32 numbers of the bridge layer, and where it stands.
+    # Each visual position: 32 numbers of the bridge layer, and its index.
     assert sizes[True] - sizes[False] == pytest.approx(num_visual * (32 * 4 + 8), abs=100)
 
 
@@ -130,7 +130,7 @@ def test_damaged_and_foreign_recordings_are_refused(tmp_path, make_draft, sample
 
 
 def test_a_recording_of_an_earlier_version_is_gone_on_with(tmp_path, target, make_draft, samples):
-    """It tells the same target by another digest."""
+    """It identifies the same target by another digest."""
     record(make_draft(), samples, tmp_path, SparrowDataCollator())
     provenance = tmp_path / recording.PROVENANCE_FILE
     written, weights = json.loads(provenance.read_text()), target.state_dict()

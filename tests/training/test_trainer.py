@@ -1,4 +1,4 @@
-"""The trainer: both data paths agree, resume is exact, only the draft is saved, one sample is learned by heart."""
+"""The trainer: both data paths agree, resume is exact, only the draft is saved, one sample can be overfitted."""
 
 import copy
 import math
@@ -177,7 +177,7 @@ def test_only_draft_tensors_are_saved_and_the_target_is_untouched(tmp_path, targ
     assert not torch.equal(draft.fc.weight, make_draft().fc.weight)
 
 
-def test_one_sample_can_be_learned_by_heart(tmp_path, target, make_draft, samples):
+def test_one_sample_can_be_overfitted(tmp_path, target, make_draft, samples):
     """Groundwork of the overfit gate: any error of shift, mask or position keeps some pass below 1."""
     draft = make_draft(num_mtp_steps=4, num_draft_levels=4)
     for parameter in draft.parameters():

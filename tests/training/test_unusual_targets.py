@@ -48,7 +48,7 @@ def test_an_offloaded_target_trains_the_same_draft(target, offloaded, samples, p
 
 
 @pytest.mark.full
-def test_a_target_of_4_bits_teaches_a_draft_by_heart(target, prompts, tmp_path):
+def test_a_draft_overfits_one_sample_of_a_4_bit_target(target, prompts, tmp_path):
     linear = pytest.importorskip("bitsandbytes.nn", reason="bitsandbytes is installed for the full tier only")
     target.save_pretrained(tmp_path / "target")
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)

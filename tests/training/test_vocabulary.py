@@ -154,7 +154,7 @@ def test_the_verb_counts_and_writes(tmp_path):
         assert file.metadata()["target"] == str(tmp_path / "target")
 
 
-def test_the_verb_says_what_is_wrong(tmp_path):
+def test_the_verb_reports_what_is_wrong(tmp_path):
     META_TARGETS[0].config().save_pretrained(tmp_path)
     for target, size, sentence in ((tmp_path, 8, "no answers to count"), (tmp_path / "nowhere", 8, "nowhere")):
         result = run("--target", target, "--answers", tmp_path, "--output", tmp_path, "--size", size)

@@ -1,4 +1,4 @@
-"""Looking into a target: where it attends, how far up it needs its visual rows, and what these do to a draft."""
+"""Analysis of a target: where it attends, which layers need visual tokens, and how many of them a draft needs."""
 
 from .answered import Conversation, read_conversations
 from .figures import draw_figures

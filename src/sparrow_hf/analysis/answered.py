@@ -1,7 +1,7 @@
-"""What an analysis looks at: a prompt, the target's own greedy answer to it, and which row is what.
+"""The subject of an analysis: a prompt, the target's own greedy answer to it, and the groups of their positions.
 
-Rows come in three groups: the *visual* ones (placeholders), the *instruction* (what the user asks) and *text*, which
-is everything else: system prompt, chat template, frame headers, and the answer.
+Positions are in three groups: *visual* (placeholders), *instruction* (the last text of the user) and *text*, which is
+everything else: system prompt, chat template, frame headers, and the answer.
 """
 
 from bisect import bisect_left
@@ -28,9 +28,9 @@ GROUPS = ("instruction", "visual", "text")
 
 
 class Conversation(NamedTuple):
-    """What to ask: chat messages that end with a user's turn, and what a good answer says.
+    """Chat messages that end with a user's turn, and a reference answer.
 
-    Its video files are read with its own `fps` and `max_frames` if it names them (see
+    Its video files are read with its own `fps` and `max_frames` if it has them (see
     [`~sparrow_hf.data.prepare_prompt`]).
     """
 
@@ -49,7 +49,7 @@ def read_conversations(source: str, split: str = "train", limit: int | None = No
         limit: Most conversations.
 
     Raises:
-        TrainingDataError: The rows cannot be read, or one has no well-formed messages, or asks nothing.
+        TrainingDataError: The rows cannot be read, or one has no well-formed messages or no question.
     """
     rows = load_rows(source, split)
     conversations = []
@@ -68,8 +68,8 @@ class ProcessedPrompt:
 
     Attributes:
         inputs: What the target's processor returned: a batch of one, unpadded.
-        instruction: `(n,)` rows of the instruction, ascending.
-        reference: What a good answer says, for a scoring function.
+        instruction: `(n,)` positions of the instruction, ascending.
+        reference: Reference answer, for a scoring function.
     """
 
     inputs: dict[str, Any]
@@ -100,12 +100,12 @@ class AnsweredPrompt:
 
     @property
     def last_instruction_row(self) -> int:
-        """Row of the instruction's last token."""
+        """Position of the instruction's last token."""
         return int(self.prompt.instruction[-1])
 
     @cached_property
     def groups(self) -> Tensor:
-        """`(L, 3)` bool: which of [`GROUPS`] a row belongs to."""
+        """`(L, 3)` bool: which of [`GROUPS`] a position belongs to."""
         instruction = torch.zeros_like(self.is_visual)
         instruction[self.prompt.instruction] = True
         return torch.stack((instruction, self.is_visual, ~(instruction | self.is_visual)), dim=-1)
@@ -118,8 +118,8 @@ def process_conversation(
 
     Args:
         processor: The target's processor.
-        conversation: What to ask.
-        fps, max_frames: How densely to read video files of which the conversation says nothing.
+        conversation: The conversation.
+        fps, max_frames: Sampling of video files, where the conversation sets none.
 
     Raises:
         AnalysisError: The user wrote nothing, or the chat template left it out.
@@ -142,7 +142,7 @@ def process_conversation(
 
 
 def find_text(tokenizer: Any, input_ids: Tensor, text: str) -> Tensor:
-    """`(n,)` rows of the last place in the `(L,)` ids that reads `text`, whatever the case and white space.
+    """`(n,)` positions of the last occurrence of `text` in the `(L,)` ids, ignoring case and white space.
 
     Raises:
         AnalysisError: The decoded ids do not hold it.
@@ -170,10 +170,10 @@ def _squeezed(text: str) -> str:
 
 @torch.no_grad()
 def answer(target: PreTrainedModel, prompt: ProcessedPrompt, max_new_tokens: int) -> AnsweredPrompt:
-    """Lets the target answer greedily, without penalties, and lays out one forward over prompt and answer.
+    """Lets the target answer greedily, without penalties, and prepares one forward over prompt and answer.
 
     Raises:
-        AnalysisError: The prompt is padded, holds no visual rows, or more than one sequence.
+        AnalysisError: The prompt is padded, holds no visual tokens, or more than one sequence.
     """
     model = unwrap(target)
     inputs = {
@@ -186,7 +186,9 @@ def answer(target: PreTrainedModel, prompt: ProcessedPrompt, max_new_tokens: int
         )
     is_visual = visual_mask(input_ids[0], visual_token_ids(model.config))
     if not is_visual.any():
-        raise AnalysisError("the prompt has no visual rows: there is nothing to analyse without a video or an image")
+        raise AnalysisError(
+            "the prompt has no visual tokens: add a video or an image, there is nothing to analyse without one"
+        )
     output = greedy(model, inputs, max_new_tokens)
     answer_ids = output[0, input_ids.shape[1] :]
     return AnsweredPrompt(
@@ -214,8 +216,8 @@ def _appended(model: PreTrainedModel, inputs: Mapping[str, Any], answer_ids: Ten
     """The inputs of one forward over prompt and answer."""
     grown = append_answer(inputs, answer_ids)
     del grown["answer_start"]
-    # With M-RoPE, generate() goes on at the last position + 1; asked about prompt and answer together, the model
-    # would go on at the largest one + 1.
+    # With M-RoPE, generate() numbers the answer from the last position + 1; for prompt and answer together, the model
+    # would number it from the largest position + 1.
     positions = prompt_position_ids(model, inputs["input_ids"], inputs)
     steps = torch.arange(1, len(answer_ids) + 1, device=positions.device)
     grown["position_ids"] = torch.cat((positions, positions[..., -1:] + steps), dim=-1)

@@ -1,4 +1,4 @@
-"""Attention of chosen rows, without a matrix of all rows: where the target looks (paper, figures 2 and 5).
+"""Attention from chosen positions, without a matrix over all positions (paper, figures 2 and 5).
 
 The queries and keys of a layer are computed once more from the input of its attention module, seen by a hook, so any
 attention implementation will do (sdpa and FlashAttention never have the scores). Only chosen queries are taken, a
@@ -24,7 +24,7 @@ MAX_SCORES = 2**24
 def attention_rows(
     attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], rows: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Attention probabilities of some rows of one layer, a few rows at a time.
+    """Attention probabilities of some positions of one layer, a few positions at a time.
 
     Args:
         attention: The layer's attention module.
@@ -50,7 +50,7 @@ def attention_rows(
     num_heads = attention.q_proj.out_features // attention.head_dim
     positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
     for chunk in rows.to(hidden_states.device).split(max(1, MAX_SCORES // (num_heads * len(positions)))):
-        # The heads of one KV head are rows of one product: keys are never repeated.
+        # The heads of one KV head share one product, so keys are never repeated.
         queries = project("q", chunk).reshape(len(keys), -1, attention.head_dim)
         scores = (queries @ keys.transpose(1, 2)).float() * attention.scaling
         scores = scores.view(num_heads, len(chunk), len(positions))
@@ -61,7 +61,7 @@ def attention_rows(
 def watching_attention(
     view: TargetView, watch: Callable[[int, Iterator[tuple[Tensor, Tensor]]], None], rows: Tensor
 ) -> Iterator[None]:
-    """While it lasts, `watch(layer index, attention_rows(...))` is called for every layer of every forward.
+    """In this context, `watch(layer index, attention_rows(...))` is called for every layer of every forward.
 
     Args:
         rows: `(n,)` the queries wanted, ascending.
@@ -102,13 +102,14 @@ def attention_modules(view: TargetView) -> list[Any]:
 
 
 class AttentionMass:
-    """Where the last instruction token and the answer look, gathered over one forward.
+    """Where the last instruction token and the answer attend to, collected over one forward.
 
     Attributes:
-        mass: Query (`"last_instruction"`, or `"answer"`: the mean over its rows) → `(layers, heads, 3)` attention on
-            the rows of each of [`~sparrow_hf.analysis.answered.GROUPS`]; sums to one.
-        visual_scores: `"last_instruction"` or `"all_text"` → `(V,)` attention that each visual row receives from the
-            last instruction token, or from all text rows of the prompt on average; mean over layers and heads.
+        mass: Query (`"last_instruction"`, or `"answer"`: the mean over its positions) → `(layers, heads, 3)` attention
+            to each of [`~sparrow_hf.analysis.answered.GROUPS`]; sums to one.
+        visual_scores: `"last_instruction"` or `"all_text"` → `(V,)` attention that each visual position receives from
+            the last instruction token, or from all text positions of the prompt on average; mean over layers and
+            heads.
     """
 
     def __init__(self, view: TargetView, answered: AnsweredPrompt):
@@ -120,7 +121,7 @@ class AttentionMass:
 
     @contextmanager
     def gathering(self) -> Iterator["AttentionMass"]:
-        """While it lasts, one forward over prompt and answer is to be run."""
+        """Run one forward over prompt and answer in this context."""
         text_rows = (~self._answered.is_visual).nonzero().squeeze(-1)
         with watching_attention(self._view, self._add, text_rows):
             yield self

@@ -13,7 +13,7 @@ from .answered import GROUPS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: What scores of visual rows are called in a legend.
+#: Names of the scores of visual tokens in a legend.
 SCORES = {"last_instruction": "last instruction token", "all_text": "all text", "strided": "even strides"}
 
 
@@ -97,7 +97,7 @@ def _retention(lengths: Sequence[Mapping[str, Any]]) -> "Figure":
             width = 3.5 - index
             axes.plot(range(len(taus)), taus, color=COLOURS[index], lw=width, marker="o", ms=3, label=SCORES[name])
             axes.set_xticks(range(len(taus)), [f"{float(share):.0%}" for share in ascending])
-        # τ is 1 without a draft; from the least of the curves up, a wiggle would look like a cliff.
+        # τ is 1 without a draft. An axis from the smallest value would exaggerate small differences.
         highest = max(kept["tau"] for shares in pooled["retention"].values() for kept in shares.values())
         axes.set_ylim(1, 1 + 1.1 * max(highest - 1, 0.1))
         dress(axes, f"Visual rows in the draft, {_length(pooled)}", "rows kept", "τ")

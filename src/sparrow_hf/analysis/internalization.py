@@ -11,16 +11,16 @@ from torch.nn import functional
 from ..targets import TargetView
 from .answered import AnsweredPrompt
 
-#: Rows compared at a time, in fp32.
+#: Positions compared at a time, in fp32.
 CHUNK_ROWS = 4096
 
 
 class InputSimilarity:
-    """Cosine similarity of states to the embeddings they began as, gathered over one forward.
+    """Cosine similarity of states to their embeddings, collected over one forward.
 
     Attributes:
         similarity: `"visual"` or `"text"` (all others, answer included) → `(layers,)`, entry k − 1 for the state after
-            k layers, before the final norm; mean over rows.
+            k layers, before the final norm; mean over positions.
     """
 
     def __init__(self, view: TargetView, answered: AnsweredPrompt):
@@ -30,7 +30,7 @@ class InputSimilarity:
 
     @contextmanager
     def gathering(self) -> Iterator["InputSimilarity"]:
-        """While it lasts, one forward over prompt and answer is to be run."""
+        """Run one forward over prompt and answer in this context."""
 
         def keep_inputs(module: nn.Module, args: tuple[Any, ...]) -> None:
             self._inputs = args[0][0]

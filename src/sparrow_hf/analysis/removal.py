@@ -1,7 +1,7 @@
-"""How far up the target needs its visual rows (paper, figures 3 and 5): they are hidden from layer x on.
+"""Which layers of the target need its visual tokens (paper, figures 3 and 5): they are hidden from layer x on.
 
-Rows that nobody may attend to are as good as absent, so from layer x on attention runs over the text rows alone, at
-their own positions: exact, with any attention implementation, and without a mask of rows × rows.
+Positions that no other attends to have no effect. So from layer x on attention runs over the text positions alone,
+with their own RoPE positions. This is exact, works with any attention implementation, and needs no mask.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +18,15 @@ from .attention import attention_modules
 
 @contextmanager
 def hidden_visual_rows(view: TargetView, is_visual: Tensor, from_layer: int) -> Iterator[None]:
-    """While it lasts, layers `from_layer`, `from_layer` + 1, … (0-based) see no visual row of the prompt.
+    """In this context, layers `from_layer`, `from_layer` + 1, … (0-based) attend to no visual position of the prompt.
 
-    `from_layer` is the number of layers that still see them: the depth changes nothing, 0 is the target blindfolded,
-    its text rows standing where they stood. Forwards with a cache work too: the first one holds the whole prompt.
+    `from_layer` is the number of layers that still attend to them: the depth changes nothing, and 0 removes the visual
+    input; text keeps its positions. Forwards with a cache work too: the first one holds the whole prompt.
 
     Args:
         view: The target.
-        is_visual: `(L,)` bool: the visual ones among the rows of the first forward.
-        from_layer: The first layer that sees text rows only, 0 … depth.
+        is_visual: `(L,)` bool: the visual ones among the positions of the first forward.
+        from_layer: The first layer that attends to text only, 0 … depth.
     """
     text = (~is_visual).nonzero().squeeze(-1)
     is_prefill = False
@@ -77,18 +77,18 @@ def layer_grid(depth: int, points: int = 9) -> list[int]:
 
 @torch.no_grad()
 def predicted_tokens(view: TargetView, answered: AnsweredPrompt) -> Tensor:
-    """`(A,)` what the target holds most probable at every place of the answer, given all before it."""
+    """`(A,)` most probable token of the target at every position of the answer, given all before it."""
     outputs = view.model(**answered.inputs, use_cache=False, logits_to_keep=len(answered.answer_ids) + 1)
     return outputs.logits[0, :-1].argmax(dim=-1)
 
 
 def agreement(view: TargetView, answered: AnsweredPrompt, expected: Tensor, layers: Sequence[int]) -> dict[int, int]:
-    """x → tokens of the answer that the target predicts as before when layers x, x + 1, … see no visual row.
+    """x → tokens of the answer that the target predicts as before when visual tokens are hidden from layer x on.
 
-    Teacher-forced: every token is predicted after the same, seeing target's answer.
+    Teacher-forced: every token is predicted after the answer that the target wrote with visual tokens.
 
     Args:
-        expected: `(A,)` what it predicts with all visual rows in sight, see [`predicted_tokens`].
+        expected: `(A,)` what it predicts with all visual tokens, see [`predicted_tokens`].
         layers: The values of x.
     """
     agreed = {}
@@ -105,7 +105,7 @@ def scores(
     max_new_tokens: int,
     score: Callable[[list[int], ProcessedPrompt], float],
 ) -> dict[int, float]:
-    """x → score of the answer that the target writes freely when layers x, x + 1, … see no visual row.
+    """x → score of the answer that the target writes freely when visual tokens are hidden from layer x on.
 
     Args:
         score: Judges the ids of an answer, with the prompt's `reference` at hand.

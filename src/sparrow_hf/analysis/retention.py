@@ -1,7 +1,7 @@
-"""What visual rows do to the draft (paper, figure 1b): it decodes with all of them, a few, or none.
+"""Acceptance of the draft with all visual tokens, a few, or none (paper, figure 1b).
 
-Decoding is replayed along the target's greedy answer: the draft proposes, and is judged by the tokens the target has
-chosen, from states of one target forward. This commits the rounds of `generate()`, at the price of the draft alone.
+Decoding is replayed along the target's greedy answer: the draft proposes from the states of one target forward, and
+the known tokens decide. This gives the same rounds as `generate()`, at the cost of the draft alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from ..generation.verification import walk
 from ..modeling_sparrow import SparrowDraftModel
 from .answered import AnsweredPrompt
 
-#: Shares of the visual rows that the draft keeps.
+#: Shares of the visual tokens that the draft reads.
 RETAINED_SHARES = (1.0, 0.25, 0.10, 0.05, 0.01, 0.0)
 
 
@@ -44,7 +44,7 @@ def retention(
     max_new_tokens: int,
     shares: Sequence[float] = RETAINED_SHARES,
 ) -> dict[str, dict[float, Rounds]]:
-    """Rounds of the answer when the draft keeps a share of the visual rows.
+    """Rounds of the answer when the draft reads a share of the visual tokens.
 
     Args:
         draft: A draft bound to the target.
@@ -60,7 +60,7 @@ def retention(
     visual = answered.is_visual.nonzero().squeeze(-1).cpu()
     input_ids = _prompt_ids(answered, draft)
     found: dict[str, dict[float, Rounds]] = {}
-    # All and none of the rows are the same rows whatever the scores say.
+    # For all and for none of the tokens the scores do not matter.
     replayed: dict[tuple[int, ...], Rounds] = {}
     for name in (*visual_scores, "strided"):
         found[name] = {}

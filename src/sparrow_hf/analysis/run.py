@@ -1,4 +1,4 @@
-"""One analysis: every prompt answered, read and measured, and one file for each, so that it can be interrupted."""
+"""Runs an analysis and writes one record per prompt, so that it can be interrupted and continued."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from .removal import agreement, layer_grid, predicted_tokens, scores
 from .retention import layers_of, retention
 from .summary import summarize
 
-#: Judges an answer: (its text, the reference) → a number, the larger the better.
+#: Scores an answer: (its text, the reference) → a number; larger is better.
 Score = Callable[[str, str], float]
 
 
@@ -45,16 +45,16 @@ def analyze(
 ) -> dict[str, Any]:
     """Analyses a target over several prompts; see [`measure`] for what is measured, `docs/analysis.md` for its use.
 
-    Every prompt is answered once, read once, and read once more per value of x; with a `score` it is also answered
-    once per value of x. The target must serve nobody else meanwhile: hooks are put on its layers, and taken off again.
+    Every prompt takes one answer, one forward, and one more forward per value of x; with a `score` also one answer per
+    value of x. The analysis puts hooks on the target's layers and removes them, so nothing else may use it meanwhile.
 
     Args:
         target: A video LLM.
         processor: Its processor.
         conversations: The prompts.
         output: Folder of the records, one file per prompt. Run again, the analysis goes on with the first missing one.
-        draft: A draft of the target: how many tokens of its are accepted with which visual rows.
-        layers: Values of x, "visual rows are hidden from layer x on"; by default nine from 0 to the depth.
+        draft: A draft of the target, to measure its acceptance with fewer visual tokens.
+        layers: Values of x, "visual tokens are hidden from layer x on"; by default nine from 0 to the depth.
         max_new_tokens: Longest answer, in tokens.
         score: Judges answers whose conversation has a reference.
         fps, max_frames: How densely to read video files.
@@ -63,8 +63,8 @@ def analyze(
         What [`~sparrow_hf.analysis.summary.summarize`] returns.
 
     Raises:
-        AnalysisError: There is nothing to analyse, a conversation has no instruction or no visual rows, only some have
-            a reference, or the folder holds records of other settings or prompts.
+        AnalysisError: There is nothing to analyse, a conversation has no instruction or no visual tokens, some have
+            no reference, or the folder holds records of other settings or prompts.
         UnsupportedTargetError: The target is of an architecture whose attention cannot be read.
         BindingError: The draft is another target's.
     """
@@ -107,7 +107,7 @@ def analyze(
                 raise AnalysisError(f"prompt {index}: {error}") from error
             judge = None if score is None else _judge(processor, score)
             measured = measure(view, answered, layers, max_new_tokens, draft=draft, score=judge)
-            # Read back, so that a resumed analysis sums up the very same numbers.
+            # Read back from the file, so that a resumed analysis uses exactly the same numbers.
             text = json.dumps({"made_from": made_from} | measured)
             write_text(path, text + "\n")
             record = json.loads(text)
@@ -137,7 +137,7 @@ def measure(
     Returns:
         `visual_tokens`, `text_tokens`, `answer_tokens`; `attention`: query → `(layers, heads, 3)` mass on instruction,
         visual and text rows; `similarity`: `visual` or `text` → `(layers,)`; `agreed`: x → tokens; `score` and
-        `retention` (scores → share → `accepted` per round, `tokens`) where they were asked for.
+        `retention` (scores → share → `accepted` per round, `tokens`) where requested.
     """
     states = HiddenStateCollector(dict.fromkeys(layers_of(draft) if draft is not None else []))
     attention, similarity = AttentionMass(view, answered), InputSimilarity(view, answered)
@@ -152,7 +152,7 @@ def measure(
         "similarity": {kind: cosines.tolist() for kind, cosines in similarity.similarity.items()},
     }
     if draft is not None:
-        # A target spread over several devices leaves the states of each layer on another one.
+        # The states of a target that is spread over devices are on several of them.
         collected = {layer: states.take(layer).to(draft.device) for layer in layers_of(draft)}
         kept = retention(draft, answered, collected, attention.visual_scores, max_new_tokens)
         record["retention"] = {
@@ -166,7 +166,7 @@ def measure(
 
 
 def digest_of(conversation: Conversation) -> str:
-    """Tells one conversation from another; as it did before conversations could say how their videos are read."""
+    """Fingerprint of a conversation; unchanged for those without `fps` and `max_frames`, so old records stay valid."""
     says_how = conversation.fps is not None or conversation.max_frames is not None
     return fingerprint(conversation if says_how else conversation[:2])
 

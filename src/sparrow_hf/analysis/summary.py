@@ -1,4 +1,4 @@
-"""What the records of single prompts add up to, and which layers that recommends for a draft."""
+"""Summary over the records of single prompts, and the recommended layers of a draft."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ import numpy as np
 
 from .. import metrics
 
-#: A target does without its visual rows if it still predicts this share of its own answer.
+#: The target needs no visual tokens from a layer on if it still predicts this share of its own answer,
 AGREEMENT_KEPT = 0.98
-#: ... and, where somebody scores answers, still gets this share of its score.
+#: and, where answers are scored, still reaches this share of its score.
 SCORE_KEPT = 0.95
 
 Record = Mapping[str, Any]
@@ -21,7 +21,7 @@ class Recommendation:
     """Layers of a draft for this target; see [`recommend`].
 
     Attributes:
-        needed_layers: Layers that the target needs its visual rows in; the others can do without.
+        needed_layers: Number of layers that need visual tokens.
         visual_bridge_layer, feature_layers: Fields of [`~sparrow_hf.SparrowDraftConfig`].
     """
 
@@ -95,16 +95,16 @@ def _acceptance(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def recommend(pooled: Mapping[str, Any]) -> Recommendation:
-    """Which layers of this target a draft should read. A rule of thumb to start from; training is what decides.
+    """Recommends the layers of this target that a draft should read. A heuristic; training decides.
 
-    1. *Needed layers*: the smallest measured x such that, hidden from layer x or any later one on, visual rows are
-       not missed: at least [`AGREEMENT_KEPT`] of the answers' tokens stay what they were, and where answers are
-       scored [`SCORE_KEPT`] of the score (most tokens are wording, and can stay while what was seen is lost).
-    2. *Bridge*: of the visual states that needed layers read (after 1 … x − 1 layers), the one least like what
-       entered the decoder: worked on most by the layers below, and still in use.
-    3. *Features*: the text states after the needed layer in which the answer looks at visual rows most, and after the
-       last needed layer, when everything seen has been written into the text rows; and the last layer's (−1), which
-       the head reads. What coincides is listed once.
+    1. *Needed layers*: the smallest measured x such that with visual tokens hidden from layer x or any later one on,
+       at least [`AGREEMENT_KEPT`] of the answers' tokens stay the same, and [`SCORE_KEPT`] of the score where answers
+       are scored (most tokens are wording, which can stay while facts are lost).
+    2. *Bridge*: among the visual states that needed layers read (after 1 … x − 1 layers), the one least similar to the
+       decoder's input: it has been processed most and is still in use.
+    3. *Features*: the text states after the needed layer in which the answer attends to visual tokens most; those
+       after the last needed layer, when all visual information is in the text states; and the last layer's (−1),
+       which the head reads. Each is listed once.
 
     Args:
         pooled: What [`pool`] returns.
@@ -113,7 +113,7 @@ def recommend(pooled: Mapping[str, Any]) -> Recommendation:
     agreement, score = pooled["agreement"], pooled.get("score")
     needed = depth
     for layer in map(str, sorted(map(int, agreement), reverse=True)):
-        # Scores may be negative (log-likelihoods, say): what is lost counts, not the quotient.
+        # Scores may be negative (log-likelihoods, for example), so the loss counts and not the quotient.
         lost = score[str(depth)] - score[layer] if score else 0.0
         if agreement[layer] < AGREEMENT_KEPT or (score and lost > (1 - SCORE_KEPT) * abs(score[str(depth)]) + 1e-9):
             break

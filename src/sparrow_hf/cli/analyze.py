@@ -1,4 +1,4 @@
-"""`sparrow analyze`: where a target attends, how far up it needs its visual rows, and what they do to a draft."""
+"""`sparrow analyze`: where a target attends, which layers need visual tokens, and how many of them a draft needs."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,26 +8,43 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import MissingDependencyError
-from .common import Dtype, errors_as_sentences, quiet_transformers
+from .common import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    FPS_HELP,
+    MAX_FRAMES_HELP,
+    PROCESSOR_HELP,
+    Dtype,
+    errors_as_sentences,
+    quiet_transformers,
+)
 
 
 def analyze(
-    target: Annotated[str, typer.Option(help="The video LLM to look into: folder or Hub id.")],
+    target: Annotated[str, typer.Option(help="The video LLM to analyze: a folder or a Hub id.")],
     prompts: Annotated[
-        str, typer.Option(help="Rows with 'messages': .jsonl, .parquet, a folder of save_to_disk, or a Hub id.")
+        str,
+        typer.Option(
+            help="Data set whose rows hold 'messages': a .jsonl or .parquet file, a folder written by save_to_disk, "
+            "or a Hub id."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the results. Run again to go on where it was stopped.")],
-    draft: Annotated[str | None, typer.Option(help="A draft of the target: what visual rows do to it.")] = None,
-    split: Annotated[str, typer.Option(help="Split of --prompts.")] = "train",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 256,
-    fps: Annotated[float | None, typer.Option(min=0.01, help="Frames per second to see, at most.")] = None,
-    max_frames: Annotated[int | None, typer.Option(min=1, help="Frames to see of a video, at most.")] = None,
-    processor: Annotated[str | None, typer.Option(help="Processor of --target, if it lies elsewhere.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="What the target computes in.")] = Dtype.auto,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; auto spreads over all GPUs.")] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder to write the results to. The same command continues a stopped run.")
+    ],
+    draft: Annotated[
+        str | None, typer.Option(help="A draft of the target, to measure how many visual tokens it needs.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of --prompts to read.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of prompts to read (default: all).")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Maximum length of an answer, in tokens.")] = 256,
+    fps: Annotated[float | None, typer.Option(min=0.01, help=FPS_HELP)] = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, help=MAX_FRAMES_HELP)] = None,
+    processor: Annotated[str | None, typer.Option(help=PROCESSOR_HELP)] = None,
+    dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
 ) -> None:
-    """Looks into a target over some prompts, and recommends the layers that a draft of it should read.
+    """Measures where a target attends on your prompts, and recommends the layers that its draft should read.
 
     Writes analysis.json and, if matplotlib is installed, figures.
     """
@@ -47,7 +64,7 @@ def analyze(
         model, its_processor = load_target(target, processor, dtype.value, device)
         layers = layer_grid(len(TargetView(model).layers))
         console.print(
-            f"{len(conversations)} prompts, each answered once and read {len(layers) + 1} times; results in {output}"
+            f"{len(conversations)} prompts: one answer and {len(layers) + 1} forwards each; results in {output}"
         )
         summary = run_analysis(
             model,
@@ -71,7 +88,7 @@ def analyze(
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """One table per question, a column per length, and the recommendation."""
+    """Prints one table per measurement, with a column per length, and the recommendation."""
     lengths = summary["lengths"]
     heads = [f"{pooled['visual_tokens']['mean']:,.0f} visual tokens" for pooled in lengths]
 
@@ -88,20 +105,20 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 
     show(
         "Attention of the last instruction token, all layers and heads",
-        "on rows of",
+        "attends to",
         {
             name: [mass(pooled, index) for pooled in lengths]
             for index, name in enumerate(("instruction", "visual", "text"))
         },
     )
     show(
-        "Tokens of the answer that stay if visual rows are hidden from layer x on",
+        "Tokens of the answer that stay the same if visual tokens are hidden from layer x on",
         "x",
         {layer: [f"{pooled['agreement'][layer]:.1%}" for pooled in lengths] for layer in lengths[0]["agreement"]},
     )
     for name, shares in lengths[0].get("retention", {}).items():
         show(
-            f"Tokens per target forward (τ), the draft's visual rows chosen by {name.replace('_', ' ')}",
+            f"Tokens per target forward (τ), the draft's visual tokens chosen by {name.replace('_', ' ')}",
             "kept",
             {
                 f"{float(share):.0%}": [f"{p['retention'][name][share]['tau']:.2f}" for p in lengths]
@@ -110,7 +127,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         )
     advice = summary["recommendation"]
     console.print(
-        f"The target needs its visual rows in {advice['needed_layers']} layers. To start from: "
+        f"The target needs its visual tokens in {advice['needed_layers']} layers. Recommended settings: "
         f"visual_bridge_layer={advice['visual_bridge_layer']}, feature_layers={advice['feature_layers']}",
         markup=False,
     )

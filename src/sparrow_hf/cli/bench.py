@@ -1,4 +1,4 @@
-"""`sparrow bench`: arms side by side on the same prompts, with everything that makes a figure believable."""
+"""`sparrow bench`: several arms (methods) on the same prompts, and their conditions written beside every figure."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,75 +8,106 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import BenchmarkError
-from .common import FAMILY_HELP, NOT_IDENTICAL, Dtype, built_in_family, errors_as_sentences, quiet_transformers
+from .common import (
+    DTYPE_HELP,
+    FAMILY_HELP,
+    FPS_HELP,
+    MAX_FRAMES_HELP,
+    NOT_IDENTICAL,
+    PROCESSOR_HELP,
+    Dtype,
+    built_in_family,
+    errors_as_sentences,
+    quiet_transformers,
+)
 
 DEFAULT_ARMS = ["none", "prompt-lookup", "draft@chain-5", "draft@48-5-10"]
 
 
 def bench(
-    output: Annotated[Path, typer.Option(help="JSON file of the results: one row per arm, length and temperature.")],
+    output: Annotated[
+        Path, typer.Option(help="JSON file to write, with one record per arm, length, temperature and seed.")
+    ],
     target: Annotated[
-        str | None, typer.Option(help="The video LLM: folder or Hub id (default: a built-in one).")
+        str | None, typer.Option(help="The video LLM: a folder or a Hub id (default: a built-in one).")
     ] = None,
     family: Annotated[str | None, typer.Option(help=FAMILY_HELP)] = None,
     draft: Annotated[
-        str | None, typer.Option(help="The draft of the arms `none` and `draft`: folder or Hub id.")
+        str | None, typer.Option(help="The draft that the arms `none` and `draft` use: a folder or a Hub id.")
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="Rows of messages (.jsonl, .parquet, folder, Hub id), or a copy of a public data set: "
-            "videodetailcaption:FOLDER, mvbench:FOLDER, longvideobench:FOLDER, mlvu:FOLDER."
+            help="Data set whose rows hold 'messages' (a .jsonl or .parquet file, a folder, or a Hub id), or a local "
+            "copy of a public one: videodetailcaption:FOLDER, mvbench:FOLDER, longvideobench:FOLDER, mlvu:FOLDER."
         ),
     ] = None,
-    testbed: Annotated[bool, typer.Option("--testbed", help="Ask about unseen clips of the built-in world.")] = False,
+    testbed: Annotated[
+        bool, typer.Option("--testbed", help="Use generated clips that the built-in models have not seen.")
+    ] = False,
     arms: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to measure beside plain generate() (repeat for several): none, prompt-lookup[-N], "
-            "assistant:ID, draft[:ID][@TREE][/glimpse=M], or METHOD:TEXT of another package."
+            help="An arm (method) to measure beside plain generate(): none, prompt-lookup[-N], assistant:ID, "
+            "draft[:ID][@TREE][/glimpse=M], or METHOD:TEXT for a method of another package. Repeat the option for "
+            "several arms."
         ),
     ] = None,
     visual_tokens: Annotated[
-        list[int] | None, typer.Option(min=4, help="Length of --testbed clips (repeat for several; default 400).")
+        list[int] | None,
+        typer.Option(
+            min=4,
+            help="Length of the --testbed clips in visual tokens (default: 400). Repeat the option for several "
+            "lengths.",
+        ),
     ] = None,
     max_frames: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Frames to see of a video of --prompts, at most (repeat for several)."),
+        typer.Option(min=1, help=f"{MAX_FRAMES_HELP} Repeat the option for several numbers."),
     ] = None,
-    fps: Annotated[
-        float | None, typer.Option(min=0.01, help="Frames per second to see of --prompts, at most.")
-    ] = None,
+    fps: Annotated[float | None, typer.Option(min=0.01, help=FPS_HELP)] = None,
     temperatures: Annotated[
-        list[float] | None, typer.Option(min=0.0, help="0 is greedy (repeat for several).")
+        list[float] | None,
+        typer.Option(
+            min=0.0,
+            help="Temperature of sampling; 0 decodes greedily (default: 0). Repeat the option for several "
+            "temperatures.",
+        ),
     ] = None,
     seeds: Annotated[
-        list[int] | None, typer.Option(help="Of sampled answers (repeat for several; default 0).")
+        list[int] | None,
+        typer.Option(help="Seed of sampled answers (default: 0). Repeat the option for several seeds."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most prompts, of each length.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 320,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of prompts of each length.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Maximum length of an answer, in tokens.")] = 320,
     shared_prefill: Annotated[
-        bool, typer.Option("--shared-prefill", help="Compute each prompt once for all arms: for long videos.")
+        bool,
+        typer.Option(
+            "--shared-prefill", help="Compute each prompt's prefill once for all arms. Use it for long videos."
+        ),
     ] = False,
     repeats: Annotated[
         int,
-        typer.Option(min=1, help="Rounds in which every arm answers each prompt; its median call counts."),
+        typer.Option(min=1, help="Number of times every arm answers each prompt. The call of median time counts."),
     ] = 1,
-    name: Annotated[str, typer.Option(help="Of this benchmark: its run file, and its rows in the results.")] = "bench",
-    runs: Annotated[Path, typer.Option(help="Folder of single measurements; all in it make the results.")] = Path(
-        "runs/bench"
-    ),
-    report: Annotated[Path | None, typer.Option(help="Write the tables to this Markdown file.")] = None,
-    note: Annotated[str, typer.Option(help="What readers must know about the circumstances.")] = "",
-    split: Annotated[str | None, typer.Option(help="Split of --prompts with rows (default train).")] = None,
-    processor: Annotated[str | None, typer.Option(help="Processor of --target, if it lies elsewhere.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="What the target computes in.")] = Dtype.auto,
-    device: Annotated[str | None, typer.Option(help="Where the target runs: cpu, cuda, cuda:1, …")] = None,
+    name: Annotated[str, typer.Option(help="Name of this benchmark, in its run file and its records.")] = "bench",
+    runs: Annotated[
+        Path, typer.Option(help="Folder of the run files. The results are computed from all files in it.")
+    ] = Path("runs/bench"),
+    report: Annotated[Path | None, typer.Option(help="Markdown file to write the tables to.")] = None,
+    note: Annotated[str, typer.Option(help="A remark on the circumstances, written into the results.")] = "",
+    split: Annotated[
+        str | None, typer.Option(help="Split of --prompts to read, where it has several (default: train).")
+    ] = None,
+    processor: Annotated[str | None, typer.Option(help=PROCESSOR_HELP)] = None,
+    dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
+    device: Annotated[str | None, typer.Option(help="Device of the target, such as cpu, cuda or cuda:1.")] = None,
 ) -> None:
-    """Measures arms against plain generate() on the same prompts, in turns, in one process.
+    """Measures arms (methods) against plain generate() on the same prompts, in one process.
 
-    Says how much there is to do before it starts; run it again to go on where it was stopped. Ends with 1 if an arm's
-    fp32 text is not plain generate()'s; sampled texts of transformers' own assisted loop never are, and do not count.
+    Prints the number of calls before it starts. The same command continues a stopped run. The exit code is 1 if the
+    fp32 text of an arm differs from plain generate(). Texts that transformers' own assisted loop samples always differ
+    and do not count.
     """
     with errors_as_sentences():
         import torch
@@ -94,36 +125,39 @@ def bench(
         quiet_transformers()
         console = Console()
         if testbed == (prompts is not None):
-            raise BenchmarkError("say what to ask: either --testbed, or --prompts with rows or a data set")
+            raise BenchmarkError(
+                f"give either --testbed, or --prompts with a data set; found {'both' if testbed else 'neither'}"
+            )
         if testbed and (max_frames or fps is not None or split is not None):
             raise BenchmarkError(
-                "--testbed clips are made, and as long as --visual-tokens says: leave out --max-frames, --fps and "
-                "--split"
+                "--testbed makes clips of --visual-tokens visual tokens: leave out --max-frames, --fps and --split"
             )
         if not testbed and visual_tokens:
-            raise BenchmarkError("--visual-tokens is for --testbed: the length of your own videos is --max-frames")
+            raise BenchmarkError(
+                "--visual-tokens is an option of --testbed: set the length of your own videos with --max-frames"
+            )
         family = built_in_family(family, target)
         if target is None:
-            # So small that a second thread costs more than it computes.
+            # The model is so small that a second thread slows it down.
             torch.set_num_threads(1)
             folder = shipped(family)
             target, draft, device = str(folder / "target"), draft or str(folder / "draft"), device or "cpu"
         conversations = None if prompts is None else read_conversations(prompts, split, limit)
         model, its_processor = load_target(target, processor, dtype.value, device)
         if conversations is None:
-            asked = clip_prompts(model, its_processor, limit, visual_tokens or [400])
+            all_prompts = clip_prompts(model, its_processor, limit, visual_tokens or [400])
         else:
             if missing := conversations.missing:
                 console.print(
                     f"[yellow]left out {len(missing)} questions without their video, such as {missing[0]}[/]"
                 )
-            asked = conversation_prompts(its_processor, conversations.rows, max_frames or [], fps)
+            all_prompts = conversation_prompts(its_processor, conversations.rows, max_frames or [], fps)
         parser = Arms(model, draft)
         benchmark = Benchmark(
             name,
             model,
             parser.parse(DEFAULT_ARMS if arms is None else arms),
-            asked,
+            all_prompts,
             temperatures or [0.0],
             seeds or [0],
             max_new_tokens,
@@ -143,7 +177,8 @@ def bench(
         measured = benchmark.open_runs(runs)
         todo = benchmark.calls_per_prompt * sum(len(settings) for _, settings in benchmark.missing(measured))
         console.print(
-            f"{len(asked)} prompts × {len(benchmark.settings)} temperatures and seeds × {len(benchmark.arms)} arms"
+            f"{len(all_prompts)} prompts × {len(benchmark.settings)} temperatures and seeds "
+            f"× {len(benchmark.arms)} arms"
             + (f" × {repeats} rounds; " if repeats > 1 else "; ")
             + f"to do: {todo} calls of up to {max_new_tokens} tokens"
         )
@@ -158,7 +193,7 @@ def bench(
 
 
 def results_table(rows: list[dict[str, Any]]) -> Table:
-    """The figures that matter most, one line per row of the results."""
+    """The main figures, one line per record."""
     from ..evaluation.report import optional
 
     table = Table("benchmark", "visual tokens", "T", "seed", box=None)

@@ -1,4 +1,4 @@
-"""What all verbs share: exit codes, and errors told as sentences."""
+"""What all verbs share: exit codes, help texts, loading, and errors printed as sentences."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +13,18 @@ from ..errors import SparrowError, TargetLoadError
 NOT_IDENTICAL, BAD_INPUT, INTERRUPTED = 1, 2, 130
 """Exit codes besides 0."""
 
-FAMILY_HELP = "Which built-in models: qwen2.5-vl (the default) or llava-onevision."
+FAMILY_HELP = "The built-in models to use: qwen2.5-vl (the default) or llava-onevision."
+FPS_HELP = "Maximum number of frames per second to read of a video."
+MAX_FRAMES_HELP = "Maximum number of frames to read of a video."
+PROCESSOR_HELP = "Processor of --target, if it is in another folder or Hub repository."
+DTYPE_HELP = "Dtype of the target."
+DEVICE_HELP = "Device of the target, such as cpu, cuda or cuda:1; auto spreads it over all GPUs."
+ON_BAD_ROW_HELP = "What to do with a row that cannot be used: stop (refuse), or leave it out (skip)."
 
 
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    """Turns what users can get wrong into one red sentence, and Ctrl-C into a quiet end."""
+    """Prints an error that a user can mend as one red sentence, and ends without a traceback on Ctrl-C."""
     try:
         yield
     except (SparrowError, OSError) as error:
@@ -30,7 +36,7 @@ def errors_as_sentences() -> Iterator[None]:
 
 
 def quiet_transformers() -> None:
-    """No progress bars of loading and no log lines below errors: a command tells by itself what it does."""
+    """Turns off transformers' progress bars and its log lines below errors: a command prints its own progress."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -45,7 +51,7 @@ class OnBadRow(StrEnum):
 
 
 class Dtype(StrEnum):
-    """What a target computes in."""
+    """Dtype of a target."""
 
     auto = "auto"
     float32 = "float32"
@@ -54,7 +60,7 @@ class Dtype(StrEnum):
 
 
 def built_in_family(family: str | None, target: str | None) -> str:
-    """The family whose built-in models are meant, where no target is named.
+    """The family of the built-in models to use, where no target is named.
 
     Raises:
         TargetLoadError: Both are named.
@@ -62,7 +68,7 @@ def built_in_family(family: str | None, target: str | None) -> str:
     from ..testbed import QWEN2_5_VL
 
     if family is not None and target is not None:
-        raise TargetLoadError("--family is which built-in models: leave it out beside --target.")
+        raise TargetLoadError("--family chooses built-in models: leave it out beside --target.")
     return family or QWEN2_5_VL.name
 
 

@@ -1,4 +1,4 @@
-"""`sparrow convert`: a draft of the EAGLE family becomes one of ours."""
+"""`sparrow convert`: a checkpoint of the EAGLE family becomes a draft of this package."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,18 +10,20 @@ from .common import errors_as_sentences, quiet_transformers
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="The draft: folder, weights file or Hub id.")],
-    target: Annotated[str, typer.Option(help="Its target: folder or Hub id.")],
+    source: Annotated[str, typer.Argument(help="The checkpoint to convert: a folder, a weights file or a Hub id.")],
+    target: Annotated[str, typer.Option(help="The target of the checkpoint: a folder or a Hub id.")],
     output: Annotated[Path, typer.Option(help="Folder to write the converted draft to.")],
-    subfolder: Annotated[str, typer.Option(help="Folder inside the draft's Hub repository.")] = "",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the draft's repository.")] = None,
+    subfolder: Annotated[str, typer.Option(help="Folder of the checkpoint inside its Hub repository.")] = "",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of its Hub repository.")] = None,
     weights_only_bin: Annotated[
-        bool, typer.Option("--weights-only-bin", help="Read pickled weights too, with torch's weights-only loader.")
+        bool,
+        typer.Option("--weights-only-bin", help="Read pickled weights too, with torch's weights-only loader."),
     ] = False,
 ) -> None:
     """Converts an EAGLE-1/2, MSD, ViSpec or Sparrow checkpoint to a draft of this package.
 
-    The draft gives the same logits on text rows. Says what it leaves out; ends with 2 if it does not know a tensor.
+    The draft gives the same logits at text positions. Prints what it leaves out. The exit code is 2 if the checkpoint
+    holds an unknown tensor.
     """
     with errors_as_sentences():
         from ..conversion import convert_checkpoint

@@ -1,4 +1,4 @@
-"""`sparrow demo`: the same caption, plain and with the draft."""
+"""`sparrow demo`: captions a video with and without the draft, and compares."""
 
 import tempfile
 from pathlib import Path
@@ -10,36 +10,45 @@ from rich.console import Console
 from ..artifacts import write_json
 from ..errors import VideoError
 from ..extras import require
-from .common import FAMILY_HELP, NOT_IDENTICAL, built_in_family, errors_as_sentences, quiet_transformers
+from .common import (
+    FAMILY_HELP,
+    FPS_HELP,
+    MAX_FRAMES_HELP,
+    NOT_IDENTICAL,
+    PROCESSOR_HELP,
+    built_in_family,
+    errors_as_sentences,
+    quiet_transformers,
+)
 
 
 def demo(
-    video: Annotated[Path | None, typer.Option(help="Caption this video instead of a new clip.")] = None,
-    question: Annotated[str, typer.Option(help="What to ask about --video.")] = "Describe this video in detail.",
-    clips: Annotated[int, typer.Option(min=1, help="How many unseen clips to write and caption.")] = 1,
-    visual_tokens: Annotated[int, typer.Option(min=4, help="How long the clips are, in visual tokens.")] = 400,
+    video: Annotated[Path | None, typer.Option(help="Video file to caption instead of a generated clip.")] = None,
+    question: Annotated[str, typer.Option(help="Question to ask about --video.")] = "Describe this video in detail.",
+    clips: Annotated[int, typer.Option(min=1, help="Number of clips to generate and caption.")] = 1,
+    visual_tokens: Annotated[int, typer.Option(min=4, help="Length of the clips, in visual tokens.")] = 400,
     seed: Annotated[
-        int, typer.Option(min=0, max=90_000_000, help="Which unseen clips: numbers SEED, SEED + 1, …")
+        int, typer.Option(min=0, max=90_000_000, help="Number of the first clip; the others follow it.")
     ] = 0,
     tree: Annotated[
         str | None,
-        typer.Option(help="What the draft grows: chain-5, 30-4-8, 48-5-10, chain-LEVELS or NODES-LEVELS-BEAM."),
+        typer.Option(help="Shape of the draft tree: chain-LEVELS or NODES-LEVELS-BEAM, such as chain-5 or 48-5-10."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest caption, in tokens.")] = 320,
-    output: Annotated[Path | None, typer.Option(help="Folder to keep the clips in.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the verdict to this file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Maximum length of a caption, in tokens.")] = 320,
+    output: Annotated[Path | None, typer.Option(help="Folder to keep the generated clips in.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="JSON file to write the results to.")] = None,
     family: Annotated[str | None, typer.Option(help=FAMILY_HELP)] = None,
-    target: Annotated[str | None, typer.Option(help="Your own video LLM: folder or Hub id.")] = None,
-    draft: Annotated[str | None, typer.Option(help="Your own draft: folder or Hub id.")] = None,
-    processor: Annotated[str | None, typer.Option(help="Processor of --target, if it lies elsewhere.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where --target runs: cpu, cuda, cuda:1, …")] = None,
-    fps: Annotated[float, typer.Option(min=0.01, help="Frames per second to see of --video, at most.")] = 8.0,
-    max_frames: Annotated[int, typer.Option(min=1, help="Frames to see of --video, at most.")] = 768,
+    target: Annotated[str | None, typer.Option(help="Your own video LLM: a folder or a Hub id.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Your own draft: a folder or a Hub id.")] = None,
+    processor: Annotated[str | None, typer.Option(help=PROCESSOR_HELP)] = None,
+    device: Annotated[str | None, typer.Option(help="Device of --target, such as cpu, cuda or cuda:1.")] = None,
+    fps: Annotated[float, typer.Option(min=0.01, help=FPS_HELP)] = 8.0,
+    max_frames: Annotated[int, typer.Option(min=1, help=MAX_FRAMES_HELP)] = 768,
 ) -> None:
-    """Captions a video plain and with the draft: same text, less time.
+    """Captions a video with plain generate() and with the draft, and compares text and time.
 
-    Without options, the built-in models caption a clip they have not seen. Ends with 1 if a single token differs from
-    plain generate(), and with 2 if something is missing.
+    Without options, the built-in models caption a clip they have not seen. The exit code is 1 if a single token
+    differs from plain generate(), and 2 if an input is missing or wrong.
     """
     with errors_as_sentences():
         require("video", "sparrow demo")
@@ -48,7 +57,7 @@ def demo(
 
         quiet_transformers()
         if video is not None and (clips > 1 or output is not None):
-            raise VideoError("--video names the one clip to caption: leave out --clips and --output.")
+            raise VideoError("--video captions one file and generates no clips: leave out --clips and --output.")
         if video is not None and not video.is_file():
             raise VideoError(f"There is no video file at {video}. Check the path.")
         shape = None if tree is None else parse_tree_shape(tree)

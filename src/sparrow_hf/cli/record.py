@@ -1,4 +1,4 @@
-"""`sparrow record`: the target reads every answered row once; drafts then train without it."""
+"""`sparrow record`: stores the target's states of every answered row, so that drafts train without the target."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,34 +7,56 @@ import typer
 from rich.console import Console
 
 from ..extras import require
-from .common import Dtype, OnBadRow, errors_as_sentences, quiet_transformers, report_skipped, size
+from .common import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    FPS_HELP,
+    MAX_FRAMES_HELP,
+    ON_BAD_ROW_HELP,
+    PROCESSOR_HELP,
+    Dtype,
+    OnBadRow,
+    errors_as_sentences,
+    quiet_transformers,
+    report_skipped,
+    size,
+)
 
 
 def record(
-    target: Annotated[str, typer.Option(help="The video LLM to draft for: folder or Hub id.")],
-    answers: Annotated[str, typer.Option(help="Answered rows: the folder of `sparrow regenerate`, or any rows.")],
-    output: Annotated[Path, typer.Option(help="Folder of the recording. Run again to go on where it was stopped.")],
-    split: Annotated[str, typer.Option(help="Split of --answers.")] = "train",
+    target: Annotated[str, typer.Option(help="The video LLM to draft for: a folder or a Hub id.")],
+    answers: Annotated[
+        str, typer.Option(help="Answered rows: a folder written by `sparrow regenerate`, or another data set.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder to write the recording to. The same command continues a stopped one.")
+    ],
+    split: Annotated[str, typer.Option(help="Split of --answers to read.")] = "train",
     feature_layers: Annotated[
-        list[int] | None, typer.Option(help="Layer that drafts read (repeat for several); −1 is the last.")
+        list[int] | None,
+        typer.Option(
+            help="Layer whose text states drafts read; -1 is the last (default: -1). Repeat the option for several "
+            "layers."
+        ),
     ] = None,
     bridge_layer: Annotated[
-        int | None, typer.Option(help="Layer of the visual rows (default: the middle one).")
+        int | None, typer.Option(help="Layer whose visual states drafts read (default: the middle one).")
     ] = None,
     text_only: Annotated[
-        bool, typer.Option("--text-only", help="No visual rows: small, for drafts that never see one.")
+        bool,
+        typer.Option("--text-only", help="Store no visual states, for drafts that read text only. Takes less disk."),
     ] = False,
-    max_disk_gb: Annotated[float | None, typer.Option(min=0.0, help="Most disk to use, in GB.")] = None,
-    fps: Annotated[float | None, typer.Option(min=0.01, help="Frames per second to see, at most.")] = None,
-    max_frames: Annotated[int | None, typer.Option(min=1, help="Frames to see of a video, at most.")] = None,
-    processor: Annotated[str | None, typer.Option(help="Processor of --target, if it lies elsewhere.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="What the target computes in.")] = Dtype.auto,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; auto spreads over all GPUs.")] = None,
-    on_bad_row: Annotated[OnBadRow, typer.Option(help="Stop at a bad row, or leave it out.")] = OnBadRow.refuse,
+    max_disk_gb: Annotated[float | None, typer.Option(min=0.0, help="Maximum disk space to use, in GB.")] = None,
+    fps: Annotated[float | None, typer.Option(min=0.01, help=FPS_HELP)] = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, help=MAX_FRAMES_HELP)] = None,
+    processor: Annotated[str | None, typer.Option(help=PROCESSOR_HELP)] = None,
+    dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    on_bad_row: Annotated[OnBadRow, typer.Option(help=ON_BAD_ROW_HELP)] = OnBadRow.refuse,
 ) -> None:
-    """Stores the hidden states of answered rows, so that drafts can be trained without the target.
+    """Stores the target's hidden states of answered rows, so that drafts can be trained without the target.
 
-    Says how much disk it will take before it starts.
+    Prints the disk space it will take before it starts.
     """
     with errors_as_sentences():
         require("train", "sparrow record")

@@ -1,4 +1,4 @@
-"""`sparrow regenerate`: the target writes its own answers, to be trained on."""
+"""`sparrow regenerate`: the target writes the answers that a draft is trained on."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,34 +7,59 @@ import typer
 from rich.console import Console
 
 from ..extras import require
-from .common import Dtype, OnBadRow, errors_as_sentences, quiet_transformers, report_skipped, size
+from .common import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    FPS_HELP,
+    MAX_FRAMES_HELP,
+    ON_BAD_ROW_HELP,
+    PROCESSOR_HELP,
+    Dtype,
+    OnBadRow,
+    errors_as_sentences,
+    quiet_transformers,
+    report_skipped,
+    size,
+)
 
 
 def regenerate(
-    target: Annotated[str, typer.Option(help="The video LLM that answers: folder or Hub id.")],
+    target: Annotated[str, typer.Option(help="The video LLM that answers: a folder or a Hub id.")],
     prompts: Annotated[
-        str, typer.Option(help="Rows with 'messages': .jsonl, .parquet, a folder of save_to_disk, or a Hub id.")
+        str,
+        typer.Option(
+            help="Data set whose rows hold 'messages': a .jsonl or .parquet file, a folder written by save_to_disk, "
+            "or a Hub id."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the answers. Run again to go on where it was stopped.")],
-    split: Annotated[str, typer.Option(help="Split of --prompts.")] = "train",
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 1024,
-    do_sample: Annotated[bool, typer.Option("--do-sample", help="Sample instead of greedy text.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.01, help="With --do-sample.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="With --do-sample.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
-    fps: Annotated[float | None, typer.Option(min=0.01, help="Frames per second to see, at most.")] = None,
-    max_frames: Annotated[int | None, typer.Option(min=1, help="Frames to see of a video, at most.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 1,
-    shard_size: Annotated[int, typer.Option(min=1, help="Answers per file; a stop loses at most one file.")] = 64,
-    draft: Annotated[str | None, typer.Option(help="A draft of the target, to write faster.")] = None,
-    processor: Annotated[str | None, typer.Option(help="Processor of --target, if it lies elsewhere.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="What the target computes in.")] = Dtype.auto,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; auto spreads over all GPUs.")] = None,
-    on_bad_row: Annotated[OnBadRow, typer.Option(help="Stop at a bad row, or leave it out.")] = OnBadRow.refuse,
+    output: Annotated[
+        Path, typer.Option(help="Folder to write the answers to. The same command continues a stopped run.")
+    ],
+    split: Annotated[str, typer.Option(help="Split of --prompts to read.")] = "train",
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Maximum length of an answer, in tokens.")] = 1024,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="Sample the answers instead of decoding greedily.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Temperature of --do-sample.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus (top-p) of --do-sample.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of --do-sample.")] = 0,
+    fps: Annotated[float | None, typer.Option(min=0.01, help=FPS_HELP)] = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, help=MAX_FRAMES_HELP)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of prompts answered in one batch.")] = 1,
+    shard_size: Annotated[
+        int, typer.Option(min=1, help="Number of answers per file. A stopped run loses at most one file.")
+    ] = 64,
+    draft: Annotated[
+        str | None, typer.Option(help="A draft of the target, to write the answers faster: a folder or a Hub id.")
+    ] = None,
+    processor: Annotated[str | None, typer.Option(help=PROCESSOR_HELP)] = None,
+    dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    on_bad_row: Annotated[OnBadRow, typer.Option(help=ON_BAD_ROW_HELP)] = OnBadRow.refuse,
 ) -> None:
-    """Lets the target write long answers to prompts: the text a draft should be trained on.
+    """Lets the target answer prompts: its own answers are the text that a draft should be trained on.
 
-    Started by accelerate launch -m sparrow_hf.cli, processes share the work and write the same files.
+    With accelerate launch -m sparrow_hf.cli, several processes share the work and write the same files as one.
     """
     with errors_as_sentences():
         require("train", "sparrow regenerate")

@@ -13,19 +13,19 @@ from ..errors import TrainingOptionsError
 from ..extras import require
 from .common import Dtype, errors_as_sentences, quiet_transformers, size
 
-#: Rows of a preview that are shown before and after the part left out.
+#: Positions of a preview that are shown before and after the part left out.
 SHOWN_ROWS = 12
 HELP = "--help"
 
 
 def train(context: typer.Context) -> None:
-    """Trains a draft. Options are those of TrainingOptions and SparrowTrainingArguments.
+    """Trains a draft. The options are the fields of TrainingOptions and SparrowTrainingArguments.
 
     sparrow train --target ID --train ANSWERS --output DRAFT [--held-out ROWS] [--preset default|paper]
     [--config FILE.yaml] [--vocabulary FILE] [--warm-start DRAFT [--lora RANK]] [--resume] [--dry-run]
-    [--inspect N] [--name value …]
+    [--inspect N] [--OPTION VALUE]
 
-    The command line goes before the YAML file, the file before the preset.
+    An option on the command line replaces the same option in the YAML file, and that one replaces the preset's.
     """
     with errors_as_sentences():
         require("train", "sparrow train")
@@ -68,7 +68,7 @@ def train(context: typer.Context) -> None:
 
 
 def show_options(console: Console, context: typer.Context) -> None:
-    """Prints the help: all options that are not transformers' own, with their defaults."""
+    """Prints the help: all options that are not inherited from transformers, with their defaults."""
     from ..training.options import describe_options
 
     console.print(inspect.getdoc(context.command.callback), highlight=False)
@@ -77,25 +77,31 @@ def show_options(console: Console, context: typer.Context) -> None:
         for name, default, text in options:
             table.add_row(Text(name, no_wrap=True), Text(default), Text(text))
         console.print(table)
-    console.print("Every option of transformers.TrainingArguments works too: --learning-rate, --max-steps, …")
+    console.print("Every option of transformers.TrainingArguments works too, such as --learning-rate and --max-steps.")
 
 
 def sample_of(trainer: Any, index: int) -> dict[str, Any]:
     """The sample of training row `index`, on the trainer's device."""
     dataset = trainer.train_dataset
     if not hasattr(dataset, "__len__") or not 0 <= index < len(dataset):
-        raise TrainingOptionsError(f"--inspect {index}: the training set has no such row")
+        raise TrainingOptionsError(
+            f"--inspect {index}: the training set has no such row; give a number from 0 on below its length"
+        )
     samples = on_device(trainer, trainer.data_collator([dataset[index]]))["samples"]
     if not samples:
-        raise TrainingOptionsError(f"--inspect {index}: this row is bad and would be left out")
+        raise TrainingOptionsError(
+            f"--inspect {index}: this row cannot be used and would be left out; inspect another one"
+        )
     return samples[0]
 
 
 def show_preview(console: Console, preview: Any) -> None:
-    """Prints the draft's rows of one sample."""
+    """Prints the draft's sequence of one sample."""
     runs = ", ".join(f"{length} from token {start}" for start, length in preview.visual_runs) or "none"
-    console.print(f"visual runs: {runs}; this step shows {preview.num_visual_rows} of their rows")
-    console.print(f"{len(preview.rows)} rows for the draft, {preview.num_loss_rows} with a loss in the first pass")
+    console.print(f"visual runs: {runs}; the draft reads {preview.num_visual_rows} of their tokens in this step")
+    console.print(
+        f"the draft's sequence: {len(preview.rows)} positions, {preview.num_loss_rows} with a loss in pass 0"
+    )
     table = Table("row", "position", "state of", "embedding of", "learns to predict")
     for index, row in enumerate(preview.rows):
         first_loss = len(preview.rows) - preview.num_loss_rows
@@ -103,14 +109,14 @@ def show_preview(console: Console, preview: Any) -> None:
             if index in (SHOWN_ROWS, first_loss + SHOWN_ROWS):
                 table.add_row("…")
             continue
-        names = [Text("visual row", "dim") if row.state_of is None else Text(row.state_of)]
+        names = [Text("visual token", "dim") if row.state_of is None else Text(row.state_of)]
         names += [Text(name or "") for name in (row.embedding_of, row.predicts)]
         table.add_row(str(index), str(row.position), *names)
     console.print(table)
 
 
 def show_cost(console: Console, cost: Any) -> None:
-    """Prints what a training would take."""
+    """Prints the estimated cost of a training."""
     table = Table(show_header=False)
     table.add_row("trained parameters", f"{cost.draft_parameters / 1e6:.3g} M")
     table.add_row("target weights", size(cost.target_bytes))
@@ -123,6 +129,6 @@ def show_cost(console: Console, cost: Any) -> None:
     table.add_row("time, evaluation left out", f"{cost.seconds / 3600:.3g} hours")
     console.print(table)
     console.print(
-        f"Time and peak from {cost.measured_rows} training rows really taken forward and backward, the longest of "
-        f"{cost.longest_row} tokens."
+        f"Time and peak were measured on the forward and backward of {cost.measured_rows} training rows, the longest "
+        f"of {cost.longest_row} tokens."
     )

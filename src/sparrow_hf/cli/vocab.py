@@ -1,4 +1,4 @@
-"""`sparrow vocab`: which tokens the draft shall be able to propose."""
+"""`sparrow vocab`: chooses the tokens that a draft can propose."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,18 +11,20 @@ from ..extras import require
 from .common import errors_as_sentences, quiet_transformers
 
 TABLE_SIZES = (4_096, 8_192, 16_384, 32_768, 65_536)
-"""Sizes whose coverage is shown beside the one that was asked for."""
+"""Sizes whose coverage is shown beside that of `--size`."""
 
 
 def vocab(
-    target: Annotated[str, typer.Option(help="The video LLM that wrote the answers: folder or Hub id.")],
-    answers: Annotated[Path, typer.Option(help="Folder that `sparrow regenerate` wrote.")],
-    output: Annotated[Path, typer.Option(help="File to write, or folder to write vocabulary.safetensors to.")],
-    size: Annotated[int, typer.Option(min=1, help="Tokens of the draft's vocabulary (draft_vocab_size).")] = 32_768,
+    target: Annotated[str, typer.Option(help="The video LLM that wrote the answers: a folder or a Hub id.")],
+    answers: Annotated[Path, typer.Option(help="Folder written by `sparrow regenerate`.")],
+    output: Annotated[Path, typer.Option(help="File to write, or folder to write vocabulary.safetensors into.")],
+    size: Annotated[
+        int, typer.Option(min=1, help="Number of tokens in the draft's vocabulary (draft_vocab_size).")
+    ] = 32_768,
 ) -> None:
     """Counts the tokens of the target's answers and keeps the most frequent ones for the draft.
 
-    Needs the target's configuration, not its weights.
+    Reads the target's configuration, not its weights.
     """
     with errors_as_sentences():
         require("train", "sparrow vocab")

@@ -1,4 +1,4 @@
-"""One road from a row to tensors: where rows are read from, what a good one looks like, and what a target reads."""
+"""From a row to the tensors of a target: reading data sets, checking messages, decoding videos, and processing."""
 
 from .datasets import Rows, StreamedRows, load_rows
 from .messages import clean_messages, fingerprint, split_answer, text_of

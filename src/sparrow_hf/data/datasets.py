@@ -58,7 +58,7 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
     Args:
         source: A `.jsonl` or `.parquet` file, a folder of such files, a folder made by `save_to_disk`, or a
             Hub id. Relative paths of videos and images start at the file's folder.
-        split: Of a Hub dataset, or of a `DatasetDict` on disk. Plain files have no other than `"train"`.
+        split: Split of a Hub dataset, or of a `DatasetDict` on disk. Plain files have only `"train"`.
         streaming: Read row by row, without a copy in the cache; the trainer then needs `max_steps`.
 
     Returns:

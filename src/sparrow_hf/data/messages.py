@@ -1,4 +1,4 @@
-"""Turns and their parts: what a good row of conversation looks like, cleaned, split and told from others.
+"""The messages of a row: checks them, cleans them, separates the answer, and computes a fingerprint.
 
 A row is `{"messages": [...]}`: turns with a `role` and a `content` that is text or a list of parts, `{"type": "text",
 "text": …}`, `{"type": "image", "image": …}` and `{"type": "video", "video": …}`, by path, URL or bytes.
@@ -17,15 +17,15 @@ import numpy as np
 from ..errors import ImageError, SparrowError, TrainingDataError, VideoError
 from .video import is_url
 
-#: What [`~sparrow_hf.data.load_rows`] adds to a row: where it stands, and the folder its relative paths start from.
+#: What [`~sparrow_hf.data.load_rows`] adds to a row: its index, and the folder its relative paths start from.
 ROW_INDEX, ROW_FOLDER = "row_index", "row_folder"
 
 
 def media_source(part: dict[str, Any]) -> Any:
     """What a `{"type": "video" | "image", …}` part shows: a path, a URL, a file's bytes, an array or a PIL image.
 
-    It may stand under the part's type, `"path"` or `"url"`; `{"path": …, "bytes": …}`, as `datasets` writes videos and
-    images that it does not decode, is taken apart. `None` if there is nothing.
+    It is the value of the part's type, `"path"` or `"url"`. `{"path": …, "bytes": …}`, as `datasets` writes videos and
+    images that it does not decode, works too. `None` if there is nothing.
     """
     source = next((part[name] for name in (part["type"], "path", "url") if part.get(name) is not None), None)
     if isinstance(source, dict):
@@ -75,7 +75,7 @@ def _clean_part(part: Any, folder: str | None) -> dict[str, Any]:
 
 
 def split_answer(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
-    """The turns of a row up to its last question, cleaned, and the answer that is written behind it, if any.
+    """The turns of a row up to its last question, cleaned, and the answer after it, if any.
 
     Raises:
         TrainingDataError: The row has no well-formed messages, or nothing but answers; it is named by its index.
@@ -86,7 +86,7 @@ def split_answer(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | No
         while messages and messages[-1]["role"] == "assistant":
             written.insert(0, text_of(messages.pop()))
         if not messages:
-            raise TrainingDataError("it asks nothing, its turns are all answers: put the question before them")
+            raise TrainingDataError("all its turns are answers: put a user's turn before them")
         return messages, "\n".join(written) or None
 
 
@@ -100,10 +100,10 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 @contextmanager
 def naming_row(index: int | None) -> Iterator[None]:
-    """Turns whatever a bad row makes processors stumble over into a [`TrainingDataError`] that names the row."""
+    """Turns any error that a bad row causes in a processor into a [`TrainingDataError`] that names the row."""
     try:
         yield
-    # A missing size, a video too few, a wrong type: processors raise what their code happens to run into.
+    # A missing size, a missing video, a wrong type: processors raise many types of errors.
     except (VideoError, ImageError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         prefix = "" if index is None else f"row {index}: "
         if isinstance(error, TrainingDataError) and str(error).startswith(prefix):
@@ -113,9 +113,9 @@ def naming_row(index: int | None) -> Iterator[None]:
 
 
 def fingerprint(conversation: Any) -> str:
-    """Tells one conversation from another; media are told by their path or URL, in memory by their bytes or pixels."""
+    """Digest of a conversation; media count by their path or URL, in memory by their bytes or pixels."""
 
-    def told(value: Any) -> str:
+    def media_key(value: Any) -> str:
         return hashlib.sha256(value if isinstance(value, bytes) else np.asarray(value).tobytes()).hexdigest()
 
-    return hashlib.sha256(json.dumps(conversation, default=told).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(conversation, default=media_key).encode()).hexdigest()

@@ -1,10 +1,10 @@
-"""From a row to the tensors a target reads: the only road, for generating, measuring, training and analysing alike.
+"""From a row to the tensors of a target. Generation, benchmarks, training and analysis all use these functions.
 
 row            messages, and what `load_rows` adds: see `messages.py`
  │ split_answer     turns cleaned, paths made absolute, the answer at the end taken off
  │ prepare_inputs   videos decoded as densely as the row says, the target's processor run
 prompt         what the processor returns for one prompt, generation prompt included
- │ append_answer    the answer's tokens behind it
+ │ append_answer    the answer's tokens appended
 processed      conversation: the tensors of prompt and answer, and `answer_start`
 """
 
@@ -29,7 +29,7 @@ RowKind = Literal["messages", "processed", "states"]
 
 
 def kind_of(row: Mapping[str, Any]) -> RowKind | None:
-    """What a row holds: decided here and nowhere else.
+    """Which kind of row it is. No other function decides this.
 
     Returns:
         `"messages"`: a conversation. `"processed"`: tensors of a processor, of a prompt alone or with its answer (and
@@ -43,7 +43,7 @@ def kind_of(row: Mapping[str, Any]) -> RowKind | None:
 
 
 def own_sampling(row: Mapping[str, Any]) -> dict[str, Any]:
-    """How densely a row says its video files are to be read: those of `fps` and `max_frames` that it names.
+    """The sampling of videos that a row sets itself: its `fps` and `max_frames`, where it has them.
 
     Raises:
         TrainingDataError: One of them is no positive number.
@@ -65,7 +65,7 @@ def prepare_prompt(
 
     Args:
         processor: The target's processor; rows that are processed need none.
-        row: A conversation, whose last question ends the prompt: all assistant turns behind it are left out. Or a
+        row: A conversation, whose last question ends the prompt: all assistant turns after it are left out. Or a
             processed prompt or conversation.
         fps, max_frames: How densely to read video files, see [`prepare_inputs`]. A row that names its own `fps` or
             `max_frames` is read that way: with other frames, an answer of the target would not be its answer any more.
@@ -74,7 +74,7 @@ def prepare_prompt(
         Tensors of a batch of one.
 
     Raises:
-        TrainingDataError: The row has no well-formed messages, asks nothing, or holds states instead of pixels.
+        TrainingDataError: The row has no well-formed messages, no question, or holds states instead of pixels.
         VideoError: See [`prepare_inputs`], as are ImageError and MissingDependencyError.
     """
     if _readable_kind(row) == "messages":
@@ -98,7 +98,7 @@ def prepare_conversation(
 
     Args:
         processor: The target's processor; processed conversations need none.
-        row: A conversation. Its answer are the `answer_ids` it names (the very tokens the target wrote), else its
+        row: A conversation. Its answer is its `answer_ids` (the exact tokens the target wrote), else its
             `answer` (text), else the assistant turns at its end. Or a processed conversation, handed on.
         fps, max_frames: As for [`prepare_prompt`].
 
@@ -181,7 +181,7 @@ def prepare_inputs(
     if videos:
         media["videos"] = [frames for frames, _ in videos]
         media["video_metadata"] = [metadata for _, metadata in videos]
-        # The frames are the ones to look at: no processor may sample them again.
+        # The frames are sampled already: no processor may sample them again.
         media["do_sample_frames"] = False
     try:
         return processor(text=[text], **media, return_tensors="pt")
@@ -191,7 +191,7 @@ def prepare_inputs(
             raise
         raise VideoError(
             f"{type(processor).__name__} cannot take videos of different shapes in one prompt (found "
-            f"{', '.join(map(str, sorted(shapes)))}): sample them alike with max_frames, or ask about one at a time."
+            f"{', '.join(map(str, sorted(shapes)))}): sample them alike with max_frames, or split the prompt."
         ) from error
 
 
@@ -210,7 +210,7 @@ def _readable_kind(row: Mapping[str, Any]) -> Literal["messages", "processed"]:
 
 
 def _without_place(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A processed row without what says where it stands: the rest goes to the target as it is."""
+    """A processed row without its index and folder: the rest is passed to the target unchanged."""
     return {name: value for name, value in row.items() if name not in (ROW_INDEX, ROW_FOLDER)}
 
 

@@ -1,4 +1,4 @@
-"""Measuring: arms side by side on the same inputs, and the figures that come out of it."""
+"""Benchmarks: several arms (methods) on the same inputs, and the figures computed from them."""
 
 from ..clocks import StopWatch
 from ..configuration_sparrow import parse_tree_shape as parse_tree

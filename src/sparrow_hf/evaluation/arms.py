@@ -1,4 +1,4 @@
-"""Arms by name: what a command line calls them, and what they are made of."""
+"""Makes arms from their names on the command line."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +25,7 @@ _DRAFT = re.compile(r"draft(?::(?P<source>.+?))?(?:@(?P<tree>[^/@]+))?(?:/glimps
 _LOOKUP = re.compile(r"prompt-lookup(?:-(?P<tokens>[1-9]\d*))?")
 
 Method = Callable[[str, str, "Arms"], Arm]
-"""What another package adds: makes the arm of a name, given also the text behind the name's colon, and who asks."""
+"""A method of another package: makes an arm from its full name, the text after the name's colon, and the [`Arms`]."""
 
 
 def load_methods() -> dict[str, Method]:
@@ -49,10 +49,10 @@ class Arms:
     | name | arm |
     |---|---|
     | `plain` | `generate()` as it is |
-    | `none` | our loop without a draft: what of a speed-up is not the draft's |
+    | `none` | our loop without a draft: the part of a speed-up that is not due to the draft |
     | `prompt-lookup[-N]` | transformers copies up to N tokens per round from the context |
     | `assistant:ID` | transformers' assisted generation with a small model |
-    | `draft[:ID][@TREE][/glimpse=M]` | a draft, `ID` a folder or Hub id, with a tree and M (or `all`) visual rows |
+    | `draft[:ID][@TREE][/glimpse=M]` | a draft, `ID` a folder or Hub id, with a tree and M (or `all`) visual tokens |
     | `METHOD:TEXT` | what another package adds (see [`load_methods`]) |
 
     Args:
@@ -62,7 +62,7 @@ class Arms:
 
     Attributes:
         target: As given.
-        weights: Where drafts and assistants came from → digest of their tensors as they are stored (drafts), or in
+        weights: Source of each draft and assistant → digest of its tensors as stored (drafts), or in
             the target's dtype (assistants).
 
     Raises:
@@ -150,7 +150,7 @@ class Arms:
         if (what, source) not in self._loaded:
             with told_if_not_loaded(what, source, BenchmarkError):
                 model = load(source).eval()
-            # Now: the target's dtype and device, which a draft follows, do not make other weights of it.
+            # Computed before binding, because a bound draft takes the target's dtype.
             self.weights[source] = tensor_digest(model.state_dict())
             self._loaded[what, source] = model
         return self._loaded[what, source]

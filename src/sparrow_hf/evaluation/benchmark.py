@@ -1,6 +1,6 @@
 """Measures arms on prompts: every arm on every prompt, at several temperatures and seeds, in one process.
 
-Each measured prompt is written to a run file at once; a benchmark that was stopped goes on where it was.
+Each measured prompt is written to a run file at once, so a stopped benchmark can be continued.
 """
 
 import json
@@ -27,8 +27,8 @@ class Prompt:
     """A prompt of a benchmark.
 
     Attributes:
-        name: Tells it from the others of the same length.
-        length: What it is grouped by: visual tokens asked for, most frames, or `None` where all go together.
+        name: Unique among the prompts of the same length.
+        length: Its group: requested visual tokens, maximum number of frames, or `None` for a single group.
         read: Decodes the video and runs the processor.
     """
 
@@ -46,27 +46,27 @@ class Setting(NamedTuple):
 
 @dataclass
 class Benchmark:
-    """What is measured, and under which conditions.
+    """A benchmark: its arms, prompts and conditions.
 
     Args:
-        name: Of the benchmark; its run file is called so, so it must be a plain file name.
+        name: Name of the benchmark and of its run file, so it must be a plain file name.
         target: The video LLM, in evaluation mode.
         arms: The first one is plain `generate()` (see [`~sparrow_hf.evaluation.arms.Arms`]).
         temperatures: 0 is greedy.
-        seeds: Of torch's global generator, before every sampled call. Greedy text does not depend on them and is
-            measured once, under the first.
-        max_new_tokens: Longest answer.
+        seeds: Seeds of torch's global generator for sampled calls. Greedy text does not depend on them and is measured
+            once, with the first.
+        max_new_tokens: Maximum length of an answer.
         shared_prefill: Compute the prompt once for all arms (see
             [`~sparrow_hf.prefill.PrefillSnapshot`]).
         repeats: How often each arm answers each prompt; its median call counts (see
             [`~sparrow_hf.measurement.compare`]).
         is_content: Whether a token id belongs to a content word, for the split of acceptance.
-        conditions: What else must not change between two parts of a measurement, JSON types: digests of the weights,
-            where the prompts came from and how they were read.
-        command: What makes these measurements, told beside each of them; the running command by default.
+        conditions: Further conditions that must not change between two runs, JSON types: digests of the weights,
+            source and sampling of the prompts.
+        command: The command that makes these measurements, recorded with each; the running command by default.
 
     Raises:
-        BenchmarkError: There is nothing to measure, or the name is none of a file.
+        BenchmarkError: There is nothing to measure, or the name is not a file name.
     """
 
     name: str
@@ -134,8 +134,8 @@ class Benchmark:
         Raises:
             VideoError: A video cannot be read; what was measured before it stays.
         """
-        told = {} if self.command is None else {"command": self.command}
-        details = provenance(self.target, **told, **self.conditions)
+        command = {} if self.command is None else {"command": self.command}
+        details = provenance(self.target, **command, **self.conditions)
         todo = list(self.missing(runs))
         is_warm = False
         with tqdm(total=sum(len(settings) for _, settings in todo), desc=self.name, unit="prompt") as progress:
@@ -156,7 +156,7 @@ class Benchmark:
                         self.arms,
                         inputs,
                         self.generate_arguments(setting.temperature),
-                        # As many lines as there are lie behind us: every line has its own order, after a stop too.
+                        # The number of existing lines seeds the order of the next, so a continued run repeats none.
                         turn=len(runs.lines),
                         seed=setting.seed,
                         repeats=self.repeats,
@@ -178,7 +178,7 @@ class Benchmark:
     def generate_arguments(self, temperature: float) -> dict[str, Any]:
         """Arguments of `generate()` that all arms get: greedy, or the target's plain distribution at a temperature.
 
-        What the target's `generation_config` asks for beyond that (a repetition penalty, nucleus sampling) is off.
+        Repetition penalty and nucleus sampling of the target's `generation_config` are off.
         """
         arguments: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
@@ -186,7 +186,7 @@ class Benchmark:
             "repetition_penalty": 1.0,
         }
         if temperature > 0:
-            # A min_p of 0 would change nothing either, but sort the vocabulary at every token.
+            # A min_p of 0 changes nothing, but would sort the vocabulary at every token.
             arguments |= {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
         return arguments
 
@@ -202,5 +202,5 @@ def describe(arm: Arm) -> dict[str, Any]:
 
 
 def count_visual_tokens(target: PreTrainedModel, input_ids: Tensor) -> int:
-    """How many rows of a prompt are image or video placeholders."""
+    """Number of image and video placeholders in a prompt."""
     return int(visual_mask(input_ids, visual_token_ids(unwrap(target).config)).sum())

@@ -31,12 +31,12 @@ DRAFT = "draft"
 DRAFTED_STYLE, OWN_STYLE = "bold green", "yellow"
 #: A single clip is measured more than once, and in both orders.
 SINGLE_CLIP_REPEATS = 2
-#: The control says the same on every clip, and takes as long as plain `generate()`: a few of its runs are enough.
+#: The control (our loop without a draft) varies little between clips and is slow, so it runs on a few only.
 MAX_CONTROL_RUNS = 8
 
 
 class DemoError(SparrowError, ValueError):
-    """The demo was asked for models that are not there, or do not belong together."""
+    """The models of the demo are missing or do not belong together."""
 
 
 class Models(NamedTuple):
@@ -48,7 +48,7 @@ class Models(NamedTuple):
 
 
 class VideoQuestion(NamedTuple):
-    """A video and what is asked about it."""
+    """A video and a question about it."""
 
     name: str
     messages: list[dict[str, Any]]
@@ -56,7 +56,7 @@ class VideoQuestion(NamedTuple):
 
 @dataclass
 class Verdict:
-    """What a demo found out.
+    """The measurements of a demo.
 
     Attributes:
         visual_tokens: Median over clips.
@@ -83,12 +83,12 @@ class Verdict:
 
     @property
     def same_engine(self) -> Speed:
-        """Our loop without a draft: what of the speed-up is not the draft's."""
+        """Speed-up of our loop without a draft: the part that is not due to the draft."""
         control = self.runs[NO_DRAFT]
         return speed(self.runs[PLAIN][: len(control)], control)
 
     def to_dict(self) -> dict[str, Any]:
-        """The verdict as JSON types."""
+        """The results as JSON types."""
         taken, faster, control = self.acceptance, self.speed, self.same_engine
         return {
             "identical": self.identical,
@@ -127,7 +127,7 @@ def load_models(
     device: str | None = None,
     family: str = "qwen2.5-vl",
 ) -> Models:
-    """Loads from folders or Hub ids; what is not named is the testbed's, of a family.
+    """Loads from folders or Hub ids; what is not named is the built-in model of a family.
 
     Raises:
         DemoError: The draft is not named, not there, or is not what it should be.
@@ -136,7 +136,7 @@ def load_models(
     from ..testbed import shipped
 
     if target is None:
-        # So small that a second thread costs more than it computes.
+        # The model is so small that a second thread slows it down.
         torch.set_num_threads(1)
         device = device or "cpu"
         folder = shipped(family)
@@ -169,7 +169,7 @@ def question_about(video: Path, question: str) -> VideoQuestion:
     return VideoQuestion(video.name, [{"role": "user", "content": content}])
 
 
-# -- the show ---------------------------------------------------------------------------------------------------------
+# -- running and printing ---------------------------------------------------------------------------------------------
 
 
 def run_demo(
@@ -189,7 +189,7 @@ def run_demo(
     Args:
         prompts: As many as `clips`; taken one by one.
         fps, max_frames: See [`~sparrow_hf.data.prepare_inputs`].
-        details: What else the provenance should name.
+        details: Further entries of the provenance.
 
     Raises:
         VideoError: A video cannot be read.
@@ -211,11 +211,11 @@ def run_demo(
     with console.status("Reading the video"):
         prompt = next(prompts)
         inputs = prepare(prompt)
-    asked = text_of(prompt.messages[0])
-    console.print(Text.assemble((prompt.name, "bold"), f" · {lengths[0]} visual tokens · “{asked}”\n"))
+    question = text_of(prompt.messages[0])
+    console.print(Text.assemble((prompt.name, "bold"), f" · {lengths[0]} visual tokens · “{question}”\n"))
     _stream(models, arms[:2], inputs, settings, console)
 
-    # The other two are warm from being shown.
+    # The first two arms have run already.
     warm_up(target, arms[2:], inputs, settings)
     with _progress(console) as progress:
         task = progress.add_task("Measuring", total=clips * repeats)

@@ -1,4 +1,4 @@
-"""Prompts of a benchmark from what a user names: rows of chat messages, or a copy of a public data set."""
+"""Prompts of a benchmark, from rows of chat messages or a copy of a public data set."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def read_conversations(source: str, split: str | None = None, limit: int | None 
         limit: Most conversations; of a data set they are spread evenly over all of it, since it is sorted by task.
 
     Raises:
-        BenchmarkError: The data set cannot be read or was asked for a split, or no row is left.
-        TrainingDataError: The rows cannot be read, or one has no well-formed messages, or asks nothing.
+        BenchmarkError: The data set cannot be read or has no splits, or no row is left.
+        TrainingDataError: The rows cannot be read, or one has no well-formed messages or no question.
     """
     name, colon, folder = source.partition(":")
     if colon and name in DATASETS:
@@ -44,7 +44,7 @@ def read_conversations(source: str, split: str | None = None, limit: int | None 
         rows, missing = [found[index] for index in range(len(found))[:limit]], []
     rows = [row | {"messages": split_answer(row)[0]} for row in rows]
     if not rows:
-        raise BenchmarkError(f"{source} has no rows to ask")
+        raise BenchmarkError(f"{source} has no rows: give a data set with at least one question")
     return Conversations(rows, missing)
 
 
@@ -54,13 +54,13 @@ def conversation_prompts(
     max_frames: Sequence[int] = (),
     fps: float | None = None,
 ) -> list[Prompt]:
-    """Conversations as prompts, each once per number of frames, shortest first; named by number and what they ask.
+    """Conversations as prompts, each once per number of frames, shortest first; named by index and fingerprint.
 
-    A row that names its own `max_frames` is asked once, with as many; one that names its `fps` is read that way.
+    A row with its own `max_frames` is used once, with that number; a row with its own `fps` is read with it.
 
     Args:
-        max_frames: Most frames to see of a video; several make one table each. None: all frames.
-        fps: Frames per second to see, at most.
+        max_frames: Maximum numbers of frames to read of a video; each makes a table. None: all frames.
+        fps: Maximum number of frames per second to read.
 
     Raises:
         TrainingDataError: A row's own `fps` or `max_frames` is no positive number.
@@ -69,8 +69,8 @@ def conversation_prompts(
     for row in rows:
         with naming_row(row.get(ROW_INDEX)):
             own = own_sampling(row)
-        asked = fingerprint([row["messages"], own] if own else row["messages"])
-        name = f"row {row[ROW_INDEX]}, {asked[:8]}"
+        key = fingerprint([row["messages"], own] if own else row["messages"])
+        name = f"row {row[ROW_INDEX]}, {key[:8]}"
         lengths: list[int | None] = [*sorted(set(max_frames))] or [None]
         if "max_frames" in own:
             lengths = [own["max_frames"]]

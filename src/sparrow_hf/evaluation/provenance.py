@@ -1,4 +1,4 @@
-"""Where a figure comes from: what every published number carries beside it."""
+"""Provenance of a measurement: its command, code, machine and numerics."""
 
 import platform
 import shlex

@@ -18,7 +18,7 @@ def write_results(runs: Path, output: Path, note: str = "") -> list[dict[str, An
     """Pools all run files of a folder into the JSON file `output`; returns its rows.
 
     Args:
-        note: What a reader must know about the circumstances.
+        note: A remark on the circumstances.
     """
     rows = pool_runs(runs)
     write_json(output, {"note": note, "rows": rows}, indent=1)
@@ -127,7 +127,7 @@ def phases(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def content_acceptance(runs: Sequence[Run]) -> dict[str, Any]:
-    """Share of the tokens asked of the draft that it got accepted, apart for content and function words."""
+    """Share of accepted tokens among those requested of the draft, for content and for function words."""
     counted = [run.asked for run in runs if run.asked is not None]
     shares: dict[str, float | None] = {}
     for name in ("content", "function"):
@@ -137,7 +137,7 @@ def content_acceptance(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def memory(plain: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:
-    """Most memory in MB (10⁶ bytes) that a call took beyond plain `generate()`'s peak on the same prompt."""
+    """Largest peak memory in MB (10⁶ bytes) of a call beyond plain `generate()`'s on the same prompt."""
     extra = [
         run.peak_bytes - base.peak_bytes
         for base, run in zip(plain, runs, strict=True)

@@ -1,4 +1,4 @@
-"""Single measurements on disk, so that a stopped benchmark goes on where it was."""
+"""Single measurements on disk, so that a stopped benchmark can be continued."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from ..artifacts import check_made_alike, write_text
 from ..errors import BenchmarkError
 
-#: Digits that earlier versions told weights by: half a digest of files, or a commit of the Hub.
+#: Lengths of the digests in files of earlier versions: half a digest of files, or a commit of the Hub.
 EARLIER_DIGITS = (32, 40)
 
 
@@ -27,15 +27,15 @@ class RunFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.lines = read_lines(path) if path.exists() else []
         for line in self.lines:
-            told = line["provenance"].get("target_sha256")
-            if isinstance(told, str) and len(told) in EARLIER_DIGITS:
+            digest = line["provenance"].get("target_sha256")
+            if isinstance(digest, str) and len(digest) in EARLIER_DIGITS:
                 raise BenchmarkError(
-                    f"{path} was made by an earlier version of this package, which told weights apart in another way: "
+                    f"{path} was made by an earlier version of this package, which used other digests of weights: "
                     "choose another folder, or delete it"
                 )
             check_made_alike(path, line["provenance"], conditions, BenchmarkError)
         if path.exists() and not (text := path.read_text()).endswith("\n"):
-            # Half a line, of a process that was killed: the next one would be written behind it.
+            # Removes the incomplete line of a killed process, to which the next one would be appended.
             write_text(path, text[: text.rfind("\n") + 1])
 
     def done(self, **key: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A streamer that knows which tokens were drafted."""
+"""A streamer that marks drafted tokens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from ..modeling_sparrow import SparrowDraftModel
 
 
 class ProvenanceStreamer(BaseStreamer):
-    """Hands over text as it grows, told apart by where its tokens come from.
+    """Passes on new text, and whether its tokens were drafted or the target's own.
 
     Args:
         tokenizer: Turns ids into text.

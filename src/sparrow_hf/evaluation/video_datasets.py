@@ -1,8 +1,8 @@
-"""Public video data sets as prompts, read from a local copy: what their rows look like is configuration.
+"""Public video data sets as prompts, read from a local copy. Their columns and files are configuration.
 
-A copy is the folder that the Hub repository was downloaded to, its archives unpacked somewhere inside. Videos are
-found by name anywhere below it, since every mirror packs them differently. Questions of choice are asked with their
-options and for an explanation: an answer of one letter has nothing to decode.
+A copy is the folder that the Hub repository was downloaded to, with its archives unpacked inside. Videos are found by
+name anywhere below it, because mirrors pack them differently. Multiple-choice questions ask for an explanation,
+because an answer of one letter has nothing to decode.
 """
 
 import json
@@ -22,13 +22,13 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class VideoDataset:
-    """Where the rows of a data set lie in a copy of it, and what they say.
+    """Files and columns of a data set.
 
     Attributes:
         hub_id: Its place on the Hub.
         files: File name (a glob) of the rows → folder that their videos lie below; `""` is the whole copy.
         video: Column of the video's name; a name without a suffix may have any of `VIDEO_SUFFIXES`.
-        prompt: A row's question, as it is asked.
+        prompt: Makes the text of a row's question.
     """
 
     hub_id: str
@@ -197,7 +197,7 @@ def _videos_by_name(folder: Path) -> dict[str, list[Path]]:
 
 
 def _find(videos: Mapping[str, list[Path]], folder: Path, name: str, below: str) -> Path | None:
-    """The first video of a name that lies below a folder called `below`, wherever in the copy that is."""
+    """The first video of a name below a folder called `below`, anywhere in the copy."""
     for path in videos.get(PurePath(name).name, []):
         parents = path.relative_to(folder.absolute()).parts[:-1]
         if not below or any(PurePath(part).match(below) for part in parents):

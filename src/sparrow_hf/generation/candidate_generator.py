@@ -1,4 +1,4 @@
-"""`SparrowCandidateGenerator`: the draft at work on one sequence. Its chains run in the stock assisted loop too."""
+"""`SparrowCandidateGenerator`: drafts for one sequence. Its chains run in transformers' own assisted loop too."""
 
 import warnings
 from typing import Any
@@ -57,12 +57,12 @@ class SparrowCandidateGenerator(CandidateGenerator):
         self._visual_summary: Tensor | None = None  # (1, 1, H), of drafts that make one
         self._root_token = -1
         self._next_position_id = 0
-        # The stock loop asks the target for its states through this.
+        # transformers' own loop requests the target's hidden states if this is set.
         self.model_kwargs_overrides = {"output_hidden_states": True}
 
     @property
     def layers_to_collect(self) -> dict[int, Tensor]:
-        """Layer id → prompt positions whose states [`~SparrowCandidateGenerator.prefill`] wants."""
+        """Layer id → prompt positions whose states [`~SparrowCandidateGenerator.prefill`] takes."""
         config = self.draft.config
         return self.positions.to_collect(config.feature_layer_ids, config.bridge_layer_id)
 
@@ -96,7 +96,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
             )
         )
         if inputs.visual_summary is not None:
-            # All visual tokens stand in the prompt: what its last token is told of them, every later one is told.
+            # All visual tokens are in the prompt, so every later token has the visual summary of its last token.
             self._visual_summary = inputs.visual_summary[:, -1:]
         for start in range(0, embeds.shape[1], PREFILL_CHUNK):
             chunk = slice(start, start + PREFILL_CHUNK)
@@ -182,7 +182,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
         self.failed_drafts += 1
         if self.failed_drafts == 1:
             warnings.warn(
-                "the draft's scores are not numbers (NaN or infinite states): nothing is drafted where that happens. "
+                "the draft's scores are not numbers (NaN or infinite states): nothing is drafted in such rounds. "
                 "The output stays the target's own.",
                 stacklevel=2,
             )

@@ -39,9 +39,9 @@ def speculative_decode(
         The `(1, L + new)` ids, or a [`~transformers.generation.GenerateDecoderOnlyOutput`].
 
     Raises:
-        UnsupportedGenerationError: The call asks for something that speculation cannot serve; nothing has run yet.
+        UnsupportedGenerationError: An option of the call cannot be combined with a draft; nothing was computed yet.
     """
-    # Again: `generate()` has made the cache since, and the draft may have come another way than by its name.
+    # Checked again: `generate()` has made the cache since, and may have got the draft by another argument.
     check_inputs(input_ids, model_kwargs.get("inputs_embeds"), model_kwargs[CACHE])
     emitter = TokenEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     recorded: dict[str, tuple[Any, ...]] = {}
@@ -61,7 +61,7 @@ def speculative_decode(
         generator = SparrowCandidateGenerator(draft, input_ids[:, -new:], None if mask is None else mask[:, -new:])
     with clock.phase("prefill"), HiddenStateCollector(generator.layers_to_collect).active() as collector:
         outputs = _transformers.prefill(target, input_ids, generation_config, model_kwargs)
-    # Encoded once by `generate()`; of no use after the prefill and as large as the video is long.
+    # The encoded video is not used after the prefill, and its size grows with the video.
     model_kwargs.pop("mm_encoder_outputs", None)
     model_kwargs = _transformers.advance(target, outputs, model_kwargs)
     for name in recorded:
@@ -122,7 +122,7 @@ def accept(tree: CandidateTree, logits: Tensor, emitter: TokenEmitter, stats: Ge
         return emitter.choose(logits[:, node], None if argmax is None else argmax[node])
 
     def commit(token: int, drafted: bool) -> bool:
-        # Counted before the token is streamed, so that a streamer can tell drafted tokens from the target's own.
+        # Counted before the token is streamed, so that a streamer can distinguish drafted tokens from others.
         stats.accepted[-1] += drafted
         stats.new_tokens += 1
         emitter.commit(token)
@@ -133,7 +133,7 @@ def accept(tree: CandidateTree, logits: Tensor, emitter: TokenEmitter, stats: Ge
 
 
 def verification_inputs(target: PreTrainedModel, tree: CandidateTree, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of one target forward over all nodes of a tree; `model_kwargs` stand at the root, as for a plain step."""
+    """Inputs of one target forward over all nodes of a tree; `model_kwargs` are those of a plain step at the root."""
     past_length = model_kwargs[CACHE].get_seq_length()
     step = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
     for key in _TOKEN_TYPE_KEYS:
@@ -157,8 +157,7 @@ def verification_inputs(target: PreTrainedModel, tree: CandidateTree, model_kwar
 def num_new_positions(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:
     """Prompt positions the prefill will compute: all, or those a cache passed in by the caller does not hold yet.
 
-    As transformers has it: with a cache, `input_ids` is the full sequence exactly if it is as long as the attention
-    mask.
+    With a cache, `input_ids` is the full sequence exactly if it is as long as the attention mask, as in transformers.
     """
     full_length = _transformers.length_with_cache(generation_config, model_kwargs.get("attention_mask"))
     is_full = full_length == input_ids.shape[1]

@@ -50,7 +50,7 @@ class TokenEmitter:
         """
         if argmax is not None and self.scores is None and self.logits is None:
             return argmax
-        # A copy: processors may write in place, and the scores may be the caller's to keep.
+        # A copy, because processors may write in place, and the caller may keep the raw logits.
         raw = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
         scores = self._processor(self.input_ids, raw)
         if self.scores is not None:
@@ -70,7 +70,7 @@ class TokenEmitter:
             self._streamer.put(new[0].cpu())
 
     def recorded_step(self, outputs: Any, name: str, past_length: int, path: list[int]) -> list[tuple[Tensor, ...]]:
-        """Per committed token of a round, what plain `generate()` would have recorded of `outputs.<name>`.
+        """What plain `generate()` would have returned as `outputs.<name>` for each committed token of a round.
 
         hidden states   (1, N, H)              → (1, 1, H)            of the node
         attentions      (1, heads, N, past+N)  → (1, heads, 1, past + depth + 1)   over prefix and ancestors

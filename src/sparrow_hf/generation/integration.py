@@ -1,4 +1,4 @@
-"""`generate(assistant_model=draft)` dispatches to our loop, once the call was checked."""
+"""`generate(assistant_model=draft)`: checks the call, then runs our loop."""
 
 from typing import Any
 
@@ -28,7 +28,8 @@ def check_call(
 def follow(draft: SparrowDraftModel, target: Any) -> None:
     """Binds the draft to the target if it is not yet, and brings it to the target's device.
 
-    On first use the dtype follows too; a draft somebody bound before (to train it in fp32, say) keeps its own.
+    On first use the draft also takes the target's dtype; a draft that was bound before (for training in fp32, for
+    example) keeps its own.
     """
     first_use = draft._target is None
     view = draft.bind(target)

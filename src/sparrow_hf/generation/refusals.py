@@ -1,7 +1,7 @@
-"""What a `generate()` call cannot combine with a draft, all of it refused before the vision tower runs.
+"""Checks of a `generate()` call with a draft. They run before the vision tower and refuse what cannot be combined.
 
-What depends on the target alone (its layers, its vocabulary) is refused where the draft is made or bound:
-`targets.py`, `configuration_sparrow.py`.
+What depends on the target alone (its layers, its vocabulary) is refused when the draft is made or bound, in
+`targets.py` and `configuration_sparrow.py`.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from transformers.generation import GenerationMode
 from .._transformers import CACHE, attention_of, is_stateful
 from ..errors import UnsupportedGenerationError
 
-#: Options of `generate()` that ask for another way to draft or to decode, which a draft would silently replace.
+#: Options of `generate()` for other ways to draft or to decode, which a draft would silently replace.
 _OTHER_WAYS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type", "dola_layers")
 
 
@@ -21,9 +21,9 @@ def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: 
     """Checks the tensors of a call, as the user passed them or as `generate()` completed them.
 
     Args:
-        input_ids: `(B, L)`; `None` if the call brings none.
-        inputs_embeds: `(B, L, H)`, if the call brings them.
-        cache: A cache that the call brings, or the one made for it.
+        input_ids: `(B, L)`; `None` if the call has none.
+        inputs_embeds: `(B, L, H)`, if the call has them.
+        cache: The cache passed to the call, or the one made for it.
 
     Raises:
         UnsupportedGenerationError: There are several sequences, embeddings without ids, or another kind of cache.
@@ -74,18 +74,18 @@ def check_request(
             found.append(f"{name}={value!r}")
     attention = attention_of(target.config.get_text_config())
     if "flash" in attention:
-        # Verification needs a 4-D mask; FlashAttention would drop it and accept wrong tokens without a word.
+        # Verification needs a 4-D mask; FlashAttention would ignore it and accept wrong tokens without an error.
         found.append(f"attn_implementation={attention!r} (load the target with 'sdpa')")
     if is_stateful(target):
-        found.append("a stateful target (its state cannot step back over rejected tokens)")
+        found.append("a stateful target (its state cannot be reset to before the rejected tokens)")
     if learns_prompt(target):
-        found.append("prompt or prefix tuning of peft on the target (its virtual tokens stand in no input_ids)")
+        found.append("prompt or prefix tuning of peft on the target (its virtual tokens are not in input_ids)")
     if found:
         raise UnsupportedGenerationError(f"cannot be combined with a Sparrow draft: {'; '.join(found)}")
 
 
 def learns_prompt(target: Any) -> bool:
     """Whether a peft wrapper that puts virtual tokens before the prompt is generating with this model."""
-    # The wrapper lends the model its own method while it generates.
+    # While it generates, the wrapper replaces a method of the model with its own.
     wrapper = getattr(target.prepare_inputs_for_generation, "__self__", None)
     return bool(getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False))

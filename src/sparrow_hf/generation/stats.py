@@ -8,13 +8,13 @@ from ..clocks import PhaseClock
 
 @dataclass
 class GenerationStats:
-    """Statistics of one call. Filled in while the call runs, so a streamer may look.
+    """Statistics of one call. They are updated while the call runs, so a streamer can read them.
 
     Attributes:
-        num_draft_levels: Most tokens a round of this call could accept.
+        num_draft_levels: Maximum number of tokens that a round of this call could accept.
         new_tokens: Tokens generated, the first one (which the prefill gives) included.
         accepted: Accepted draft tokens of each round; a round is one target forward after the prefill.
-        max_draft_cache_length: Most positions the draft's cache ever held (text, glimpse and tree together).
+        max_draft_cache_length: Maximum length of the draft's cache (text, glimpse and tree together).
         failed_drafts: Rounds in which the draft's scores were not numbers and nothing was drafted.
     """
 
@@ -37,7 +37,7 @@ class GenerationStats:
 
     @property
     def tau(self) -> float:
-        """Tokens per target forward after the prefill (τ). `k + 1`, but for a last round that stops on a draft."""
+        """Tokens per target forward after the prefill (τ). `k + 1`, except if the last round ends with a draft."""
         return metrics.tau(self.new_tokens - 1, self.rounds)
 
     @property

@@ -57,7 +57,7 @@ def build_tree(token_ids: list[int], parents: list[int], device: torch.device | 
 
 
 class CandidatePool:
-    """All candidates of one round, in level order, so that a parent always stands before its children.
+    """All candidates of one round, in level order, so that a parent always comes before its children.
 
     Args:
         beam_width: Candidates kept per frontier node, and frontier nodes per level.
@@ -107,7 +107,7 @@ class CandidatePool:
     def best_tree(self, root_token: int, num_nodes: int, device: torch.device | str) -> CandidateTree | None:
         """The `num_nodes − 1` most probable candidates under their root, or `None` if a score is not a number.
 
-        A child is never more probable than its parent and stands behind it in the pool, so a stable sort never keeps a
+        A child is never more probable than its parent and comes after it in the pool, so a stable sort never keeps a
         child without its parent. Impossible tokens (placeholders) are left out.
         """
         if not self._scores:

@@ -1,6 +1,6 @@
-"""The embedded default: a tiny video LLM of a real architecture, its trained draft, and the video world both know.
+"""The built-in models: tiny video LLMs of real architectures, their drafts, and the rendered clips they know.
 
-Usable right after installation, offline: `load()` gives the models, `make_clip()` a video they have not seen.
+They work offline right after installation: `load()` gives the models, `make_clip()` a video they have not seen.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def load(family: str = QWEN2_5_VL.name) -> tuple[Any, Any, SparrowDraftModel]:
 
     folder = shipped(family)
     shows_progress = logging.is_progress_bar_enabled()
-    # The models are so small that a bar for each is only noise.
+    # The models are so small that progress bars are useless.
     logging.disable_progress_bar()
     try:
         target, processor = load_target(folder / "target")
@@ -55,7 +55,7 @@ def shipped(family: str = QWEN2_5_VL.name) -> Path:
     if missing:
         raise TargetLoadError(
             f"The {' and the '.join(missing)} of {family!r} do not ship with this version of the package. "
-            "`make testbed` in a clone of its repository trains them; load both from where it leaves them."
+            "`make testbed` in a clone of its repository trains them; load both from its output folder."
         )
     return folder
 

@@ -1,4 +1,4 @@
-"""Prompts of a benchmark from the world: clips, rendered, written as mp4 and read back when their turn comes."""
+"""Prompts of a benchmark from rendered clips, each written as mp4 and read back when it is used."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def knows_the_world(processor: Any) -> bool:
 
 
 def says_what_it_shows(processor: Any) -> Callable[[int], bool]:
-    """Whether a token id is a word that tells what a clip shows: the content words of the world."""
+    """Whether a token id is a word that names a fact of a clip: the content words of the world."""
     return set(processor.tokenizer.convert_tokens_to_ids(sorted(CLAIM_WORDS))).__contains__

@@ -1,8 +1,8 @@
 """The language of the testbed's world: prompts, caption grammar, vocabulary, and the content of a caption.
 
-Captions come in four styles, each asked for by its own prompts. Wording is random but not uniform: every choice has a
-favourite that depends on style and content (see `_Writer.say`), so a model that learned the world writes varied greedy
-captions, while its distribution keeps true entropy.
+Captions have four styles, each with its own prompts. Wording is random but not uniform: every choice has a favourite
+that depends on style and content (see `_Writer.say`), so a trained model writes varied greedy captions, and its
+distribution keeps entropy.
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ SCENE_PATTERNS = {
     "report": "part {number} is about a {size} {colour} {shape} that {motion} {background} , {aside} .",
     "story": "{connective} , {background} , a {size} {colour} {shape} {motion} , {flourish} .",
 }
-"""A glyph may be seen in several scenes, but no caption says so: whichever word was to tell it, targets of this size
-never learned to."""
+"""A glyph may be in several scenes, but no caption says so, because targets of this size did not learn to."""
 STORY_CONNECTIVES = ("some day", "later on", "some time later", "not long after", "before long")
 
 
@@ -203,7 +202,7 @@ def _meanings() -> dict[str, tuple[str, str]]:
     meanings.update({word: ("number", word) for word in NUMBERS})
     meanings.update({word: ("size", size) for size, words in SIZE_WORDS.items() for word in words})
     meanings["nothing"] = ("alone", "alone")
-    # The first word of a motion or of a scenery gives it away.
+    # The first word of a motion or of a scenery determines it.
     keywords = {"motion": MOTION_PHRASES, "background": SCENERY}
     for slot, values in keywords.items():
         meanings.update({phrase.split()[0]: (slot, value) for value, phrases in values.items() for phrase in phrases})
@@ -212,16 +211,16 @@ def _meanings() -> dict[str, tuple[str, str]]:
 
 _MEANINGS = _meanings()
 CLAIM_WORDS = frozenset(_MEANINGS) | {"a", "upper", "lower", "left", "right"}
-"""Words that tell what a clip shows.
+"""Words that name facts of a clip.
 
-Whatever a clip shows is first told by one of these, never by a word like the "over" of "over the ocean", which would
-give the ocean away although it claims nothing: a target learns the words that its loss lays weight on. (One exception:
-the n of "an orange".)
+The first word that depends on a fact is always one of these, never a word like the "over" of "over the ocean", which
+would reveal the ocean although it claims nothing: a target learns the words that have weight in its loss. (One
+exception: the n of "an orange".)
 """
 
 
 def meaning(word: str) -> tuple[str, str]:
-    """What a claim word tells, (slot, value): equal for words that may stand for each other."""
+    """The fact that a claim word names, (slot, value): equal for words of the same meaning."""
     return _MEANINGS.get(word, ("word", word))
 
 

@@ -52,8 +52,8 @@ def _text_config(tokenizer: PreTrainedTokenizerFast, num_hidden_layers: int, **r
         "num_key_value_heads": 1,
         "max_position_embeddings": 65_536,
         "rms_norm_eps": 1e-6,
-        # As in the real checkpoints. With 10,000 no dimension turned so slowly that rows far back in a long video
-        # could be looked up by what they show: LLaVA-OneVision's captions were made up beyond 3,000 visual tokens.
+        # As in the real checkpoints. With 10,000 every dimension rotates too fast to attend by content to positions
+        # far back in a long video: LLaVA-OneVision's captions were wrong beyond 3,000 visual tokens.
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, **rope},
         "bos_token_id": None,
         "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),

@@ -1,4 +1,4 @@
-"""The testbed's targets: built from nothing or loaded from a folder in standard layout, and how well they see.
+"""The testbed's targets: built untrained or loaded from a folder in standard layout, and their caption accuracy.
 
 Both families' trained targets load with plain `from_pretrained`; Qwen2.5-VL's ships in `assets/target`.
 """
@@ -23,7 +23,7 @@ from .world import make_clip
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_CAPTION_TOKENS = 256
-"""More than any caption of the world has."""
+"""Longer than any caption of the world."""
 
 
 def build_processor(family: Family = QWEN2_5_VL) -> Any:
@@ -41,7 +41,7 @@ def build_target(
     """An untrained target in fp32 evaluation mode, its weights drawn from `seed`.
 
     Linear layers keep the variance of their input, and the two that write into the residual stream are scaled down
-    with depth: transformers' constant 0.02 is made for models ten times as wide and learns nothing here.
+    with depth: transformers' constant 0.02 is for models ten times as wide, and training does not converge with it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -84,7 +84,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Step:
-    """One temporal step (two frames): the scene shown (or `BLANK`), its age in steps, and whether it stands still."""
+    """One temporal step (two frames): the scene shown (or `BLANK`), its age in steps, and whether it is still."""
 
     scene: int
     age: int = 0

@@ -60,7 +60,7 @@ class Script(NamedTuple):
 
 
 class Pose(NamedTuple):
-    """How a scene's glyph stands in one frame: `x` and `y` pixels away from its place, `pixels` large (0: hidden)."""
+    """A scene's glyph in one frame: `x` and `y` pixels away from its place, `pixels` large (0: hidden)."""
 
     x: int
     y: int
@@ -224,7 +224,7 @@ def make_clip(
         path: Where to write; parent folders are made.
         seed: Draws everything. Use `EVALUATION_SEEDS` for clips the testbed's target has not seen.
         visual_tokens: How long the clip is, in visual tokens.
-        tokens_per_step: How many of them the target's processor makes of 2 frames: 4 for the testbed's Qwen2.5-VL,
+        tokens_per_step: Visual tokens that the target's processor makes of 2 frames: 4 for the testbed's Qwen2.5-VL,
             8 for its LLaVA-OneVision (`Family.tokens_per_step`), which adds one at the end of every video. More
             tokens per step make a shorter clip of the same story.
 

@@ -1,4 +1,4 @@
-"""Teacher-forced acceptance: how many drafted tokens the target would have taken, read off the exact passes."""
+"""Teacher-forced acceptance: how many drafted tokens the target would accept, computed from the exact passes."""
 
 from collections.abc import Sequence
 
@@ -31,10 +31,10 @@ def count_acceptance(batch: DraftBatch, matches: Sequence[Tensor]) -> Tensor:
 
 
 def walk(batch: DraftBatch, matches: Sequence[Tensor]) -> list[int]:
-    """Decodes on paper: accepted tokens of each round of a chain of D tokens, on the answers of the batch.
+    """Simulates decoding: accepted tokens of each round of a chain of D tokens, on the answers of the batch.
 
     A chain that starts at loss u and accepts k tokens is followed by the target's own token, so the next one
-    starts at u + k + 1. With answers that are the target's greedy text this is what decoding does.
+    starts at u + k + 1. On greedy answers of the target this equals decoding.
     """
     # (B, J) leading matches of the chain that starts at each loss
     lengths = torch.zeros_like(batch.has_loss(0), dtype=torch.long)

@@ -1,4 +1,4 @@
-"""`SparrowTrainingArguments`: what to optimise, which rows a step sees, and the two recipes."""
+"""`SparrowTrainingArguments`: the losses, the visual tokens of a step, and the two recipes."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -6,12 +6,12 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
-#: `num_visual_rows_*`: every visual row of the sample.
+#: `num_visual_rows_*`: every visual token of the sample.
 ALL_VISUAL_ROWS = -1
 
-#: Named recipes, as fields of [`SparrowTrainingArguments`]. `"paper"` is Sparrow's: every visual row in training
-#: (IVSB), passes by causal re-input, and the losses and optimiser of ViSpec, whose code it descends from (its own are
-#: not published). `"default"` is the glimpse's: nothing measured better on the testbed (docs/recipes.md).
+#: Named recipes, as fields of [`SparrowTrainingArguments`]. `"paper"` is Sparrow's: every visual token in training
+#: (IVSB), passes by causal re-input, and the losses and optimiser of ViSpec: Sparrow's own code derives from it and is
+#: not published. `"default"` uses the glimpse; no other recipe measured better on the testbed (docs/recipes.md).
 TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "probability_l1_weight": 10.0,
@@ -30,7 +30,7 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
 }
 
-#: What the recipes say of the draft itself, as fields of [`SparrowDraftConfig`].
+#: What the recipes set in the draft, as fields of [`SparrowDraftConfig`].
 DRAFT_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"num_mtp_steps": 2, "num_glimpse_tokens": 0},
     "default": {},
@@ -41,9 +41,9 @@ DRAFT_PRESETS: dict[str, dict[str, Any]] = {
 class SparrowTrainingArguments(TrainingArguments):
     r"""Arguments of a [`SparrowTrainer`]: those of [`~transformers.TrainingArguments`], the loss mix and the recipe.
 
-    The number of passes (MTP) and everything else that shapes the draft is read from `draft.config`, so that a
-    checkpoint says how it was trained. The loss of a step is the sum over passes of the weighted losses below, summed
-    over the pass's rows and divided by the number of rows of the first pass.
+    The number of passes (MTP) and everything else about the draft is read from `draft.config`, so that a checkpoint
+    records how it was trained. The loss of a step is the sum over passes of the weighted losses below, summed over the
+    pass's loss positions and divided by the number of loss positions of the first pass.
 
     Raises:
         ValueError: A weight is negative, all weights are zero, or a range is empty.
@@ -68,60 +68,74 @@ class SparrowTrainingArguments(TrainingArguments):
     hidden_state_noise: float = field(
         default=0.0,
         metadata={
-            "help": "Scale a of the uniform noise (U[0,1) − 0.5)·a·512/T on the target's text states; T is the number "
-            "of rows of the draft's sequence."
+            "help": "Scale a of the uniform noise (U[0,1) − 0.5)·a·512/T that is added to the target's text states; T "
+            "is the length of the draft's sequence."
         },
     )
     num_visual_rows_min: int = field(
         default=0,
-        metadata={"help": "Fewest random visual rows a sample shows the draft in one step; −1: all of them."},
+        metadata={
+            "help": "Minimum number of random visual tokens that the draft reads of a sample in one step; -1 is all."
+        },
     )
     num_visual_rows_max: int = field(
         default=64,
         metadata={
-            "help": "Most random visual rows a sample shows the draft in one step. −1 for both bounds: every row, as "
-            "in the paper (IVSB); 0 for both: text rows only."
+            "help": "Maximum number of random visual tokens that the draft reads of a sample in one step. Set both "
+            "bounds to -1 for every visual token, as in the paper (IVSB), or to 0 for text only."
         },
     )
     mtp_attention: Literal["exact", "reinput"] = field(
         default="exact",
         metadata={
-            "help": "What later passes attend to: 'exact' is what decoding sees (training-time test); 'reinput' lets "
-            "every pass see its own keys only (paper)."
+            "help": "What later passes attend to: with 'exact', the same keys as in decoding (training-time test); "
+            "with 'reinput', the keys of the same pass only (the paper)."
         },
     )
     mtp_loss_decay: float = field(
-        default=1.0, metadata={"help": "Weight of pass s is this to the power s; 1.0 weighs every pass the same."}
+        default=1.0,
+        metadata={
+            "help": "Pass s has this number to the power s as its weight; 1.0 gives every pass the same weight."
+        },
     )
 
     on_bad_row: Literal["refuse", "skip"] = field(
         default="refuse",
-        metadata={"help": "Bad rows end the training ('refuse'), or are left out and reported ('skip')."},
+        metadata={
+            "help": "What to do with a row that cannot be used: end the training ('refuse'), or leave the row out and "
+            "report it ('skip')."
+        },
     )
     fps: float | None = field(
-        default=None, metadata={"help": "Frames per second to read of video files; by default every frame."}
+        default=None,
+        metadata={"help": "Maximum number of frames per second to read of a video; by default every frame is read."},
     )
-    max_frames: int | None = field(default=None, metadata={"help": "Most frames to read of each video file."})
+    max_frames: int | None = field(
+        default=None, metadata={"help": "Maximum number of frames to read of a video; by default every frame is read."}
+    )
 
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Look for parameters without gradient in every pass; there are none."}
+        default=False,
+        metadata={"help": "Search for parameters without a gradient in every pass; the draft has none."},
     )
     ddp_broadcast_buffers: bool | None = field(
-        default=False, metadata={"help": "Send the draft's buffers around in every pass; they never change."}
+        default=False,
+        metadata={"help": "Send the draft's buffers to all processes in every pass; they never change."},
     )
     use_cache: bool = field(
-        default=True, metadata={"help": "Written to the draft's configuration: it decodes with a cache."}
+        default=True, metadata={"help": "Value of use_cache in the draft's configuration: it decodes with a cache."}
     )
     # Rows are dictionaries that no model signature describes.
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: the columns go to the target's processor, not the draft."}
+        default=False,
+        metadata={"help": "Must stay false, because the columns go to the target's processor and not to the draft."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
-            # accelerate would cut streamed batches along their tensors' first dimension, which here is not the row:
-            # every process reads the stream and takes its own rows instead.
+            # accelerate would split streamed batches along the first dimension of their tensors, which is not the row
+            # here. So every process reads the stream and takes its own rows.
             self.accelerator_config.dispatch_batches = False
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the draft's signature names none of the columns")
@@ -140,12 +154,12 @@ class SparrowTrainingArguments(TrainingArguments):
             raise ValueError(f"on_bad_row must be 'refuse' or 'skip', found {self.on_bad_row!r}")
 
     def draw_visual_rows(self, num_visual_rows: int, progress: float, generator: torch.Generator) -> int:
-        """How many of a sample's visual rows the draft is shown in one step.
+        """Number of a sample's visual tokens that the draft reads in one step.
 
         Args:
-            num_visual_rows: How many the sample has.
+            num_visual_rows: Number of visual tokens in the sample.
             progress: Share (0 … 1) of the training's steps that are done; a curriculum may depend on it.
-            generator: The sample's, in this step.
+            generator: Random generator of this sample in this step.
         """
         if self.num_visual_rows_max == ALL_VISUAL_ROWS:
             return num_visual_rows

@@ -1,4 +1,4 @@
-"""Watching a draft learn: it decodes held-out prompts, and the result stands beside the teacher-forced figures."""
+"""`DecodingCallback`: decodes held-out prompts during training, and logs the figures with the evaluation's."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,13 +29,13 @@ from .trainer import SparrowTrainer
 class DecodingCallback(TrainerCallback):
     """Generates on held-out prompts at every evaluation, plain and with the draft, and logs what [`decode`] measures.
 
-    Evaluation itself is teacher-forced: it walks along recorded text (`eval_tau`, `eval_k`, `eval_accepted_j`). On
-    greedy text of the target, with a chain, the two must agree up to the last round of each answer; if they do not,
-    training and decoding see different rows. The figures are also put into the metrics the trainer sees, so
+    Evaluation itself is teacher-forced on known answers (`eval_tau`, `eval_k`, `eval_accepted_j`). On greedy text of
+    the target, with a chain, the two must agree up to the last round of each answer; if they do not, training and
+    decoding read different positions. The figures are also added to the metrics of the trainer, so
     `metric_for_best_model="decoded_tau"` with `load_best_model_at_end` or `save_strategy="best"` keeps the best draft.
 
-    Training goes on as if nothing had happened: random streams and the draft's mode are put back. Of several
-    processes only the main one generates.
+    Training is not affected: the random state and the draft's mode are restored. Of several processes only the main
+    one generates.
 
         trainer.add_callback(DecodingCallback(trainer, rows))
 
@@ -44,8 +44,8 @@ class DecodingCallback(TrainerCallback):
         rows: Prompts, each generated twice per evaluation: rows with `messages`, read as the trainer's collator reads
             them (an answer they hold is left out), what the target's processor returned for one prompt, or processed
             conversations. A bad row is left out if the collator would leave it out of training.
-        max_new_tokens: Longest answer.
-        settings: Anything else `generate()` takes; greedy by default.
+        max_new_tokens: Maximum length of an answer.
+        settings: Further arguments of `generate()`; greedy by default.
 
     Raises:
         TrainingDataError: There is no row.
@@ -83,13 +83,13 @@ class DecodingCallback(TrainerCallback):
         self.trainer.log(named)
 
     def _prompts(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Tensor]]:
-        """As training reads them: from the row's folder, as densely, and bad ones are refused or left out alike."""
+        """Prepares rows as training does: the same folder, frames and treatment of bad rows."""
         collator = collator_of(self.trainer)
         for row in rows:
             try:
                 prompt = collator.prepare_prompt(row)
             except TrainingDataError as error:
-                # States are no bad row to train on: whoever gives them here shall hear that they hold no pixels.
+                # Rows of states are good for training but hold no pixels, so they raise here and are never skipped.
                 if kind_of(as_row(row)) == "states" or not collator.may_skip(row):
                     raise
                 self.trainer.report_skipped([(as_row(row).get(ROW_INDEX), str(error))])
@@ -136,7 +136,7 @@ def decode(
 
 @contextmanager
 def evaluation_mode(draft: SparrowDraftModel) -> Iterator[None]:
-    """The draft in evaluation mode and random streams of their own; both as before afterwards, come what may."""
+    """Evaluation mode for the draft and a separate random state; both are restored afterwards, also on an error."""
     was_training = draft.training
     draft.eval()
     try:

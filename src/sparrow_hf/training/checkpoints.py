@@ -1,4 +1,4 @@
-"""Finding the checkpoint that a training goes on from."""
+"""Finding the checkpoint that a training continues from."""
 
 import json
 import os

@@ -7,15 +7,15 @@ from torch.utils.checkpoint import checkpoint
 from ..modeling_sparrow import SparrowDraftModel
 from .losses import mixed_loss
 
-#: Logits held at a time (256 MiB in fp32). One row of a real target has 150,000 of them: an answer of a thousand
-#: tokens, in five passes, would need gigabytes for its logits alone, more than everything else a draft needs.
+#: Logits held at a time (256 MiB in fp32). A real target has 150,000 per position: the logits of an answer of a
+#: thousand tokens, in five passes, would take gigabytes, more than everything else that a draft needs.
 LOGITS_PER_CHUNK = 2**26
 
 
 def chunked_loss(
     draft: SparrowDraftModel, weights: dict[str, float], predicted: Tensor, target_states: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss of every row, and whether the draft's most probable token is the target's.
+    """Loss at every position, and whether the draft's most probable token is the target's.
 
     Where more than one chunk is needed, the logits of a chunk are computed again in the backward pass instead of being
     kept: the same numbers for a little more time in the head.
@@ -24,7 +24,7 @@ def chunked_loss(
         draft: A draft bound to its target.
         weights: Weight of each loss, see [`mixed_loss`].
         predicted: `(n, H)` states the draft predicts.
-        target_states: `(n, H)` the target's states of the same rows.
+        target_states: `(n, H)` the target's states at the same positions.
 
     Returns:
         `(n,)` losses and `(n,)` bool.

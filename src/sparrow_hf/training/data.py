@@ -1,12 +1,12 @@
-"""What the trainer is fed: conversations, or what the frozen target made of them.
+"""The inputs of the trainer: conversations, or the frozen target's states of them.
 
-A dataset row is one of three dictionaries ([`~sparrow_hf.data.kind_of`] tells which), and the collator takes any mix:
+A dataset row is one of three dictionaries (see [`~sparrow_hf.data.kind_of`]), and the collator takes any mix:
 
 * a conversation: `messages` (the assistant turns at the end are the answer), or `messages` and `answer` (text) or
-  `answer_ids` (the very tokens the target wrote); `load_rows` reads them;
+  `answer_ids` (the exact tokens the target wrote); `load_rows` reads them;
 * a processed conversation: `answer_start` and the tensors of the target's processor for this one conversation, batch
   dimension included, with the answer's ids appended (see [`~sparrow_hf.data.append_answer`]);
-* a [`TrainingStates`]: the target has read it already.
+* a [`TrainingStates`]: the target's states, computed before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,15 +27,15 @@ from ..modeling_sparrow import SparrowDraftModel
 
 @dataclass
 class TrainingStates:
-    """One sample after the frozen target has read it: all that training a draft needs of it.
+    """The frozen target's states of one sample: all that training a draft needs.
 
     Attributes:
         input_ids: `(L,)` prompt and answer, placeholders included.
         answer_start: Index in `input_ids` of the answer's first token.
-        text_states: `(N, n·H)` states of the text rows, the feature layers side by side.
-        last_states: `(N, H)` post-norm states of the text rows; what the target's head reads.
-        visual_rows: `(V,)` indices in `input_ids` of the visual rows that were kept.
-        visual_states: `(V, H)` states of the bridge layer in these rows.
+        text_states: `(N, n·H)` states of the text positions, the feature layers side by side.
+        last_states: `(N, H)` post-norm states of the text positions, which the target's head reads.
+        visual_rows: `(V,)` indices in `input_ids` of the visual positions that were kept.
+        visual_states: `(V, H)` states of the bridge layer at these positions.
     """
 
     input_ids: Tensor
@@ -51,7 +51,7 @@ class TrainingStates:
         return cls(**{field.name: row[field.name] for field in fields(cls)})
 
     def to_row(self) -> dict[str, Any]:
-        """A dictionary of the same names: what a dataset holds and the collator hands on."""
+        """A dictionary of the same names, as in a dataset and in the collator's output."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -61,8 +61,8 @@ def read_with_target(
 ) -> TrainingStates:
     """Runs the frozen target over one processed conversation and keeps what training needs.
 
-    Samples are read one by one, never padded together: a recording then equals what training on the fly sees, to the
-    last bit.
+    Samples are processed one by one and never padded together, so a recording is bit-identical to running the target
+    during training.
 
     Args:
         draft: A draft bound to the target.
@@ -82,7 +82,7 @@ def read_with_target(
     wanted = positions.to_collect(text_layers, bridge)
     collector = HiddenStateCollector(wanted)
     with collector.active():
-        # The logits of training rows are computed from the collected states, and only where there is a loss.
+        # The logits are computed from the collected states later, and only at positions with a loss.
         view.model(**inputs, use_cache=False, logits_to_keep=1)
     states = {layer: collector.take(layer) for layer in wanted}
     text_states, visual_states = positions.by_kind(states, text_layers, bridge)
@@ -123,16 +123,16 @@ def check_sample(input_ids: Tensor, answer_start: int, visual_token_ids: list[in
 class SparrowDataCollator:
     """Turns dataset rows into `{"samples": [...], "skipped": [...]}`: one unpadded sample per good row.
 
-    Padding comes after the target: what is padded is the draft's short sequences, never the videos.
+    The draft's short sequences are padded after the target has run; videos are never padded.
 
     Args:
         processor: The target's processor; needed for rows that hold `messages`.
         visual_token_ids: Placeholder ids of the target (`draft.config.visual_token_ids`): rows with placeholders but
             no pixels, or with placeholders in their answer, are then found here, before the target reads them.
-        on_bad_row: `"refuse"` raises at the first bad row; `"skip"` leaves it out and says so under `"skipped"`, as
+        on_bad_row: `"refuse"` raises at the first bad row; `"skip"` leaves it out and lists it under `"skipped"`, as
             `(index of the row, reason)`. A batch may then be empty.
-        fps, max_frames: How densely to read video files, see [`~sparrow_hf.data.prepare_inputs`]. Rows that say so
-            themselves, as regenerated ones do, are read their way.
+        fps, max_frames: Sampling of video files, see [`~sparrow_hf.data.prepare_inputs`]. A row's own `fps` and
+            `max_frames`, which regenerated rows have, take precedence.
 
     Raises:
         TrainingDataError: A row is bad, and bad rows are to be refused; the row's index is named.
@@ -164,7 +164,7 @@ class SparrowDataCollator:
         return {"samples": samples, "skipped": skipped}
 
     def may_skip(self, row: Mapping[str, Any] | TrainingStates) -> bool:
-        """Whether `row`, found bad, is left out. Without a processor no conversation is bad: the collator is."""
+        """Whether the bad row `row` is left out; never without a processor, because then the collator is at fault."""
         return self.on_bad_row == "skip" and (self.processor is not None or kind_of(as_row(row)) != "messages")
 
     def prepare(self, row: Mapping[str, Any] | TrainingStates) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which videos and images rows show: none held out may have been trained on."""
+"""Checks that training and held-out rows share no video or image."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ MAX_NAMED_PAIRS = 10
 
 
 def media_keys(row: Mapping[str, Any]) -> set[str]:
-    """What tells the videos and images of a row from others: resolved path, URL, or digest of the bytes or pixels.
+    """Keys of the videos and images of a row: resolved path, URL, or digest of the bytes or pixels.
 
     The same video once by path and once by bytes has two keys.
 
@@ -37,7 +37,7 @@ def _media_key(source: Any) -> str:
 def refuse_shared_media(train: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]]) -> None:
     """Raises [`TrainingDataError`] if a held-out row shows a video or image that a training row shows.
 
-    Rows that cannot be read for another reason are passed over: the collator reports them.
+    Rows that cannot be read for another reason are ignored here; the collator reports them.
     """
     first_row = {key: index for index, keys in reversed(list(_all_media_keys(train))) for key in keys}
     shared = [

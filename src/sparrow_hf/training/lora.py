@@ -1,7 +1,7 @@
 """LoRA on an existing draft: adapters on its linear maps, trained beside the frozen draft, merged at the end.
 
-What is not here is peft's own: `adapters.save_pretrained(folder)` writes the adapters alone,
-`PeftModel.from_pretrained(draft, folder, is_trainable=True)` puts them back, on a draft that holds the same weights.
+The rest is in peft: `adapters.save_pretrained(folder)` writes the adapters alone, and
+`PeftModel.from_pretrained(draft, folder, is_trainable=True)` loads them onto a draft with the same weights.
 """
 
 from peft import LoraConfig, PeftModel, get_peft_model

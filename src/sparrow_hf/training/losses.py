@@ -1,9 +1,9 @@
-"""The losses of the draft: each compares its predictions with the target's, row by row.
+"""The losses of the draft: each compares its predictions with the target's, position by position.
 
-All take the rows that carry a loss and nothing else: the draft's logits and the target's log-probabilities of the
-tokens the draft may propose, `(n, D)`, or states `(n, H)`, and return `(n,)`. Visual placeholders score −∞ on both
-sides. Where the draft proposes a part of the vocabulary only, the target's probabilities of that part sum to less than
-one: a row counts as much as the draft could gain there.
+All take only positions with a loss: the draft's logits and the target's log-probabilities of the tokens that the
+draft can propose, `(n, D)`, or states `(n, H)`, and return `(n,)`. Visual placeholders score −∞ on both sides. With a
+reduced draft vocabulary, the target's probabilities of that part sum to less than one, so a position counts as much as
+the draft can gain there.
 """
 
 import torch

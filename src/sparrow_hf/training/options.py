@@ -1,4 +1,4 @@
-"""What `sparrow train` is told: one flat set of names, from a preset, then a YAML file, then the command line."""
+"""The options of `sparrow train`: one flat set of names, from a preset, a YAML file and the command line."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..errors import TrainingOptionsError
 from .arguments import DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainingArguments
 
-#: Options that are fields of [`SparrowDraftConfig`] too. Only what was said is passed on.
+#: Options that are fields of [`SparrowDraftConfig`] too. Only those that were given are passed on.
 DRAFT_FIELDS = (
     "num_hidden_layers",
     "feature_layers",
@@ -28,64 +28,94 @@ DRAFT_FIELDS = (
 
 @dataclass
 class TrainingOptions:
-    """Everything `sparrow train` needs besides [`SparrowTrainingArguments`]: target, rows, draft, and what to do.
+    """Options of `sparrow train` besides [`SparrowTrainingArguments`]: target, rows, draft, and what to do.
 
     Paths are folders, files or Hub ids, as `from_pretrained` and [`load_rows`] take them.
     """
 
-    target: str = field(metadata={"help": "The video LLM to draft for: folder or Hub id."})
-    train: str = field(metadata={"help": "Rows to train on: answers, a recording, .jsonl, .parquet or a Hub dataset."})
-    output: str = field(metadata={"help": "Folder of the finished draft; checkpoints go to its `checkpoints`."})
-    held_out: str | None = field(
-        default=None, metadata={"help": "Rows to measure on. They may share no video with the training rows."}
+    target: str = field(metadata={"help": "The video LLM to draft for: a folder or a Hub id."})
+    train: str = field(
+        metadata={
+            "help": "Rows to train on: a folder of answers, a recording, a .jsonl or .parquet file, or a Hub data set."
+        }
     )
-    preset: Literal["default", "paper"] = field(default="default", metadata={"help": "The recipe to start from."})
-    streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs --max-steps."})
+    output: str = field(
+        metadata={"help": "Folder to write the draft to; checkpoints go into its subfolder `checkpoints`."}
+    )
+    held_out: str | None = field(
+        default=None, metadata={"help": "Rows to evaluate on. They must not share a video with the training rows."}
+    )
+    preset: Literal["default", "paper"] = field(default="default", metadata={"help": "Recipe to start from."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the rows as a stream instead of loading all of them; needs --max-steps."},
+    )
 
     target_revision: str | None = field(default=None, metadata={"help": "Revision of the target on the Hub."})
-    target_dtype: str = field(default="auto", metadata={"help": "Dtype of the target: auto, bfloat16, float32, …"})
+    target_dtype: str = field(
+        default="auto", metadata={"help": "Dtype of the target: auto, float32, bfloat16 or float16."}
+    )
     device: str | None = field(
-        default=None, metadata={"help": "Where the target runs: cpu, cuda:1, …; auto spreads it over all GPUs."}
+        default=None,
+        metadata={"help": "Device of the target, such as cpu, cuda or cuda:1; auto spreads it over all GPUs."},
     )
     draft_dtype: str = field(default="float32", metadata={"help": "Dtype the draft is trained in."})
 
     warm_start: str | None = field(
-        default=None, metadata={"help": "Start from the weights of this draft, with a new optimiser and schedule."}
+        default=None,
+        metadata={"help": "Draft whose weights the training starts from, with a new optimiser and schedule."},
     )
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output folder."})
+    resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in the output folder."})
     lora: int | None = field(
-        default=None, metadata={"help": "Train adapters of this rank on --warm-start instead of the whole draft."}
+        default=None,
+        metadata={"help": "Rank of LoRA adapters to train on --warm-start, instead of training the whole draft."},
     )
     vocabulary: str | None = field(
-        default=None, metadata={"help": "Draft only the tokens in this file of `sparrow vocab`."}
+        default=None, metadata={"help": "File of `sparrow vocab`; the draft proposes only the tokens in it."}
     )
     copy_last_layer: bool = field(
-        default=False, metadata={"help": "Start the draft's layers as copies of the target's last ones."}
+        default=False, metadata={"help": "Initialise the draft's layers as copies of the target's last ones."}
     )
 
-    num_hidden_layers: int | None = field(default=None, metadata={"help": "Decoder layers of the draft."})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of decoder layers of the draft."})
     feature_layers: list[int] | None = field(
-        default=None, metadata={"help": "Target layers whose text states it reads; -1 is the post-norm state."}
+        default=None,
+        metadata={"help": "Target layers whose text states the draft reads; -1 is the state after the final norm."},
     )
-    visual_bridge_layer: int | None = field(default=None, metadata={"help": "Target layer of the visual rows."})
-    num_glimpse_tokens: int | None = field(default=None, metadata={"help": "Visual rows kept when drafting."})
-    num_mtp_steps: int | None = field(default=None, metadata={"help": "Passes over each training row."})
-    num_draft_levels: int | None = field(default=None, metadata={"help": "Tokens per drafted chain."})
+    visual_bridge_layer: int | None = field(
+        default=None, metadata={"help": "Target layer whose visual states the draft reads."}
+    )
+    num_glimpse_tokens: int | None = field(
+        default=None, metadata={"help": "Number of visual tokens that the draft reads when it decodes."}
+    )
+    num_mtp_steps: int | None = field(
+        default=None, metadata={"help": "Number of passes of the draft over each training row."}
+    )
+    num_draft_levels: int | None = field(
+        default=None, metadata={"help": "Number of levels that the draft proposes in one round."}
+    )
     position_mode: Literal["compact", "original"] | None = field(
-        default=None, metadata={"help": "Positions of the draft's rows."}
+        default=None,
+        metadata={
+            "help": "RoPE positions in the draft: 'compact' counts the draft's own sequence, 'original' keeps the "
+            "prompt's."
+        },
     )
-    project_visual: bool | None = field(default=None, metadata={"help": "Visual rows go through FC."})
+    project_visual: bool | None = field(
+        default=None, metadata={"help": "Pass visual states through the draft's FC, as text states."}
+    )
 
     dry_run: bool = field(
-        default=False, metadata={"help": "Print memory, disk and hours, from steps really taken, and leave."}
+        default=False,
+        metadata={"help": "Measure a few steps, print the memory, disk space and hours of the training, and end."},
     )
     inspect: int | None = field(
-        default=None, metadata={"help": "Show what the draft learns from in training row N, and leave."}
+        default=None, metadata={"help": "Show the inputs and labels that training row N gives to the draft, and end."}
     )
 
     @property
     def draft_fields(self) -> dict[str, Any]:
-        """Fields of the draft's configuration, as far as the preset or the user named them."""
+        """Fields of the draft's configuration that the preset or the user set."""
         said = {name: getattr(self, name) for name in DRAFT_FIELDS if getattr(self, name) is not None}
         return DRAFT_PRESETS[self.preset] | said
 
@@ -95,7 +125,7 @@ class TrainingOptions:
         given = [name for name in (*DRAFT_FIELDS, "vocabulary") if getattr(self, name) is not None]
         if self.warm_start is not None and given:
             raise TrainingOptionsError(
-                f"--warm-start takes the draft as it is; {', '.join(given)} can only be set for a new one"
+                f"--warm-start keeps its draft's configuration: leave out {', '.join(given)}, or train a new draft"
             )
 
 
@@ -104,8 +134,8 @@ def parse_options(words: Sequence[str]) -> tuple[TrainingOptions, SparrowTrainin
 
     Args:
         words: `--name value` pairs; names are those of [`TrainingOptions`] and [`SparrowTrainingArguments`], dashes
-            or underscores alike. `--config FILE` names a flat YAML file of the same names. The command line goes
-            before the file, the file before the preset.
+            or underscores alike. `--config FILE` names a flat YAML file of the same names. The command line replaces
+            what the file sets, and the file what the preset sets.
 
     Raises:
         TrainingOptionsError: A name is unknown, a value has the wrong type, or something needed is missing.
@@ -122,7 +152,7 @@ def parse_options(words: Sequence[str]) -> tuple[TrainingOptions, SparrowTrainin
         if preset not in TRAINING_PRESETS:
             raise TrainingOptionsError(f"unknown preset {preset!r}; known: {', '.join(TRAINING_PRESETS)}")
         _set_defaults(parser, TRAINING_PRESETS[preset] | config | {"preset": preset})
-        # argparse leaves with a code of its own where it cannot read a value.
+        # argparse would end the process with its own exit code where it cannot read a value.
         parser.error = _refuse
         namespace = parser.parse_args(rest)
     except argparse.ArgumentError as error:
@@ -139,11 +169,11 @@ def parse_options(words: Sequence[str]) -> tuple[TrainingOptions, SparrowTrainin
 
 
 def describe_options() -> dict[str, list[tuple[str, str, str]]]:
-    """What `sparrow train` can be told beyond transformers' own options: group → (option, default, help)."""
+    """Options of `sparrow train` that transformers does not have: group → (option, default, help)."""
     inherited = {item.name for item in dataclasses.fields(TrainingArguments)}
     groups = {
-        "what to train, and on what": dataclasses.fields(TrainingOptions),
-        "how": [item for item in dataclasses.fields(SparrowTrainingArguments) if item.name not in inherited],
+        "draft and data": dataclasses.fields(TrainingOptions),
+        "training": [item for item in dataclasses.fields(SparrowTrainingArguments) if item.name not in inherited],
     }
     return {
         group: [

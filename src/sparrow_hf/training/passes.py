@@ -30,12 +30,12 @@ from .data import TrainingStates
 
 @dataclass(kw_only=True)
 class DraftBatch(DraftInputs):
-    """B samples as the draft sees them (their text states with noise, if any), and their J losses.
+    """The draft's inputs of B samples (their text states with noise, if any), and their J losses.
 
     Attributes:
         first_loss: `(B,)` text index of loss 0: the last text token of the prompt, A−1.
         num_losses: `(B,)` losses of each sample.
-        target_states: `(B, J, H)` post-norm state that loss j is judged by.
+        target_states: `(B, J, H)` post-norm state that loss j is computed against.
     """
 
     first_loss: Tensor
@@ -62,13 +62,13 @@ def make_batch(
     """Pads samples into one batch.
 
     Args:
-        samples: States of the target, and the positions of them that the draft shall see: all text and some of the
-            visual ones that the states hold.
+        samples: States of the target, and the positions of them that the draft reads: all text and some of the visual
+            ones that the states hold.
         position_mode: `config.position_mode` of the draft.
         noise: `(N, n·H)` per sample, added to its text states.
 
     Raises:
-        TrainingDataError: A position that the draft shall see is not among the recorded ones.
+        TrainingDataError: A position that the draft reads is not among the recorded ones.
     """
     columns: dict[str, list[Tensor]] = defaultdict(list)
     length = max(len(kept.indices) for _, kept in samples) - 2
@@ -80,8 +80,8 @@ def make_batch(
         first_answer = int((text < states.answer_start).sum())
         if not torch.isin(kept.visual, states.visual_rows).all():
             raise TrainingDataError(
-                f"the draft is to see {len(kept.visual)} visual rows, but the recording keeps only some of them "
-                f"({len(states.visual_rows)}): record with visual rows, or train a draft of num_glimpse_tokens=0 with "
+                f"the draft reads {len(kept.visual)} visual tokens, but the recording keeps only some of them "
+                f"({len(states.visual_rows)}): record visual states, or train a draft of num_glimpse_tokens=0 with "
                 "num_visual_rows_max=0"
             )
         chosen = torch.searchsorted(states.visual_rows, kept.visual)
@@ -110,10 +110,10 @@ def make_batch(
 def exact_passes(
     draft: SparrowDraftModel, batch: DraftBatch, num_passes: int, forward: nn.Module | None = None
 ) -> list[Tensor]:
-    """Passes that see exactly what decoding sees (EAGLE-3's training-time test, for any number of steps).
+    """Passes that attend to exactly the keys of decoding (EAGLE-3's training-time test, for any number of steps).
 
-    Every loss u starts a chain: the draft knows the target's states up to text A−1+u and then feeds itself.
-    Step s of chain u stands on text A−1+u+s, and all chains take step s together, in pass s:
+    Every loss u starts a chain: the draft reads the target's states up to text A−1+u and then its own outputs.
+    Step s of chain u is at text A−1+u+s, and all chains take step s together, in pass s:
 
         keys       positions of pass 0         │ pass 1      │ pass 2      │ …
         columns    0 ………………………………………… R−1      │ chain 0 … U │ chain 0 … U │
@@ -124,9 +124,9 @@ def exact_passes(
 
     Args:
         draft: A draft bound to its target.
-        batch: What it sees.
+        batch: Its inputs.
         num_passes: Passes to run; fewer where answers are shorter.
-        forward: The draft as a trainer has wrapped it, if it has.
+        forward: The draft as wrapped by a trainer; by default the draft itself.
 
     Returns:
         For each pass s, `(B, J−s, H)` predicted states; column u belongs to loss u + s.
@@ -141,12 +141,12 @@ def exact_passes(
     position_ids = batch.position_ids.gather(1, starts.clamp(max=batch.position_ids.shape[1] - 1))
     summary = batch.visual_summary
     if summary is not None:
-        # All visual tokens stand in the prompt, so the whole answer is told the same.
+        # All visual tokens are in the prompt, so the whole answer has the same summary.
         summary = _gather(summary, batch.first_loss[:, None])
 
     outputs = [hidden]
     for step in range(1, min(num_passes, hidden.shape[1])):
-        # A chain that ran off the end of the answer drops out with its last column; its older keys remain.
+        # A chain that has reached the end of the answer is dropped with its last column; its older keys remain.
         hidden = forward(
             draft.embed_next(next_ids[:, step:], outputs[-1][:, :-1], summary, step),
             position_ids[:, step:],
@@ -170,7 +170,7 @@ def reinput_passes(
     forward = forward or draft
     embeds, batch = draft.embed_inputs(batch)
     loss_positions = batch.text_positions.gather(1, batch.loss_text)
-    # Where the answer's text stands; the prompt's is never replaced.
+    # Indices of the answer's text; the prompt's states are never replaced.
     text_index = torch.arange(batch.next_ids.shape[1], device=embeds.device)
     answer = batch.text_positions.masked_fill(text_index <= batch.first_loss[:, None], embeds.shape[1])
     hidden, outputs = embeds, []
@@ -191,7 +191,7 @@ def _run_all(
     embeds: Tensor,
     cache: DynamicCache | None = None,
 ) -> Tensor:
-    """`(B, R, H)` outputs of a causal pass over everything. Padding stands at the end: nothing before it sees it."""
+    """`(B, R, H)` outputs of a causal pass over everything. Padding is at the end, so nothing attends to it."""
     if attention_of(draft.config) != "eager":
         return forward(embeds, batch.position_ids, cache=cache, is_causal=True).last_hidden_state
     size, length = batch.position_ids.shape

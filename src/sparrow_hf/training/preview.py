@@ -1,4 +1,4 @@
-"""What a training would learn from and what it would cost, told before it starts."""
+"""`sparrow train --inspect` and `--dry-run`: the draft's inputs of one sample, and the cost of a training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from ..clocks import now
 from ..draft_inputs import visual_mask
 from .trainer import SparrowTrainer
 
-#: Rows a dry run really takes, spread evenly over the training set.
+#: Number of rows that a dry run measures, spread evenly over the training set.
 DRY_RUN_ROWS = 8
 
 
@@ -35,13 +35,13 @@ class PreviewedRow:
 
 @dataclass(frozen=True)
 class SamplePreview:
-    """What the draft sees of one sample in one step.
+    """The draft's sequence of one sample in one step.
 
     Attributes:
-        rows: Its rows, in order.
+        rows: Its positions, in order.
         visual_runs: (index in the prompt, length) of every run of visual placeholders of the sample.
-        num_visual_rows: How many visual rows this step shows.
-        num_loss_rows: Rows with a loss in the first pass; each later pass has one less.
+        num_visual_rows: Number of visual tokens that the draft reads in this step.
+        num_loss_rows: Positions with a loss in the first pass; each later pass has one less.
     """
 
     rows: list[PreviewedRow]
@@ -53,7 +53,7 @@ class SamplePreview:
 def preview_sample(
     trainer: SparrowTrainer, sample: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> SamplePreview:
-    """The rows, the shift and the loss mask of one sample, as the first step would draw them.
+    """The draft's sequence of one sample, with the random choices of the first step.
 
     Args:
         trainer: The trainer that would be started.
@@ -68,7 +68,7 @@ def preview_sample(
     positions = batch.position_ids[0].tolist()
     rows = [PreviewedRow(position, None, None, None) for position in positions]
     next_ids, answer = batch.next_ids[0].tolist(), input_ids[int(sample["answer_start"]) :].tolist()
-    # The text before the first row's next token is the first kept token of the prompt, whichever rows were dropped.
+    # The text before the next token of the first position is the first kept token of the prompt.
     states = [int(input_ids[~is_visual][0]), *next_ids[:-1]]
     for index, at in enumerate(batch.text_positions[0].tolist()):
         loss_row = index - first_loss
@@ -86,18 +86,18 @@ def preview_sample(
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What a training would take. Bytes and seconds; times and peak were measured on `measured_rows` rows.
+    """Estimated cost of a training, in bytes and seconds. Times and peak were measured on `measured_rows` rows.
 
     Attributes:
         draft_parameters: Numbers that are trained.
         target_bytes: Weights of the target.
         training_bytes: Weights, gradients and optimiser state of the draft.
-        peak_bytes: Most memory the accelerator held during the measured steps, weights included; `None` on a CPU.
+        peak_bytes: Peak memory of the accelerator during the measured steps, weights included; `None` on a CPU.
         checkpoint_bytes: Disk of one checkpoint.
         checkpoints_bytes: Disk of all checkpoints that are kept.
         seconds: The whole training, evaluation left out.
-        optimizer_steps: Of the whole training.
-        measured_rows: Rows really read, with forward and backward pass.
+        optimizer_steps: Number of steps of the whole training.
+        measured_rows: Number of rows that were measured, with forward and backward pass.
         longest_row: Tokens of the longest of them.
     """
 

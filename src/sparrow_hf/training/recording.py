@@ -1,15 +1,15 @@
-"""Recording what the frozen target makes of its answered rows: any number of drafts then train without the target.
+"""Stores the frozen target's states of answered rows, so that any number of drafts can train without the target.
 
-One safetensors file per row, `rows/row-000000.safetensors`, and `recording.json`, which says what was read how:
+One safetensors file per row, `rows/row-000000.safetensors`, and `recording.json`, which describes the settings:
 
     input_ids         (L,)      prompt and answer, placeholders included
     answer_start      ()        index in `input_ids` of the answer's first token
-    text_states.K     (N, H)    states of layer K in the text rows, for each recorded layer; the last one is post-norm
-    visual_rows       (V,)      indices in `input_ids` of the visual rows; none if the bridge is off
-    visual_states.K   (V, H)    states of the bridge layer in these rows
+    text_states.K     (N, H)    states of layer K at text positions, for each recorded layer; the last one is post-norm
+    visual_rows       (V,)      indices in `input_ids` of the visual positions; none if the bridge is off
+    visual_states.K   (V, H)    states of the bridge layer at these positions
 
-Files are whole or absent, so a recording that was stopped goes on where it was, and ends with the same files. States
-are stored in the target's own dtype: training from them equals training beside the target to the last bit.
+Files are written atomically, so a stopped recording can be continued and ends with the same files. States are stored
+in the target's own dtype, so training from them is bit-identical to running the target during training.
 """
 
 import json
@@ -48,7 +48,7 @@ from .data import SparrowDataCollator, TrainingStates, read_with_target
 PROVENANCE_FILE = "recording.json"
 #: What a safetensors file takes besides its tensors, about.
 HEADER_BYTES = 600
-#: Rows that an estimate looks at.
+#: Number of rows that an estimate reads.
 ROWS_LOOKED_AT = 16
 
 
@@ -57,11 +57,11 @@ class Recorder:
 
     Args:
         draft: A draft bound to the target. Of its configuration the feature layers and the bridge layer count.
-        folder: Of the recording.
-        visual_rows: Keep the bridge layer's states of all visual rows, for drafts that see some of them. They are most
-            of a recording of videos; without them, drafts can be trained on text rows only.
-        max_bytes: Most that the recording may take on disk.
-        source: What else a run that goes on must agree in: which rows are read.
+        folder: Folder of the recording.
+        visual_rows: Keep the bridge layer's states of all visual positions, for drafts that read some of them. They
+            are most of a recording of videos; without them, drafts can be trained on text only.
+        max_bytes: Maximum size of the recording on disk.
+        source: Which rows are read; a run that continues a recording must have the same.
 
     Raises:
         TrainingDataError: The folder holds a recording of another target, of other layers, or of another source.
@@ -92,7 +92,7 @@ class Recorder:
                 remove_partial_files(self.rows_folder)
         self.bytes_left = None
         if max_bytes is not None:
-            # Each process keeps to its share of what is left.
+            # Each process may use its share of the remaining space.
             self.bytes_left = (max_bytes - self.bytes_on_disk()) / processes.num_processes
 
     def bytes_on_disk(self) -> int:
@@ -104,7 +104,7 @@ class Recorder:
         return self.rows_folder / f"row-{index:06d}.safetensors"
 
     def write(self, index: int, sample: Mapping[str, Any]) -> None:
-        """Has the target read a processed conversation and stores what it made of it.
+        """Runs the target over a processed conversation and stores its states.
 
         Args:
             index: Of the row.
@@ -123,7 +123,7 @@ class Recorder:
                 raise DiskBudgetError(
                     f"row {index} does not fit into the disk space given to the recording; the rows before it are "
                     f"complete in {self.rows_folder}. Give more (--max-disk-gb) and run the same command again, or "
-                    "train on what is there."
+                    "train on the complete rows."
                 )
         with atomic_path(self.path(index)) as partial:
             save_file(tensors, partial)
@@ -145,7 +145,7 @@ def record(
     max_disk_gb: float | None = None,
     show_progress: bool = False,
 ) -> dict[int, str]:
-    """Has the target read every answered row once. Processes of `accelerate launch` share the rows among them.
+    """Runs the target over every answered row once. Processes of `accelerate launch` share the rows.
 
     Args:
         draft: A draft bound to the target, see [`Recorder`].
@@ -153,7 +153,7 @@ def record(
         folder: Of the recording.
         collator: Makes samples of the rows. With `on_bad_row="skip"`, bad rows get no file.
         visual_rows: See [`Recorder`].
-        max_disk_gb: Most that the recording may take on disk, in 10⁹ bytes; checked before every file.
+        max_disk_gb: Maximum size of the recording on disk, in 10⁹ bytes; checked before every file.
         show_progress: Show a progress bar over the rows of this process.
 
     Returns:
@@ -215,7 +215,7 @@ def check_disk_budget(expected: float, max_disk_gb: float | None) -> None:
     if max_disk_gb is not None and expected > max_disk_gb * 1e9:
         raise DiskBudgetError(
             f"the recording will take about {expected / 1e9:.3g} GB, more than the {max_disk_gb:g} GB it may "
-            "(--max-disk-gb): allow more, record fewer rows, or leave visual rows out (--text-only)"
+            "(--max-disk-gb): allow more, record fewer rows, or leave visual states out (--text-only)"
         )
 
 
@@ -296,7 +296,7 @@ def to_tensors(config: SparrowDraftConfig, states: TrainingStates) -> dict[str, 
 def from_tensors(config: SparrowDraftConfig, tensors: Mapping[str, Tensor]) -> TrainingStates:
     """The row of a file, with the layers that a draft of this configuration reads."""
     last = tensors[f"text_states.{config.target_num_hidden_layers}"]
-    # A recording without visual rows says nothing of the bridge layer either.
+    # A recording without visual states has no bridge layer either.
     visual = tensors.get(f"visual_states.{config.visual_bridge_layer}", last[:0])
     features = [tensors[f"text_states.{layer}"] for layer in config.feature_layer_ids]
     return TrainingStates(
@@ -310,12 +310,12 @@ def from_tensors(config: SparrowDraftConfig, tensors: Mapping[str, Tensor]) -> T
 
 
 def recorded_layers(config: SparrowDraftConfig) -> list[int]:
-    """Layers whose text rows a draft of this configuration learns from: its features, and the last for the loss."""
+    """Layers whose text states a draft of this configuration trains on: its features, and the last for the loss."""
     return sorted({*config.feature_layer_ids, config.target_num_hidden_layers})
 
 
 def describe(draft: SparrowDraftModel, visual_rows: bool) -> dict[str, Any]:
-    """What a recording must have been made with, to be gone on with."""
+    """Settings that a recording must have been made with to be continued."""
     target = draft.target.model
     return {
         "target": published_name(target.config),
@@ -329,16 +329,16 @@ def describe(draft: SparrowDraftModel, visual_rows: bool) -> dict[str, Any]:
 
 
 def read_description(path: Path, target: PreTrainedModel, target_sha256: str) -> dict[str, Any]:
-    """What a recording says of its making, as this version would have written it.
+    """The settings of a recording, as this version would have written them.
 
     Args:
-        path: Of `recording.json`.
+        path: Path of `recording.json`.
         target: The target that should have been recorded.
         target_sha256: Its digest.
     """
     found = json.loads(path.read_text())
-    told = found["target_sha256"]
+    recorded = found["target_sha256"]
     # An earlier version recorded the same weights under another digest; recordings are too large to be made again.
-    if told != target_sha256 and told == earlier_target_digest(target.state_dict()):
+    if recorded != target_sha256 and recorded == earlier_target_digest(target.state_dict()):
         found["target_sha256"] = target_sha256
     return found

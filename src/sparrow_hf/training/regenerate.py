@@ -1,8 +1,8 @@
-"""The target writes its own answers: the text a draft should be trained on is the text it will have to predict.
+"""The target answers prompts. A draft is trained on these answers, because they are the text it has to predict.
 
-Answers come in JSON-lines shards that are written whole or not at all. A run that was stopped goes on with the first
-missing shard; what is found must have been made with the same settings. Processes of `accelerate launch` share the
-shards among them, and together write what one process would have written.
+Answers are written atomically, in JSON-lines shards. A stopped run continues with the first missing shard; existing
+shards must have been made with the same settings. Processes of `accelerate launch` share the shards, and together
+write the same files as one process.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ PROVENANCE_FILE = "provenance.json"
 
 #: What an answer token takes in a shard, its id and its text together (English, a vocabulary of 150,000).
 BYTES_PER_ANSWER_TOKEN = 12
-#: Rows that an estimate looks at.
+#: Number of rows that an estimate reads.
 ROWS_LOOKED_AT = 32
 
 
@@ -58,21 +58,21 @@ def regenerate(
     Args:
         target: The target the draft will be trained for.
         processor: Its processor.
-        rows: Prompts: `{"messages": [...]}`, see `data/messages.py`. Assistant turns at the end are left out: they
-            are what the target is to write.
+        rows: Prompts: `{"messages": [...]}`, see `data/messages.py`. Assistant turns at the end are left out,
+            because the target writes them.
         output_dir: Gets `answers-00000.jsonl`, … and `provenance.json`. Each line is the row with `answer_ids` (the
             tokens as written, end of turn included) and `answer` (their text). Videos and images are named by absolute
             path or URL; those given as bytes are stored in `media/`.
         draft: A draft of this target that speeds up the writing, one prompt at a time.
         shard_size: Rows per file.
         batch_size: Prompts generated together, padded on the left.
-        max_new_tokens: Longest answer.
-        seed: Of sampling; each shard starts its own stream, so a resumed run writes what the whole one would have.
-        fps, max_frames: How densely to read video files. Stored in each row, which is read that way ever after.
+        max_new_tokens: Maximum length of an answer.
+        seed: Seed of sampling. Each shard has its own random stream, so a resumed run writes the same answers.
+        fps, max_frames: Sampling of video files. They are stored in each row, and used whenever it is read again.
         on_bad_row: `"refuse"` raises at the first bad row; `"skip"` leaves it out and lists it with the reason in
             `answers-00000.skipped.json`, see [`read_skipped`].
         show_progress: Show a progress bar over the rows of this process.
-        generation_settings: Anything else `generate()` takes (`do_sample`, `temperature`, …).
+        generation_settings: Further arguments of `generate()` (`do_sample`, `temperature`, …).
 
     Returns:
         All shards, in order. Those of other processes may still be missing.
@@ -138,7 +138,7 @@ def regenerate(
                 written += _answer(target, processor, good, settings)
                 progress.update(len(batch))
             if skipped:
-                # First: who finds the shard finds this too.
+                # Written first, so that an existing shard always has it.
                 write_json(shards[number].with_suffix(".skipped.json"), skipped)
             write_text(shards[number], "".join(json.dumps(row) + "\n" for row in written))
     return shards

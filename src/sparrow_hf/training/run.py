@@ -1,4 +1,4 @@
-"""From options to a trained draft: what `sparrow train` does, and what a script can call instead."""
+"""From options to a trained draft: the work of `sparrow train`, which scripts can call too."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ DDP_CONFIG = Path(__file__).parent / "accelerate" / "ddp.yaml"
 
 DRAFT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-#: Held-out rows that are decoded at every evaluation; all of them are walked along teacher-forced.
+#: Number of held-out rows that are decoded at every evaluation; all of them are evaluated teacher-forced.
 DECODED_ROWS = 8
 
 
@@ -58,16 +58,16 @@ class TrainingRun:
             try:
                 plot_curves(self.trainer.state.log_history, self.output / "curves.png")
             except MissingDependencyError:
-                # The log has all figures; a picture of them is an extra.
+                # The figures are in the log; the plot needs an optional dependency.
                 pass
         return draft
 
 
 def check_output(options: TrainingOptions) -> str | None:
-    """The checkpoint to resume from, if that was asked for; otherwise the output folder must be free.
+    """The checkpoint to resume from with `--resume`; otherwise the output folder must be free.
 
     Raises:
-        TrainingOptionsError: There is a training or a draft in the way, or nothing to resume.
+        TrainingOptionsError: The folder holds a training or a draft, or there is nothing to resume.
     """
     output = Path(options.output)
     checkpoints = output / "checkpoints"
@@ -123,7 +123,7 @@ def prepare_training(
         processor: Its processor.
 
     Raises:
-        TrainingOptionsError: The options contradict each other or what lies in the output folder.
+        TrainingOptionsError: The options contradict each other or the files in the output folder.
         TrainingDataError: There are no rows, or training and held-out rows share a video.
         BindingError: The draft to start from fits another target.
     """
@@ -139,7 +139,7 @@ def prepare_training(
             with PartialState().main_process_first():
                 refuse_shared_media(train, held_out)
         if arguments.eval_strategy == "no":
-            # Whoever names held-out rows wants to see them measured.
+            # With held-out rows, evaluation is on by default.
             arguments.eval_strategy, arguments.eval_steps = arguments.save_strategy, arguments.save_steps
     trainer = SparrowTrainer(
         draft,

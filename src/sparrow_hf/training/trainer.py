@@ -1,4 +1,4 @@
-"""`SparrowTrainer`: trains a draft beside its frozen target."""
+"""`SparrowTrainer`: trains a draft with its frozen target."""
 
 import hashlib
 import zlib
@@ -28,7 +28,7 @@ class SparrowTrainer(Trainer):
     """Trains a [`SparrowDraftModel`] on the states of its frozen target.
 
     Rows of the datasets are conversations, processed conversations or recorded states (see `data.py`). Conversations
-    are read by the target during training, without gradient; recorded states give the same losses, to the last bit.
+    are processed by the target during training, without gradient; recorded states give bit-identical losses.
 
     All randomness of a step (which visual positions, the noise) is a function of `args.seed`, the step and the sample,
     so a resumed run repeats what the uninterrupted one would have drawn.
@@ -88,7 +88,7 @@ class SparrowTrainer(Trainer):
         #: Index and reason of the rows left out so far (`args.on_bad_row`).
         self.skipped_rows: set[tuple[int | None, str]] = set()
 
-    # -- what a step sees ---------------------------------------------------------------------------------------------
+    # -- inputs of a step ---------------------------------------------------------------------------------------------
 
     def make_batch(self, samples: list[Mapping[str, Any]], training: bool) -> DraftBatch:
         """Reads the samples with the target where that was not done before, and pads them into the draft's batch.
@@ -153,7 +153,7 @@ class SparrowTrainer(Trainer):
         if not inputs["samples"]:
             return self._no_loss(model, return_outputs)
         batch = self.make_batch(inputs["samples"], training=training)
-        # Evaluation asks what decoding would accept, whatever the training recipe was.
+        # Evaluation measures what decoding would accept, whatever the training recipe was.
         exact = self.args.mtp_attention == "exact" or not training
         num_passes = self.draft.config.num_mtp_steps if training else self.draft.config.num_draft_levels
         # The forward goes through the model as it was wrapped: DDP averages no gradient of a forward it has not seen.
@@ -192,7 +192,7 @@ class SparrowTrainer(Trainer):
                 logger.warning("left out %s (%d rows so far)", row[1], len(self.skipped_rows))
 
     def _no_loss(self, model: nn.Module, return_outputs: bool) -> Any:
-        """What a batch of nothing but skipped rows adds: zero, with zero gradients that other processes wait for."""
+        """The loss of a batch of skipped rows only: zero, with zero gradients that other processes wait for."""
         row = torch.zeros((1, 1, self.draft.config.hidden_size), dtype=self.draft.dtype, device=self.args.device)
         position = torch.zeros((1, 1), dtype=torch.long, device=self.args.device)
         everything = [model(row, position).last_hidden_state, *self.draft.parameters()]
@@ -243,7 +243,7 @@ class SparrowTrainer(Trainer):
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leaves the draft's own card (`hub.py`), saved with its weights, where the base class would write another."""
+        """Keeps the draft's own card (`hub.py`), saved with its weights; the base class would overwrite it."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not estimated: the cost of a step is the target's, not the draft's."""

@@ -1,7 +1,7 @@
-"""A reduced draft vocabulary: the tokens the target really writes, counted over its answers.
+"""A reduced draft vocabulary: the most frequent tokens of the target's answers.
 
-Most of a draft's step is the target's head, and a caption uses a small part of the vocabulary it scores. Verification
-does not change: a token outside the draft's vocabulary is simply never drafted.
+Most of a draft step is the target's head, and captions use a small part of its vocabulary. Verification does not
+change: a token outside the draft's vocabulary is never drafted.
 """
 
 import os
@@ -25,7 +25,7 @@ VOCABULARY_FILE = "vocabulary.safetensors"
 
 @dataclass(frozen=True)
 class TargetTokens:
-    """What must be known of a target's vocabulary to choose from it; no weights.
+    """The properties of a target's vocabulary that the choice depends on; no weights.
 
     Attributes:
         vocab_size: Ids its head scores.
@@ -130,7 +130,7 @@ def save_vocabulary(
         path: The file: `draft_to_target` `(D,)` int64 and `counts` `(D,)` int64, how often each of them was written.
         draft_to_target: From [`choose_vocabulary`].
         counts: `(V,)` from [`count_tokens`].
-        provenance: What else the metadata shall say: the target, the answers.
+        provenance: Further metadata: the target, the answers.
     """
     metadata = {
         "vocab_size": len(counts),
@@ -148,7 +148,7 @@ def load_vocabulary(path: str | os.PathLike[str], vocab_size: int | None = None)
 
     Args:
         path: The file.
-        vocab_size: Of the target it shall serve; by default of the one it was made for.
+        vocab_size: Vocabulary of the target to use it with; by default of the one it was made for.
 
     Raises:
         VocabularyError: The file is no vocabulary: unreadable, of another dtype or shape, not ascending, or with ids

@@ -208,7 +208,7 @@ def forgetful(self: SparrowDataCollator, row: dict[str, Any]) -> Any:
         ({"answers": 2}, {}, {}),
     ],
 )
-def test_a_reader_with_a_road_of_its_own_is_seen(
+def test_a_reader_that_prepares_rows_differently_is_found(
     world: World, form: Any, own: Any, default: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = world.row(**(CLIP | form)) | own

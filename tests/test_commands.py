@@ -1,4 +1,4 @@
-"""A user's road, by the command line only: prompts about videos → answers → recording → draft → generate."""
+"""All steps of a user on the command line: prompts about videos → answers → recording → draft → generate."""
 
 import json
 from pathlib import Path
@@ -43,9 +43,9 @@ def succeed(*arguments: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a target, videos, prompts, and what `regenerate`, `vocab` and `record` made of them."""
-    folder = tmp_path_factory.mktemp("road")
+    folder = tmp_path_factory.mktemp("work")
     processor = build_processor()
     target = build_target(processor.tokenizer, num_hidden_layers=2)
     target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
@@ -68,8 +68,8 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(road: Path, output: Path, *options: object, rows: str = "prompts_answers") -> Result:
-    return run("train", "--target", road / "target", "--train", road / rows, "--output", output, *TRAINING, *options)
+def train(work: Path, output: Path, *options: object, rows: str = "prompts_answers") -> Result:
+    return run("train", "--target", work / "target", "--train", work / rows, "--output", output, *TRAINING, *options)
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -82,16 +82,16 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
         assert torch.equal(tensor, second[name]), name
 
 
-def test_from_videos_to_generate(road: Path, tmp_path: Path) -> None:
-    held_out = ("--held-out", road / "held_out_answers", "--vocabulary", road / "vocabulary.safetensors")
-    result = train(road, tmp_path / "draft", *SMALL, *held_out, "--save-steps", 2)
+def test_from_videos_to_generate(work: Path, tmp_path: Path) -> None:
+    held_out = ("--held-out", work / "held_out_answers", "--vocabulary", work / "vocabulary.safetensors")
+    result = train(work, tmp_path / "draft", *SMALL, *held_out, "--save-steps", 2)
     assert result.exit_code == 0, result.output
     state = json.loads((tmp_path / "draft" / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())
     logged = {name for entry in state["log_history"] for name in entry}
     assert {"loss", "eval_tau", "eval_decoded_tau", "eval_identical"} <= logged
     assert all(entry.get("eval_identical", 1.0) == 1.0 for entry in state["log_history"])
 
-    target, processor = load_target(road / "target")
+    target, processor = load_target(work / "target")
     draft = AutoModel.from_pretrained(tmp_path / "draft")
     assert draft.config.draft_vocab_size == 40 and draft.config.num_mtp_steps == 2
     clip = make_clip(tmp_path / "new.mp4", EVALUATION_SEEDS[9], visual_tokens=24)
@@ -101,19 +101,19 @@ def test_from_videos_to_generate(road: Path, tmp_path: Path) -> None:
     assert draft.last_generation.rounds > 0
 
 
-def test_a_recording_trains_the_same_draft(road: Path, tmp_path: Path) -> None:
-    online = train(road, tmp_path / "online", *SMALL)
-    recorded = train(road, tmp_path / "recorded", *SMALL, rows="recording")
+def test_a_recording_trains_the_same_draft(work: Path, tmp_path: Path) -> None:
+    online = train(work, tmp_path / "online", *SMALL)
+    recorded = train(work, tmp_path / "recorded", *SMALL, rows="recording")
     assert online.exit_code == recorded.exit_code == 0, online.output + recorded.output
     assert_same(weights(tmp_path / "online"), weights(tmp_path / "recorded"))
 
 
-def test_held_out_rows_are_decoded_as_training_reads_them(road: Path, tmp_path: Path) -> None:
+def test_held_out_rows_are_decoded_as_training_reads_them(work: Path, tmp_path: Path) -> None:
     """By paths that start at their file's folder, at their own `fps`, without any of the answers they end with."""
     part = {"type": "video", "video": "my_videos/5.mp4"}
     asked = {"role": "user", "content": [part, {"type": "text", "text": "describe this video ."}]}
     said = [{"role": "assistant", "content": text} for text in ("a dot", "a ring")]
-    held_out = road / "own_frames.jsonl"
+    held_out = work / "own_frames.jsonl"
     held_out.write_text(json.dumps({"messages": [asked, *said], "fps": 2}) + "\n")
     seen = []
 
@@ -125,9 +125,9 @@ def test_held_out_rows_are_decoded_as_training_reads_them(road: Path, tmp_path: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparrow_hf.training.run.DecodingCallback", Watched)
-        result = train(road, tmp_path / "draft", *SMALL, "--held-out", held_out)
+        result = train(work, tmp_path / "draft", *SMALL, "--held-out", held_out)
     assert result.exit_code == 0, result.output
-    part["video"] = str(road / part["video"])
+    part["video"] = str(work / part["video"])
     expected = prepare_inputs(build_processor(), [asked], fps=2)
     assert seen and all(torch.equal(prompt[name], value) for prompt in seen for name, value in expected.items())
 
@@ -139,34 +139,34 @@ class _PowerCut(TrainerCallback):
 
 
 def test_resume_overwrites_nothing_and_ends_the_same(
-    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = (*SMALL, "--save-steps", 2)
-    assert train(road, tmp_path / "whole", *options).exit_code == 0
+    assert train(work, tmp_path / "whole", *options).exit_code == 0
     make = SparrowTrainer.__init__
     with monkeypatch.context() as patch:
         patch.setattr(SparrowTrainer, "__init__", lambda self, *args, **kwargs: (
             make(self, *args, **kwargs), self.add_callback(_PowerCut()))[0])  # fmt: skip
-        stopped = train(road, tmp_path / "cut", *options)
+        stopped = train(work, tmp_path / "cut", *options)
     assert stopped.exit_code == 130 and "Stopped." in stopped.output
     assert not (tmp_path / "cut" / "model.safetensors").exists()
-    refused = train(road, tmp_path / "cut", *options)
+    refused = train(work, tmp_path / "cut", *options)
     assert refused.exit_code == 2 and "--resume" in refused.output
-    resumed = train(road, tmp_path / "cut", *options, "--resume")
+    resumed = train(work, tmp_path / "cut", *options, "--resume")
     assert resumed.exit_code == 0, resumed.output
     assert_same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-    finished = train(road, tmp_path / "whole", *options)
+    finished = train(work, tmp_path / "whole", *options)
     assert finished.exit_code == 2
-    nothing = train(road, tmp_path / "none", *options, "--resume")
+    nothing = train(work, tmp_path / "none", *options, "--resume")
     assert nothing.exit_code == 2 and "no checkpoint" in nothing.output
 
 
-def test_warm_start_and_lora(road: Path, tmp_path: Path) -> None:
-    assert train(road, tmp_path / "first", *SMALL).exit_code == 0
-    warm = train(road, tmp_path / "warm", "--warm-start", tmp_path / "first", "--learning-rate", 0.0)
+def test_warm_start_and_lora(work: Path, tmp_path: Path) -> None:
+    assert train(work, tmp_path / "first", *SMALL).exit_code == 0
+    warm = train(work, tmp_path / "warm", "--warm-start", tmp_path / "first", "--learning-rate", 0.0)
     assert warm.exit_code == 0, warm.output
     assert_same(weights(tmp_path / "warm"), weights(tmp_path / "first"))
-    lora = train(road, tmp_path / "lora", "--warm-start", tmp_path / "first", "--lora", 4)
+    lora = train(work, tmp_path / "lora", "--warm-start", tmp_path / "first", "--lora", 4)
     assert lora.exit_code == 0, lora.output
     first, adapted = weights(tmp_path / "first"), weights(tmp_path / "lora")
     assert first.keys() == adapted.keys()
@@ -174,13 +174,13 @@ def test_warm_start_and_lora(road: Path, tmp_path: Path) -> None:
     assert "fc.weight" in changed and not any("norm" in name for name in changed)
 
 
-def test_looking_before_it_starts(road: Path, tmp_path: Path) -> None:
-    shown = train(road, tmp_path / "draft", *SMALL, "--inspect", 1)
+def test_inspect_and_dry_run(work: Path, tmp_path: Path) -> None:
+    shown = train(work, tmp_path / "draft", *SMALL, "--inspect", 1)
     assert shown.exit_code == 0, shown.output
     assert "visual runs: 24 from token" in shown.output and "11 with a loss in the first pass" in shown.output
-    cost = train(road, tmp_path / "draft", *SMALL, "--dry-run")
+    cost = train(work, tmp_path / "draft", *SMALL, "--dry-run")
     assert cost.exit_code == 0, cost.output
-    assert "4 training rows really taken" in cost.output
+    assert "forward and backward of 4 training rows" in cost.output
     assert not (tmp_path / "draft" / "model.safetensors").exists()
 
 
@@ -194,16 +194,16 @@ def test_looking_before_it_starts(road: Path, tmp_path: Path) -> None:
         (("--target-dtype", "float8"), "target-dtype"),
     ],
 )
-def test_what_cannot_work_is_one_sentence(road: Path, tmp_path: Path, options: Any, sentence: str) -> None:
+def test_what_cannot_work_is_one_sentence(work: Path, tmp_path: Path, options: Any, sentence: str) -> None:
     name, value = options
-    result = train(road, tmp_path / "draft", name, road / value if str(value).endswith("jsonl") else value)
+    result = train(work, tmp_path / "draft", name, work / value if str(value).endswith("jsonl") else value)
     assert result.exit_code == 2, result.output
     assert sentence in result.output and "Traceback" not in result.output
 
 
-def test_streamed_rows_train_the_same_draft_as_rows_in_order(road: Path, tmp_path: Path) -> None:
-    in_order = train(road, tmp_path / "loaded", *SMALL, "--train-sampling-strategy", "sequential")
-    streamed = train(road, tmp_path / "streamed", *SMALL, "--streaming", "true")
+def test_streamed_rows_train_the_same_draft_as_rows_in_order(work: Path, tmp_path: Path) -> None:
+    in_order = train(work, tmp_path / "loaded", *SMALL, "--train-sampling-strategy", "sequential")
+    streamed = train(work, tmp_path / "streamed", *SMALL, "--streaming", "true")
     assert in_order.exit_code == streamed.exit_code == 0, in_order.output + streamed.output
     assert_same(weights(tmp_path / "loaded"), weights(tmp_path / "streamed"))
 
