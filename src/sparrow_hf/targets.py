@@ -1,4 +1,8 @@
-"""All the package asks of a target: decoder, embedding, head, device. Families differ in configuration only."""
+"""All the package asks of a target: decoder, embedding, head, device. Families differ in configuration only.
+
+What it reads of a target's configuration (placeholder ids, the shape of a decoder layer) is in
+`configuration_sparrow.py`.
+"""
 
 import warnings
 from collections.abc import Callable
