@@ -10,13 +10,13 @@ import pytest
 import torch
 import transformers
 from typer.testing import CliRunner, Result
+from untrained import save_models
 
 import sparrow_hf
-from sparrow_hf import SparrowDraftModel, _transformers, extras
+from sparrow_hf import _transformers, extras
 from sparrow_hf.cli import app
 from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
-from sparrow_hf.testbed.nano import build_processor, build_target
 
 VERDICT_KEYS = {"identical", "clips", "visual_tokens", "tau", "k", "per_position", "dsr", "esr"}
 
@@ -28,15 +28,7 @@ def run(*arguments: object) -> Result:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
     """Options that name an untrained target and its draft."""
-    folder = tmp_path_factory.mktemp("models")
-    processor = build_processor()
-    target = build_target(processor.tokenizer, num_hidden_layers=2)
-    # An untrained target would now and then write a placeholder, which is no text.
-    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
-    target.save_pretrained(folder / "target")
-    processor.save_pretrained(folder / "target")
-    SparrowDraftModel.from_target(target, num_glimpse_tokens=4).save_pretrained(folder / "draft")
-    return "--target", folder / "target", "--draft", folder / "draft"
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, TrainerCallback
 from typer.testing import CliRunner, Result
+from untrained import save_target
 
 from sparrow_hf.cli import app
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
-from sparrow_hf.testbed.nano import build_processor, build_target, load_target
+from sparrow_hf.testbed.nano import build_processor, load_target
 from sparrow_hf.training import DecodingCallback, SparrowTrainer
 from sparrow_hf.video import prepare_inputs
 
@@ -46,11 +47,7 @@ def succeed(*arguments: object) -> str:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a target, videos, prompts, and what `regenerate`, `vocab` and `record` made of them."""
     folder = tmp_path_factory.mktemp("work")
-    processor = build_processor()
-    target = build_target(processor.tokenizer, num_hidden_layers=2)
-    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
-    target.save_pretrained(folder / "target")
-    processor.save_pretrained(folder / "target")
+    save_target(folder / "target")
     for split, numbers in (("prompts", range(4)), ("held_out", range(4, 6))):
         rows = []
         for number in numbers:

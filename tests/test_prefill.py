@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from noise import LENGTH, read
+from noise import LENGTH, build_target, read
 from transformers import PreTrainedModel
 
 from sparrow_hf import TREE_PRESETS, SparrowDraftModel, TreeShape
 from sparrow_hf.measurement import Arm, compare, warm_up
 from sparrow_hf.prefill import PrefillSnapshot
 
-from families import FAMILY_BY_NAME
 from tiny_targets import Family
 
 CHAIN = TreeShape(4, 3, 1)
@@ -17,11 +16,7 @@ CHAIN = TreeShape(4, 3, 1)
 
 @pytest.fixture(scope="module")
 def target() -> PreTrainedModel:
-    target = FAMILY_BY_NAME["qwen2_5_vl"].build_target()
-    # Placeholders are no text; and every answer is as long as it may be.
-    target.generation_config.suppress_tokens = FAMILY_BY_NAME["qwen2_5_vl"].visual_token_ids
-    target.generation_config.eos_token_id = None
-    return target
+    return build_target()
 
 
 @pytest.fixture(scope="module")

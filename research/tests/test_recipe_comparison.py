@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from sparrow_hf.testbed.nano import build_processor, build_target
-from sparrow_research import recipes, retrain
+from sparrow_research import processes, recipes, retrain
 from sparrow_research.pretrain import export
 
 
@@ -23,7 +23,7 @@ def small_world(tmp_path, monkeypatch):
     monkeypatch.setattr(retrain, "LONG_SHARE", 0.0)
     monkeypatch.setattr(retrain, "MAX_CAPTION_TOKENS", 12)
     # A process of its own would not see the constants above.
-    monkeypatch.setattr(recipes, "ProcessPoolExecutor", lambda processes, context: ThreadPoolExecutor(processes))
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
     return tmp_path
 
 

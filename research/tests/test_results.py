@@ -15,7 +15,7 @@ from sparrow_hf.draft_inputs import EVERY_VISUAL_TOKEN
 from sparrow_hf.testbed.families import QWEN2_5_VL
 from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.training import ALL_VISUAL_ROWS
-from sparrow_research import retrain
+from sparrow_research import processes, retrain
 from sparrow_research.pretrain import export
 from sparrow_research.results import __main__ as command
 from sparrow_research.results import analyses, cells, contenders, draft_steps
@@ -71,7 +71,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, value in {"VISUAL_TOKENS": (24, 48), "CLIPS": 1, "REPEATS": 3}.items():
         monkeypatch.setattr(draft_steps, name, value)
     # A process of its own would not see the constants above.
-    monkeypatch.setattr(command, "ProcessPoolExecutor", lambda processes, context: ThreadPoolExecutor(processes))
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
     # Nor does the sibling have to learn anything.
     monkeypatch.setattr(command, "train_sibling", lambda family, work: place_sibling(work))
     threads = torch.get_num_threads()

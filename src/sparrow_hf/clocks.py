@@ -50,12 +50,6 @@ class StopWatch(BaseStreamer):
         self.decode_seconds = now(self._target.device) - self._first_token
         self._hook.remove()
 
-    @property
-    def seconds_per_token(self) -> float:
-        """Seconds per token after the prefill; 0 if there was none."""
-        decode_tokens = sum(self.chunks[1:])
-        return self.decode_seconds / decode_tokens if decode_tokens else 0.0
-
     def _count(self, *args: object) -> None:
         self._forwards += 1
         # A round counts when its forward begins; the forwards before the first token are the prefill.

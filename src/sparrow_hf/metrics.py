@@ -223,6 +223,20 @@ def count_asked(
     return counts
 
 
+def asked_acceptance(runs: Sequence[Run]) -> dict[str, float | None]:
+    """Share of the tokens asked of the draft that it got accepted, by class of words, pooled over runs.
+
+    Returns:
+        `content` and `function` → share; `None` where nothing was asked for, or nobody told the classes.
+    """
+    counted = [run.asked for run in runs if run.asked is not None]
+    shares: dict[str, float | None] = {}
+    for name in ("content", "function"):
+        asked, accepted = (sum(counts[name][i] for counts in counted) for i in (0, 1))
+        shares[name] = accepted / asked if asked else None
+    return shares
+
+
 def speed(plain: Sequence[Run], runs: Sequence[Run]) -> Speed:
     """Compares the runs of an arm with the plain runs of the same clips, in the same order.
 

@@ -1,4 +1,8 @@
-"""The parts of a target that the package uses: decoder, embedding, head, device. No code depends on the family."""
+"""The parts of a target that the package uses: decoder, embedding, head, device. No code depends on the family.
+
+What is read from a target's configuration (placeholder ids, the shape of a decoder layer) is in
+`configuration_sparrow.py`.
+"""
 
 import warnings
 from collections.abc import Callable

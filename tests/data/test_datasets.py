@@ -5,25 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rows import ANSWER, ask, make_media, video
 
 from sparrow_hf.data import clean_messages, load_rows, prepare_conversation, prepare_inputs, read_image, read_video
 from sparrow_hf.errors import ImageError, TrainingDataError, VideoError
 from sparrow_hf.testbed.nano import build_processor
-from sparrow_hf.testbed.world import make_clip
-
-ANSWER = {"role": "assistant", "content": "a dot"}
-
-
-def ask(*parts: dict[str, Any], answer: dict[str, Any] = ANSWER) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "what ?"}]}, answer]}
-
-
-def video(source: Any) -> dict[str, Any]:
-    return {"type": "video", "video": source}
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +23,7 @@ def processor():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Two clips and a picture."""
-    folder = tmp_path_factory.mktemp("media")
-    for seed, tokens in ((1, 16), (2, 24)):
-        make_clip(folder / f"{seed}.mp4", seed, tokens)
-    Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(folder / "picture.png")
-    return folder
+    return make_media(tmp_path_factory.mktemp("media"))
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -6,26 +6,19 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
+from untrained import save_models
 
-from sparrow_hf import SparrowDraftModel
 from sparrow_hf.artifacts import tensor_digest
 from sparrow_hf.cli import app
 from sparrow_hf.generation.emission import TokenEmitter
-from sparrow_hf.testbed.nano import build_processor, build_target, load_target
+from sparrow_hf.testbed.nano import load_target
 from sparrow_hf.testbed.world import make_clip
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     """Options that name an untrained target and its draft."""
-    folder = tmp_path_factory.mktemp("models")
-    processor = build_processor()
-    target = build_target(processor.tokenizer, num_hidden_layers=2)
-    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
-    target.save_pretrained(folder / "target")
-    processor.save_pretrained(folder / "target")
-    SparrowDraftModel.from_target(target, num_glimpse_tokens=4).save_pretrained(folder / "draft")
-    return ["--target", folder / "target", "--draft", folder / "draft", "--device", "cpu", "--max-new-tokens", 8]
+    return [*save_models(tmp_path_factory.mktemp("models")), "--device", "cpu", "--max-new-tokens", 8]
 
 
 def bench(folder: Path, *arguments: object) -> Result:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import EvalPrediction
 
-from sparrow_hf.training.acceptance import acceptance_metrics, count_acceptance, walk
+from sparrow_hf.training.acceptance import acceptance_metrics, count_acceptance, simulate_rounds
 from sparrow_hf.training.passes import DraftBatch
 
 
@@ -22,14 +22,14 @@ def batch_of(*num_losses):
     )
 
 
-def test_walk_and_figures_by_hand():
+def test_rounds_and_figures_by_hand():
     # Chains of two tokens. Sample 0 has 6 loss rows, sample 1 has 3; column u of pass s is row u + s.
     batch = batch_of(6, 3)
     first = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1]]).bool()
     second = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1]]).bool()
     # sample 0: from 0 both match → next start 3: both match (row 4 in pass 1) → next start 6: over
     # sample 1: from 0 one matches → next start 2: one matches, the second would lie past the end → over
-    assert [int(length) for length in walk(batch, [first, second])] == [2, 2, 1, 1]
+    assert [int(length) for length in simulate_rounds(batch, [first, second])] == [2, 2, 1, 1]
 
     counts = count_acceptance(batch, [first, second])
     # rows: 9 in the first pass, 5 + 2 in the second; positions after the end of sample 1 are not counted

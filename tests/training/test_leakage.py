@@ -1,21 +1,13 @@
 """Held-out videos that were trained on are found, whichever way they are named."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
+from rows import ask, video
 
 from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.testbed.world import make_clip
 from sparrow_hf.training import media_keys, refuse_shared_media
-
-
-def ask(*parts: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "what ?"}]}]}
-
-
-def video(source: Any) -> dict[str, Any]:
-    return {"type": "video", "video": source}
 
 
 @pytest.fixture

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sparrow_hf.artifacts import tensor_digest, write_json, write_text
@@ -33,6 +30,7 @@ from sparrow_hf.testbed.world import TRAIN_SEEDS, VALIDATION_SEEDS
 from sparrow_hf.training import ALL_VISUAL_ROWS, DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainer
 from sparrow_hf.training.recording import RecordedDataset
 
+from .processes import run_in_processes
 from .retrain import DRAFT, build_draft, build_trainer, record, train
 
 CLIPS, STEPS, SEEDS = 1024, 200, (0, 1, 2)
@@ -241,26 +239,13 @@ def main(arguments: list[str] | None = None) -> None:
     # All recipes once before any of them twice: an early stop leaves a whole table.
     runs = [(name, seed) for seed in options.seeds for name in options.recipes if (name, seed) not in done]
     folder = options.work / f"{sha256[:8]}-{options.steps}"
-    # A forked process would inherit the threads of this one's tensors.
-    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
-        running = [
-            pool.submit(
-                run_recipe,
-                options.target,
-                name,
-                seed,
-                options.steps,
-                recording,
-                folder / f"{name.replace(' ', '-')}-{seed}",
-            )
-            for name, seed in runs
-        ]
-        try:
-            for run in tqdm(as_completed(running), desc="recipes", total=len(running)):
-                rows.append(run.result())
-                write_results(rows, options.output, options.report)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    calls = [
+        (options.target, name, seed, options.steps, recording, folder / f"{name.replace(' ', '-')}-{seed}")
+        for name, seed in runs
+    ]
+    for row in run_in_processes(run_recipe, calls, options.processes, "recipes"):
+        rows.append(row)
+        write_results(rows, options.output, options.report)
 
 
 def write_results(rows: list[dict[str, Any]], output: Path, report: Path | None) -> None:

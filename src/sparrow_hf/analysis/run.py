@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .._transformers import name_of
-from ..artifacts import check_made_alike, tensor_digest, write_text
+from ..artifacts import check_made_alike, tensor_digest, write_json
 from ..data.messages import fingerprint
 from ..errors import AnalysisError, ImageError, TrainingDataError, VideoError
 from ..generation.integration import follow
@@ -96,10 +96,7 @@ def analyze(
         tqdm(conversations, desc="Analysing", unit="prompt", disable=not show_progress)
     ):
         path, made_from = folder / f"{index:05}.json", settings | {"conversation": digest_of(conversation)}
-        if path.exists():
-            record = json.loads(path.read_text())
-            check_made_alike(path, record["made_from"], made_from, AnalysisError)
-        else:
+        if not path.exists():
             try:
                 prompt = process_conversation(processor, conversation, fps=fps, max_frames=max_frames)
                 answered = answer(target, prompt, max_new_tokens)
@@ -107,10 +104,10 @@ def analyze(
                 raise AnalysisError(f"prompt {index}: {error}") from error
             judge = None if score is None else _judge(processor, score)
             measured = measure(view, answered, layers, max_new_tokens, draft=draft, score=judge)
-            # Read back from the file, so that a resumed analysis uses exactly the same numbers.
-            text = json.dumps({"made_from": made_from} | measured)
-            write_text(path, text + "\n")
-            record = json.loads(text)
+            write_json(path, {"made_from": made_from} | measured)
+        # Read back, so that a resumed analysis uses exactly the same numbers.
+        record = json.loads(path.read_text())
+        check_made_alike(path, record["made_from"], made_from, AnalysisError)
         records.append(record)
     return summarize(records)
 

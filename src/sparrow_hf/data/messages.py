@@ -112,10 +112,11 @@ def naming_row(index: int | None) -> Iterator[None]:
         raise TrainingDataError(f"{prefix}{kind}{error}") from error
 
 
+def media_digest(source: Any) -> str:
+    """SHA-256 of a video or image held in memory: of the bytes of a file, or of the pixels of an array or picture."""
+    return hashlib.sha256(source if isinstance(source, bytes) else np.asarray(source).tobytes()).hexdigest()
+
+
 def fingerprint(conversation: Any) -> str:
     """Digest of a conversation; media count by their path or URL, in memory by their bytes or pixels."""
-
-    def media_key(value: Any) -> str:
-        return hashlib.sha256(value if isinstance(value, bytes) else np.asarray(value).tobytes()).hexdigest()
-
-    return hashlib.sha256(json.dumps(conversation, default=media_key).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(conversation, default=media_digest).encode()).hexdigest()

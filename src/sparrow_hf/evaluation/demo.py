@@ -25,6 +25,7 @@ from ..measurement import NO_DRAFT, PLAIN, Arm, compare, warm_up
 from ..metrics import Acceptance, Run, Speed, acceptance, speed
 from ..modeling_sparrow import SparrowDraftModel
 from .provenance import provenance
+from .results import figures
 from .streaming import ProvenanceStreamer
 
 DRAFT = "draft"
@@ -33,6 +34,8 @@ DRAFTED_STYLE, OWN_STYLE = "bold green", "yellow"
 SINGLE_CLIP_REPEATS = 2
 #: The control (our loop without a draft) varies little between clips and is slow, so it runs on a few only.
 MAX_CONTROL_RUNS = 8
+#: Figures of a results file that a verdict leaves out, or tells under another name.
+LEFT_OUT = ("output_tokens", "dsr_per_prompt", "dsr_interval", "forwards_per_token")
 
 
 class DemoError(SparrowError, ValueError):
@@ -89,27 +92,13 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The results as JSON types."""
-        taken, faster, control = self.acceptance, self.speed, self.same_engine
+        told, control = figures(self.runs[PLAIN], self.runs[DRAFT]), self.same_engine
         return {
             "identical": self.identical,
             "clips": self.clips,
             "visual_tokens": self.visual_tokens,
-            "tau": taken.tau,
-            "k": taken.k,
-            "per_position": taken.per_position,
-            "dsr": faster.dsr.median,
-            "esr": faster.esr.median,
-            "tau_interval": taken.tau_interval,
-            "per_position_conditional": taken.conditional,
-            "histogram": taken.histogram,
-            "rounds": taken.rounds,
-            "target_forwards_per_token": taken.forwards_per_token,
-            "dsr_quartiles": [faster.dsr.lower, faster.dsr.upper],
-            "esr_quartiles": [faster.esr.lower, faster.esr.upper],
-            "esr_from_dsr": faster.esr_from_dsr,
-            "prefill_share": faster.prefill_share.median,
-            "plain_ms_per_token": faster.plain_ms_per_token.median,
-            "ms_per_token": faster.ms_per_token.median,
+            **{name: figure for name, figure in told.items() if name not in LEFT_OUT},
+            "target_forwards_per_token": told["forwards_per_token"],
             "same_engine_dsr": control.dsr.median,
             "same_engine_esr": control.esr.median,
             "draft_cache_rows": max(run.draft_cache_rows or 0 for run in self.runs[DRAFT]),

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..artifacts import write_json
 from ..measurement import PLAIN
-from ..metrics import Run, acceptance, speed
+from ..metrics import Run, acceptance, asked_acceptance, speed
 from .run_file import read_lines
 
 KEY = ("benchmark", "family", "length", "temperature", "seed")
@@ -64,7 +64,8 @@ def result_row(arm: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "first_differences": sorted(differences),
     }
     if runs:
-        row |= figures(plain, runs) | phases(runs) | content_acceptance(runs) | memory(plain, runs)
+        row |= figures(plain, runs) | phases(runs) | memory(plain, runs)
+        row |= {f"{name}_acceptance": share for name, share in asked_acceptance(runs).items()}
     if runs_stock_loop(arm, [run for _, run in pairs]):
         if row["temperature"] > 0:
             row |= dict.fromkeys(("identical", "first_differences", "esr", "esr_quartiles", "esr_from_dsr"))
@@ -124,16 +125,6 @@ def phases(runs: Sequence[Run]) -> dict[str, Any]:
         "phase_ms": {name: _median_ms(seconds) for name, seconds in calls.items()},
         "draft_cache_rows": max((run.draft_cache_rows or 0 for run in own), default=None),
     }
-
-
-def content_acceptance(runs: Sequence[Run]) -> dict[str, Any]:
-    """Share of accepted tokens among those requested of the draft, for content and for function words."""
-    counted = [run.asked for run in runs if run.asked is not None]
-    shares: dict[str, float | None] = {}
-    for name in ("content", "function"):
-        asked, accepted = (sum(counts[name][i] for counts in counted) for i in (0, 1))
-        shares[f"{name}_acceptance"] = accepted / asked if asked else None
-    return shares
 
 
 def memory(plain: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:

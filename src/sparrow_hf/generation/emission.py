@@ -62,7 +62,10 @@ class TokenEmitter:
         return int(scores.argmax(dim=-1))
 
     def commit(self, token: int) -> None:
-        """Appends a token, checks every stopping criterion on it, and hands it to the streamer."""
+        """Appends a token, checks every stopping criterion on it, and hands it to the streamer.
+
+        The criteria are those that `generate()` made of its arguments: length, EOS, `stop_strings`, the caller's own.
+        """
         new = self.input_ids.new_full((1, 1), token)
         self.input_ids = torch.cat((self.input_ids, new), dim=-1)
         self.finished = bool(self._criteria(self.input_ids, self.scores).all())

@@ -25,13 +25,13 @@ def count_acceptance(batch: DraftBatch, matches: Sequence[Tensor]) -> Tensor:
     depth = len(matches)
     agreed = [(match & batch.has_loss(step)).sum() for step, match in enumerate(matches)]
     rows = [batch.has_loss(step).sum() for step in range(depth)]
-    accepted = walk(batch, matches)
+    accepted = simulate_rounds(batch, matches)
     reaching = metrics.count_reaching(accepted, depth)
     return torch.cat((torch.stack((*agreed, *rows)), agreed[0].new_tensor([*reaching, len(accepted)])))[None]
 
 
-def walk(batch: DraftBatch, matches: Sequence[Tensor]) -> list[int]:
-    """Simulates decoding: accepted tokens of each round of a chain of D tokens, on the answers of the batch.
+def simulate_rounds(batch: DraftBatch, matches: Sequence[Tensor]) -> list[int]:
+    """Accepted tokens of each round, were the answers of the batch decoded with chains of D tokens.
 
     A chain that starts at loss u and accepts k tokens is followed by the target's own token, so the next one
     starts at u + k + 1. On greedy answers of the target this equals decoding.

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
+from .losses import SCORE_LOSSES, STATE_LOSSES
+
 #: `num_visual_rows_*`: every visual token of the sample.
 ALL_VISUAL_ROWS = -1
 
@@ -169,9 +171,4 @@ class SparrowTrainingArguments(TrainingArguments):
     @property
     def loss_weights(self) -> dict[str, float]:
         """Name of each loss in `losses.py` → its weight."""
-        return {
-            "soft_cross_entropy": self.soft_cross_entropy_weight,
-            "probability_l1": self.probability_l1_weight,
-            "list_mle": self.list_mle_weight,
-            "feature_smooth_l1": self.feature_smooth_l1_weight,
-        }
+        return {name: getattr(self, f"{name}_weight") for name in (*SCORE_LOSSES, *STATE_LOSSES)}

@@ -1,13 +1,10 @@
 """Checks that training and held-out rows share no video or image."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..data.messages import clean_messages
+from ..data.messages import clean_messages, media_digest
 from ..data.video import is_url
 from ..errors import TrainingDataError
 
@@ -30,8 +27,7 @@ def media_keys(row: Mapping[str, Any]) -> set[str]:
 def _media_key(source: Any) -> str:
     if isinstance(source, str):
         return source if is_url(source) else str(Path(source).resolve())
-    data = source if isinstance(source, bytes) else np.ascontiguousarray(source).tobytes()
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+    return f"sha256:{media_digest(source)}"
 
 
 def refuse_shared_media(train: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]]) -> None:

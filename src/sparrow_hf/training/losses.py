@@ -46,6 +46,16 @@ def feature_smooth_l1(draft_states: Tensor, target_states: Tensor) -> Tensor:
     return F.smooth_l1_loss(draft_states, target_states, reduction="none").mean(-1)
 
 
+#: What compares scores, and what compares states. A loss that is added here gets its weight as the field
+#: `<name>_weight` of `SparrowTrainingArguments`.
+SCORE_LOSSES = {
+    "soft_cross_entropy": soft_cross_entropy,
+    "probability_l1": probability_l1,
+    "list_mle": list_mle,
+}
+STATE_LOSSES = {"feature_smooth_l1": feature_smooth_l1}
+
+
 def mixed_loss(
     weights: dict[str, float],
     draft_states: Tensor,
@@ -55,13 +65,10 @@ def mixed_loss(
 ) -> Tensor:
     """Weighted sum of the losses above, by name: `(n,)`."""
     loss = draft_logits.new_zeros(len(draft_logits))
-    for name, on_scores in (
-        ("soft_cross_entropy", soft_cross_entropy),
-        ("probability_l1", probability_l1),
-        ("list_mle", list_mle),
-    ):
+    for name, on_scores in SCORE_LOSSES.items():
         if weights[name]:
             loss = loss + weights[name] * on_scores(draft_logits, target_log_probs)
-    if weights["feature_smooth_l1"]:
-        loss = loss + weights["feature_smooth_l1"] * feature_smooth_l1(draft_states.float(), target_states.float())
+    for name, on_states in STATE_LOSSES.items():
+        if weights[name]:
+            loss = loss + weights[name] * on_states(draft_states.float(), target_states.float())
     return loss

@@ -5,7 +5,6 @@ shards must have been made with the same settings. Processes of `accelerate laun
 write the same files as one process.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .._transformers import commit_of, name_of
 from ..artifacts import atomic_path, check_made_alike, remove_partial_files, write_json, write_text
 from ..data.datasets import Rows
-from ..data.messages import ROW_FOLDER, ROW_INDEX, naming_row, split_answer
+from ..data.messages import ROW_FOLDER, ROW_INDEX, media_digest, naming_row, split_answer
 from ..data.prepare import prepare_prompt
 from ..data.video import is_url
 from ..errors import TrainingDataError
@@ -194,7 +193,7 @@ def _storable(turn: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for part in turn["content"]:
         source = part.get(part["type"])
         if isinstance(source, bytes):
-            path = folder / "media" / hashlib.sha256(source).hexdigest()
+            path = folder / "media" / media_digest(source)
             if not path.exists():
                 with atomic_path(path) as partial:
                     partial.write_bytes(source)

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from sparrow_hf.analysis.summary import recommend
 from sparrow_hf.artifacts import tensor_digest, write_json
@@ -27,6 +24,7 @@ from sparrow_hf.testbed import FAMILIES, SHIPPED, shipped
 from sparrow_hf.testbed.families import Family
 from sparrow_hf.testbed.nano import load_target
 
+from ..processes import run_in_processes
 from ..retrain import CLIPS
 from .analyses import ANALYSIS_FILE, DRAFT, analyse
 from .cells import CELLS, benchmark, pool_cells, pool_shared
@@ -60,14 +58,9 @@ def train_all(family: Family, work: Path, names: Sequence[str], processes: int) 
     if not todo:
         return
     record_clips(family, work)
-    # A forked process would inherit the threads of this one's tensors.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        running = [pool.submit(train_contender, family, work, name) for name in todo]
-        try:
-            for run in tqdm(as_completed(running), desc=f"{family.name} drafts", total=len(running)):
-                run.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    calls = [(family, work, name) for name in todo]
+    for _ in run_in_processes(train_contender, calls, processes, f"{family.name} drafts"):
+        pass
 
 
 def measure_all(family: Family, work: Path, cells: Sequence[str]) -> None:
