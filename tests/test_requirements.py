@@ -84,7 +84,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "training": ({"train"}, set()),
     "evaluation": ({"cli"}, {"train"}),
     "analysis": ({"cli"}, {"plot"}),
-    "testbed": ({"video", "train"}, {"plot"}),
+    "testbed": ({"video"}, set()),
     "cli": ({"cli"}, {"train"}),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
-from sparrow_hf import SparrowDraftModel
+from sparrow_hf import SparrowDraftModel, extras
 from sparrow_hf.analysis import Conversation, analyze, attention, draw_figures, run
 from sparrow_hf.analysis.answered import ProcessedPrompt, answer, find_text, process_conversation
 from sparrow_hf.analysis.run import measure
@@ -157,7 +158,7 @@ def test_figures(whole, tmp_path):
 
 
 def test_without_matplotlib_figures_name_the_install_line(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparrow_hf.extras.find_spec", lambda package: None)
+    monkeypatch.setattr(extras, "find_spec", lambda package: None if package == "matplotlib" else find_spec(package))
     with pytest.raises(MissingDependencyError, match=r"\.\[plot\]"):
         draw_figures(whole[0], tmp_path)
 
@@ -175,10 +176,10 @@ def test_the_command(models, conversations, tmp_path, monkeypatch):
     def invoke():
         return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
-    monkeypatch.setattr("sparrow_hf.extras.find_spec", lambda package: None)
+    monkeypatch.setattr(extras, "find_spec", lambda package: None if package == "matplotlib" else find_spec(package))
     result = invoke()
     assert result.exit_code == 0, result.output
-    assert "2 prompts, each answered once and read 4 times" in result.output
+    assert "2 prompts: one answer and 4 forwards each" in result.output
     assert "24 visual tokens" in result.output and "72 visual tokens" in result.output
     assert "visual_bridge_layer=1" in result.output
     assert "no figures: Drawing figures needs matplotlib" in result.output
