@@ -69,9 +69,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(work: Path, output: Path, *options: object, rows: str = "prompts_answers") -> Result:
-    return run(
-        "train", "--target", work / "target", "--train", work / rows, "--output", output, *TRAINING, *options
-    )
+    return run("train", "--target", work / "target", "--train", work / rows, "--output", output, *TRAINING, *options)
 
 
 def weights(folder: Path) -> dict[str, Any]:
