@@ -179,7 +179,7 @@ def test_the_command(models, conversations, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["sparrow_hf.plotting"], "is_matplotlib_available", lambda: False)
     result = invoke()
     assert result.exit_code == 0, result.output
-    assert "2 prompts, each answered once and read 4 times" in result.output
+    assert "2 prompts: one answer and 4 forwards each" in result.output
     assert "24 visual tokens" in result.output and "72 visual tokens" in result.output
     assert "visual_bridge_layer=1" in result.output
     assert "no figures: Drawing figures needs matplotlib" in result.output
