@@ -4,7 +4,7 @@ python examples/train_draft.py                         # the built-in target and
 python examples/train_draft.py --target Qwen/Qwen2.5-VL-7B-Instruct --prompts prompts.jsonl --steps 20000
 
 Each line of prompts.jsonl is {"messages": [...]} with videos as paths; the first eight are held out. The same
-command continues a stopped run. The few steps with the built-in target only show how it works: the draft is poor.
+command continues a stopped run. The few steps with the built-in target are an example and give no good draft.
 """
 
 import argparse

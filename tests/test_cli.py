@@ -66,6 +66,27 @@ def test_the_doctor_says_what_is_installed(monkeypatch: pytest.MonkeyPatch):
     assert "without av" in result.output
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        command.callback.__name__
+        for command in app.registered_commands
+        # `doctor` looks at the machine, not at a target.
+        if command.callback and command.callback.__name__ != "doctor"
+    ],
+)
+def test_every_verb_has_help(verb: str):
+    listing = run(verb, "--help")
+    assert listing.exit_code == 0, listing.output
+    assert "--target" in listing.output
+
+
+def test_help_shows_the_names_of_arms_in_full():
+    # Square brackets are markup to rich unless they are escaped.
+    listing = " ".join(run("bench", "--help").output.replace("│", " ").split())
+    assert "draft[:ID][@TREE][/glimpse=M]" in listing
+
+
 def test_demo_writes_its_verdict(models: tuple[object, ...], tmp_path: Path):
     file = tmp_path / "results" / "verdict.json"
     result = run(

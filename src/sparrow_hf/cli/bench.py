@@ -49,7 +49,7 @@ def bench(
         list[str] | None,
         typer.Option(
             help="An arm (method) to measure beside plain generate(): none, prompt-lookup[-N], assistant:ID, "
-            "draft[:ID][@TREE][/glimpse=M], or METHOD:TEXT for a method of another package. Repeat the option for "
+            r"draft[:ID]\[@TREE]\[/glimpse=M], or METHOD:TEXT for a method of another package. Repeat the option for "
             "several arms."
         ),
     ] = None,
@@ -105,9 +105,10 @@ def bench(
 ) -> None:
     """Measures arms (methods) against plain generate() on the same prompts, in one process.
 
-    Prints the number of calls before it starts. The same command continues a stopped run. The exit code is 1 if the
-    fp32 text of an arm differs from plain generate(). Texts that transformers' own assisted loop samples always differ
-    and do not count.
+    Prints the number of calls before it starts.
+    The same command continues a stopped run.
+    The exit code is 1 if the fp32 text of an arm differs from plain generate().
+    Texts that transformers' own assisted loop samples do not count for it.
     """
     with errors_as_sentences():
         import torch
@@ -145,19 +146,19 @@ def bench(
         conversations = None if prompts is None else read_conversations(prompts, split, limit)
         model, its_processor = load_target(target, processor, dtype.value, device)
         if conversations is None:
-            all_prompts = clip_prompts(model, its_processor, limit, visual_tokens or [400])
+            chosen = clip_prompts(model, its_processor, limit, visual_tokens or [400])
         else:
             if missing := conversations.missing:
                 console.print(
                     f"[yellow]left out {len(missing)} questions without their video, such as {missing[0]}[/]"
                 )
-            all_prompts = conversation_prompts(its_processor, conversations.rows, max_frames or [], fps)
+            chosen = conversation_prompts(its_processor, conversations.rows, max_frames or [], fps)
         parser = Arms(model, draft)
         benchmark = Benchmark(
             name,
             model,
             parser.parse(DEFAULT_ARMS if arms is None else arms),
-            all_prompts,
+            chosen,
             temperatures or [0.0],
             seeds or [0],
             max_new_tokens,
@@ -177,8 +178,7 @@ def bench(
         measured = benchmark.open_runs(runs)
         todo = benchmark.calls_per_prompt * sum(len(settings) for _, settings in benchmark.missing(measured))
         console.print(
-            f"{len(all_prompts)} prompts × {len(benchmark.settings)} temperatures and seeds "
-            f"× {len(benchmark.arms)} arms"
+            f"{len(chosen)} prompts × {len(benchmark.settings)} temperatures and seeds × {len(benchmark.arms)} arms"
             + (f" × {repeats} rounds; " if repeats > 1 else "; ")
             + f"to do: {todo} calls of up to {max_new_tokens} tokens"
         )

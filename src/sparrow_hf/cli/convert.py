@@ -22,8 +22,9 @@ def convert(
 ) -> None:
     """Converts an EAGLE-1/2, MSD, ViSpec or Sparrow checkpoint to a draft of this package.
 
-    The draft gives the same logits at text positions. Prints what it leaves out. The exit code is 2 if the checkpoint
-    holds an unknown tensor.
+    The draft gives the same logits at text positions.
+    Prints what it leaves out.
+    The exit code is 2 if the checkpoint holds an unknown tensor.
     """
     with errors_as_sentences():
         from ..conversion import convert_checkpoint

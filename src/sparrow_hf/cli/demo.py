@@ -47,8 +47,9 @@ def demo(
 ) -> None:
     """Captions a video with plain generate() and with the draft, and compares text and time.
 
-    Without options, the built-in models caption a clip they have not seen. The exit code is 1 if a single token
-    differs from plain generate(), and 2 if an input is missing or wrong.
+    Without options, the built-in models caption a clip they have not seen.
+    The exit code is 1 if a single token differs from plain generate(),
+    and 2 if an input is missing or wrong.
     """
     with errors_as_sentences():
         require("video", "sparrow demo")

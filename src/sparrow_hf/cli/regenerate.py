@@ -59,7 +59,8 @@ def regenerate(
 ) -> None:
     """Lets the target answer prompts: its own answers are the text that a draft should be trained on.
 
-    With accelerate launch -m sparrow_hf.cli, several processes share the work and write the same files as one.
+    With accelerate launch -m sparrow_hf.cli, several processes share the work.
+    They write the same files as one process.
     """
     with errors_as_sentences():
         require("train", "sparrow regenerate")
