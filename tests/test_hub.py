@@ -48,6 +48,20 @@ def folder(draft: SparrowDraftModel, tmp_path: Path) -> Path:
     return tmp_path / "draft"
 
 
+@pytest.mark.parametrize("loader", [SparrowDraftModel, AutoModel])
+def test_a_draft_of_the_first_version_loads(loader: Any) -> None:
+    """Saved by version 0.1.0 on transformers 5.23: a draft that somebody published must load in every later version."""
+    saved = Path(__file__).parent / "saved"
+    draft = loader.from_pretrained(saved / "draft-0.1.0").eval()
+    assert draft.config.tree_shape == (6, 5, 1) and draft.config.num_glimpse_tokens == 4
+    assert torch.equal(draft.draft_to_target, torch.arange(120))
+    assert draft.provenance["data"] == "None: random weights."
+    expected = load_file(saved / "draft-0.1.0-outputs.safetensors")
+    with torch.no_grad():
+        outputs = draft(expected["inputs"], torch.arange(5)[None], is_causal=True).last_hidden_state
+    torch.testing.assert_close(outputs, expected["outputs"])
+
+
 def change_config(folder: Path, **fields: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
