@@ -50,7 +50,7 @@ def folder(draft: SparrowDraftModel, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("loader", [SparrowDraftModel, AutoModel])
 def test_a_draft_of_the_first_version_loads(loader: Any) -> None:
-    """Saved by version 0.1.0 on transformers 5.23: a draft that somebody published must load in every later version."""
+    """Saved by version 0.1.0 on transformers 5.23: a published draft must load in every later version."""
     saved = Path(__file__).parent / "saved"
     draft = loader.from_pretrained(saved / "draft-0.1.0").eval()
     assert draft.config.tree_shape == (6, 5, 1) and draft.config.num_glimpse_tokens == 4

@@ -2,6 +2,8 @@
 
 import ast
 import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,26 @@ def test_names_that_train_are_found(tmp_path: Path) -> None:
         *("accelerate.PartialState", "torch.optim", "training.SparrowTrainer"),
         *("loss.backward", "torch.optim.AdamW"),
     }
+
+
+def imported_files(file: Path) -> Iterator[Path]:
+    """Files of the package that a file imports when it is imported itself (not within functions, not for types)."""
+    waiting: list[ast.stmt] = list(ast.parse(file.read_text()).body)
+    for node in waiting:
+        if isinstance(node, (ast.If, ast.Try)) and "TYPE_CHECKING" not in ast.unparse(node):
+            waiting += node.body + node.orelse
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        folder = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+        for alias in node.names:
+            # `from . import hub` names a file, `from .hub import find_file` something in one.
+            found = [folder / f"{alias.name}.py", folder / alias.name / "__init__.py", folder.with_suffix(".py")]
+            yield next((path for path in found if path.exists()), folder / "__init__.py")
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    graph = {file: set(imported_files(file)) - {file} for file in ROOT.rglob("*.py")}
+    # The package's front imports everything, and what names it means one of its attributes.
+    front = ROOT / "__init__.py"
+    order = list(TopologicalSorter({file: found - {front} for file, found in graph.items()}).static_order())
+    assert order.index(ROOT / "errors.py") < order.index(ROOT / "generation" / "decoding.py") < order.index(front)
