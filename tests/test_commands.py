@@ -174,7 +174,7 @@ def test_warm_start_and_lora(work: Path, tmp_path: Path) -> None:
 def test_inspect_and_dry_run(work: Path, tmp_path: Path) -> None:
     shown = train(work, tmp_path / "draft", *SMALL, "--inspect", 1)
     assert shown.exit_code == 0, shown.output
-    assert "visual runs: 24 from token" in shown.output and "11 with a loss in the first pass" in shown.output
+    assert "visual runs: 24 from token" in shown.output and "11 with a loss in pass 0" in shown.output
     cost = train(work, tmp_path / "draft", *SMALL, "--dry-run")
     assert cost.exit_code == 0, cost.output
     assert "forward and backward of 4 training rows" in cost.output
