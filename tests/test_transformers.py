@@ -217,7 +217,12 @@ model.generate(ids, max_new_tokens=5, assistant_model=SparrowDraftModel(config))
             "GenerationMixin._update_model_kwargs_for_generation takes no num_new_tokens",
         ),
         ("_assisted_decoding", "_assisted", "GenerationMixin._assisted_decoding is missing"),
-        ("CandidateGenerator", "Drafter", "transformers.generation.CandidateGenerator is missing"),
+        pytest.param(
+            "CandidateGenerator",
+            "Drafter",
+            "transformers.generation.CandidateGenerator is missing",
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_with_a_changed_transformers_only_drafts_are_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
