@@ -64,7 +64,7 @@ def _clean_part(part: Any, folder: str | None, turn: int, place: int) -> dict[st
     try:
         return plain_part(part, folder)
     except (MessagesError, VideoError, ImageError) as error:
-        raise type(error)(f"turn {turn}, part {place}: {error}") from error.__cause__
+        raise type(error)(f"turn {turn}, part {place}: {error}") from None
 
 
 def media_parts(messages: Sequence[Mapping[str, Any]], kind: str | None = None) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ the settings that are set, under one name each.
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, Literal
+
+import numpy as np
 
 from ..errors import ImageError, MessagesError, VideoError
 from .sources import is_missing, plain_source, shown
@@ -161,10 +162,11 @@ def plain_settings(written: Mapping[str, Any], settings: Mapping[str, Setting], 
 def _number(value: Any, setting: Setting, whose: str) -> int | float:
     """The number; counts as `int`, which a table may have stored as floats."""
     # NaN, the infinities and what no float holds are no numbers here.
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and -(2**63) < value < 2**63
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    is_number = is_number and -(2**63) < value < 2**63
     if not is_number or not setting.accepts(value) or (setting.whole and value != int(value)):
         raise MessagesError(f"{whose} must be {setting.expected}, found {shown(value)}")
-    return int(value) if setting.whole or isinstance(value, Integral) else float(value)
+    return int(value) if setting.whole or isinstance(value, (int, np.integer)) else float(value)
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:

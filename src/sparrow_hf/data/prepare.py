@@ -19,7 +19,7 @@ from ..errors import MessagesError, TrainingDataError, VideoError
 from .dialects import has_turns
 from .media import load_image, load_video, set_sizes
 from .messages import ROW_ERROR, ROW_FOLDER, ROW_INDEX, clean_messages, media_parts, split_answer
-from .parts import VIDEO_SETTINGS, MediaKind, plain_settings
+from .parts import VIDEO_SETTINGS, plain_settings
 from .sources import shown
 
 RowKind = Literal["messages", "processed", "states"]
@@ -171,8 +171,7 @@ def prepare_inputs(
     messages = clean_messages({"messages": messages})
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     video_parts, image_parts = media_parts(messages, "video"), media_parts(messages, "image")
-    _check_places(processor, text, "video", len(video_parts))
-    _check_places(processor, text, "image", len(image_parts))
+    _check_places(processor, text, {"video": len(video_parts), "image": len(image_parts)})
 
     media: dict[str, Any] = {}
     if image_parts:
@@ -188,7 +187,7 @@ def prepare_inputs(
             sampled["do_resize"] = False
         media |= {"videos": list(media["videos"]), "videos_kwargs": sampled}
     try:
-        return processor(text=[text], **media, return_tensors="pt")
+        inputs = processor(text=[text], **media, return_tensors="pt")
     except ValueError as error:
         shapes = {tuple(frames.shape) for frames in media.get("videos", [])}
         if len(shapes) < 2:
@@ -197,16 +196,25 @@ def prepare_inputs(
             f"{type(processor).__name__} cannot take videos of different shapes in one prompt (found "
             f"{', '.join(map(str, sorted(shapes)))}): sample them alike with max_frames, or split the prompt."
         ) from error
+    for kind, parts in (("video", video_parts), ("image", image_parts)):
+        token, token_id = (getattr(processor, f"{kind}_token{suffix}", None) for suffix in ("", "_id"))
+        if parts and token is not None and token not in text and token_id is not None:
+            # The template marks the place in a way of its own, which the processor has found, or leaves it out.
+            if not (inputs["input_ids"] == token_id).any():
+                raise MessagesError(f"the chat template leaves out the {kind}s of these messages: show them elsewhere")
+    return inputs
 
 
-def _check_places(processor: ProcessorMixin, text: str, kind: MediaKind, shown_media: int) -> None:
-    """Raises [`MessagesError`] unless the prompt has one placeholder for each video or image."""
-    token = getattr(processor, f"{kind}_token", None)
-    if token is not None and (places := text.count(token)) != shown_media:
-        raise MessagesError(
-            f"the prompt has {places} places for {kind}s ({token}) and the messages show {shown_media}: the chat "
-            "template leaves some out, or a text holds the target's own placeholder"
-        )
+def _check_places(processor: ProcessorMixin, text: str, shown_media: Mapping[str, int]) -> None:
+    """Raises [`MessagesError`] if a prompt has other places for videos or images than the messages show."""
+    for kind, count in shown_media.items():
+        token = getattr(processor, f"{kind}_token", None)
+        places = 0 if token is None else text.count(token)
+        if places and places != count:
+            raise MessagesError(
+                f"the prompt has {places} places for {kind}s ({token}) and the messages show {count}: the chat "
+                "template leaves some out, or a text holds the target's own placeholder"
+            )
 
 
 def _readable_kind(row: Mapping[str, Any]) -> Literal["messages", "processed"]:

@@ -7,6 +7,7 @@ from typing import Any
 from ..data.messages import clean_messages, media_digest, media_parts
 from ..data.video import is_url
 from ..errors import SparrowError, TrainingDataError
+from .data import as_row
 
 #: Pairs of rows that [`refuse_shared_media`] names.
 MAX_NAMED_PAIRS = 10
@@ -54,6 +55,6 @@ def refuse_shared_media(train: Iterable[Mapping[str, Any]], held_out: Iterable[M
 def _all_media_keys(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, set[str]]]:
     for index, row in enumerate(rows):
         try:
-            yield index, media_keys(row)
+            yield index, media_keys(as_row(row))
         except SparrowError:
             continue

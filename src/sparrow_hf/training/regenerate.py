@@ -27,6 +27,7 @@ from ..data.prepare import prepare_prompt
 from ..data.video import is_url
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
+from .data import as_row
 
 PROVENANCE_FILE = "provenance.json"
 
@@ -130,7 +131,7 @@ def regenerate(
                 good = []
                 for index in batch:
                     try:
-                        good.append(_prepare(processor, rows[index], index, folder, sampling))
+                        good.append(_prepare(processor, as_row(rows[index]), index, folder, sampling))
                     except TrainingDataError as error:
                         if on_bad_row == "refuse":
                             raise
@@ -160,13 +161,13 @@ def read_skipped(folder: str | os.PathLike[str]) -> dict[int, str]:
 def estimate_answer_bytes(rows: Rows | Sequence[Mapping[str, Any]], max_new_tokens: int) -> int:
     """About how much disk the shards take at most: every answer as long as it may be. From a sample of the rows."""
     step = max(1, len(rows) // ROWS_LOOKED_AT)
-    looked_at = [rows[index] for index in range(0, len(rows), step)]
+    looked_at = [as_row(rows[index]) for index in range(0, len(rows), step)]
     media: list[int] = []
 
     def size_of_media(value: Any) -> None:
         media.append(len(value) if isinstance(value, bytes) else 0)
 
-    text = [len(json.dumps(dict(row), default=size_of_media)) for row in looked_at]
+    text = [len(json.dumps(dict(row), default=size_of_media, skipkeys=True)) for row in looked_at]
     per_row = (sum(text) + sum(media)) / max(1, len(looked_at))
     return round(len(rows) * (per_row + max_new_tokens * BYTES_PER_ANSWER_TOKEN))
 
