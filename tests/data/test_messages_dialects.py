@@ -86,7 +86,7 @@ def parts_of(turn: dict[str, Any]) -> list[dict[str, Any]]:
     return [] if isinstance(turn["content"], str) else turn["content"]
 
 
-# -- dialects: each writes a plain conversation its own way ------------------------------------------------------------
+# -- dialects: each writes a plain conversation its own way -----------------------------------------------------------
 
 
 def with_parts(turns: list[dict[str, Any]], write: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:

@@ -187,26 +187,22 @@ def prepare_inputs(
             sampled["do_resize"] = False
         media |= {"videos": list(media["videos"]), "videos_kwargs": sampled}
     try:
-        inputs = processor(text=[text], **media, return_tensors="pt")
+        return processor(text=[text], **media, return_tensors="pt")
     except ValueError as error:
         shapes = {tuple(frames.shape) for frames in media.get("videos", [])}
         if len(shapes) < 2:
-            raise
+            raise MessagesError(f"{type(processor).__name__} cannot take the prompt: {error}") from error
         raise VideoError(
             f"{type(processor).__name__} cannot take videos of different shapes in one prompt (found "
             f"{', '.join(map(str, sorted(shapes)))}): sample them alike with max_frames, or split the prompt."
         ) from error
-    for kind, parts in (("video", video_parts), ("image", image_parts)):
-        token, token_id = (getattr(processor, f"{kind}_token{suffix}", None) for suffix in ("", "_id"))
-        if parts and token is not None and token not in text and token_id is not None:
-            # The template marks the place in a way of its own, which the processor has found, or leaves it out.
-            if not (inputs["input_ids"] == token_id).any():
-                raise MessagesError(f"the chat template leaves out the {kind}s of these messages: show them elsewhere")
-    return inputs
 
 
 def _check_places(processor: ProcessorMixin, text: str, shown_media: Mapping[str, int]) -> None:
-    """Raises [`MessagesError`] if a prompt has other places for videos or images than the messages show."""
+    """Raises [`MessagesError`] if a prompt has more or fewer places for videos or images than the messages show.
+
+    Said before anything is decoded. A prompt without a place is left to the processor: it may know another mark.
+    """
     for kind, count in shown_media.items():
         token = getattr(processor, f"{kind}_token", None)
         places = 0 if token is None else text.count(token)
