@@ -70,5 +70,9 @@ class TrainingDataError(SparrowError, ValueError):
     """A training row cannot be trained on: no answer, placeholders without pixels, or a field of the wrong type."""
 
 
+class MessagesError(TrainingDataError):
+    """Messages are not understood: an unknown part or setting, a value that is none, a mark without its video."""
+
+
 class TrainingOptionsError(SparrowError, ValueError):
     """Options of a training contradict each other, are unknown, or would overwrite an earlier training."""

@@ -1,7 +1,8 @@
 """Videos, images and chat messages as model inputs; the code is in [`sparrow_hf.data`]."""
 
+from .data.media import DEFAULT_FRAMES_PER_SECOND
 from .data.messages import media_source
-from .data.prepare import DEFAULT_FRAMES_PER_SECOND, prepare_inputs
+from .data.prepare import prepare_inputs
 from .data.video import DOWNLOAD_TIMEOUT, is_url, read_image, read_video
 
 __all__ = [

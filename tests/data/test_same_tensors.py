@@ -132,7 +132,7 @@ def roads(
 
 
 def parts_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    contents = [turn["content"] for turn in row["messages"]]
+    contents = [turn["content"] for turn in row.get("messages", [])]
     return [part for content in contents if not isinstance(content, str) for part in content]
 
 
@@ -216,3 +216,51 @@ def test_a_reader_that_prepares_rows_differently_is_found(
     monkeypatch.setattr(SparrowDataCollator, "prepare_prompt", forgetful)
     with pytest.raises((AssertionError, SparrowError)):
         assert_one_road(world, row, **default)
+
+
+CLIP_PART = {"type": "video", "video": "clips/clip.mp4"}
+DIALECTS: dict[str, dict[str, Any]] = {
+    "llama factory": {
+        "messages": [{"role": "user", "content": "<video>what ?"}, ANSWERS[0]],
+        "videos": ["clips/clip.mp4"],
+    },
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "<video>what ?"}, {"from": "gpt", "value": "a ring"}],
+        "video": "clips/clip.mp4",
+    },
+    "trl": {
+        "prompt": [{"role": "user", "content": [{"type": "video"}, QUESTION]}],
+        "completion": [ANSWERS[0]],
+        "videos": ["clips/clip.mp4"],
+    },
+    "openai": {
+        "messages": [
+            {"role": "user", "content": [{"type": "video_url", "video_url": {"url": "clips/clip.mp4"}}, QUESTION]},
+            ANSWERS[0],
+        ]
+    },
+    "qwen": {"messages": [{"role": "user", "content": [CLIP_PART | {"nframes": None}, QUESTION]}, ANSWERS[0]]},
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_reader_reads_every_dialect(world: World, dialect: str) -> None:
+    row = DIALECTS[dialect] | {"fps": 4, "row_index": 3, "row_folder": str(world.folder)}
+    expected = by_hand(world, world.row("absolute", {}, False, False, 0) | {"fps": 4}, None, None)
+    with pytest.MonkeyPatch.context() as patch:
+        found = dict(roads(world, row, None, None, patch))
+    assert found.keys() >= {"bench", "analyze", "train", "record", "decoding", "regenerate", "answers"}
+    for name, inputs in found.items():
+        assert set(inputs) == set(expected), name
+        for key, value in expected.items():
+            assert torch.equal(inputs[key], value), (name, key)
+
+
+def test_a_parts_own_frames_reach_every_reader_and_are_kept_with_the_answer(world: World) -> None:
+    question = {"role": "user", "content": [CLIP_PART | {"nframes": 4, "max_pixels": 3000}, QUESTION]}
+    row = {"messages": [question, ANSWERS[0]], "row_index": 3, "row_folder": str(world.folder), "fps": 4}
+    expected = prepare_prompt(world.processor, row)
+    assert expected["video_grid_thw"].tolist() == [[2, 2, 2]]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, inputs in roads(world, row, 2, None, patch):
+            assert all(torch.equal(inputs[key], value) for key, value in expected.items()), name

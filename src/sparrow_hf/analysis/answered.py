@@ -125,7 +125,7 @@ def process_conversation(
         TrainingDataError: The messages are malformed; see [`~sparrow_hf.data.prepare_prompt`].
     """
     row = conversation._asdict()
-    contents = [message["content"] for message in split_answer(row)[0] if message["role"] == "user"]
+    contents = [turn["content"] for turn in split_answer(row)[0] if turn["role"] == "user"]
     texts = [
         text
         for content in contents

@@ -1,15 +1,28 @@
-"""Rows of conversations from wherever `datasets` reads them: files, folders and the Hub."""
+"""Rows of conversations from files, folders and the Hub.
 
+JSON is read here line by line, without Arrow: a line that is no row then spoils nothing but itself, rows may differ in
+their keys and types, and no input can end the process. Everything else is read by `datasets`.
+"""
+
+import codecs
+import gzip
+import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, BinaryIO, Literal, cast, overload
 
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import TrainingDataError
 from ..extras import require
-from .messages import ROW_FOLDER, ROW_INDEX
+from .dialects import TURN_COLUMNS, has_turns
+from .messages import ROW_ERROR, ROW_FOLDER, ROW_INDEX
+from .sources import shown
+
+#: Rows at the start of JSON files of which one at least must be a conversation.
+ROWS_LOOKED_AT = 100
 
 
 class Rows(Dataset):
@@ -56,16 +69,17 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
     """Rows of conversations from wherever `datasets` reads them.
 
     Args:
-        source: A `.jsonl` or `.parquet` file, a folder of such files, a folder made by `save_to_disk`, or a
+        source: A `.jsonl`, `.json` or `.parquet` file, a folder of such files, a folder made by `save_to_disk`, or a
             Hub id. Relative paths of videos and images start at the file's folder.
         split: Split of a Hub dataset, or of a `DatasetDict` on disk. Plain files have only `"train"`.
         streaming: Read row by row, without a copy in the cache; the trainer then needs `max_steps`.
 
     Returns:
-        Rows as they are, videos and images never decoded; [`SparrowDataCollator`] checks them.
+        Rows as they are, videos and images never decoded; [`SparrowDataCollator`] checks them. A line of JSON that
+        is no row is one that says so when it is read.
 
     Raises:
-        TrainingDataError: There is nothing to read at `source`, or it has no such split or no column `messages`.
+        TrainingDataError: There is nothing to read at `source`, or it has no such split or no conversations.
         MissingDependencyError: datasets is not installed.
     """
     require("train", "Reading rows", "datasets")
@@ -79,22 +93,135 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
             rows = rows.to_iterable_dataset() if streaming else rows
         elif path.exists():
             files = [str(path)] if path.is_file() else _data_files(path)
-            kind = "parquet" if files[0].endswith(".parquet") else "json"
-            rows = datasets.load_dataset(kind, data_files={"train": files}, split=split, streaming=streaming)
             folder = (path if path.is_dir() else path.parent).resolve()
+            if not files[0].endswith(".parquet"):
+                return _read_json(source, files, folder, split, streaming)
+            rows = datasets.load_dataset("parquet", data_files={"train": files}, split=split, streaming=streaming)
         else:
             rows, folder = datasets.load_dataset(str(source), split=split, streaming=streaming), None
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (TrainingDataError, ImportError, MemoryError):
+        raise
+    # Readers raise many types of errors.
+    except Exception as error:
         raise TrainingDataError(
             f"no rows can be read from {source}, split {split!r} ({type(error).__name__}: {error}): name a .jsonl or "
             ".parquet file, a folder of them, a folder of save_to_disk, or a dataset of the Hub"
         ) from error
     columns = rows.column_names
-    if columns is not None and "messages" not in columns:
-        raise TrainingDataError(f"{source} needs a column 'messages'; it has {', '.join(columns) or 'none'}")
+    if columns is not None and not set(TURN_COLUMNS) & set(columns):
+        raise TrainingDataError(_without_conversations(source, ", ".join(columns) or "none"))
     if rows.features is not None and (undecoded := _without_decoding(rows.features)) != rows.features:
         rows = rows.cast(undecoded)
     return StreamedRows(rows, folder) if streaming else Rows(rows, folder)
+
+
+def _without_conversations(source: Any, found: str) -> str:
+    return f"{source} needs a column 'messages'; it has {found} ('conversations' and 'prompt' are read too)"
+
+
+def _read_json(source: Any, files: list[str], folder: Path, split: str, streaming: bool) -> Rows | StreamedRows:
+    import datasets
+
+    if streaming:
+        if split != "train":
+            raise ValueError("a stream of files has no splits but 'train'")
+        # `datasets` shares the files among the workers of a data loader.
+        rows = datasets.IterableDataset.from_generator(read_json, gen_kwargs={"files": files})
+        first = list(islice(read_json(files), ROWS_LOOKED_AT))
+    else:
+        rows = JsonRows(files)
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+        rows.places = [place for part in parts for place in rows.places[part.from_ : part.to]]
+        first = [rows[index] for index in range(min(len(rows), ROWS_LOOKED_AT))]
+    if not first:
+        raise TrainingDataError(f"{source} has no rows: give a file with one JSON object per line")
+    if not any(map(has_turns, first)):
+        found = first[0].get(ROW_ERROR) or _without_conversations(source, ", ".join(list(first[0])[:20]) or "none")
+        raise TrainingDataError(found)
+    return StreamedRows(rows, folder) if streaming else Rows(rows, folder)
+
+
+class JsonRows:
+    """The rows of JSON files: of one object per line, or one list of objects. Lines are read when they are asked for.
+
+    Args:
+        files: Their names; those that end in `.gz` are compressed.
+
+    Attributes:
+        places: Of each row: the row itself, from a list; else its file, where its line starts and the line's number.
+    """
+
+    def __init__(self, files: Sequence[str]):
+        self.places: list[Any] = []
+        for file in files:
+            listed = _listed(file)
+            self.places += _lines(file) if listed is None else listed
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = self.places[index]
+        if isinstance(place, dict):
+            return place
+        file, start, number = place
+        with _open(file) as lines:
+            lines.seek(start)
+            return _parsed(lines.readline(), f"line {number} of {file}")
+
+
+def read_json(files: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of JSON files, one after the other. One that cannot be read says so under [`ROW_ERROR`]."""
+    for file in files:
+        listed = _listed(file)
+        if listed is not None:
+            yield from listed
+        else:
+            with _open(file) as lines:
+                for number, line in enumerate(lines, start=1):
+                    if not line.isspace():
+                        yield _parsed(line, f"line {number} of {file}")
+
+
+def _open(file: str) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(file) if file.endswith(".gz") else open(file, "rb"))
+
+
+def _lines(file: str) -> Iterator[tuple[str, int, int]]:
+    """The file, the start and the number of each of its lines that is not blank."""
+    start = 0
+    with _open(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.isspace():
+                yield file, start, number
+            start += len(line)
+
+
+def _listed(file: str) -> list[dict[str, Any]] | None:
+    """The rows of a file that is one list of them; `None` if it is none."""
+    with _open(file) as content:
+        if not content.read(4096).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+            return None
+        content.seek(0)
+        try:
+            rows = json.loads(content.read())
+        except (ValueError, RecursionError):
+            return None
+    # A single line that holds a list is no list of rows.
+    is_list = any(isinstance(row, dict) for row in rows)
+    return [_checked(row, f"entry {index} of {file}") for index, row in enumerate(rows)] if is_list else None
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        return _checked(json.loads(line), where)
+    # Bytes that are no text, too many digits and too many brackets are of these types too.
+    except (ValueError, RecursionError) as error:
+        return {ROW_ERROR: f"{where} is no JSON object ({type(error).__name__}: {error})"}
+
+
+def _checked(row: Any, where: str) -> dict[str, Any]:
+    return row if isinstance(row, dict) else {ROW_ERROR: f"{where} is no JSON object, found {shown(row)}"}
 
 
 def _data_files(folder: Path) -> list[str]:

@@ -1,77 +1,76 @@
-"""The messages of a row: checks them, cleans them, separates the answer, and computes a fingerprint.
+"""The messages of a row in their one plain form, which everything that reads conversations starts from.
 
-A row is `{"messages": [...]}`: turns with a `role` and a `content` that is text or a list of parts, `{"type": "text",
-"text": …}`, `{"type": "image", "image": …}` and `{"type": "video", "video": …}`, by path, URL or bytes.
+row               messages of any dialect, and what `load_rows` adds to them
+ │ plain_turns      turns of `role` and `content`, media in parts of it: see `dialects.py`
+ │ plain_part       parts of one kind each, their sources and settings checked: see `parts.py`
+clean_messages    what a chat template and `prepare_inputs` read
+ │ split_answer     without the answer at the end
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ImageError, SparrowError, TrainingDataError, VideoError
-from .video import is_url
+from ..errors import ImageError, MessagesError, SparrowError, TrainingDataError, VideoError
+from .dialects import plain_turns
+from .parts import MEDIA_TYPES, named_sources, plain_part
+from .sources import plain_source
 
 #: What [`~sparrow_hf.data.load_rows`] adds to a row: its index, and the folder its relative paths start from.
 ROW_INDEX, ROW_FOLDER = "row_index", "row_folder"
+#: Instead of a row that could not be read: why.
+ROW_ERROR = "row_error"
+#: Longest text that an error repeats of another library's.
+LONGEST_REASON = 500
 
 
-def media_source(part: dict[str, Any]) -> Any:
+def media_source(part: Mapping[str, Any]) -> Any:
     """What a `{"type": "video" | "image", …}` part shows: a path, a URL, a file's bytes, an array or a PIL image.
 
-    It is the value of the part's type, `"path"` or `"url"`. `{"path": …, "bytes": …}`, as `datasets` writes videos and
-    images that it does not decode, works too. `None` if there is nothing.
+    `None` if there is nothing; see [`~sparrow_hf.data.parts.plain_part`] for what a part may hold.
     """
-    source = next((part[name] for name in (part["type"], "path", "url") if part.get(name) is not None), None)
-    if isinstance(source, dict):
-        source = source.get("path") if source.get("bytes") is None else source["bytes"]
-    return source
+    kind = MEDIA_TYPES[part["type"]]
+    named = named_sources(part, kind)
+    key, value = next(iter(named.items()), ("", None))
+    return None if value is None else plain_source(value, kind, base64=key == "base64")
 
 
 def clean_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The turns of a row with nothing in them but what a chat template and [`prepare_inputs`] read.
 
-    Arrow tables fill every part with the keys of all others, as `None`; chat templates take a key for its presence.
-    Relative paths become absolute.
+    The same conversation in another dialect gives the same turns, and clean turns stay as they are. Relative paths
+    become absolute where the row names their folder.
 
     Raises:
-        TrainingDataError: No messages, a turn without role or content, or a part of an unknown type.
+        MessagesError: Something in the messages is not understood.
+        VideoError, ImageError: A part shows nothing.
     """
-    messages = row.get("messages")
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise TrainingDataError(f"'messages' must be a list of turns, found {messages!r}")
+    if row.get(ROW_ERROR) is not None:
+        raise MessagesError(row[ROW_ERROR])
     cleaned = []
-    for turn in messages:
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, (str, list, tuple)):
-            raise TrainingDataError(f"a turn needs a 'role' and a 'content' of text or parts, found {turn!r}")
+    for number, turn in enumerate(plain_turns(row)):
+        content = turn["content"]
         if not isinstance(content, str):
-            content = [_clean_part(part, row.get(ROW_FOLDER)) for part in content]
-        cleaned.append({"role": role, "content": content})
+            content = [_clean_part(part, row.get(ROW_FOLDER), number, place) for place, part in enumerate(content)]
+        cleaned.append({"role": turn["role"], "content": content})
     return cleaned
 
 
-def _clean_part(part: Any, folder: str | None) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return {"type": kind, "text": part["text"]}
-    if kind not in ("image", "video"):
-        raise TrainingDataError(
-            "a part must be {'type': 'text', 'text': …}, {'type': 'image', 'image': …} or {'type': 'video', 'video': "
-            f"…}}, found {part!r}"
-        )
-    source = media_source(dict(part))
-    if source is None:
-        raise TrainingDataError(f"the row has a placeholder for {kind} but no {kind}: name a path, a URL or bytes")
-    if isinstance(source, (str, os.PathLike)) and not is_url(source):
-        source = str(Path(folder or "") / os.fspath(source))
-    rate = {"fps": part["fps"]} if part.get("fps") is not None else {}
-    return {"type": kind, kind: source} | rate
+def _clean_part(part: Any, folder: str | None, turn: int, place: int) -> dict[str, Any]:
+    try:
+        return plain_part(part, folder)
+    except (MessagesError, VideoError, ImageError) as error:
+        raise type(error)(f"turn {turn}, part {place}: {error}") from None
+
+
+def media_parts(messages: Sequence[Mapping[str, Any]], kind: str | None = None) -> list[dict[str, Any]]:
+    """The parts of clean messages that show something, or that show videos or images, in order."""
+    parts = [part for turn in messages if not isinstance(turn["content"], str) for part in turn["content"]]
+    return [part for part in parts if part["type"] == kind or (kind is None and part["type"] in ("video", "image"))]
 
 
 def split_answer(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
@@ -84,6 +83,8 @@ def split_answer(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | No
         messages = clean_messages(row)
         written: list[str] = []
         while messages and messages[-1]["role"] == "assistant":
+            if media_parts(messages[-1:]):
+                raise MessagesError("the answer shows a video or an image: only prompts may")
             written.insert(0, text_of(messages.pop()))
         if not messages:
             raise TrainingDataError("all its turns are answers: put a user's turn before them")
@@ -100,16 +101,23 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 @contextmanager
 def naming_row(index: int | None) -> Iterator[None]:
-    """Turns any error that a bad row causes in a processor into a [`TrainingDataError`] that names the row."""
+    """Turns any error that a bad row causes into a [`TrainingDataError`] that names the row.
+
+    What is missing on the machine is not the row's fault and raises as it is.
+    """
     try:
         yield
-    # A missing size, a missing video, a wrong type: processors raise many types of errors.
-    except (VideoError, ImageError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+    except (ImportError, MemoryError):
+        raise
+    # A missing size, a missing video, a wrong type, a template that refuses: libraries raise many types of errors.
+    except Exception as error:
         prefix = "" if index is None else f"row {index}: "
         if isinstance(error, TrainingDataError) and str(error).startswith(prefix):
             raise
-        kind = "" if isinstance(error, SparrowError) else f"{type(error).__name__}: "
-        raise TrainingDataError(f"{prefix}{kind}{error}") from error
+        reason = str(error) if isinstance(error, SparrowError) else f"{type(error).__name__}: {error}"
+        if not isinstance(error, SparrowError) and len(reason) > LONGEST_REASON:
+            reason = f"{reason[:LONGEST_REASON]}…"
+        raise TrainingDataError(f"{prefix}{reason}") from error
 
 
 def media_digest(source: Any) -> str:
@@ -118,5 +126,17 @@ def media_digest(source: Any) -> str:
 
 
 def fingerprint(conversation: Any) -> str:
-    """Digest of a conversation; media count by their path or URL, in memory by their bytes or pixels."""
-    return hashlib.sha256(json.dumps(conversation, default=media_digest).encode()).hexdigest()
+    """Digest of a conversation; media count by their path or URL, in memory by their bytes or pixels.
+
+    Clean messages of the same conversation have the same digest, whichever dialect they were written in.
+    """
+    return hashlib.sha256(json.dumps(_alike(conversation), default=media_digest).encode()).hexdigest()
+
+
+def _alike(value: Any) -> Any:
+    """The same conversation with every turn that holds nothing but text written as text."""
+    if isinstance(value, (list, tuple)):
+        return [_alike(inner) for inner in value]
+    if isinstance(value, Mapping) and value.keys() == {"role", "content"} and not media_parts([value]):
+        return {"role": value["role"], "content": text_of(value)}
+    return value

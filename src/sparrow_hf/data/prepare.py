@@ -1,29 +1,26 @@
 """From a row to the tensors of a target. Generation, benchmarks, training and analysis all use these functions.
 
-row            messages, and what `load_rows` adds: see `messages.py`
- │ split_answer     turns cleaned, paths made absolute, the answer at the end taken off
- │ prepare_inputs   videos decoded as densely as the row says, the target's processor run
+row            messages of any dialect, and what `load_rows` adds: see `messages.py`
+ │ split_answer     turns in their plain form, paths made absolute, the answer at the end taken off
+ │ prepare_inputs   videos decoded as densely as the row says (`media.py`), the target's processor run
 prompt         what the processor returns for one prompt, generation prompt included
  │ append_answer    the answer's tokens appended
 processed      conversation: the tensors of prompt and answer, and `answer_start`
 """
 
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
-from transformers.video_utils import VideoMetadata
 
-from ..errors import ImageError, TrainingDataError, VideoError
-from .messages import ROW_FOLDER, ROW_INDEX, media_source, split_answer
-from .video import read_frames, read_image, read_video
-
-DEFAULT_FRAMES_PER_SECOND = 2.0
-"""Assumed for videos given as arrays that do not say how densely they were sampled (Qwen-VL's sampling rate)."""
+from ..errors import MessagesError, TrainingDataError, VideoError
+from .dialects import has_turns
+from .media import load_image, load_video, set_sizes
+from .messages import ROW_ERROR, ROW_FOLDER, ROW_INDEX, clean_messages, media_parts, split_answer
+from .parts import VIDEO_SETTINGS, plain_settings
+from .sources import shown
 
 RowKind = Literal["messages", "processed", "states"]
 
@@ -39,20 +36,17 @@ def kind_of(row: Mapping[str, Any]) -> RowKind | None:
         return "states"
     if "input_ids" in row:
         return "processed"
-    return "messages" if "messages" in row else None
+    return "messages" if has_turns(row) else None
 
 
 def own_sampling(row: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling of videos that a row sets itself: its `fps` and `max_frames`, where it has them.
 
     Raises:
-        TrainingDataError: One of them is no positive number.
+        TrainingDataError: One of them is no positive number, or `max_frames` no whole one.
     """
-    sampling = {name: row[name] for name in ("fps", "max_frames") if row.get(name) is not None}
-    for name, value in sampling.items():
-        if not isinstance(value, (int, float)) or not value > 0 or (name == "max_frames" and value < 1):
-            raise TrainingDataError(f"the row's {name!r} must be a positive number, found {value!r}")
-    return sampling
+    own = {name: row[name] for name in ("fps", "max_frames") if row.get(name) is not None}
+    return plain_settings(own, VIDEO_SETTINGS, "the row's")
 
 
 def prepare_prompt(
@@ -98,8 +92,8 @@ def prepare_conversation(
 
     Args:
         processor: The target's processor; processed conversations need none.
-        row: A conversation. Its answer is its `answer_ids` (the exact tokens the target wrote), else its
-            `answer` (text), else the assistant turns at its end. Or a processed conversation, handed on.
+        row: A conversation of any dialect. Its answer is its `answer_ids` (the exact tokens the target wrote), else
+            its `answer` (text), else the assistant turns at its end. Or a processed conversation, handed on.
         fps, max_frames: As for [`prepare_prompt`].
 
     Raises:
@@ -111,6 +105,8 @@ def prepare_conversation(
     if answer_ids is None:
         tokenizer = tokenizer_of(_required(processor))
         answer = split_answer(row)[1] if answer is None else answer
+        if answer is not None and not isinstance(answer, str):
+            raise TrainingDataError(f"'answer' must be text, found {shown(answer)}")
         if answer is None:
             raise TrainingDataError(
                 "the row has no answer: end 'messages' with an assistant turn, or add 'answer' or 'answer_ids'"
@@ -153,9 +149,9 @@ def prepare_inputs(
     Args:
         processor: The model's processor.
         messages: Chat messages. Content is a string or a list of parts: `{"type": "text", "text": …}`,
-            `{"type": "image", "image": …}` (a PIL image, array, path, URL or a file's bytes) and
-            `{"type": "video", "video": …}` (a path, URL or a file's bytes, or frames as an array, with their rate in
-            `"fps"`). Any number of videos works, none too.
+            `{"type": "image", "image": …}` and `{"type": "video", "video": …}`, by path, URL, bytes or pixels; a part
+            may set its own sampling and size (see [`~sparrow_hf.data.parts.plain_part`]). Any number of videos works,
+            none too.
         fps: Frames per second to keep of video files, see [`~sparrow_hf.data.read_video`]. Arrays are passed on as
             they are.
         max_frames: Most frames to keep of each video file.
@@ -165,41 +161,66 @@ def prepare_inputs(
         The processor's output for a batch of one, as tensors.
 
     Raises:
+        MessagesError: Something in the messages is not understood; or the target's chat template leaves out a video
+            or image, or a text holds the target's own placeholder.
         VideoError: A video cannot be read or has the wrong shape, or the processor cannot take videos of different
             lengths or sizes together.
         ImageError: An image cannot be read.
         MissingDependencyError: PyAV or torchvision is not installed and the messages hold a video.
     """
-    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    videos = [_load_video_part(part, fps, max_frames) for part in parts if part["type"] == "video"]
-    images = [_load_image_part(part) for part in parts if part["type"] == "image"]
-
+    messages = clean_messages({"messages": messages})
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    video_parts, image_parts = media_parts(messages, "video"), media_parts(messages, "image")
+    _check_places(processor, text, {"video": len(video_parts), "image": len(image_parts)})
+
     media: dict[str, Any] = {}
-    if images:
-        media["images"] = images
-    if videos:
-        media["videos"] = [frames for frames, _ in videos]
-        media["video_metadata"] = [metadata for _, metadata in videos]
+    if image_parts:
+        media["images"] = [load_image(part["image"]) for part in image_parts]
+        if (resized := set_sizes(processor, "image", image_parts, media["images"])) is not None:
+            media |= {"images": resized, "images_kwargs": {"do_resize": False}}
+    if video_parts:
+        media["videos"], metadata = zip(*(load_video(part, fps, max_frames) for part in video_parts), strict=True)
         # The frames are sampled already: no processor may sample them again.
-        media["do_sample_frames"] = False
+        sampled = {"video_metadata": list(metadata), "do_sample_frames": False}
+        if (resized := set_sizes(processor, "video", video_parts, media["videos"])) is not None:
+            media["videos"] = resized
+            sampled["do_resize"] = False
+        media |= {"videos": list(media["videos"]), "videos_kwargs": sampled}
     try:
         return processor(text=[text], **media, return_tensors="pt")
     except ValueError as error:
-        shapes = {frames.shape for frames in media.get("videos", [])}
+        shapes = {tuple(frames.shape) for frames in media.get("videos", [])}
         if len(shapes) < 2:
-            raise
+            raise MessagesError(f"{type(processor).__name__} cannot take the prompt: {error}") from error
         raise VideoError(
             f"{type(processor).__name__} cannot take videos of different shapes in one prompt (found "
             f"{', '.join(map(str, sorted(shapes)))}): sample them alike with max_frames, or split the prompt."
         ) from error
 
 
+def _check_places(processor: ProcessorMixin, text: str, shown_media: Mapping[str, int]) -> None:
+    """Raises [`MessagesError`] if a prompt has more or fewer places for videos or images than the messages show.
+
+    Said before anything is decoded. A prompt without a place is left to the processor: it may know another mark.
+    """
+    for kind, count in shown_media.items():
+        token = getattr(processor, f"{kind}_token", None)
+        places = 0 if token is None else text.count(token)
+        if places and places != count:
+            raise MessagesError(
+                f"the prompt has {places} places for {kind}s ({token}) and the messages show {count}: the chat "
+                "template leaves some out, or a text holds the target's own placeholder"
+            )
+
+
 def _readable_kind(row: Mapping[str, Any]) -> Literal["messages", "processed"]:
+    if row.get(ROW_ERROR) is not None:
+        raise MessagesError(row[ROW_ERROR])
     kind = kind_of(row)
     if kind is None:
         raise TrainingDataError(
-            f"a row needs 'messages', or 'input_ids' and 'answer_start'; it has {', '.join(sorted(row)) or 'nothing'}"
+            "a row needs 'messages', 'conversations' or a 'prompt' of turns, or 'input_ids' and 'answer_start'; "
+            f"it has {', '.join(map(str, list(row)[:20])) or 'nothing'}"
         )
     if kind == "states":
         raise TrainingDataError(
@@ -230,24 +251,3 @@ def _required(processor: ProcessorMixin | None) -> ProcessorMixin:
             "SparrowDataCollator(processor)"
         )
     return processor
-
-
-def _load_video_part(
-    part: dict[str, Any], fps: float | None, max_frames: int | None
-) -> tuple[np.ndarray, VideoMetadata]:
-    source = media_source(part)
-    if source is None:
-        raise VideoError(
-            "A video part needs a file, its bytes, a URL or an array under 'video', 'path' or 'url'; it has "
-            f"{sorted(part)}."
-        )
-    if isinstance(source, (str, PathLike, bytes)):
-        return read_video(source, fps, max_frames)
-    return read_frames(source, float(part.get("fps", DEFAULT_FRAMES_PER_SECOND)))
-
-
-def _load_image_part(part: dict[str, Any]) -> Any:
-    source = media_source(part)
-    if source is None:
-        raise ImageError(f"An image part needs an image under 'image', 'path' or 'url'; it has {sorted(part)}.")
-    return read_image(source)

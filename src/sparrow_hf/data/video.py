@@ -31,39 +31,60 @@ def is_url(source: Any) -> bool:
 
 
 def read_video(
-    source: str | PathLike[str] | bytes, fps: float | None = None, max_frames: int | None = None
+    source: str | PathLike[str] | bytes,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    *,
+    num_frames: int | None = None,
+    min_frames: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
 ) -> tuple[np.ndarray, VideoMetadata]:
     """Decodes a video file with PyAV.
 
+    Frames are chosen evenly over the window from `start` to `end`. Without `fps`, `num_frames` and bounds, every frame
+    of the window is kept.
+
     Args:
         source: The file, its URL, or its bytes.
-        fps: Frames per second to keep, at most the file's own rate; by default every frame is kept.
-        max_frames: Upper bound on the number of frames; a longer video is sampled evenly.
+        fps: Frames per second to keep, at most the file's own rate.
+        max_frames: Upper bound on the number of frames.
+        num_frames: Number of frames to keep, instead of `fps`. A window of fewer frames shows some of them again.
+        min_frames: Lower bound on the number of frames, for windows that `fps` would leave with fewer.
+        start: Beginning of the window, in seconds of presentation time, that is as a player counts; by default the
+            beginning of the video.
+        end: End of the window, in seconds of presentation time; by default the end of the video.
 
     Returns:
-        Frames `(frames, height, width, 3)` uint8 RGB, and metadata with the file's frame rate and the kept indices.
+        Frames `(frames, height, width, 3)` uint8 RGB, and metadata with the file's frame rate and the kept indices,
+        counted from the beginning of the video; `total_num_frames` and `duration` are the window's.
 
     Raises:
-        VideoError: The file is missing, unreadable, empty, has no frame, or breaks off before its announced end.
+        VideoError: The file is missing, unreadable, empty, has no frame, has none between `start` and `end`, or breaks
+            off before its announced end.
         MissingDependencyError: PyAV or torchvision is not installed.
-        ValueError: `fps` or `max_frames` is not positive.
+        ValueError: A number is out of range, or two contradict each other: `fps` and `num_frames`, `min_frames` above
+            `max_frames`, `start` behind `end`.
     """
-    if fps is not None and fps <= 0:
-        raise ValueError(f"fps must be positive, got {fps}.")
-    if max_frames is not None and max_frames < 1:
-        raise ValueError(f"max_frames must be at least 1, got {max_frames}.")
+    _check_sampling(fps, max_frames, num_frames, min_frames, start, end)
     require("video", "Reading videos", "av", "torchvision")
     import av
 
     name, file = _open_video(source)
 
     def choose_frames(metadata: VideoMetadata, **kwargs: Any) -> np.ndarray:
-        total = metadata.total_num_frames
-        if total < 1:
+        rate = metadata.fps or 1.0
+        first = min(math.ceil((start or 0) * rate), metadata.total_num_frames)
+        last = metadata.total_num_frames if end is None else min(math.ceil(end * rate), metadata.total_num_frames)
+        if metadata.total_num_frames < 1:
             raise VideoError(f"{name} announces no frames. Re-encode it, for instance to an mp4 file with h264 video.")
-        wanted = total if fps is None or not metadata.fps else math.ceil(total * min(1.0, fps / metadata.fps))
-        wanted = max(1, min(wanted, total, max_frames or total))
-        return np.arange(wanted) * total // wanted
+        if last <= first:
+            raise VideoError(f"{name} has no frame between {start or 0} s and {end} s. Choose another window.")
+        total = metadata.total_num_frames = last - first
+        metadata.duration = total / rate
+        wanted = num_frames or (total if fps is None else math.ceil(total * min(1.0, fps / rate)))
+        wanted = max(1, min_frames or 1, min(wanted, max_frames or wanted))
+        return first + np.arange(wanted) * total // wanted
 
     try:
         frames, metadata = read_video_pyav(file, sample_indices_fn=choose_frames)
@@ -81,6 +102,30 @@ def read_video(
             "Download or record it again, or re-encode what is left of it."
         )
     return frames, metadata
+
+
+def _check_sampling(
+    fps: float | None,
+    max_frames: int | None,
+    num_frames: int | None,
+    min_frames: int | None,
+    start: float | None,
+    end: float | None,
+) -> None:
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps must be positive, got {fps}.")
+    for name, count in (("max_frames", max_frames), ("num_frames", num_frames), ("min_frames", min_frames)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
+    if fps is not None and num_frames is not None:
+        raise ValueError(f"fps ({fps}) and num_frames ({num_frames}) exclude each other: give one of them.")
+    if min_frames is not None and max_frames is not None and min_frames > max_frames:
+        raise ValueError(f"min_frames ({min_frames}) must not be above max_frames ({max_frames}).")
+    for name, time in (("start", start), ("end", end)):
+        if time is not None and not 0 <= time < math.inf:
+            raise ValueError(f"{name} must be a time in seconds, 0 or later, got {time}.")
+    if end is not None and end <= (start or 0):
+        raise ValueError(f"end must be behind start ({start or 0} s), got {end} s.")
 
 
 def read_frames(frames: Any, fps: float) -> tuple[np.ndarray, VideoMetadata]:

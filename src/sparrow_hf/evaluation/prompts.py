@@ -10,6 +10,7 @@ from typing import Any
 from transformers import ProcessorMixin
 
 from ..data.datasets import load_rows
+from ..data.dialects import without_turns
 from ..data.messages import ROW_INDEX, fingerprint, naming_row, split_answer
 from ..data.prepare import own_sampling, prepare_prompt
 from ..errors import BenchmarkError
@@ -42,7 +43,7 @@ def read_conversations(source: str, split: str | None = None, limit: int | None 
     else:
         found = load_rows(source, split or "train")
         rows, missing = [found[index] for index in range(len(found))[:limit]], []
-    rows = [row | {"messages": split_answer(row)[0]} for row in rows]
+    rows = [without_turns(row) | {"messages": split_answer(row)[0]} for row in rows]
     if not rows:
         raise BenchmarkError(f"{source} has no rows: give a data set with at least one question")
     return Conversations(rows, missing)
@@ -68,8 +69,8 @@ def conversation_prompts(
     prompts = []
     for row in rows:
         with naming_row(row.get(ROW_INDEX)):
-            own = own_sampling(row)
-        key = fingerprint([row["messages"], own] if own else row["messages"])
+            messages, own = split_answer(row)[0], own_sampling(row)
+        key = fingerprint([messages, own] if own else messages)
         name = f"row {row[ROW_INDEX]}, {key[:8]}"
         lengths: list[int | None] = [*sorted(set(max_frames))] or [None]
         if "max_frames" in own:

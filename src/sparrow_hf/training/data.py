@@ -2,8 +2,9 @@
 
 A dataset row is one of three dictionaries (see [`~sparrow_hf.data.kind_of`]), and the collator takes any mix:
 
-* a conversation: `messages` (the assistant turns at the end are the answer), or `messages` and `answer` (text) or
-  `answer_ids` (the exact tokens the target wrote); `load_rows` reads them;
+* a conversation of any dialect (see [`~sparrow_hf.data.clean_messages`]): the assistant turns at its end are the
+  answer, unless the row has an `answer` (text) or `answer_ids` (the exact tokens the target wrote); `load_rows` reads
+  them;
 * a processed conversation: `answer_start` and the tensors of the target's processor for this one conversation, batch
   dimension included, with the answer's ids appended (see [`~sparrow_hf.data.append_answer`]);
 * a [`TrainingStates`]: the target's states, computed before.
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from ..data.messages import ROW_INDEX, naming_row
+from ..data.messages import ROW_ERROR, ROW_INDEX, naming_row
 from ..data.prepare import kind_of, prepare_conversation, prepare_prompt
+from ..data.sources import shown
 from ..draft_inputs import DraftPositions, draft_positions, visual_mask
 from ..errors import TrainingDataError
 from ..hidden_states import HiddenStateCollector
@@ -195,5 +197,7 @@ class SparrowDataCollator:
 
 
 def as_row(row: Mapping[str, Any] | TrainingStates) -> Mapping[str, Any]:
-    """The dictionary of a row, whichever way it is held."""
-    return row.to_row() if isinstance(row, TrainingStates) else row
+    """The dictionary of a row, whichever way it is held; of what is no row, one that says so when it is read."""
+    if isinstance(row, TrainingStates):
+        return row.to_row()
+    return row if isinstance(row, Mapping) else {ROW_ERROR: f"a row must be a dictionary, found {shown(row)}"}

@@ -4,24 +4,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.messages import clean_messages, media_digest
+from ..data.messages import clean_messages, media_digest, media_parts
 from ..data.video import is_url
-from ..errors import TrainingDataError
+from ..errors import SparrowError, TrainingDataError
+from .data import as_row
 
 #: Pairs of rows that [`refuse_shared_media`] names.
 MAX_NAMED_PAIRS = 10
 
 
 def media_keys(row: Mapping[str, Any]) -> set[str]:
-    """Keys of the videos and images of a row: resolved path, URL, or digest of the bytes or pixels.
+    """Keys of the videos and images of a row: resolved path, URL, or digest of the bytes or pixels; of each frame, if
+    a video is given as a list of them.
 
     The same video once by path and once by bytes has two keys.
 
     Raises:
-        TrainingDataError: The row has no well-formed messages.
+        MessagesError: The row has no well-formed messages.
+        VideoError, ImageError: A part shows nothing.
     """
-    parts = [part for turn in clean_messages(row) if not isinstance(turn["content"], str) for part in turn["content"]]
-    return {_media_key(part[part["type"]]) for part in parts if part["type"] != "text"}
+    sources = [part[part["type"]] for part in media_parts(clean_messages(row))]
+    return {_media_key(each) for source in sources for each in (source if isinstance(source, list) else [source])}
 
 
 def _media_key(source: Any) -> str:
@@ -52,6 +55,6 @@ def refuse_shared_media(train: Iterable[Mapping[str, Any]], held_out: Iterable[M
 def _all_media_keys(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, set[str]]]:
     for index, row in enumerate(rows):
         try:
-            yield index, media_keys(row)
-        except TrainingDataError:
+            yield index, media_keys(as_row(row))
+        except SparrowError:
             continue

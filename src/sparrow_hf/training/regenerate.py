@@ -21,11 +21,13 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .._transformers import commit_of, name_of
 from ..artifacts import atomic_path, check_made_alike, remove_partial_files, write_json, write_text
 from ..data.datasets import Rows
+from ..data.dialects import without_turns
 from ..data.messages import ROW_FOLDER, ROW_INDEX, media_digest, naming_row, split_answer
 from ..data.prepare import prepare_prompt, tokenizer_of
 from ..data.video import is_url
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
+from .data import as_row
 
 PROVENANCE_FILE = "provenance.json"
 
@@ -57,7 +59,7 @@ def regenerate(
     Args:
         target: The target the draft will be trained for.
         processor: Its processor.
-        rows: Prompts: `{"messages": [...]}`, see `data/messages.py`. Assistant turns at the end are left out,
+        rows: Prompts: conversations of any dialect, see `data/messages.py`. Assistant turns at the end are left out,
             because the target writes them.
         output_dir: Gets `answers-00000.jsonl`, … and `provenance.json`. Each line is the row with `answer_ids` (the
             tokens as written, end of turn included) and `answer` (their text). Videos and images are named by absolute
@@ -129,7 +131,7 @@ def regenerate(
                 good = []
                 for index in batch:
                     try:
-                        good.append(_prepare(processor, rows[index], index, folder, sampling))
+                        good.append(_prepare(processor, as_row(rows[index]), index, folder, sampling))
                     except TrainingDataError as error:
                         if on_bad_row == "refuse":
                             raise
@@ -159,13 +161,13 @@ def read_skipped(folder: str | os.PathLike[str]) -> dict[int, str]:
 def estimate_answer_bytes(rows: Rows | Sequence[Mapping[str, Any]], max_new_tokens: int) -> int:
     """About how much disk the shards take at most: every answer as long as it may be. From a sample of the rows."""
     step = max(1, len(rows) // ROWS_LOOKED_AT)
-    looked_at = [rows[index] for index in range(0, len(rows), step)]
+    looked_at = [as_row(rows[index]) for index in range(0, len(rows), step)]
     media: list[int] = []
 
     def size_of_media(value: Any) -> None:
         media.append(len(value) if isinstance(value, bytes) else 0)
 
-    text = [len(json.dumps(dict(row), default=size_of_media)) for row in looked_at]
+    text = [len(json.dumps(dict(row), default=size_of_media, skipkeys=True)) for row in looked_at]
     per_row = (sum(text) + sum(media)) / max(1, len(looked_at))
     return round(len(rows) * (per_row + max_new_tokens * BYTES_PER_ANSWER_TOKEN))
 
@@ -179,35 +181,41 @@ def _prepare(
         prompt = dict(prepare_prompt(processor, row, **sampling))
         stored = sampling | {
             name: value
-            for name, value in row.items()
+            for name, value in without_turns(row).items()
             if name not in (ROW_INDEX, ROW_FOLDER) and not (name in sampling and value is None)
         }
-        return stored | {"messages": [_storable(turn, folder) for turn in messages]}, prompt
+        stored["messages"] = [_storable(turn, folder) for turn in messages]
+        # A column that JSON cannot hold is the row's fault, and found before the target has written anything.
+        json.dumps(stored)
+        return stored, prompt
 
 
 def _storable(turn: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A turn as JSON can hold it: media by absolute path or URL, bytes stored in `folder/media` under their digest."""
     if isinstance(turn["content"], str):
         return dict(turn)
-    content = []
-    for part in turn["content"]:
-        source = part.get(part["type"])
-        if isinstance(source, bytes):
-            path = folder / "media" / media_digest(source)
-            if not path.exists():
-                with atomic_path(path) as partial:
-                    partial.write_bytes(source)
-            source = str(path)
-        if part["type"] == "text" or is_url(source):
-            content.append(dict(part))
-        elif isinstance(source, str):
-            content.append(part | {part["type"]: os.path.abspath(source)})
-        else:
-            raise TrainingDataError(
-                f"answers are stored as text, which cannot hold a {type(source).__name__}: give the {part['type']} as "
-                "a path, a URL or the bytes of its file"
-            )
+    content = [
+        part if part["type"] == "text" else part | {part["type"]: _storable_source(part[part["type"]], folder)}
+        for part in turn["content"]
+    ]
     return dict(turn) | {"content": content}
+
+
+def _storable_source(source: Any, folder: Path) -> Any:
+    if isinstance(source, list):
+        return [_storable_source(frame, folder) for frame in source]
+    if isinstance(source, bytes):
+        path = folder / "media" / media_digest(source)
+        if not path.exists():
+            with atomic_path(path) as partial:
+                partial.write_bytes(source)
+        source = str(path)
+    if not isinstance(source, str):
+        raise TrainingDataError(
+            f"answers are stored as text, which cannot hold a {type(source).__name__}: give videos and images as "
+            "paths, URLs or the bytes of their files"
+        )
+    return source if is_url(source) else os.path.abspath(source)
 
 
 def _answer(
