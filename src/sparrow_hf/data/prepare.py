@@ -19,8 +19,9 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from ..errors import ImageError, TrainingDataError, VideoError
+from .images import read_image
 from .messages import ROW_FOLDER, ROW_INDEX, media_source, split_answer
-from .video import read_frames, read_image, read_video
+from .video import read_frames, read_video
 
 DEFAULT_FRAMES_PER_SECOND = 2.0
 """Assumed for videos given as arrays that do not say how densely they were sampled (Qwen-VL's sampling rate)."""
