@@ -167,8 +167,8 @@ def read_video(
     Returns:
         Frames `(frames, height, width, 3)` uint8 RGB, and metadata that tells processors what was kept:
         `frames_indices / fps` are the seconds at which the frames are on screen, also in a window, and `sampled_fps`
-        is the number kept per second. `fps` is the video's rate, and `total_num_frames` the number of its frames. For a
-        video without a constant rate, they describe a regular grid that its frames lie on. `duration` is the window's.
+        is the number kept per second. `fps` is the video's rate and `total_num_frames` its number of frames; if it has
+        no constant rate, they are those of a regular grid that its frames lie on. `duration` is that of the window.
 
     Raises:
         VideoError: The file is missing, unreadable, empty, has no frame, has none between `start` and `end`, or breaks
@@ -178,10 +178,7 @@ def read_video(
             `max_frames`, `start` behind `end`.
     """
     sampling = Sampling(fps, max_frames, num_frames, min_frames, start, end)
-    require("video", "Reading videos", "av", "torchvision")
-    video = VideoFile(*find_file(source, "video", VideoError))
-    times = video.frame_times(sampling.start or 0.0, sampling.end)
-    choice = choose_frames(video.name, times, sampling)
+    video, times, choice = plan_video(source, sampling)
     frames, shown = _decode(video, times.starts[choice.picks])
     # Some packets hold no frame of their own: half a frame, one that only others refer to, or a damaged one.
     there, places = np.unique(shown, return_index=True)
@@ -198,6 +195,14 @@ def read_video(
         frames_indices=choice.indices.tolist(),
     )
     return frames, metadata
+
+
+def plan_video(source: str | PathLike[str] | bytes, sampling: Sampling) -> tuple[VideoFile, FrameTimes, Choice]:
+    """The file, when its frames are on screen, and which of them [`read_video`] keeps. Raises what that raises."""
+    require("video", "Reading videos", "av", "torchvision")
+    video = VideoFile(*find_file(source, "video", VideoError))
+    times = video.frame_times(sampling.start or 0.0, sampling.end)
+    return video, times, choose_frames(video.name, times, sampling)
 
 
 def _decode(video: VideoFile, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

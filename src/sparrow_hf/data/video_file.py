@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from transformers.utils import logging
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 MICROSECOND, MILLISECOND = Fraction(1, 1_000_000), Fraction(1, 1000)
+#: One, in the numbers of a display matrix.
+FIXED_POINT = 65536
 #: What PyAV and Pillow raise for a file that is damaged or no video, next to `av.FFmpegError`.
 UNREADABLE = (OSError, ValueError, TypeError, IndexError, ArithmeticError, MemoryError)
 #: Seconds to go back, one after the other, in search of a key frame. Few videos have longer distances in between.
@@ -62,6 +64,10 @@ class FrameTimes:
     def end_seconds(self) -> float:
         return self.end * float(self.tick)
 
+    def stays(self) -> np.ndarray:
+        """`(frames,)`: seconds for which each frame is on screen."""
+        return np.diff(self.seconds, append=self.end_seconds)
+
     def constant_rate(self) -> tuple[float, int] | None:
         """`(rate, first)`, if each frame `i` appears within half a frame of `(first + i) / rate` seconds."""
         count, seconds = len(self.starts), self.seconds
@@ -79,8 +85,9 @@ class FrameTimes:
         return found
 
     def grid_rate(self) -> float:
-        """The rate of a regular grid that all times lie on: one the header gives, of which some frames were dropped, or
-        milliseconds.
+        """Places per second of a regular grid on which all frames lie.
+
+        That is a rate the header gives, if the video is one of this rate without some of its frames, else 1000.
         """
         for rate in map(float, self.announced_rates):
             if np.abs(self.seconds * rate - np.round(self.seconds * rate)).max() <= 2 * SMALL_ERROR:
@@ -112,7 +119,8 @@ class VideoFile:
         """
         with self.opened() as (container, stream):
             found = self._packet_times(container, stream, start, end)
-            tick, rates = _tick(stream), (stream.average_rate, stream.base_rate, stream.guessed_rate)
+            tick = MILLISECOND if _is_webp(stream) else _tick(stream)
+            rates = (stream.average_rate, stream.base_rate, stream.guessed_rate)
         self._timed_by_packets = found is not None
         starts, last_ends = self._decoded_times() if found is None else found
         if not starts:
@@ -132,12 +140,14 @@ class VideoFile:
             if _is_webp(stream):
                 yield from _pictures(self.file)
                 return
-            seconds = None if container.duration is None else round(container.duration * float(MICROSECOND))
-            with logging.tqdm(
-                total=seconds, desc=f"decoding {self.name}", unit="s", delay=PATIENCE, leave=False, disable=None
+            from tqdm import tqdm  # transformers needs it.
+
+            seconds = None if container.duration is None else round(container.duration * MICROSECOND)
+            with tqdm(
+                total=seconds, desc=f"Decoding {self.name}", unit="s", delay=PATIENCE, leave=False, disable=None
             ) as progress:
                 for tick, frame in self._timed_frames(container, stream, first):
-                    progress.update(int(tick * stream.time_base) - progress.n if progress.n is not None else 0)
+                    progress.update(max(0, int(tick * _tick(stream)) - progress.n))
                     yield tick, frame
 
     def picture(self, frame: VideoFrame) -> np.ndarray:
@@ -146,10 +156,33 @@ class VideoFile:
             self._shown_size = _with_square_pixels(frame.width, frame.height, self._pixel_aspect)
         # The frames of a stream may change their size; a player keeps its window.
         width, height = self._shown_size
-        size = {} if (width, height) == (frame.width, frame.height) else {"width": width, "height": height}
-        picture = frame.to_ndarray(format="rgb24", **size)
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        return picture if matrix is None else _turned(picture, np.frombuffer(bytes(matrix), np.int32))
+        if (width, height) == (frame.width, frame.height):
+            picture = frame.to_ndarray(format="rgb24")
+        else:
+            picture = frame.to_ndarray(format="rgb24", width=width, height=height)
+        matrix = _display_matrix(frame)
+        return picture if matrix is None else _turned(picture, matrix)
+
+    def description(self) -> dict[str, str]:
+        """What was found in the file, for people: container, codec and pixels as they are and as they are shown."""
+        with self.opened() as (container, stream):
+            codec, streams = stream.codec_context, len(container.streams.video)
+            found = {
+                "container": f"{container.format.long_name} ({container.format.name})",
+                "video": f"{codec.codec.long_name}, stream {stream.index}" + (f" of {streams} videos" * (streams > 1)),
+            }
+        frame = next((frame for _, frame in self.frames()), None)
+        if frame is None:
+            raise VideoError(f"No frame of {self.name} can be decoded. Play it in a video player, or re-encode it.")
+        height, width, _ = self.picture(frame).shape
+        matrix = _display_matrix(frame)
+        found["pixels"] = f"{frame.width} × {frame.height}, {frame.format.name}, shown as {width} × {height}"
+        if self._pixel_aspect not in (None, 0, 1):
+            found["pixels"] += f", each {float(self._pixel_aspect):.3g} times as wide as high"
+        if matrix is not None:
+            a, b, _, c, d = matrix[:5] / FIXED_POINT
+            found["pixels"] += f", turned by the matrix ({a:g} {b:g}; {c:g} {d:g})"
+        return found
 
     @contextmanager
     def opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
@@ -166,7 +199,7 @@ class VideoFile:
         source = f"file:{self.file}" if isinstance(self.file, Path) else self.file
         try:
             # Tags may be in any encoding.
-            with av.open(source, metadata_errors="replace") as container:
+            with av.open(source, "r", metadata_errors="replace") as container:
                 stream = self._shown_stream(container)
                 self._pixel_aspect = stream.sample_aspect_ratio
                 yield container, stream
@@ -202,11 +235,12 @@ class VideoFile:
         """Ticks at which frames start, and at which the last one ends; `None` if the packets do not tell."""
         if _is_webp(stream) or _is_avi(container):
             return None
-        zero, tick = _zero(container, stream), stream.time_base
-        starts, last_ends, decoded_at, data_ends = array("q"), 0, None, Fraction(0)
+        zero, tick = _zero(container, stream), _tick(stream)
+        starts, last_ends, data_ends = array("q"), 0, Fraction(0)
+        decoded_at: int | None = None
         for packet in _packets_from(container, stream, round(start / tick) + zero if start else None, others=True):
             if packet.pts is not None:
-                data_ends = max(data_ends, (packet.pts + (packet.duration or 0)) * packet.time_base)
+                data_ends = max(data_ends, (packet.pts + (packet.duration or 0)) * _tick(packet))
             if packet.stream is not stream or not packet.size:
                 continue
             if packet.pts is None or (decoded_at is not None and packet.dts is not None and packet.dts < decoded_at):
@@ -233,10 +267,10 @@ class VideoFile:
             starts.append(tick)
         with self.opened() as (_, stream):
             if stream.frames and stream.average_rate:
-                self._refuse_a_part(last_ends * stream.time_base, stream.frames / stream.average_rate)
+                self._refuse_a_part(last_ends * _tick(stream), stream.frames / stream.average_rate)
         return starts, last_ends
 
-    def _refuse_a_part(self, found: Fraction, announced: Fraction, is_part: bool = False) -> None:
+    def _refuse_a_part(self, found: Fraction | int, announced: Fraction | int, is_part: bool = False) -> None:
         """Raises an error for the beginning of a longer file, as a broken download leaves it.
 
         Args:
@@ -296,15 +330,16 @@ def _is_avi(container: InputContainer) -> bool:
     return "avi" in container.format.name
 
 
-def _tick(stream: VideoStream) -> Fraction:
-    return MILLISECOND if _is_webp(stream) else stream.time_base
+def _tick(part: VideoStream | Packet) -> Fraction:
+    assert part.time_base is not None, "whatever a demuxer returns has one"
+    return part.time_base
 
 
 def _zero(container: InputContainer, stream: VideoStream) -> int:
     """The time stamp, in ticks of the stream, at which a player's clock shows 0: broadcasts begin at any hour."""
     starts = [] if stream.start_time is None else [stream.start_time]
     if container.start_time is not None:
-        starts.append(round(container.start_time * MICROSECOND / stream.time_base))
+        starts.append(round(container.start_time * MICROSECOND / _tick(stream)))
     return min(starts, default=0)
 
 
@@ -319,25 +354,23 @@ def _packets_from(
     import av
 
     wanted = container.streams if others else [stream]
-    has_moved = False
-    for back in SEARCH_BACK:
-        place = None if first is None else first - round(back / stream.time_base)
-        if place is None or place <= (stream.start_time or 0):
-            break
+    begins = stream.start_time or 0
+    # The last place to look from is the beginning.
+    places = [] if first is None else [first - round(back / _tick(stream)) for back in SEARCH_BACK]
+    for place in [place for place in places if place > begins]:
         try:
             container.seek(place, stream=stream)
         except av.FFmpegError:
             break
-        has_moved = True
         packets = container.demux(*wanted)
         # Not every container knows where its key frames are: the place found may lie behind the last one.
         key = next((packet for packet in packets if packet.stream is stream and packet.is_keyframe), None)
-        if key is not None and key.pts is not None and key.pts <= first:
+        if key is not None and key.pts is not None and first is not None and key.pts <= first:
             yield key
             yield from packets
             return
-    if has_moved:
-        container.seek(stream.start_time or 0, stream=stream)
+    if places and places[0] > begins:
+        container.seek(begins, stream=stream)
     yield from container.demux(*wanted)
 
 
@@ -378,6 +411,12 @@ def _with_square_pixels(width: int, height: int, pixel_aspect: Fraction | None) 
     if not pixel_aspect or not Fraction(1, 10) <= pixel_aspect <= 10:
         return width, height
     return (round(width * pixel_aspect), height) if pixel_aspect > 1 else (width, round(height / pixel_aspect))
+
+
+def _display_matrix(frame: VideoFrame) -> np.ndarray | None:
+    """`(9,)`: how a player places the picture, see `_turned`."""
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    return None if matrix is None else np.frombuffer(bytes(matrix), np.int32)
 
 
 def _turned(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
