@@ -179,7 +179,8 @@ def read_video(
     """
     sampling = Sampling(fps, max_frames, num_frames, min_frames, start, end)
     video, times, choice = plan_video(source, sampling)
-    frames, shown = _decode(video, times.starts[choice.picks])
+    first = times.seconds[choice.picks[0]] if sampling.start else None
+    frames, shown = _decode(video, times.starts[choice.picks], first)
     # Some packets hold no frame of their own: half a frame, one that only others refer to, or a damaged one.
     there, places = np.unique(shown, return_index=True)
     if choice.is_every_frame and len(there) < len(shown):
@@ -205,13 +206,14 @@ def plan_video(source: str | PathLike[str] | bytes, sampling: Sampling) -> tuple
     return video, times, choose_frames(video.name, times, sampling)
 
 
-def _decode(video: VideoFile, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _decode(video: VideoFile, wanted: np.ndarray, start: float | None) -> tuple[np.ndarray, np.ndarray]:
     """The frames that are on screen at given ticks, and the tick at which each appeared.
 
     One frame at a time is held beside the result, so that memory does not grow with the length of the file.
 
     Args:
         wanted: `(kept,)`, ascending.
+        start: Second of the first, if what is before it should not be decoded.
     """
     frames, appeared = np.empty((0, 0, 0, 3), np.uint8), np.zeros(len(wanted), np.int64)
     done, shown = 0, None
@@ -227,7 +229,7 @@ def _decode(video: VideoFile, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarra
             appeared[done], frames[done] = shown[0], picture
             done += 1
 
-    for tick, frame in video.frames(int(wanted[0])):
+    for tick, frame in video.frames(start):
         take(tick)
         if done == len(wanted):
             break

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -117,8 +119,8 @@ class VideoFile:
         Raises:
             VideoError: The file holds no frame, or less than it announces.
         """
-        with self.opened() as (container, stream):
-            found = self._packet_times(container, stream, start, end)
+        with self._reading(start or None, others=True) as (container, stream, packets):
+            found = self._packet_times(container, stream, packets, start, end)
             tick = MILLISECOND if _is_webp(stream) else _tick(stream)
             rates = (stream.average_rate, stream.base_rate, stream.guessed_rate)
         self._timed_by_packets = found is not None
@@ -127,16 +129,16 @@ class VideoFile:
             raise VideoError(f"{self.name} holds no frame. Play it in a video player, or record it again.")
         return FrameTimes(np.unique(np.array(starts, np.int64)), last_ends, tick, tuple(filter(None, rates)))
 
-    def frames(self, first: int | None = None) -> Iterator[tuple[int, VideoFrame]]:
+    def frames(self, start: float | None = None) -> Iterator[tuple[int, VideoFrame]]:
         """Frames, each with the tick at which it appears. Call `frame_times` before.
 
         Args:
-            first: Tick of the first frame that is needed: decoding begins at the last key frame before it.
+            start: Second from which on they are needed: decoding begins at the last key frame before it.
 
         Raises:
             VideoError: Many packets cannot be decoded. A few are left out, as a player does.
         """
-        with self.opened() as (container, stream):
+        with self._reading(start if self._timed_by_packets else None) as (container, stream, packets):
             if _is_webp(stream):
                 yield from _pictures(self.file)
                 return
@@ -146,7 +148,7 @@ class VideoFile:
             with tqdm(
                 total=seconds, desc=f"Decoding {self.name}", unit="s", delay=PATIENCE, leave=False, disable=None
             ) as progress:
-                for tick, frame in self._timed_frames(container, stream, first):
+                for tick, frame in self._timed_frames(container, stream, packets):
                     progress.update(max(0, int(tick * _tick(stream)) - progress.n))
                     yield tick, frame
 
@@ -211,6 +213,26 @@ class VideoFile:
                 "short. Play it in a video player, or re-encode it to an mp4 file with h264 video."
             ) from error
 
+    @contextmanager
+    def _reading(
+        self, start: float | None, others: bool = False
+    ) -> Iterator[tuple[InputContainer, VideoStream, Iterable[Packet]]]:
+        """The packets of the stream that is shown, from the last key frame before `start` on, if one is found.
+
+        Args:
+            start: Seconds. `None` is the beginning of the file, which need not be a key frame.
+            others: Whether the packets of other streams come along.
+        """
+        if start is not None:
+            with self.opened() as (container, stream):
+                first = round(start / _tick(stream)) + _zero(container, stream)
+                packets = _packets_from(container, stream, first, others)
+                if packets is not None:
+                    yield container, stream, packets
+                    return
+        with self.opened() as (container, stream):
+            yield container, stream, container.demux() if others else container.demux(stream)
+
     def _shown_stream(self, container: InputContainer) -> VideoStream:
         """The default stream, else the largest. Cover pictures are no videos."""
         from av.stream import Disposition
@@ -230,7 +252,12 @@ class VideoFile:
         return max(streams, key=lambda each: (bool(each.disposition & Disposition.default), each.width * each.height))
 
     def _packet_times(
-        self, container: InputContainer, stream: VideoStream, start: float, end: float | None
+        self,
+        container: InputContainer,
+        stream: VideoStream,
+        packets: Iterable[Packet],
+        start: float,
+        end: float | None,
     ) -> tuple[array[int], int] | None:
         """Ticks at which frames start, and at which the last one ends; `None` if the packets do not tell."""
         if _is_webp(stream) or _is_avi(container):
@@ -238,7 +265,7 @@ class VideoFile:
         zero, tick = _zero(container, stream), _tick(stream)
         starts, last_ends, data_ends = array("q"), 0, Fraction(0)
         decoded_at: int | None = None
-        for packet in _packets_from(container, stream, round(start / tick) + zero if start else None, others=True):
+        for packet in packets:
             if packet.pts is not None:
                 data_ends = max(data_ends, (packet.pts + (packet.duration or 0)) * _tick(packet))
             if packet.stream is not stream or not packet.size:
@@ -250,13 +277,18 @@ class VideoFile:
                 starts.append(packet.pts - zero)
                 last_ends = max(last_ends, packet.pts - zero + (packet.duration or 1))
             # What follows is decoded later, and shown later still.
-            if end is not None and decoded_at is not None and (decoded_at - zero) * tick > end:
-                return starts, last_ends
-        # Some formats count from the first frame, some from 0: the shorter is taken.
-        announced = (container.duration or 0) * MICROSECOND
-        # The index of an mp4 file tells where each frame lies.
-        index_ends = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-        self._refuse_a_part(data_ends, announced, is_part=0 < container.size < index_ends)
+            if starts and end is not None and decoded_at is not None and (decoded_at - zero) * tick > end:
+                last_ends = decoded_at - zero + 1
+                break
+        else:
+            # Some formats count from the first frame, some from 0: the shorter is taken.
+            announced = (container.duration or 0) * MICROSECOND
+            # The index of an mp4 file tells where each frame lies.
+            index_ends = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+            self._refuse_a_part(data_ends, announced, is_part=0 < container.size < index_ends)
+        if start or end is not None:
+            # Around a window, some frames are missing: those shown before the first key frame, or decoded later.
+            starts = array("q", (at for at in starts if starts[0] <= at < last_ends))
         return starts, last_ends
 
     def _decoded_times(self) -> tuple[array[int], int]:
@@ -284,19 +316,15 @@ class VideoFile:
             )
 
     def _timed_frames(
-        self, container: InputContainer, stream: VideoStream, first: int | None
+        self, container: InputContainer, stream: VideoStream, packets: Iterable[Packet]
     ) -> Iterator[tuple[int, VideoFrame]]:
-        if self._timed_by_packets:
-            zero = _zero(container, stream)
-            frames = self._decoded(_packets_from(container, stream, None if first is None else first + zero))
-            yield from ((tick - zero, frame) for tick, frame in _in_time(frames, lambda frame: frame.pts))
-        else:
-            by_decoding_time = _is_avi(container)
-            frames = self._decoded(container.demux(stream))
-            zero = None
-            for tick, frame in _in_time(frames, lambda frame: frame.dts if by_decoding_time else frame.pts):
-                zero = tick if zero is None else zero
-                yield tick - zero, frame
+        by_decoding_time = _is_avi(container)
+        zero = _zero(container, stream) if self._timed_by_packets else None
+        for tick, frame in _in_time(
+            self._decoded(packets), lambda frame: frame.dts if by_decoding_time else frame.pts
+        ):
+            zero = tick if zero is None else zero
+            yield tick - zero, frame
 
     def _decoded(self, packets: Iterable[Packet]) -> Iterator[VideoFrame]:
         import av
@@ -343,35 +371,24 @@ def _zero(container: InputContainer, stream: VideoStream) -> int:
     return min(starts, default=0)
 
 
-def _packets_from(
-    container: InputContainer, stream: VideoStream, first: int | None, others: bool = False
-) -> Iterator[Packet]:
-    """Packets from the last key frame at or before a time stamp on; without one, from the beginning.
-
-    Args:
-        others: Whether packets of other streams come along.
-    """
+def _packets_from(container: InputContainer, stream: VideoStream, first: int, others: bool) -> Iterator[Packet] | None:
+    """Packets from the last key frame at or before a time stamp on; `None` if none is found: then open it anew."""
     import av
 
-    wanted = container.streams if others else [stream]
-    begins = stream.start_time or 0
-    # The last place to look from is the beginning.
-    places = [] if first is None else [first - round(back / _tick(stream)) for back in SEARCH_BACK]
-    for place in [place for place in places if place > begins]:
+    for back in SEARCH_BACK:
+        place = first - round(back / _tick(stream))
+        if place <= (stream.start_time or 0):
+            return None
         try:
             container.seek(place, stream=stream)
         except av.FFmpegError:
-            break
-        packets = container.demux(*wanted)
+            return None
+        packets = container.demux() if others else container.demux(stream)
         # Not every container knows where its key frames are: the place found may lie behind the last one.
         key = next((packet for packet in packets if packet.stream is stream and packet.is_keyframe), None)
-        if key is not None and key.pts is not None and first is not None and key.pts <= first:
-            yield key
-            yield from packets
-            return
-    if places and places[0] > begins:
-        container.seek(begins, stream=stream)
-    yield from container.demux(*wanted)
+        if key is not None and key.pts is not None and key.pts <= first:
+            return chain([key], packets)
+    return None
 
 
 def _in_time(
