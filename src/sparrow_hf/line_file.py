@@ -5,7 +5,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from .artifacts import check_made_alike, write_text
 from .errors import SparrowError
@@ -20,7 +20,7 @@ class LineFile:
     """JSON lines made with the same settings, each appended and written out as soon as it is made.
 
     A process that is killed leaves whole lines, and at most half of one, which is removed when the file is opened
-    again. Only one process at a time may have the file open.
+    again. Only one process at a time may have the file open; it is closed at the end of a `with` block.
 
     Args:
         path: The file. Its folder is made. A device such as `/dev/stdout` is written to and not read.
@@ -40,17 +40,32 @@ class LineFile:
         self.path = path
         self.lines: list[dict[str, Any]] = []
         self._error = error
+        self._unlock: Callable[[], Any] = lambda: None
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             return
         self._lock()
-        self.lines, end = read_whole_lines(path, error, kind)
-        for line in self.lines:
-            self.check_line(line)
-            check_made_alike(path, line["provenance"], conditions, error)
+        try:
+            self.lines, end = read_whole_lines(path, error, kind)
+            for line in self.lines:
+                self.check_line(line)
+                check_made_alike(path, line["provenance"], conditions, error)
+        except BaseException:
+            self.close()
+            raise
         if end < path.stat().st_size:
             # The half line of a killed process. Cutting it off takes no space, which there may not be.
             os.truncate(path, end)
+
+    def close(self) -> None:
+        """Lets other processes write the file."""
+        self._unlock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def check_line(self, line: Mapping[str, Any]) -> None:
         """Further checks of a line that was read, for subclasses."""
@@ -81,12 +96,13 @@ class LineFile:
         if fcntl is None:
             return
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        # Closed, and with that unlocked, together with this object.
-        closing = weakref.finalize(self, os.close, handle)
+        self._unlock()
+        # A closed file is unlocked, as is that of a killed process.
+        self._unlock = weakref.finalize(self, os.close, handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            closing()
+            self.close()
             raise self._error(
                 f"{self.path} is being written by another process: wait for it to end, or choose another file"
             ) from None

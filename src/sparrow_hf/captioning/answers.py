@@ -31,6 +31,7 @@ def open_answers(path: Path, conditions: Mapping[str, Any], asked: Questions) ->
     if asked.are_rows:
         strange = {line["name"] for line in answers.lines} - {question.name for question in asked}
         if strange:
+            answers.close()
             raise CaptionError(
                 f"{path} holds answers to other rows, {len(strange)} in number ({min(strange)}): choose another file, "
                 "or delete it"

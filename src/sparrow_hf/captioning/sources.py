@@ -81,7 +81,7 @@ def read_questions(source: str, question: str | None = None, output: Path | None
     if is_url(source) or path.is_file() and path.suffix.lower() not in ROW_FILES:
         return Questions([_about(source, source, about)], about)
     if path.is_dir() and not any((path / name).exists() for name in SAVED_DATASETS):
-        names = [file.relative_to(path).as_posix() for file in _files(path, output)]
+        names = sorted(file.relative_to(path).as_posix() for file in _files(path, output))
         videos = [name for name in names if not _is_other(name)]
         if videos or not any(name.endswith(ROW_FILES) for name in names):
             if not videos:
@@ -115,8 +115,8 @@ def _files(folder: Path, output: Path | None) -> Iterator[Path]:
     """The files of a folder and of those in it, without hidden ones and the output."""
     own = None if output is None else output.resolve()
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
             if not name.startswith(".") and (Path(parent) / name).resolve() != own:
                 yield Path(parent) / name
 

@@ -182,7 +182,8 @@ def bench(
         + f"to do: {todo} calls of up to {max_new_tokens} tokens"
     )
     context.obj.keeps(lambda: f"{len(measured.lines)} measured prompts are kept in {measured.path}")
-    benchmark.measure(measured)
+    with measured:
+        benchmark.measure(measured)
     rows = write_results(runs, output, note)
     if report is not None:
         write_report(output, report)

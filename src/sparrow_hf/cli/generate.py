@@ -3,7 +3,9 @@
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +42,8 @@ NO_DRAFT = "none"
 SAMPLING, BUILT_IN_SAMPLING = (2.0, 128), (8.0, 768)
 #: The progress shows the speed of the last answers.
 RECENT = 32
+#: Seconds between two lines of progress where stderr is no terminal.
+LOG_SECONDS = 30.0
 DRAFTED_STYLE, OWN_STYLE = "bold green", "yellow"
 
 
@@ -113,8 +117,9 @@ def generate(
     if compare and draft == captioning.NO_DRAFT:
         raise CaptionError("--compare compares plain generate() with a draft: name one with --draft")
     family = built_in_family(family, target)
-    with tempfile.TemporaryDirectory() as scratch:
+    with ExitStack() as stack:
         if source is None:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
             asked = captioning.built_in_clip(Path(scratch), family)
         else:
             asked = captioning.read_questions(source, question, output)
@@ -136,7 +141,7 @@ def generate(
         conditions = captioner.conditions(target or family, draft, asked.question)
         answers = None
         if output is not None:
-            answers = captioning.open_answers(output, conditions, asked)
+            answers = stack.enter_context(captioning.open_answers(output, conditions, asked))
             if retry_errors:
                 answers.remove(lambda line: line["error"])
             context.obj.keeps(lambda: f"{len(answers.lines)} of {len(asked)} answers are kept in {output}")
@@ -144,7 +149,8 @@ def generate(
         is_single = len(asked) == 1
         # A comparison times both calls alike, with nothing to show meanwhile.
         streamer = text_on_screen(captioner) if is_single and not as_json and not compare else None
-        with tqdm(total=len(asked), initial=len(lines), unit="video", disable=is_single) as progress:
+        with tqdm(total=len(asked), initial=len(lines), unit="video", disable=is_single or None) as progress:
+            told_at = time.monotonic()
             for line in captioning.answer_all(captioner, asked, conditions, answers, streamer):
                 lines.append(line)
                 if line["error"] is not None:
@@ -153,8 +159,11 @@ def generate(
                     print(line["text"])
                 if as_json and output is None:
                     print(json.dumps(line), flush=True)
-                progress.set_postfix_str(rate(captioning.total(lines[-RECENT:])))
+                progress.set_postfix_str(rate := rate_of(captioning.total(lines[-RECENT:])))
                 progress.update()
+                if not sys.stderr.isatty() and time.monotonic() > told_at + LOG_SECONDS:
+                    say(f"{len(lines)} of {len(asked)} videos, {rate}")
+                    told_at = time.monotonic()
     totals = captioning.total(lines)
     if as_json and output is not None:
         print(json.dumps(asdict(totals) | {"output": str(output)}))
@@ -203,7 +212,7 @@ def text_on_screen(captioner: Any) -> Any:
     return Printer(captioner.processor.tokenizer, show, captioner.draft)
 
 
-def rate(totals: Any) -> str:
+def rate_of(totals: Any) -> str:
     """Speed and errors of the last answers."""
     return f"{totals.tokens_per_second:.1f} tokens/s" + (f", {totals.errors} errors" if totals.errors else "")
 
