@@ -79,7 +79,7 @@ def test_every_good_video_is_answered_and_every_bad_one_told(
         assert line["text"] == processor.decode(ids, skip_special_tokens=True).strip()
         assert (line["source"], line["question"]) == (str(videos / name), "Describe this video in detail.")
         assert (line["tokens"], line["truncated"], line["error"]) == (len(ids), True, None)
-        assert line["visual_tokens"] == 4 and line["seconds"] > 0 and line["identical"] is None
+        assert line["visual_tokens"] == 8 and line["seconds"] > 0 and line["identical"] is None
     for name in BAD:
         assert lines[name]["error"] and lines[name]["text"] is None and lines[name]["tokens"] is None
         assert "\n" not in lines[name]["error"]

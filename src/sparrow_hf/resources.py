@@ -9,9 +9,9 @@ import torch
 
 #: A quota and a limit of a file's size (`ulimit -f`, FAT32) are full disks to whoever writes.
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: safetensors and torch report failed writes as errors of their own, in words.
+#: safetensors and torch report failed writes as errors of their own, in words; torch's do not say why they failed.
 FULL_DISK_TEXT = re.compile(
-    r"No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed writing"
+    r"No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed writing|iostream error"
 )
 #: torch's allocator for CPUs, and that for Apple's GPUs.
 NO_MEMORY_TEXT = re.compile(r"can't allocate memory|Cannot allocate memory|out of memory")

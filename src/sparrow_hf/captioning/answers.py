@@ -39,6 +39,12 @@ def open_answers(path: Path, conditions: Mapping[str, Any], asked: Questions) ->
     return answers
 
 
+def given_before(answers: LineFile, asked: Sequence[Question]) -> list[dict[str, Any]]:
+    """The answers of a file to what is asked; a file may hold those to other videos too."""
+    names = {question.name for question in asked}
+    return [line for line in answers.lines if line["name"] in names]
+
+
 def answer_all(
     captioner: Captioner,
     asked: Sequence[Question],

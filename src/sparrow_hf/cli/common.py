@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.text import Text
+from tqdm import tqdm
 from typer.core import TyperCommand
 
 from ..errors import SparrowError, TargetLoadError
@@ -164,7 +165,9 @@ def errors_as_sentences(ending: Ending | None = None, debug: bool = False) -> It
         # All processes of `accelerate launch` are stopped together.
         if code not in (INTERRUPTED, TERMINATED) or os.environ.get("RANK", "0") == "0":
             style = "" if code in (INTERRUPTED, TERMINATED) else "bold red"
-            Console(stderr=True).print(Text(sentence, style=style), soft_wrap=True)
+            # On a line of its own, whatever progress bars are on the screen.
+            with tqdm.external_write_mode(file=sys.stderr):
+                Console(stderr=True).print(Text(sentence, style=style), soft_wrap=True)
         raise typer.Exit(code) from None
 
 

@@ -144,8 +144,10 @@ def generate(
             answers = stack.enter_context(captioning.open_answers(output, conditions, asked))
             if retry_errors:
                 answers.remove(lambda line: line["error"])
-            context.obj.keeps(lambda: f"{len(answers.lines)} of {len(asked)} answers are kept in {output}")
-        lines = [] if answers is None else list(answers.lines)
+            context.obj.keeps(
+                lambda: f"{len(captioning.given_before(answers, asked))} of {len(asked)} answers are kept in {output}"
+            )
+        lines = [] if answers is None else captioning.given_before(answers, asked)
         is_single = len(asked) == 1
         # A comparison times both calls alike, with nothing to show meanwhile.
         streamer = text_on_screen(captioner) if is_single and not as_json and not compare else None
@@ -209,7 +211,7 @@ def text_on_screen(captioner: Any) -> Any:
         style = "" if captioner.draft is None else DRAFTED_STYLE if drafted else OWN_STYLE
         console.print(Text(piece, style=style), end="", soft_wrap=True)
 
-    return Printer(captioner.processor.tokenizer, show, captioner.draft)
+    return Printer(getattr(captioner.processor, "tokenizer", captioner.processor), show, captioner.draft)
 
 
 def rate_of(totals: Any) -> str:
