@@ -177,7 +177,7 @@ def test_ctrl_c_ends_quietly(models: tuple[object, ...], clip: Path, monkeypatch
     monkeypatch.setattr(TokenEmitter, "choose", interrupt)
     result = run("demo", *models, "--video", clip, "--max-new-tokens", 4)
     assert result.exit_code == 130
-    assert "Stopped." in result.output
+    assert "Stopped by Ctrl-C: nothing new is kept; start again with: sparrow demo --target" in result.output
     assert "Traceback" not in result.output
 
 

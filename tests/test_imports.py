@@ -13,13 +13,14 @@ import sparrow_hf
 ROOT = Path(sparrow_hf.__file__).parent
 #: Room → what it may not import, lazily or for types neither. `""`: every file that lies in no folder.
 FORBIDDEN = {
-    "": {"training", "evaluation", "analysis", "testbed", "cli"},
-    "generation": {"measurement", "prefill", "training", "evaluation", "analysis", "testbed", "cli"},
-    "training": {"evaluation", "analysis", "testbed", "cli"},
-    "analysis": {"training", "evaluation", "testbed", "cli"},
-    "evaluation": {"training", "analysis", "cli"},
+    "": {"training", "captioning", "evaluation", "analysis", "testbed", "cli"},
+    "generation": {"measurement", "prefill", "training", "captioning", "evaluation", "analysis", "testbed", "cli"},
+    "training": {"captioning", "evaluation", "analysis", "testbed", "cli"},
+    "analysis": {"training", "captioning", "evaluation", "testbed", "cli"},
+    "evaluation": {"training", "captioning", "analysis", "cli"},
+    "captioning": {"training", "evaluation", "analysis", "cli"},
     # Nothing in it trains.
-    "testbed": {"training", "cli"},
+    "testbed": {"training", "captioning", "cli"},
 }
 
 

@@ -24,6 +24,10 @@ class StopWatch(BaseStreamer):
 
     A streamer and a context manager: `with StopWatch(target) as watch: target.generate(..., streamer=watch)`.
 
+    Args:
+        target: The model that generates.
+        streamer: Is handed on everything, after the time was taken. What it does counts as time of the call.
+
     Attributes:
         tokens: Generated tokens.
         chunks: Tokens handed over at once; the first chunk is what the prefill gave.
@@ -31,12 +35,13 @@ class StopWatch(BaseStreamer):
         prefill_seconds, decode_seconds: Until the first chunk, and from there to the end of the `with` block.
     """
 
-    def __init__(self, target: PreTrainedModel):
+    def __init__(self, target: PreTrainedModel, streamer: BaseStreamer | None = None):
         self.tokens: list[int] = []
         self.chunks: list[int] = []
         self.rounds = 0
         self.prefill_seconds = self.decode_seconds = 0.0
         self._target = unwrap(target)
+        self._streamer = streamer
         self._saw_prompt = False
         self._forwards = 0
         self._start = self._first_token = 0.0
@@ -56,17 +61,20 @@ class StopWatch(BaseStreamer):
         self.rounds += bool(self.chunks)
 
     def put(self, value: Tensor) -> None:
-        if not self._saw_prompt:
-            self._saw_prompt = True
-            return
-        if not self.chunks:
-            self._first_token = now(self._target.device)
-            self.prefill_seconds = self._first_token - self._start
-        self.tokens += value.flatten().tolist()
-        self.chunks.append(value.numel())
+        if self._saw_prompt:
+            if not self.chunks:
+                self._first_token = now(self._target.device)
+                self.prefill_seconds = self._first_token - self._start
+            self.tokens += value.flatten().tolist()
+            self.chunks.append(value.numel())
+        self._saw_prompt = True
+        if self._streamer is not None:
+            self._streamer.put(value)
 
     def end(self) -> None:
-        """Nothing to do: the call ends with the `with` block."""
+        """The time goes on: the call ends with the `with` block."""
+        if self._streamer is not None:
+            self._streamer.end()
 
 
 class PhaseClock:

@@ -62,6 +62,10 @@ class DiskBudgetError(SparrowError, OSError):
     """A recording would take more disk space than allowed; complete rows stay and are used when it is continued."""
 
 
+class CaptionError(SparrowError, ValueError):
+    """Options of `sparrow generate` contradict each other, or its output holds answers made with other settings."""
+
+
 class BenchmarkError(SparrowError, ValueError):
     """A benchmark cannot be run or continued: an unknown arm, no prompts, measurements under other conditions."""
 

@@ -40,6 +40,7 @@ def load_target(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     revision: str | None = None,
+    attention: str | None = None,
 ) -> tuple[Any, Any]:
     """A target in evaluation mode and its processor, from folders or Hub ids.
 
@@ -49,6 +50,7 @@ def load_target(
         dtype: "auto" is the checkpoint's own.
         device: By default the accelerator, else the CPU; "auto" spreads the target over all GPUs.
         revision: Of both on the Hub.
+        attention: Attention implementation, such as "sdpa"; by default the one that transformers chooses.
 
     Raises:
         TargetLoadError: One of them is not there, or does not fit the device.
@@ -58,7 +60,7 @@ def load_target(
         require("train", "Spreading a target over all GPUs", "accelerate")
     with told_if_not_loaded("target", target):
         where = {"device_map": "auto"} if device == "auto" else {}
-        model = load_model(target, revision=revision, dtype=dtype, **where)
+        model = load_model(target, revision=revision, dtype=dtype, attn_implementation=attention, **where)
         if not where:
             model = model.to(device or default_device())
     source = processor or target
@@ -82,3 +84,12 @@ def default_device() -> torch.device:
     """The accelerator that torch runs on here, else the CPU."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
+
+
+def usable_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to run a checkpoint in: its own, unless the device has no arithmetic for it, or only a slow one."""
+    if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        return torch.float16
+    if dtype == torch.float16 and device.type == "cpu":
+        return torch.float32
+    return dtype

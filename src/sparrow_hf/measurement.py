@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation import BaseStreamer
 
 from .clocks import StopWatch
 from .configuration_sparrow import TreeShape
@@ -98,6 +99,7 @@ def measure(
     settings: Mapping[str, Any],
     seed: int = 0,
     prefill: PrefillSnapshot | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> tuple[Run, list[int]]:
     """One timed `generate()` call.
 
@@ -107,6 +109,7 @@ def measure(
         seed: Seed of torch's global generator, for sampling.
         prefill: The prefill of these inputs, computed before. The call starts from a copy, and the time of that
             prefill is added to its own. Arms that run transformers' own loop run their own prefill.
+        streamer: Shows the text while it is written; what it does counts as time of the call.
 
     Returns:
         The measurement, and the generated tokens.
@@ -118,7 +121,7 @@ def measure(
         options = stack.enter_context(arm.options(target, inputs))
         if prefill is not None and is_replayed:
             inputs = stack.enter_context(prefill.replayed())
-        watch = stack.enter_context(StopWatch(target))
+        watch = stack.enter_context(StopWatch(target, streamer))
         target.generate(**inputs, **settings, **options, streamer=watch)
     run = Run(
         new_tokens=len(watch.tokens),

@@ -9,82 +9,81 @@ from rich.table import Table
 
 from ..errors import MissingDependencyError
 from .common import (
-    DEVICE_HELP,
-    DTYPE_HELP,
-    FPS_HELP,
-    MAX_FRAMES_HELP,
-    PROCESSOR_HELP,
+    DeviceOption,
     Dtype,
-    errors_as_sentences,
+    DtypeOption,
+    FpsOption,
+    MaxFramesOption,
+    MaxNewTokensOption,
+    ProcessorOption,
+    PromptsOption,
+    SplitOption,
     quiet_transformers,
 )
 
 
 def analyze(
+    context: typer.Context,
     target: Annotated[str, typer.Option(help="The video LLM to analyze: a folder or a Hub id.")],
-    prompts: Annotated[
-        str,
-        typer.Option(
-            help="Data set whose rows hold 'messages': a .jsonl or .parquet file, a folder written by save_to_disk, "
-            "or a Hub id."
-        ),
-    ],
+    prompts: PromptsOption,
     output: Annotated[
         Path, typer.Option(help="Folder to write the results to. The same command continues a stopped run.")
     ],
     draft: Annotated[
         str | None, typer.Option(help="A draft of the target, to measure how many visual tokens it needs.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of --prompts to read.")] = "train",
+    split: SplitOption = "train",
     limit: Annotated[int | None, typer.Option(min=1, help="Number of prompts to read (default: all).")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Maximum length of an answer, in tokens.")] = 256,
-    fps: Annotated[float | None, typer.Option(min=0.01, help=FPS_HELP)] = None,
-    max_frames: Annotated[int | None, typer.Option(min=1, help=MAX_FRAMES_HELP)] = None,
-    processor: Annotated[str | None, typer.Option(help=PROCESSOR_HELP)] = None,
-    dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    max_new_tokens: MaxNewTokensOption = 256,
+    fps: FpsOption = None,
+    max_frames: MaxFramesOption = None,
+    processor: ProcessorOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
 ) -> None:
     """Measures where a target attends on your prompts, and recommends the layers that its draft should read.
 
     Writes analysis.json and, if matplotlib is installed, figures.
     """
-    with errors_as_sentences():
-        from .. import SparrowDraftModel
-        from ..analysis import analyze as run_analysis
-        from ..analysis import draw_figures, read_conversations
-        from ..analysis.removal import layer_grid
-        from ..artifacts import write_json
-        from ..evaluation.provenance import provenance
-        from ..loading import load_target
-        from ..targets import TargetView
+    from .. import SparrowDraftModel
+    from ..analysis import analyze as run_analysis
+    from ..analysis import draw_figures, read_conversations
+    from ..analysis.removal import layer_grid
+    from ..artifacts import write_json
+    from ..evaluation.provenance import provenance
+    from ..loading import load_target
+    from ..targets import TargetView
 
-        quiet_transformers()
-        console = Console()
-        conversations = read_conversations(prompts, split, limit)
-        model, its_processor = load_target(target, processor, dtype.value, device)
-        layers = layer_grid(len(TargetView(model).layers))
-        console.print(
-            f"{len(conversations)} prompts: one answer and {len(layers) + 1} forwards each; results in {output}"
+    quiet_transformers()
+    console = Console()
+    conversations = read_conversations(prompts, split, limit)
+    model, its_processor = load_target(target, processor, dtype.value, device)
+    layers = layer_grid(len(TargetView(model).layers))
+    console.print(f"{len(conversations)} prompts: one answer and {len(layers) + 1} forwards each; results in {output}")
+    context.obj.keeps(
+        lambda: (
+            f"{len(list((output / 'prompts').glob('*.json')))} of {len(conversations)} prompts are kept in {output}"
         )
-        summary = run_analysis(
-            model,
-            its_processor,
-            conversations,
-            output,
-            draft=None if draft is None else SparrowDraftModel.from_pretrained(draft).eval(),
-            layers=layers,
-            max_new_tokens=max_new_tokens,
-            fps=fps,
-            max_frames=max_frames,
-        )
-        report = {"provenance": provenance(model, target_id=target, draft_id=draft, prompts=prompts)} | summary
-        write_json(output / "analysis.json", report, indent=2)
-        print_summary(summary, console)
-        try:
-            drawn = ", ".join(path.name for path in draw_figures(summary, output))
-            console.print(f"analysis.json, {drawn} in {output}")
-        except MissingDependencyError as error:
-            console.print(f"analysis.json in {output}; no figures: {error}", style="yellow", markup=False)
+    )
+    summary = run_analysis(
+        model,
+        its_processor,
+        conversations,
+        output,
+        draft=None if draft is None else SparrowDraftModel.from_pretrained(draft).eval(),
+        layers=layers,
+        max_new_tokens=max_new_tokens,
+        fps=fps,
+        max_frames=max_frames,
+    )
+    report = {"provenance": provenance(model, target_id=target, draft_id=draft, prompts=prompts)} | summary
+    write_json(output / "analysis.json", report, indent=2)
+    print_summary(summary, console)
+    try:
+        drawn = ", ".join(path.name for path in draw_figures(summary, output))
+        console.print(f"analysis.json, {drawn} in {output}")
+    except MissingDependencyError as error:
+        console.print(f"analysis.json in {output}; no figures: {error}", style="yellow", markup=False)
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:

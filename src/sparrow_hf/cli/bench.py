@@ -9,15 +9,16 @@ from rich.table import Table
 
 from ..errors import BenchmarkError
 from .common import (
-    DTYPE_HELP,
-    FAMILY_HELP,
-    FPS_HELP,
     MAX_FRAMES_HELP,
     NOT_IDENTICAL,
-    PROCESSOR_HELP,
     Dtype,
+    DtypeOption,
+    FamilyOption,
+    FpsOption,
+    MaxNewTokensOption,
+    OneDeviceOption,
+    ProcessorOption,
     built_in_family,
-    errors_as_sentences,
     quiet_transformers,
 )
 
@@ -25,13 +26,14 @@ DEFAULT_ARMS = ["none", "prompt-lookup", "draft@chain-5", "draft@48-5-10"]
 
 
 def bench(
+    context: typer.Context,
     output: Annotated[
         Path, typer.Option(help="JSON file to write, with one record per arm, length, temperature and seed.")
     ],
     target: Annotated[
         str | None, typer.Option(help="The video LLM: a folder or a Hub id (default: a built-in one).")
     ] = None,
-    family: Annotated[str | None, typer.Option(help=FAMILY_HELP)] = None,
+    family: FamilyOption = None,
     draft: Annotated[
         str | None, typer.Option(help="The draft that the arms `none` and `draft` use: a folder or a Hub id.")
     ] = None,
@@ -65,7 +67,7 @@ def bench(
         list[int] | None,
         typer.Option(min=1, help=f"{MAX_FRAMES_HELP} Repeat the option for several numbers."),
     ] = None,
-    fps: Annotated[float | None, typer.Option(min=0.01, help=FPS_HELP)] = None,
+    fps: FpsOption = None,
     temperatures: Annotated[
         list[float] | None,
         typer.Option(
@@ -79,7 +81,7 @@ def bench(
         typer.Option(help="Seed of sampled answers (default: 0). Repeat the option for several seeds."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of prompts of each length.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Maximum length of an answer, in tokens.")] = 320,
+    max_new_tokens: MaxNewTokensOption = 320,
     shared_prefill: Annotated[
         bool,
         typer.Option(
@@ -99,9 +101,9 @@ def bench(
     split: Annotated[
         str | None, typer.Option(help="Split of --prompts to read, where it has several (default: train).")
     ] = None,
-    processor: Annotated[str | None, typer.Option(help=PROCESSOR_HELP)] = None,
-    dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
-    device: Annotated[str | None, typer.Option(help="Device of the target, such as cpu, cuda or cuda:1.")] = None,
+    processor: ProcessorOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: OneDeviceOption = None,
 ) -> None:
     """Measures arms (methods) against plain generate() on the same prompts, in one process.
 
@@ -110,86 +112,85 @@ def bench(
     The exit code is 1 if the fp32 text of an arm differs from plain generate().
     Texts that transformers' own assisted loop samples do not count for it.
     """
-    with errors_as_sentences():
-        import torch
+    import torch
 
-        from ..artifacts import tensor_digest
-        from ..evaluation.arms import Arms
-        from ..evaluation.benchmark import Benchmark
-        from ..evaluation.prompts import conversation_prompts, read_conversations
-        from ..evaluation.report import write_report
-        from ..evaluation.results import write_results
-        from ..loading import load_target
-        from ..testbed import shipped
-        from ..testbed.benchmark_prompts import clip_prompts, knows_the_world, says_what_it_shows
+    from ..artifacts import tensor_digest
+    from ..evaluation.arms import Arms
+    from ..evaluation.benchmark import Benchmark
+    from ..evaluation.prompts import conversation_prompts, read_conversations
+    from ..evaluation.report import write_report
+    from ..evaluation.results import write_results
+    from ..loading import load_target
+    from ..testbed import shipped
+    from ..testbed.benchmark_prompts import clip_prompts, knows_the_world, says_what_it_shows
 
-        quiet_transformers()
-        console = Console()
-        if testbed == (prompts is not None):
-            raise BenchmarkError(
-                f"give either --testbed, or --prompts with a data set; found {'both' if testbed else 'neither'}"
-            )
-        if testbed and (max_frames or fps is not None or split is not None):
-            raise BenchmarkError(
-                "--testbed makes clips of --visual-tokens visual tokens: leave out --max-frames, --fps and --split"
-            )
-        if not testbed and visual_tokens:
-            raise BenchmarkError(
-                "--visual-tokens is an option of --testbed: set the length of your own videos with --max-frames"
-            )
-        family = built_in_family(family, target)
-        if target is None:
-            # The model is so small that a second thread slows it down.
-            torch.set_num_threads(1)
-            folder = shipped(family)
-            target, draft, device = str(folder / "target"), draft or str(folder / "draft"), device or "cpu"
-        conversations = None if prompts is None else read_conversations(prompts, split, limit)
-        model, its_processor = load_target(target, processor, dtype.value, device)
-        if conversations is None:
-            chosen = clip_prompts(model, its_processor, limit, visual_tokens or [400])
-        else:
-            if missing := conversations.missing:
-                console.print(
-                    f"[yellow]left out {len(missing)} questions without their video, such as {missing[0]}[/]"
-                )
-            chosen = conversation_prompts(its_processor, conversations.rows, max_frames or [], fps)
-        parser = Arms(model, draft)
-        benchmark = Benchmark(
-            name,
-            model,
-            parser.parse(DEFAULT_ARMS if arms is None else arms),
-            chosen,
-            temperatures or [0.0],
-            seeds or [0],
-            max_new_tokens,
-            shared_prefill,
-            repeats,
-            says_what_it_shows(its_processor) if testbed and knows_the_world(its_processor) else None,
-            {
-                "target_sha256": tensor_digest(model.state_dict()),
-                "draft_sha256": sorted(parser.weights.values()),
-                "prompts": "testbed" if testbed else prompts,
-                "split": split,
-                "fps": fps,
-                "processor": processor,
-                "dtype": str(model.dtype).removeprefix("torch."),
-            },
+    quiet_transformers()
+    console = Console()
+    if testbed == (prompts is not None):
+        raise BenchmarkError(
+            f"give either --testbed, or --prompts with a data set; found {'both' if testbed else 'neither'}"
         )
-        measured = benchmark.open_runs(runs)
-        todo = benchmark.calls_per_prompt * sum(len(settings) for _, settings in benchmark.missing(measured))
-        console.print(
-            f"{len(chosen)} prompts × {len(benchmark.settings)} temperatures and seeds × {len(benchmark.arms)} arms"
-            + (f" × {repeats} rounds; " if repeats > 1 else "; ")
-            + f"to do: {todo} calls of up to {max_new_tokens} tokens"
+    if testbed and (max_frames or fps is not None or split is not None):
+        raise BenchmarkError(
+            "--testbed makes clips of --visual-tokens visual tokens: leave out --max-frames, --fps and --split"
         )
+    if not testbed and visual_tokens:
+        raise BenchmarkError(
+            "--visual-tokens is an option of --testbed: set the length of your own videos with --max-frames"
+        )
+    family = built_in_family(family, target)
+    if target is None:
+        # The model is so small that a second thread slows it down.
+        torch.set_num_threads(1)
+        folder = shipped(family)
+        target, draft, device = str(folder / "target"), draft or str(folder / "draft"), device or "cpu"
+    conversations = None if prompts is None else read_conversations(prompts, split, limit)
+    model, its_processor = load_target(target, processor, dtype.value, device)
+    if conversations is None:
+        chosen = clip_prompts(model, its_processor, limit, visual_tokens or [400])
+    else:
+        if missing := conversations.missing:
+            console.print(f"[yellow]left out {len(missing)} questions without their video, such as {missing[0]}[/]")
+        chosen = conversation_prompts(its_processor, conversations.rows, max_frames or [], fps)
+    parser = Arms(model, draft)
+    benchmark = Benchmark(
+        name,
+        model,
+        parser.parse(DEFAULT_ARMS if arms is None else arms),
+        chosen,
+        temperatures or [0.0],
+        seeds or [0],
+        max_new_tokens,
+        shared_prefill,
+        repeats,
+        says_what_it_shows(its_processor) if testbed and knows_the_world(its_processor) else None,
+        {
+            "target_sha256": tensor_digest(model.state_dict()),
+            "draft_sha256": sorted(parser.weights.values()),
+            "prompts": "testbed" if testbed else prompts,
+            "split": split,
+            "fps": fps,
+            "processor": processor,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+    )
+    measured = benchmark.open_runs(runs)
+    todo = benchmark.calls_per_prompt * sum(len(settings) for _, settings in benchmark.missing(measured))
+    console.print(
+        f"{len(chosen)} prompts × {len(benchmark.settings)} temperatures and seeds × {len(benchmark.arms)} arms"
+        + (f" × {repeats} rounds; " if repeats > 1 else "; ")
+        + f"to do: {todo} calls of up to {max_new_tokens} tokens"
+    )
+    context.obj.keeps(lambda: f"{len(measured.lines)} measured prompts are kept in {measured.path}")
+    with measured:
         benchmark.measure(measured)
-        rows = write_results(runs, output, note)
-        if report is not None:
-            write_report(output, report)
-        console.print(results_table(rows))
-        console.print(f"results in {output}" + (f", tables in {report}" if report else ""))
-        if any(row["first_differences"] and row["provenance"]["dtype"] == "float32" for row in rows):
-            raise typer.Exit(NOT_IDENTICAL)
+    rows = write_results(runs, output, note)
+    if report is not None:
+        write_report(output, report)
+    console.print(results_table(rows))
+    console.print(f"results in {output}" + (f", tables in {report}" if report else ""))
+    if any(row["first_differences"] and row["provenance"]["dtype"] == "float32" for row in rows):
+        raise typer.Exit(NOT_IDENTICAL)
 
 
 def results_table(rows: list[dict[str, Any]]) -> Table:

@@ -1,46 +1,40 @@
-"""What all verbs share: exit codes, help texts, loading, and errors printed as sentences."""
+"""What all verbs share: options, help texts, and how a verb ends: exit codes, and errors printed as sentences."""
 
-from collections.abc import Iterator
+import os
+import shlex
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
+from tqdm import tqdm
+from typer.core import TyperCommand
 
 from ..errors import SparrowError, TargetLoadError
 
-NOT_IDENTICAL, BAD_INPUT, INTERRUPTED = 1, 2, 130
+NOT_IDENTICAL, BAD_INPUT, BAD_ROWS, RAN_OUT, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
 """Exit codes besides 0."""
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 a text differs from plain generate(), 2 an input is wrong or missing, 3 done but some rows "
+    "have an error, 4 disk or memory ran out, 130 Ctrl-C, 143 SIGTERM. --debug shows the traceback of an error."
+)
+
+#: A dependency's error may hold whole files.
+MAX_ERROR_CHARACTERS = 500
 
 FAMILY_HELP = "The built-in models to use: qwen2.5-vl (the default) or llava-onevision."
 FPS_HELP = "Maximum number of frames per second to read of a video."
 MAX_FRAMES_HELP = "Maximum number of frames to read of a video."
 PROCESSOR_HELP = "Processor of --target, if it is in another folder or Hub repository."
-DTYPE_HELP = "Dtype of the target."
-DEVICE_HELP = "Device of the target, such as cpu, cuda or cuda:1; auto spreads it over all GPUs."
-ON_BAD_ROW_HELP = "What to do with a row that cannot be used: stop (refuse), or leave it out (skip)."
-
-
-@contextmanager
-def errors_as_sentences() -> Iterator[None]:
-    """Prints an error that a user can mend as one red sentence, and ends without a traceback on Ctrl-C."""
-    try:
-        yield
-    except (SparrowError, OSError) as error:
-        Console(stderr=True).print(Text(f"Error: {error}", style="bold red"), soft_wrap=True)
-        raise typer.Exit(BAD_INPUT) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped.")
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def quiet_transformers() -> None:
-    """Turns off transformers' progress bars and its log lines below errors: a command prints its own progress."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 class OnBadRow(StrEnum):
@@ -57,6 +51,186 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+# -- options of several verbs -----------------------------------------------------------------------------------------
+
+FamilyOption = Annotated[str | None, typer.Option(help=FAMILY_HELP)]
+ProcessorOption = Annotated[str | None, typer.Option(help=PROCESSOR_HELP)]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the target.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="Device of the target, such as cpu, cuda or cuda:1; auto spreads it over all GPUs."),
+]
+OneDeviceOption = Annotated[str | None, typer.Option(help="Device of the target, such as cpu, cuda or cuda:1.")]
+PromptsOption = Annotated[
+    str,
+    typer.Option(
+        help="Data set whose rows hold 'messages': a .jsonl or .parquet file, a folder written by save_to_disk, "
+        "or a Hub id."
+    ),
+]
+SplitOption = Annotated[str, typer.Option(help="Split of --prompts to read.")]
+OnBadRowOption = Annotated[
+    OnBadRow,
+    typer.Option(help="What to do with a row that cannot be used: stop (refuse), or leave it out (skip)."),
+]
+FpsOption = Annotated[float | None, typer.Option(min=0.01, help=FPS_HELP)]
+MaxFramesOption = Annotated[int | None, typer.Option(min=1, help=MAX_FRAMES_HELP)]
+MaxNewTokensOption = Annotated[int, typer.Option(min=2, help="Maximum length of an answer, in tokens.")]
+DoSampleOption = Annotated[bool, typer.Option("--do-sample", help="Sample the answers instead of decoding greedily.")]
+TEMPERATURE = typer.Option(min=0.01, help="Temperature of --do-sample.")
+TOP_P = typer.Option(min=0.01, max=1.0, help="Nucleus (top-p) of --do-sample.")
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of --do-sample.")]
+
+
+# -- how a verb ends --------------------------------------------------------------------------------------------------
+
+
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM). Not an `Exception`, as `KeyboardInterrupt` is none."""
+
+
+class Ending:
+    """What a verb says if it stops early: what is kept, and the command that goes on.
+
+    Args:
+        words: The command line after `sparrow`.
+    """
+
+    def __init__(self, words: Sequence[str]):
+        self._words = list(words)
+        self._kept: Callable[[], str] | None = None
+        self._further: Callable[[], Sequence[str]] = tuple
+
+    def keeps(self, kept: Callable[[], str], further: Callable[[], Sequence[str]] = tuple) -> None:
+        """Call it before work begins that can be continued.
+
+        Args:
+            kept: Says what is kept by then, such as "3 of 40 answers are kept in captions.jsonl".
+            further: Options that the command needs in order to go on.
+        """
+        self._kept, self._further = kept, further
+
+    @property
+    def is_resumable(self) -> bool:
+        return self._kept is not None
+
+    def __str__(self) -> str:
+        words = self._words + [word for word in self._further() if word not in self._words]
+        command = shlex.join([*program(), *words])
+        if self._kept is None:
+            return f"nothing new is kept; start again with: {command}"
+        return f"{self._kept()}; go on with: {command}"
+
+
+class Verb(TyperCommand):
+    """A command that ends in one sentence, whatever happens. Its [`Ending`] is the context's `obj`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        def is_debug(index: int) -> bool:
+            # A verb that hands its options on may have another --debug, which takes a value.
+            following = args[index + 1 : index + 2]
+            return args[index] == "--debug" and (
+                not ctx.ignore_unknown_options or not following or following[0].startswith("--")
+            )
+
+        words = [word for index, word in enumerate(args) if not is_debug(index)]
+        ctx.obj = Ending([self.name or "", *words])
+        ctx.meta["sparrow.debug"] = len(words) < len(args) or ctx.parent.params.get("debug", False)
+        return super().parse_args(ctx, list(words))
+
+    def invoke(self, ctx: Any) -> Any:
+        with errors_as_sentences(ctx.obj, ctx.meta["sparrow.debug"]):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def errors_as_sentences(ending: Ending | None = None, debug: bool = False) -> Iterator[None]:
+    """Prints any error as one red sentence, and ends without a traceback on Ctrl-C and SIGTERM too.
+
+    Args:
+        ending: Says what is kept and how to go on.
+        debug: Print the traceback before the sentence.
+    """
+    try:
+        with _sigterm_raises():
+            yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        if debug:
+            traceback.print_exception(error)
+        sentence, code = _sentence(error, ending)
+        # All processes of `accelerate launch` are stopped together.
+        if code not in (INTERRUPTED, TERMINATED) or os.environ.get("RANK", "0") == "0":
+            style = "" if code in (INTERRUPTED, TERMINATED) else "bold red"
+            # On a line of its own, whatever progress bars are on the screen.
+            with tqdm.external_write_mode(file=sys.stderr):
+                Console(stderr=True).print(Text(sentence, style=style), soft_wrap=True)
+        raise typer.Exit(code) from None
+
+
+def _sentence(error: BaseException, ending: Ending | None) -> tuple[str, int]:
+    from ..resources import ran_out
+
+    rest = "" if ending is None else str(ending)
+    if isinstance(error, KeyboardInterrupt):
+        return _joined("Stopped by Ctrl-C", rest), INTERRUPTED
+    if isinstance(error, Terminated):
+        return _joined("Stopped by SIGTERM", rest), TERMINATED
+    what = ran_out(error)
+    told = " ".join(str(error).split())
+    if not isinstance(error, (SparrowError, OSError)) or what:
+        told = f"{type(error).__name__}: {told}" if told else type(error).__name__
+        told = told if len(told) <= MAX_ERROR_CHARACTERS else f"{told[:MAX_ERROR_CHARACTERS]} …"
+    if what == "disk":
+        return _joined(f"The disk is full, or a limit of its use is reached ({told})", rest), RAN_OUT
+    if what == "memory":
+        return _joined(f"Memory ran out ({told})", rest), RAN_OUT
+    if ending is not None and ending.is_resumable:
+        return f"Error: {told.rstrip('.')}. {rest[:1].upper()}{rest[1:]}", BAD_INPUT
+    return f"Error: {told}", BAD_INPUT
+
+
+def _joined(happened: str, rest: str) -> str:
+    return f"{happened}: {rest}" if rest else f"{happened}."
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def program() -> list[str]:
+    """How this process was started, as the words before the verb."""
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        return ["accelerate", "launch", "--num_processes", str(processes), "-m", "sparrow_hf.cli"]
+    if Path(sys.argv[0]).parts[-3:] == ("sparrow_hf", "cli", "__main__.py"):
+        return [sys.executable, "-m", "sparrow_hf.cli"]
+    return ["sparrow"]
+
+
+# -- what verbs do alike ----------------------------------------------------------------------------------------------
+
+
+def quiet_transformers() -> None:
+    """Turns off transformers' progress bars and its log lines below errors: a command prints its own progress."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def built_in_family(family: str | None, target: str | None) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .common import errors_as_sentences, quiet_transformers
+from .common import quiet_transformers
 
 
 def convert(
@@ -26,24 +26,23 @@ def convert(
     Prints what it leaves out.
     The exit code is 2 if the checkpoint holds an unknown tensor.
     """
-    with errors_as_sentences():
-        from ..conversion import convert_checkpoint
+    from ..conversion import convert_checkpoint
 
-        quiet_transformers()
-        console = Console()
-        with console.status("Converting"):
-            conversion = convert_checkpoint(
-                source, target, subfolder=subfolder, revision=revision, weights_only_bin=weights_only_bin
-            )
-            conversion.draft.save_pretrained(output)
-        config = conversion.draft.config
-        console.print(
-            f"{config.num_hidden_layers} {config.block_type} layer(s), hidden size {config.hidden_size}, "
-            f"input norm: {config.input_norm}, output norm: {config.output_norm}, FC bias: {config.fc_bias}, "
-            f"positions: {config.position_mode}"
+    quiet_transformers()
+    console = Console()
+    with console.status("Converting"):
+        conversion = convert_checkpoint(
+            source, target, subfolder=subfolder, revision=revision, weights_only_bin=weights_only_bin
         )
-        for name, why in sorted(conversion.dropped.items()):
-            console.print(f"left out {name}: {why}", soft_wrap=True)
-        for note in conversion.notes:
-            console.print(note, soft_wrap=True)
-        console.print(f"Written to {output}. Acceptance was not measured: try it with your target.", soft_wrap=True)
+        conversion.draft.save_pretrained(output)
+    config = conversion.draft.config
+    console.print(
+        f"{config.num_hidden_layers} {config.block_type} layer(s), hidden size {config.hidden_size}, "
+        f"input norm: {config.input_norm}, output norm: {config.output_norm}, FC bias: {config.fc_bias}, "
+        f"positions: {config.position_mode}"
+    )
+    for name, why in sorted(conversion.dropped.items()):
+        console.print(f"left out {name}: {why}", soft_wrap=True)
+    for note in conversion.notes:
+        console.print(note, soft_wrap=True)
+    console.print(f"Written to {output}. Acceptance was not measured: try it with your target.", soft_wrap=True)

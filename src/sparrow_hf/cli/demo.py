@@ -11,13 +11,12 @@ from ..artifacts import write_json
 from ..errors import VideoError
 from ..extras import require
 from .common import (
-    FAMILY_HELP,
     FPS_HELP,
     MAX_FRAMES_HELP,
     NOT_IDENTICAL,
-    PROCESSOR_HELP,
+    FamilyOption,
+    ProcessorOption,
     built_in_family,
-    errors_as_sentences,
     quiet_transformers,
 )
 
@@ -37,10 +36,10 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Maximum length of a caption, in tokens.")] = 320,
     output: Annotated[Path | None, typer.Option(help="Folder to keep the generated clips in.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="JSON file to write the results to.")] = None,
-    family: Annotated[str | None, typer.Option(help=FAMILY_HELP)] = None,
+    family: FamilyOption = None,
     target: Annotated[str | None, typer.Option(help="Your own video LLM: a folder or a Hub id.")] = None,
     draft: Annotated[str | None, typer.Option(help="Your own draft: a folder or a Hub id.")] = None,
-    processor: Annotated[str | None, typer.Option(help=PROCESSOR_HELP)] = None,
+    processor: ProcessorOption = None,
     device: Annotated[str | None, typer.Option(help="Device of --target, such as cpu, cuda or cuda:1.")] = None,
     fps: Annotated[float, typer.Option(min=0.01, help=FPS_HELP)] = 8.0,
     max_frames: Annotated[int, typer.Option(min=1, help=MAX_FRAMES_HELP)] = 768,
@@ -51,38 +50,37 @@ def demo(
     The exit code is 1 if a single token differs from plain generate(),
     and 2 if an input is missing or wrong.
     """
-    with errors_as_sentences():
-        require("video", "sparrow demo")
-        from ..configuration_sparrow import parse_tree_shape
-        from ..evaluation.demo import load_models, print_verdict, question_about, run_demo, unseen_clips
+    require("video", "sparrow demo")
+    from ..configuration_sparrow import parse_tree_shape
+    from ..evaluation.demo import load_models, print_verdict, question_about, run_demo, unseen_clips
 
-        quiet_transformers()
-        if video is not None and (clips > 1 or output is not None):
-            raise VideoError("--video captions one file and generates no clips: leave out --clips and --output.")
-        if video is not None and not video.is_file():
-            raise VideoError(f"There is no video file at {video}. Check the path.")
-        shape = None if tree is None else parse_tree_shape(tree)
-        console = Console()
-        with console.status("Loading the models"):
-            models = load_models(target, draft, processor, device, built_in_family(family, target))
-        with tempfile.TemporaryDirectory() as scratch:
-            if video is None:
-                prompts = unseen_clips(models.target, output or Path(scratch), seed, clips, visual_tokens)
-            else:
-                prompts = iter([question_about(video, question)])
-            verdict = run_demo(
-                models,
-                prompts,
-                clips,
-                tree=shape or models.draft.config.tree_shape,
-                max_new_tokens=max_new_tokens,
-                console=console,
-                fps=None if video is None else fps,
-                max_frames=None if video is None else max_frames,
-                seed=seed,
-            )
-        print_verdict(verdict, console)
-        if json_file is not None:
-            write_json(json_file, verdict.to_dict(), indent=2)
-        if not verdict.identical:
-            raise typer.Exit(NOT_IDENTICAL)
+    quiet_transformers()
+    if video is not None and (clips > 1 or output is not None):
+        raise VideoError("--video captions one file and generates no clips: leave out --clips and --output.")
+    if video is not None and not video.is_file():
+        raise VideoError(f"There is no video file at {video}. Check the path.")
+    shape = None if tree is None else parse_tree_shape(tree)
+    console = Console()
+    with console.status("Loading the models"):
+        models = load_models(target, draft, processor, device, built_in_family(family, target))
+    with tempfile.TemporaryDirectory() as scratch:
+        if video is None:
+            prompts = unseen_clips(models.target, output or Path(scratch), seed, clips, visual_tokens)
+        else:
+            prompts = iter([question_about(video, question)])
+        verdict = run_demo(
+            models,
+            prompts,
+            clips,
+            tree=shape or models.draft.config.tree_shape,
+            max_new_tokens=max_new_tokens,
+            console=console,
+            fps=None if video is None else fps,
+            max_frames=None if video is None else max_frames,
+            seed=seed,
+        )
+    print_verdict(verdict, console)
+    if json_file is not None:
+        write_json(json_file, verdict.to_dict(), indent=2)
+    if not verdict.identical:
+        raise typer.Exit(NOT_IDENTICAL)

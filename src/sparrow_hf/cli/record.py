@@ -8,15 +8,14 @@ from rich.console import Console
 
 from ..extras import require
 from .common import (
-    DEVICE_HELP,
-    DTYPE_HELP,
-    FPS_HELP,
-    MAX_FRAMES_HELP,
-    ON_BAD_ROW_HELP,
-    PROCESSOR_HELP,
+    DeviceOption,
     Dtype,
+    DtypeOption,
+    FpsOption,
+    MaxFramesOption,
     OnBadRow,
-    errors_as_sentences,
+    OnBadRowOption,
+    ProcessorOption,
     quiet_transformers,
     report_skipped,
     size,
@@ -24,6 +23,7 @@ from .common import (
 
 
 def record(
+    context: typer.Context,
     target: Annotated[str, typer.Option(help="The video LLM to draft for: a folder or a Hub id.")],
     answers: Annotated[
         str, typer.Option(help="Answered rows: a folder written by `sparrow regenerate`, or another data set.")
@@ -47,50 +47,52 @@ def record(
         typer.Option("--text-only", help="Store no visual states, for drafts that read text only. Takes less disk."),
     ] = False,
     max_disk_gb: Annotated[float | None, typer.Option(min=0.0, help="Maximum disk space to use, in GB.")] = None,
-    fps: Annotated[float | None, typer.Option(min=0.01, help=FPS_HELP)] = None,
-    max_frames: Annotated[int | None, typer.Option(min=1, help=MAX_FRAMES_HELP)] = None,
-    processor: Annotated[str | None, typer.Option(help=PROCESSOR_HELP)] = None,
-    dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    on_bad_row: Annotated[OnBadRow, typer.Option(help=ON_BAD_ROW_HELP)] = OnBadRow.refuse,
+    fps: FpsOption = None,
+    max_frames: MaxFramesOption = None,
+    processor: ProcessorOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    on_bad_row: OnBadRowOption = OnBadRow.refuse,
 ) -> None:
     """Stores the target's hidden states of answered rows, so that drafts can be trained without the target.
 
     Prints the disk space it will take before it starts.
     """
-    with errors_as_sentences():
-        require("train", "sparrow record")
-        from accelerate import PartialState
+    require("train", "sparrow record")
+    from accelerate import PartialState
 
-        from .. import SparrowDraftModel
-        from ..data import load_rows
-        from ..loading import load_target
-        from ..training.data import SparrowDataCollator
-        from ..training.recording import check_disk_budget, estimate_recording_bytes
-        from ..training.recording import record as write_recording
+    from .. import SparrowDraftModel
+    from ..data import load_rows
+    from ..loading import load_target
+    from ..training.data import SparrowDataCollator
+    from ..training.recording import check_disk_budget, estimate_recording_bytes
+    from ..training.recording import record as write_recording
 
-        quiet_transformers()
-        processes = PartialState()
-        console = Console(quiet=not processes.is_main_process)
-        rows = load_rows(answers, split)
-        model, its_processor = load_target(target, processor, dtype.value, device or processes.device)
-        # Only its configuration counts: which layers are kept.
-        draft = SparrowDraftModel.from_target(model, feature_layers=feature_layers, visual_bridge_layer=bridge_layer)
-        collator = SparrowDataCollator(
-            its_processor, draft.config.visual_token_ids, on_bad_row.value, fps=fps, max_frames=max_frames
-        )
-        expected = estimate_recording_bytes(draft, rows, collator, visual_rows=not text_only)
-        console.print(f"{len(rows)} rows; the recording takes about {size(expected)} in {output}")
-        check_disk_budget(expected, max_disk_gb)
-        skipped = write_recording(
-            draft,
-            rows,
-            output,
-            collator,
-            visual_rows=not text_only,
-            max_disk_gb=max_disk_gb,
-            show_progress=processes.is_main_process,
-        )
-        report_skipped(Console(), skipped, len(rows))
-        processes.wait_for_everyone()
-        console.print(f"recorded in {output}")
+    quiet_transformers()
+    processes = PartialState()
+    console = Console(quiet=not processes.is_main_process)
+    rows = load_rows(answers, split)
+    model, its_processor = load_target(target, processor, dtype.value, device or processes.device)
+    # Only its configuration counts: which layers are kept.
+    draft = SparrowDraftModel.from_target(model, feature_layers=feature_layers, visual_bridge_layer=bridge_layer)
+    collator = SparrowDataCollator(
+        its_processor, draft.config.visual_token_ids, on_bad_row.value, fps=fps, max_frames=max_frames
+    )
+    expected = estimate_recording_bytes(draft, rows, collator, visual_rows=not text_only)
+    console.print(f"{len(rows)} rows; the recording takes about {size(expected)} in {output}")
+    check_disk_budget(expected, max_disk_gb)
+    context.obj.keeps(
+        lambda: f"{len(list((output / 'rows').glob('row-*.safetensors')))} of {len(rows)} rows are kept in {output}"
+    )
+    skipped = write_recording(
+        draft,
+        rows,
+        output,
+        collator,
+        visual_rows=not text_only,
+        max_disk_gb=max_disk_gb,
+        show_progress=processes.is_main_process,
+    )
+    report_skipped(Console(), skipped, len(rows))
+    processes.wait_for_everyone()
+    console.print(f"recorded in {output}")

@@ -1,6 +1,7 @@
 """`sparrow train`: a draft for your target, from answered rows or a recording."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -11,7 +12,12 @@ from rich.text import Text
 from .._transformers import on_device
 from ..errors import TrainingOptionsError
 from ..extras import require
-from .common import Dtype, errors_as_sentences, quiet_transformers, size
+from .common import (
+    EXIT_CODES,
+    Dtype,
+    quiet_transformers,
+    size,
+)
 
 #: Positions of a preview that are shown before and after the part left out.
 SHOWN_ROWS = 12
@@ -27,45 +33,49 @@ def train(context: typer.Context) -> None:
 
     An option on the command line replaces the same option in the YAML file, and that one replaces the preset's.
     """
-    with errors_as_sentences():
-        require("train", "sparrow train")
-        if HELP in context.args:
-            show_options(Console(), context)
-            return
-        from accelerate import PartialState
+    require("train", "sparrow train")
+    if HELP in context.args:
+        show_options(Console(), context)
+        return
+    from accelerate import PartialState
 
-        from ..data.prepare import tokenizer_of
-        from ..loading import load_target
-        from ..training.options import parse_options
-        from ..training.preview import estimate_cost, preview_sample
-        from ..training.run import prepare_training
+    from ..data.prepare import tokenizer_of
+    from ..loading import load_target
+    from ..training.checkpoints import last_checkpoint
+    from ..training.options import parse_options
+    from ..training.preview import estimate_cost, preview_sample
+    from ..training.run import prepare_training
 
-        options, arguments = parse_options(context.args)
-        quiet_transformers()
-        processes = PartialState()
-        console = Console(quiet=not processes.is_main_process)
-        if options.target_dtype not in Dtype.__members__:
-            raise TrainingOptionsError(
-                f"--target-dtype must be one of {', '.join(Dtype.__members__)}, found {options.target_dtype!r}"
-            )
-        target, processor = load_target(
-            options.target,
-            dtype=options.target_dtype,
-            device=options.device or processes.device,
-            revision=options.target_revision,
+    options, arguments = parse_options(context.args)
+    quiet_transformers()
+    processes = PartialState()
+    console = Console(quiet=not processes.is_main_process)
+    if options.target_dtype not in Dtype.__members__:
+        raise TrainingOptionsError(
+            f"--target-dtype must be one of {', '.join(Dtype.__members__)}, found {options.target_dtype!r}"
         )
-        run = prepare_training(options, arguments, target, processor)
-        trainer = run.trainer
-        if options.inspect is not None:
-            sample = sample_of(trainer, options.inspect)
-            show_preview(console, preview_sample(trainer, sample, tokenizer_of(processor)))
-        elif options.dry_run:
-            show_cost(console, estimate_cost(trainer, target))
-        else:
-            parameters = sum(parameter.numel() for parameter in trainer.draft.parameters() if parameter.requires_grad)
-            console.print(f"training {parameters / 1e6:.3g} M parameters into {run.output}")
-            run.run()
-            console.print(f"the draft is in {run.output}")
+    target, processor = load_target(
+        options.target,
+        dtype=options.target_dtype,
+        device=options.device or processes.device,
+        revision=options.target_revision,
+    )
+    run = prepare_training(options, arguments, target, processor)
+    trainer = run.trainer
+    if options.inspect is not None:
+        sample = sample_of(trainer, options.inspect)
+        show_preview(console, preview_sample(trainer, sample, tokenizer_of(processor)))
+    elif options.dry_run:
+        show_cost(console, estimate_cost(trainer, target))
+    else:
+        parameters = sum(parameter.numel() for parameter in trainer.draft.parameters() if parameter.requires_grad)
+        console.print(f"training {parameters / 1e6:.3g} M parameters into {run.output}")
+        checkpoints = Path(options.output) / "checkpoints"
+        context.obj.keeps(
+            lambda: kept_in(checkpoints), lambda: ["--resume"] if last_checkpoint(checkpoints) is not None else []
+        )
+        run.run()
+        console.print(f"the draft is in {run.output}")
 
 
 def show_options(console: Console, context: typer.Context) -> None:
@@ -78,7 +88,16 @@ def show_options(console: Console, context: typer.Context) -> None:
         for name, default, text in options:
             table.add_row(Text(name, no_wrap=True), Text(default), Text(text))
         console.print(table)
+    console.print(EXIT_CODES, highlight=False)
     console.print("Every option of transformers.TrainingArguments works too, such as --learning-rate and --max-steps.")
+
+
+def kept_in(checkpoints: Path) -> str:
+    """What is left of a training that was stopped."""
+    from ..training.checkpoints import last_checkpoint
+
+    checkpoint = last_checkpoint(checkpoints)
+    return "no checkpoint was saved yet" if checkpoint is None else f"the training is kept up to {checkpoint}"
 
 
 def sample_of(trainer: Any, index: int) -> dict[str, Any]:

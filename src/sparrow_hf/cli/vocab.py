@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..extras import require
-from .common import errors_as_sentences, quiet_transformers
+from .common import quiet_transformers
 
 TABLE_SIZES = (4_096, 8_192, 16_384, 32_768, 65_536)
 """Sizes whose coverage is shown beside that of `--size`."""
@@ -26,37 +26,36 @@ def vocab(
 
     Reads the target's configuration, not its weights.
     """
-    with errors_as_sentences():
-        require("train", "sparrow vocab")
-        from tqdm import tqdm
+    require("train", "sparrow vocab")
+    from tqdm import tqdm
 
-        from .. import __version__
-        from ..training.regenerate import read_answers
-        from ..training.vocabulary import (
-            VOCABULARY_FILE,
-            TargetTokens,
-            choose_vocabulary,
-            count_tokens,
-            coverage,
-            save_vocabulary,
-        )
+    from .. import __version__
+    from ..training.regenerate import read_answers
+    from ..training.vocabulary import (
+        VOCABULARY_FILE,
+        TargetTokens,
+        choose_vocabulary,
+        count_tokens,
+        coverage,
+        save_vocabulary,
+    )
 
-        quiet_transformers()
-        tokens = TargetTokens.from_pretrained(target)
-        rows = tqdm(read_answers(answers), desc="counting", unit=" answers", leave=False, disable=None)
-        counts = count_tokens(rows, tokens.vocab_size)
-        chosen = choose_vocabulary(counts, size, tokens)
-        path = output if output.suffix == ".safetensors" else output / VOCABULARY_FILE
-        save_vocabulary(path, chosen, counts, {"target": target, "sparrow_hf": __version__})
+    quiet_transformers()
+    tokens = TargetTokens.from_pretrained(target)
+    rows = tqdm(read_answers(answers), desc="counting", unit=" answers", leave=False, disable=None)
+    counts = count_tokens(rows, tokens.vocab_size)
+    chosen = choose_vocabulary(counts, size, tokens)
+    path = output if output.suffix == ".safetensors" else output / VOCABULARY_FILE
+    save_vocabulary(path, chosen, counts, {"target": target, "sparrow_hf": __version__})
 
-        largest = tokens.vocab_size - len(tokens.visual_ids)
-        table = Table(title=f"{int(counts.sum()):,} answer tokens, {int((counts > 0).sum()):,} different ones")
-        for column in ("draft vocabulary", "of the target's", "answer tokens covered"):
-            table.add_column(column, justify="right")
-        for shown in sorted({size, *(each for each in TABLE_SIZES if each <= largest)}):
-            share = coverage(counts, choose_vocabulary(counts, shown, tokens))
-            style = "bold" if shown == size else None
-            table.add_row(f"{shown:,}", f"{shown / tokens.vocab_size:.1%}", f"{share:.3%}", style=style)
-        console = Console()
-        console.print(table)
-        console.print(f"Wrote {path}", soft_wrap=True)
+    largest = tokens.vocab_size - len(tokens.visual_ids)
+    table = Table(title=f"{int(counts.sum()):,} answer tokens, {int((counts > 0).sum()):,} different ones")
+    for column in ("draft vocabulary", "of the target's", "answer tokens covered"):
+        table.add_column(column, justify="right")
+    for shown in sorted({size, *(each for each in TABLE_SIZES if each <= largest)}):
+        share = coverage(counts, choose_vocabulary(counts, shown, tokens))
+        style = "bold" if shown == size else None
+        table.add_row(f"{shown:,}", f"{shown / tokens.vocab_size:.1%}", f"{share:.3%}", style=style)
+    console = Console()
+    console.print(table)
+    console.print(f"Wrote {path}", soft_wrap=True)

@@ -5,11 +5,11 @@ from ..configuration_sparrow import parse_tree_shape as parse_tree
 from ..measurement import Arm, compare, first_difference, measure, warm_up
 from ..metrics import Acceptance, Interval, Run, Speed, Spread, acceptance, end_to_end_ratio, speed, spread
 from ..prefill import PrefillSnapshot
+from ..streaming import ProvenanceStreamer
 from .arms import Arms
 from .benchmark import Benchmark, Prompt
 from .results import write_results
 from .run_file import RunFile
-from .streaming import ProvenanceStreamer
 
 __all__ = [
     "Acceptance",

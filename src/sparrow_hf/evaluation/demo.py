@@ -24,9 +24,9 @@ from ..loading import load_target, told_if_not_loaded
 from ..measurement import NO_DRAFT, PLAIN, Arm, compare, warm_up
 from ..metrics import Acceptance, Run, Speed, acceptance, speed
 from ..modeling_sparrow import SparrowDraftModel
+from ..streaming import ProvenanceStreamer
 from .provenance import provenance
 from .results import figures
-from .streaming import ProvenanceStreamer
 
 DRAFT = "draft"
 DRAFTED_STYLE, OWN_STYLE = "bold green", "yellow"

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers.generation import BaseStreamer
 
-from ..modeling_sparrow import SparrowDraftModel
+from .modeling_sparrow import SparrowDraftModel
 
 
 class ProvenanceStreamer(BaseStreamer):

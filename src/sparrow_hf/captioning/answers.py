@@ -1,0 +1,114 @@
+"""Answers to many questions in a file that a stopped run goes on with, and their totals."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.generation import BaseStreamer
+
+import sparrow_hf
+
+from ..errors import CaptionError
+from ..line_file import LineFile
+from .caption import Captioner
+from .sources import Question, Questions
+
+
+def open_answers(path: Path, conditions: Mapping[str, Any], asked: Questions) -> LineFile:
+    """The file of answers, with those that were given before.
+
+    Args:
+        path: The file.
+        conditions: See [`Captioner.conditions`].
+        asked: What is asked.
+
+    Raises:
+        CaptionError: The file holds answers made with other settings or to other rows, or something else.
+    """
+    answers = LineFile(path, conditions, CaptionError, "an answer of sparrow generate")
+    if asked.are_rows:
+        strange = {line["name"] for line in answers.lines} - {question.name for question in asked}
+        if strange:
+            answers.close()
+            raise CaptionError(
+                f"{path} holds answers to other rows, {len(strange)} in number ({min(strange)}): choose another file, "
+                "or delete it"
+            )
+    return answers
+
+
+def given_before(answers: LineFile, asked: Sequence[Question]) -> list[dict[str, Any]]:
+    """The answers of a file to what is asked; a file may hold those to other videos too."""
+    names = {question.name for question in asked}
+    return [line for line in answers.lines if line["name"] in names]
+
+
+def answer_all(
+    captioner: Captioner,
+    asked: Sequence[Question],
+    conditions: Mapping[str, Any],
+    answers: LineFile | None = None,
+    streamer: BaseStreamer | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Answers what is not answered yet, in order.
+
+    Args:
+        captioner: Answers.
+        asked: What is asked.
+        conditions: Stand in every line under `"provenance"`, with the versions.
+        answers: The file that lines are written to as soon as they are made.
+        streamer: See [`Captioner.line`].
+
+    Yields:
+        Lines, see [`Captioner.line`].
+    """
+    versions = {"transformers": transformers.__version__, "sparrow_hf": sparrow_hf.__version__}
+    done = set() if answers is None else {line["name"] for line in answers.lines}
+    for question in asked:
+        if question.name in done:
+            continue
+        line = captioner.line(question, streamer) | {"provenance": {**conditions, **versions}}
+        if answers is not None:
+            answers.append(line)
+        yield line
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over lines.
+
+    Attributes:
+        rows: Answers and errors.
+        errors: Rows with an error.
+        tokens, seconds: Of all answers.
+        speedup: Seconds of plain `generate()` over those with the draft; `None` if nothing was compared.
+        different: Names of the answers that differ from plain `generate()`; `None` if nothing was compared.
+    """
+
+    rows: int
+    errors: int
+    tokens: int
+    seconds: float
+    speedup: float | None
+    different: list[str] | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def total(lines: Sequence[Mapping[str, Any]]) -> Totals:
+    """Sums up lines of [`Captioner.line`]."""
+    answered = [line for line in lines if line["error"] is None]
+    seconds = sum(line["seconds"] for line in answered)
+    compared = [line for line in answered if line["identical"] is not None]
+    return Totals(
+        rows=len(lines),
+        errors=len(lines) - len(answered),
+        tokens=sum(line["tokens"] for line in answered),
+        seconds=seconds,
+        speedup=sum(line["plain_seconds"] for line in compared) / seconds if compared and seconds else None,
+        different=[line["name"] for line in compared if not line["identical"]] if compared else None,
+    )

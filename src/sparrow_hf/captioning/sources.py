@@ -1,0 +1,155 @@
+"""What is asked: from a video, a folder of videos, or rows, to a list of questions."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from mimetypes import MimeTypes
+from pathlib import Path
+from typing import Any
+
+from ..data.datasets import load_rows
+from ..data.files import is_url
+from ..data.messages import ROW_INDEX, fingerprint, media_source, text_of
+from ..errors import CaptionError, TrainingDataError, VideoError
+from ..testbed import EVALUATION_SEEDS, FAMILIES, make_clip, shipped
+
+QUESTION = "Describe this video in detail."
+#: Endings of files that hold rows.
+ROW_FILES = (".jsonl", ".parquet")
+#: Files that `save_to_disk` writes.
+SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")
+#: Python's own table, which is the same on every system. A file of a type that it does not know may be a video.
+TYPES = MimeTypes(filenames=())
+OTHER_TYPES = ("text/", "image/", "application/")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row, and what it is called in the output.
+
+    Attributes:
+        name: Different for every question of a source, and the same whenever the source is read again.
+        source: Its first video or image: a path or URL; `None` if it has none, or it is not a file.
+        row: What [`~sparrow_hf.data.prepare_prompt`] reads.
+    """
+
+    name: str
+    source: str | None
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Questions(Sequence[Question]):
+    """The questions of a source, each read when it is accessed.
+
+    Attributes:
+        question: What is asked about every video; `None` if rows ask their own questions.
+        left_out: Files of a folder that are no videos by their names.
+    """
+
+    items: Any
+    question: str | None
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def are_rows(self) -> bool:
+        return self.question is None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        item = self.items[index]
+        return item if isinstance(item, Question) else _of_row(item)
+
+
+def read_questions(source: str, question: str | None = None, output: Path | None = None) -> Questions:
+    """What is asked about a source.
+
+    Args:
+        source: A video file or its URL; a folder of videos, folders in it included; or what
+            [`~sparrow_hf.data.load_rows`] reads: a `.jsonl` or `.parquet` file, or a folder or a data set of rows.
+        question: What is asked about videos; a description by default. Rows ask their own questions.
+        output: The file of answers, which may lie in the folder.
+
+    Raises:
+        VideoError: There is no such file, or the folder is empty.
+        TrainingDataError: The rows cannot be read.
+        CaptionError: There are rows and a question.
+    """
+    path, about = Path(source), question or QUESTION
+    if is_url(source) or path.is_file() and path.suffix.lower() not in ROW_FILES:
+        return Questions([_about(source, source, about)], about)
+    if path.is_dir() and not any((path / name).exists() for name in SAVED_DATASETS):
+        names = sorted(file.relative_to(path).as_posix() for file in _files(path, output))
+        videos = [name for name in names if not _is_other(name)]
+        if videos or not any(name.endswith(ROW_FILES) for name in names):
+            if not videos:
+                raise VideoError(f"{source} holds no videos and no rows: name a folder of videos, or one video.")
+            asked = [_about(name, str(path / name), about) for name in videos]
+            return Questions(asked, about, tuple(filter(_is_other, names)))
+    if not path.exists() and TYPES.guess_type(source)[0] is not None:
+        raise VideoError(f"There is no video file at {source}. Check the path.")
+    if question is not None:
+        raise CaptionError(f"the rows of {source} ask their own questions: leave out the question")
+    rows = load_rows(source)
+    if len(rows) == 0:
+        raise TrainingDataError(f"{source} has no rows: give a file with at least one question")
+    return Questions(rows, None)
+
+
+def built_in_clip(folder: Path, family: str) -> Questions:
+    """A generated clip that the built-in models have not seen, and the question they know.
+
+    Raises:
+        TargetLoadError: There is no such family.
+    """
+    shipped(family)
+    tokens_per_step = next(each.tokens_per_step for each in FAMILIES if each.name == family)
+    clip = make_clip(folder / "clip.mp4", EVALUATION_SEEDS[0], tokens_per_step=tokens_per_step)
+    question = text_of(clip.messages[0])
+    return Questions([Question("clip.mp4", None, {"messages": clip.messages})], question)
+
+
+def _files(folder: Path, output: Path | None) -> Iterator[Path]:
+    """The files of a folder and of those in it, without hidden ones and the output."""
+    own = None if output is None else output.resolve()
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and (Path(parent) / name).resolve() != own:
+                yield Path(parent) / name
+
+
+def _is_other(name: str) -> bool:
+    """Whether a file is no video by its name."""
+    kind = TYPES.guess_type(name)[0] or ""
+    return kind.startswith(OTHER_TYPES) or name.lower().endswith(ROW_FILES)
+
+
+def _about(name: str, video: str, question: str) -> Question:
+    content = [{"type": "video", "video": video}, {"type": "text", "text": question}]
+    return Question(name, video, {"messages": [{"role": "user", "content": content}]})
+
+
+def _of_row(row: dict[str, Any]) -> Question:
+    """A row by its number and a fingerprint of what it asks, so that other rows are never taken for it."""
+    asked = [row.get("messages"), row.get("fps"), row.get("max_frames")]
+    sources = (source for source in map(_file_of, _parts(row)) if source is not None)
+    return Question(f"row {row[ROW_INDEX]}, {fingerprint(asked)[:8]}", next(sources, None), row)
+
+
+def _parts(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parts of a row's messages, as far as they are well-formed."""
+    messages = row.get("messages")
+    for turn in messages if isinstance(messages, list) else []:
+        content = turn.get("content") if isinstance(turn, dict) else None
+        for part in content if isinstance(content, list) else []:
+            if isinstance(part, dict) and part.get("type") in ("image", "video"):
+                yield part
+
+
+def _file_of(part: dict[str, Any]) -> str | None:
+    source = media_source(part)
+    # A file given inside its address would be written out whole.
+    return source if isinstance(source, str) and not source.startswith("data:") else None

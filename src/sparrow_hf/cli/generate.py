@@ -1,0 +1,246 @@
+"""`sparrow generate`: answers about videos, the same text as plain generate(), faster with a draft."""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ..errors import CaptionError
+from ..extras import require
+from .common import (
+    BAD_INPUT,
+    BAD_ROWS,
+    NOT_IDENTICAL,
+    TEMPERATURE,
+    TOP_P,
+    DeviceOption,
+    DoSampleOption,
+    Dtype,
+    DtypeOption,
+    FamilyOption,
+    FpsOption,
+    MaxFramesOption,
+    MaxNewTokensOption,
+    ProcessorOption,
+    SeedOption,
+    built_in_family,
+    quiet_transformers,
+)
+
+QUESTION = "Describe this video in detail."
+NO_DRAFT = "none"
+#: fps and max_frames by default: for targets of your own, and for the built-in ones, which know dense clips.
+SAMPLING, BUILT_IN_SAMPLING = (2.0, 128), (8.0, 768)
+#: The progress shows the speed of the last answers.
+RECENT = 32
+#: Seconds between two lines of progress where stderr is no terminal.
+LOG_SECONDS = 30.0
+DRAFTED_STYLE, OWN_STYLE = "bold green", "yellow"
+
+
+def generate(
+    context: typer.Context,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="A video file or its URL, a folder of videos, or rows that hold 'messages': a .jsonl or .parquet "
+            "file or a folder of them. Without it, the built-in models describe a generated clip."
+        ),
+    ] = None,
+    question: Annotated[
+        str | None, typer.Argument(help=f"Question about each video (default: {QUESTION}).", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="JSON-lines file to write the answers to. The same command continues a stopped run."),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Your own video LLM: a folder or a Hub id (default: a built-in one).")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="A draft of the target: a folder or a Hub id; none for plain generate().")
+    ] = None,
+    family: FamilyOption = None,
+    max_new_tokens: MaxNewTokensOption = 320,
+    do_sample: DoSampleOption = False,
+    temperature: Annotated[float | None, TEMPERATURE] = None,
+    top_p: Annotated[float | None, TOP_P] = None,
+    seed: SeedOption = 0,
+    fps: FpsOption = None,
+    max_frames: MaxFramesOption = None,
+    processor: ProcessorOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(help="Attention of the target, such as sdpa or eager (default: what transformers chooses)."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run plain generate() too, and say whether the text is identical.")
+    ] = False,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Answer the rows of --output that have an error once more.")
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print JSON: one line per answer, or with --output the totals. The rest goes to stderr."
+        ),
+    ] = False,
+) -> None:
+    """Answers questions about videos. With a draft it writes the same text in less time.
+
+    On a terminal the text appears as it is written, and the tokens that the draft proposed are marked.
+    A row that cannot be answered gets one line with its error, and the run goes on.
+    At most 2 frames per second and 128 frames of a video are read, if --fps and --max-frames do not say otherwise
+    (built-in models: 8 and 768). --temperature and --top-p sample, as --do-sample does.
+    """
+    require("video", "sparrow generate")
+    from tqdm import tqdm
+
+    from .. import captioning
+
+    quiet_transformers()
+    if source is None and (target or question or output):
+        raise CaptionError("name a video, a folder or rows; only the built-in models have a clip to describe")
+    if retry_errors and output is None:
+        raise CaptionError("--retry-errors needs the --output of an earlier run")
+    if compare and draft == captioning.NO_DRAFT:
+        raise CaptionError("--compare compares plain generate() with a draft: name one with --draft")
+    family = built_in_family(family, target)
+    with ExitStack() as stack:
+        if source is None:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            asked = captioning.built_in_clip(Path(scratch), family)
+        else:
+            asked = captioning.read_questions(source, question, output)
+        if len(asked) > 1 and output is None and not as_json:
+            raise CaptionError(f"{source} holds {len(asked)} rows: name a file for the answers with --output")
+        if asked.left_out:
+            say(f"left out, no videos by their names: {', '.join(asked.left_out)}")
+
+        usual_fps, usual_frames = BUILT_IN_SAMPLING if target is None else SAMPLING
+        captioner = captioning.Captioner(
+            *captioning.load_models(target, draft, family, processor, dtype.value, device, attention),
+            compare=compare,
+            fps=usual_fps if fps is None else fps,
+            max_frames=usual_frames if max_frames is None else max_frames,
+            seed=seed,
+            settings=settings_of(max_new_tokens, do_sample, temperature, top_p),
+        )
+        say(f"{target or f'built-in {family}'} in {captioner.told}")
+        conditions = captioner.conditions(target or family, draft, asked.question)
+        answers = None
+        if output is not None:
+            answers = stack.enter_context(captioning.open_answers(output, conditions, asked))
+            if retry_errors:
+                answers.remove(lambda line: line["error"])
+            context.obj.keeps(
+                lambda: f"{len(captioning.given_before(answers, asked))} of {len(asked)} answers are kept in {output}"
+            )
+        lines = [] if answers is None else captioning.given_before(answers, asked)
+        is_single = len(asked) == 1
+        # A comparison times both calls alike, with nothing to show meanwhile.
+        streamer = text_on_screen(captioner) if is_single and not as_json and not compare else None
+        with tqdm(total=len(asked), initial=len(lines), unit="video", disable=is_single or None) as progress:
+            told_at = time.monotonic()
+            for line in captioning.answer_all(captioner, asked, conditions, answers, streamer):
+                lines.append(line)
+                if line["error"] is not None:
+                    progress.write(f"{line['name']}: {line['error']}", file=sys.stderr)
+                elif is_single and not as_json and streamer is None:
+                    print(line["text"])
+                if as_json and output is None:
+                    print(json.dumps(line), flush=True)
+                progress.set_postfix_str(rate := rate_of(captioning.total(lines[-RECENT:])))
+                progress.update()
+                if not sys.stderr.isatty() and time.monotonic() > told_at + LOG_SECONDS:
+                    say(f"{len(lines)} of {len(asked)} videos, {rate}")
+                    told_at = time.monotonic()
+    totals = captioning.total(lines)
+    if as_json and output is not None:
+        print(json.dumps(asdict(totals) | {"output": str(output)}))
+    for sentence in told_of(totals, is_single, output):
+        say(sentence)
+    if totals.different:
+        raise typer.Exit(NOT_IDENTICAL)
+    if totals.errors:
+        raise typer.Exit(BAD_INPUT if is_single else BAD_ROWS)
+
+
+def settings_of(
+    max_new_tokens: int, do_sample: bool, temperature: float | None, top_p: float | None
+) -> dict[str, Any]:
+    """Arguments of `generate()`."""
+    if not do_sample and temperature is None and top_p is None:
+        return {"max_new_tokens": max_new_tokens, "do_sample": False}
+    return {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": True,
+        "temperature": 1.0 if temperature is None else temperature,
+        "top_p": 1.0 if top_p is None else top_p,
+    }
+
+
+def text_on_screen(captioner: Any) -> Any:
+    """A streamer that prints the text of one answer as it is written; `None` where no one watches."""
+    if not sys.stdout.isatty():
+        return None
+    from ..streaming import ProvenanceStreamer
+
+    console = Console(highlight=False)
+    if captioner.draft is not None:
+        legend = Text.assemble(("accepted draft tokens", DRAFTED_STYLE), ", ", ("the target's own", OWN_STYLE), ":")
+        Console(stderr=True).print(legend)
+
+    class Printer(ProvenanceStreamer):
+        def end(self) -> None:
+            super().end()
+            console.print()
+
+    def show(piece: str, drafted: bool) -> None:
+        style = "" if captioner.draft is None else DRAFTED_STYLE if drafted else OWN_STYLE
+        console.print(Text(piece, style=style), end="", soft_wrap=True)
+
+    return Printer(getattr(captioner.processor, "tokenizer", captioner.processor), show, captioner.draft)
+
+
+def rate_of(totals: Any) -> str:
+    """Speed and errors of the last answers."""
+    return f"{totals.tokens_per_second:.1f} tokens/s" + (f", {totals.errors} errors" if totals.errors else "")
+
+
+def told_of(totals: Any, is_single: bool, output: Path | None) -> Iterator[str]:
+    """The figures of a run, one sentence after the other."""
+    answered = totals.rows - totals.errors
+    if not is_single:
+        yield f"{answered} of {totals.rows} rows answered" + (
+            f", {totals.errors} have an error (--retry-errors answers them once more)" if totals.errors else ""
+        )
+    if answered:
+        yield f"{totals.tokens} tokens in {totals.seconds:.2f} s, {totals.tokens_per_second:.1f} tokens/s"
+    if totals.different is not None:
+        compared = f"{totals.speedup:.2f}× as fast as plain generate()"
+        if totals.different:
+            yield (
+                f"NOT IDENTICAL to plain generate(): {', '.join(totals.different)}; {compared} (in bf16 and fp16 "
+                "two nearly equal tokens may swap; fp32 is exact)"
+            )
+        else:
+            yield f"IDENTICAL to plain generate(), {compared}"
+    if output is not None:
+        yield f"answers in {output}"
+
+
+def say(sentence: str) -> None:
+    """Prints a sentence beside the answers, on stderr."""
+    Console(stderr=True).print(Text(sentence), soft_wrap=True)

@@ -1,0 +1,146 @@
+"""Files of JSON lines that are appended to as results are made, so that a stopped run can be continued."""
+
+import json
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from .artifacts import check_made_alike, write_text
+from .errors import SparrowError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class LineFile:
+    """JSON lines made with the same settings, each appended and written out as soon as it is made.
+
+    A process that is killed leaves whole lines, and at most half of one, which is removed when the file is opened
+    again. Only one process at a time may have the file open; it is closed at the end of a `with` block.
+
+    Args:
+        path: The file. Its folder is made. A device such as `/dev/stdout` is written to and not read.
+        conditions: What must be the same for all lines, JSON types; compared with each line's `"provenance"`.
+        error: The type of all errors.
+        kind: What a line is: "a measurement", …
+
+    Attributes:
+        lines: The lines that are in the file.
+
+    Raises:
+        SparrowError: Another process has it open, or it holds lines made with other settings, or something else. It
+            is left as it is.
+    """
+
+    def __init__(self, path: Path, conditions: Mapping[str, Any], error: type[SparrowError], kind: str):
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        self._error = error
+        self._unlock: Callable[[], Any] = lambda: None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            return
+        self._lock()
+        try:
+            self.lines, end = read_whole_lines(path, error, kind)
+            for line in self.lines:
+                self.check_line(line)
+                check_made_alike(path, line["provenance"], conditions, error)
+        except BaseException:
+            self.close()
+            raise
+        if end < path.stat().st_size:
+            # The half line of a killed process. Cutting it off takes no space, which there may not be.
+            os.truncate(path, end)
+
+    def close(self) -> None:
+        """Lets other processes write the file."""
+        self._unlock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check_line(self, line: Mapping[str, Any]) -> None:
+        """Further checks of a line that was read, for subclasses."""
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds one line and writes it out. If that fails, the file is what it was."""
+        text = json.dumps(line) + "\n"
+        end = self.path.stat().st_size if self.path.is_file() else None
+        try:
+            with self.path.open("a") as file:
+                file.write(text)
+        except OSError:
+            if end is not None:
+                os.truncate(self.path, end)
+            raise
+        self.lines.append(line)
+
+    def remove(self, unwanted: Callable[[dict[str, Any]], Any]) -> None:
+        """Removes lines."""
+        kept = [line for line in self.lines if not unwanted(line)]
+        if len(kept) < len(self.lines):
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            # It is another file now.
+            self._lock()
+            self.lines = kept
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._unlock()
+        # A closed file is unlocked, as is that of a killed process.
+        self._unlock = weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise self._error(
+                f"{self.path} is being written by another process: wait for it to end, or choose another file"
+            ) from None
+        except OSError:
+            # Some network file systems have no locks.
+            pass
+
+
+def read_whole_lines(path: Path, error: type[SparrowError], kind: str) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a file, without the half line that a running or killed process may have left.
+
+    Args:
+        path, error, kind: As for [`LineFile`].
+
+    Returns:
+        The lines, and how many bytes they take.
+
+    Raises:
+        SparrowError: There is something else in the file.
+    """
+    lines: list[dict[str, Any]] = []
+    end = 0
+    for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        is_whole = text.endswith(b"\n")
+        line = _parse(text)
+        if line is None and not is_whole and (lines or text.startswith(b'{"')):
+            # A file that holds nothing of ours may be anything: nothing is cut off from it.
+            break
+        if not isinstance(line, dict) or "provenance" not in line:
+            raise error(f"line {number} of {path} is not {kind}: move the file elsewhere, or choose another one")
+        if is_whole:
+            lines.append(line)
+            end += len(text)
+    return lines, end
+
+
+def _parse(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

@@ -1,0 +1,45 @@
+"""Recognising that disk or memory ran out, whichever package says so."""
+
+import errno
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+#: A quota and a limit of a file's size (`ulimit -f`, FAT32) are full disks to whoever writes.
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+#: safetensors and torch report failed writes as errors of their own, in words; torch's do not say why they failed.
+FULL_DISK_TEXT = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed writing|iostream error"
+)
+#: torch's allocator for CPUs, and that for Apple's GPUs.
+NO_MEMORY_TEXT = re.compile(r"can't allocate memory|Cannot allocate memory|out of memory")
+
+
+def ran_out(error: BaseException) -> Literal["disk", "memory"] | None:
+    """What ran out, if an error, or one that led to it, says that something did."""
+    for each in _chain(error):
+        if isinstance(each, (MemoryError, torch.OutOfMemoryError)):
+            return "memory"
+        if isinstance(each, OSError) and each.errno is not None:
+            if each.errno in FULL_DISK:
+                return "disk"
+            if each.errno == errno.ENOMEM:
+                return "memory"
+        elif isinstance(each, Exception):
+            if FULL_DISK_TEXT.search(str(each)):
+                return "disk"
+            if isinstance(each, RuntimeError) and NO_MEMORY_TEXT.search(str(each)):
+                return "memory"
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those it was raised from or while they were handled."""
+    found: BaseException | None = error
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
