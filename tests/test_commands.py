@@ -145,7 +145,7 @@ def test_resume_overwrites_nothing_and_ends_the_same(
         patch.setattr(SparrowTrainer, "__init__", lambda self, *args, **kwargs: (
             make(self, *args, **kwargs), self.add_callback(_PowerCut()))[0])  # fmt: skip
         stopped = train(work, tmp_path / "cut", *options)
-    assert stopped.exit_code == 130 and "Stopped." in stopped.output
+    assert stopped.exit_code == 130 and "Stopped by Ctrl-C" in stopped.output
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     refused = train(work, tmp_path / "cut", *options)
     assert refused.exit_code == 2 and "--resume" in refused.output
