@@ -12,9 +12,11 @@ from transformers.video_utils import VideoMetadata
 
 from ..errors import ImageError, MessagesError, SparrowError, VideoError
 from ..extras import require
+from .files import is_url
+from .images import read_image
 from .parts import IMAGE_SETTINGS, MediaKind
 from .sources import shown
-from .video import is_url, read_frames, read_image, read_video
+from .video import read_frames, read_video
 
 DEFAULT_FRAMES_PER_SECOND = 2.0
 """Assumed for videos given as arrays that do not say how densely they were sampled (Qwen-VL's sampling rate)."""

@@ -163,8 +163,8 @@ def prepare_inputs(
     Raises:
         MessagesError: Something in the messages is not understood; or the target's chat template leaves out a video
             or image, or a text holds the target's own placeholder.
-        VideoError: A video cannot be read or has the wrong shape, or the processor cannot take videos of different
-            lengths or sizes together.
+        VideoError: A video cannot be read, or the processor cannot take it: its size, or videos of different lengths
+            or sizes together.
         ImageError: An image cannot be read.
         MissingDependencyError: PyAV or torchvision is not installed and the messages hold a video.
     """
@@ -190,11 +190,17 @@ def prepare_inputs(
         return processor(text=[text], **media, return_tensors="pt")
     except ValueError as error:
         shapes = {tuple(frames.shape) for frames in media.get("videos", [])}
-        if len(shapes) < 2:
+        if not shapes:
             raise MessagesError(f"{type(processor).__name__} cannot take the prompt: {error}") from error
+        found = f"found {', '.join(map(str, sorted(shapes)))}"
+        if len(shapes) > 1:
+            raise VideoError(
+                f"{type(processor).__name__} cannot take videos of different shapes in one prompt ({found}): sample "
+                "them alike with max_frames, or split the prompt."
+            ) from error
         raise VideoError(
-            f"{type(processor).__name__} cannot take videos of different shapes in one prompt (found "
-            f"{', '.join(map(str, sorted(shapes)))}): sample them alike with max_frames, or split the prompt."
+            f"{type(processor).__name__} cannot take the video ({found}): {str(error).rstrip('.')}. Cut or scale the "
+            "video, or read other frames of it."
         ) from error
 
 

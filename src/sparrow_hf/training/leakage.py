@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.files import is_url
 from ..data.messages import clean_messages, media_digest, media_parts
-from ..data.video import is_url
 from ..errors import SparrowError, TrainingDataError
 from .data import as_row
 
