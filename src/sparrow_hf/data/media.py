@@ -63,10 +63,12 @@ def load_image(source: Any) -> Any:
 
 
 def _check_path(source: Any, error_class: type[ValueError], kind: str) -> None:
-    """Raises before anything repeats what may be no path at all but a file as text."""
-    if isinstance(source, str) and not is_url(source) and not os.path.exists(source):
-        hint = "" if repr(source) == shown(source) else " A file as text goes under 'base64' or into a data URL."
-        raise error_class(f"There is no {kind} file at {shown(source)}. Check the path.{hint}")
+    """Raises where a path is rather a file as text, before an error of the readers repeats it."""
+    if isinstance(source, str) and shown(source) != repr(source) and not is_url(source) and not os.path.exists(source):
+        raise error_class(
+            f"There is no {kind} file at {shown(source)}. Check the path; a file as text goes under 'base64' or into "
+            "a data URL."
+        )
 
 
 def _stacked(frames: list[Any]) -> np.ndarray:

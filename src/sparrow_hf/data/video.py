@@ -105,10 +105,8 @@ def choose_frames(name: str, times: FrameTimes, sampling: Sampling) -> Choice:
     start, end = sampling.start or 0.0, math.inf if sampling.end is None else sampling.end
     if start > ends - SAME_TIME or end < seconds[0] + SAME_TIME:
         window = f"after {start:g} s" if sampling.end is None else f"between {start:g} s and {end:g} s"
-        raise VideoError(
-            f"{name} shows nothing {window}: its frames are on screen from {seconds[0]:.3f} s to {ends:.3f} s. "
-            "Choose another window."
-        )
+        edge = f"ends at {ends:.3f} s" if start > ends - SAME_TIME else f"begins at {seconds[0]:.3f} s"
+        raise VideoError(f"{name} shows nothing {window}: it {edge}. Choose another window.")
     # Frames first … last - 1 appear in the window; the one before them is on screen when it begins.
     first, last = (int(place) for place in np.searchsorted(seconds, (start - SAME_TIME, end - SAME_TIME)))
     if constant := times.constant_rate():

@@ -262,7 +262,7 @@ class VideoFile:
         if _is_webp(stream) or _is_avi(container):
             return None
         zero, tick = _zero(container, stream), _tick(stream)
-        starts, last_ends, data_ends = array("q"), 0, Fraction(0)
+        starts, last, last_ends, data_ends = array("q"), None, 0, Fraction(0)
         decoded_at: int | None = None
         for packet in packets:
             if packet.pts is not None:
@@ -274,7 +274,9 @@ class VideoFile:
             decoded_at = decoded_at if packet.dts is None else packet.dts
             if not packet.is_discard:  # Hidden by an edit list.
                 starts.append(packet.pts - zero)
-                last_ends = max(last_ends, packet.pts - zero + (packet.duration or 1))
+                # Durations of mp4 are those of decoding: only behind the last frame are they of use.
+                if last is None or packet.pts > last:
+                    last, last_ends = packet.pts, packet.pts - zero + (packet.duration or 1)
             # What follows is decoded later, and shown later still.
             if starts and end is not None and decoded_at is not None and (decoded_at - zero) * tick > end:
                 last_ends = decoded_at - zero + 1
@@ -317,11 +319,8 @@ class VideoFile:
     def _timed_frames(
         self, container: InputContainer, stream: VideoStream, packets: Iterable[Packet]
     ) -> Iterator[tuple[int, VideoFrame]]:
-        by_decoding_time = _is_avi(container)
         zero = _zero(container, stream) if self._timed_by_packets else None
-        for tick, frame in _in_time(
-            self._decoded(packets), lambda frame: frame.dts if by_decoding_time else frame.pts
-        ):
+        for tick, frame in _in_time(self._decoded(packets), attrgetter("dts" if _is_avi(container) else "pts")):
             zero = tick if zero is None else zero
             yield tick - zero, frame
 
