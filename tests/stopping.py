@@ -4,7 +4,6 @@ The child is a fork: it needs no time to import, and its limits are its own.
 """
 
 import os
-import resource
 import shlex
 import signal
 import sys
@@ -87,6 +86,8 @@ def _be_the_child(work: Callable[[], Any], printed: int, largest_file: int | Non
         # The threads of a pool do not survive a fork.
         torch.set_num_threads(1)
         if largest_file is not None:
+            import resource
+
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         work()
         code = 0
