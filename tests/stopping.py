@@ -4,11 +4,10 @@ The child is a fork: it needs no time to import, and its limits are its own.
 """
 
 import os
-import resource
 import shlex
 import signal
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,10 +60,16 @@ def in_child(
     largest_file: int | None = None,
 ) -> Ended:
     """As [`sparrow`], for any function."""
-    with tempfile.TemporaryFile() as printed:
-        child = os.fork()
-        if child == 0:
-            _be_the_child(work, printed.fileno(), largest_file)
+    # A pipe, which no limit of files ends.
+    printed, written = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _be_the_child(work, written, largest_file)
+    os.close(written)
+    pieces: list[bytes] = []
+    with os.fdopen(printed, "rb") as pipe:
+        reader = threading.Thread(target=lambda: pieces.append(pipe.read()))
+        reader.start()
         ended = (0, 0)
         while stop is not None and ended == (0, 0):
             if when():
@@ -73,8 +78,8 @@ def in_child(
             time.sleep(0.002)
             ended = os.waitpid(child, os.WNOHANG)
         status = ended[1] if ended[0] else os.waitpid(child, 0)[1]
-        printed.seek(0)
-        return Ended(os.waitstatus_to_exitcode(status), printed.read().decode())
+        reader.join()
+    return Ended(os.waitstatus_to_exitcode(status), b"".join(pieces).decode())
 
 
 def _be_the_child(work: Callable[[], Any], printed: int, largest_file: int | None) -> None:
@@ -87,6 +92,8 @@ def _be_the_child(work: Callable[[], Any], printed: int, largest_file: int | Non
         # The threads of a pool do not survive a fork.
         torch.set_num_threads(1)
         if largest_file is not None:
+            import resource
+
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         work()
         code = 0

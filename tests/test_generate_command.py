@@ -1,8 +1,11 @@
 """`sparrow generate`: its doors, its lines, its endings, and that a stopped run goes on where it was."""
 
 import json
+import os
+import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +267,8 @@ def test_out_of_memory_is_the_error_of_a_row(
         (["c.mp4", "--retry-errors"], "--retry-errors needs the --output"),
         (["c.mp4", "--draft", "none", "--compare"], "name one with --draft"),
         (["c.mp4"], "c.mp4 is an empty file"),
+        (["c.mp4", "--output", "videos"], "videos is a folder: name a file in it"),
+        (["rows", "--output", "rows/captions.jsonl"], "write the answers outside of rows"),
         (["c.mp4", "--attention", "nonsense"], "cannot be loaded"),
         (["c.mp4", "--draft", "nowhere"], "draft 'nowhere' cannot be loaded"),
     ],
@@ -276,7 +281,7 @@ def test_what_is_wrong_is_told_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("c.mp4", "videos/1.mp4", "videos/2.mp4", "empty/.keep"):
+    for name in ("c.mp4", "videos/1.mp4", "videos/2.mp4", "empty/.keep", "rows/1.jsonl"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
     result = run("generate", *models, *wrong)
@@ -292,6 +297,31 @@ def test_the_built_in_models_need_nothing() -> None:
     assert result.stdout.startswith("this video shows five scenes")
     assert "built-in qwen2.5-vl in float32 on cpu" in result.stderr
     assert "IDENTICAL to plain generate()" in result.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_a_terminal_shows_which_tokens_were_accepted(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece of text in the colour of its token: green as often as the statistics say."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    reader, writer = os.openpty()
+    with os.fdopen(writer, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        words = [str(word) for word in ("generate", videos / "a.mp4", "--max-new-tokens", 24)]
+        with pytest.raises(SystemExit) as ended:
+            app(words, prog_name="sparrow")
+        terminal.flush()
+        shown = os.read(reader, 100_000).decode()
+    assert ended.value.code == 0
+    monkeypatch.undo()
+    line = json.loads(run(*words, "--json").stdout)
+    assert re.sub(r"\x1b\[[0-9;]*m", "", shown).strip() == line["text"]
+    torch.set_num_threads(threads)
+    # A token that was not accepted is the first one or ends a round; the last round may end with an accepted one.
+    accepted, own = shown.count("\x1b[1;32m"), shown.count("\x1b[33m")
+    rounds = round((line["tokens"] - 1) / line["tau"])
+    assert accepted > 12 and accepted + own == line["tokens"] == 24 and own in (rounds, rounds + 1)
 
 
 def test_dtypes_that_a_device_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:

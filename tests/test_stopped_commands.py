@@ -132,11 +132,10 @@ def stop_and_go_on(verb: str, work: Path, output: Path, stop: signal.Signals, af
 @pytest.mark.full
 @pytest.mark.parametrize("verb", GROWING)
 @pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("after", [1, 2])
 def test_nothing_is_lost_or_doubled(
     verb: str, stop: signal.Signals, after: int, work: Path, unstopped: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    # At 0, it may not have loaded its models yet.
     stop_and_go_on(verb, work, tmp_path, stop, after, 0.9)
     assert result_of(verb, tmp_path) == unstopped(verb)
 
@@ -147,7 +146,12 @@ def test_nothing_is_lost_or_doubled(
 def test_a_full_disk_is_told(verb: str, work: Path, unstopped: Callable[[str], Any], tmp_path: Path) -> None:
     expected = unstopped(verb)
     files = [path for path in (work / "unstopped" / verb).rglob("*") if path.is_file()]
-    ended = sparrow(*command(verb, work, tmp_path), largest_file=max(path.stat().st_size for path in files) - 1)
+    largest = max(path.stat().st_size for path in files)
+    # Files of lines grow until they reach the limit; the others are written at once.
+    ended = sparrow(
+        *command(verb, work, tmp_path),
+        largest_file=largest // 2 if verb in ("generate", "bench") else largest - 1,
+    )
     assert ended.code == 4, ended.output
     assert_one_sentence(ended, "The disk is full")
     finished = sparrow(*ended.command)
@@ -186,8 +190,8 @@ def assert_ends(words: list[str], told: str) -> None:
 
 @needs_fork
 @pytest.mark.full
-@pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("delay", [0.0, 0.9, 0.97])
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("delay", [0.9, 0.97, 0.99])
 def test_a_stopped_save_leaves_a_whole_draft(stop: signal.Signals, delay: float, work: Path, tmp_path: Path) -> None:
     draft = SparrowDraftModel.from_pretrained(work / "draft")
     weights = {name: tensor.clone() for name, tensor in draft.state_dict().items()}

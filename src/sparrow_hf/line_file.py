@@ -42,6 +42,8 @@ class LineFile:
         self._error = error
         self._unlock: Callable[[], Any] = lambda: None
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise error(f"{path} is a folder: name a file in it")
         if path.exists() and not path.is_file():
             return
         self._lock()

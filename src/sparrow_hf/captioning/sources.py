@@ -92,6 +92,8 @@ def read_questions(source: str, question: str | None = None, output: Path | None
         raise VideoError(f"There is no video file at {source}. Check the path.")
     if question is not None:
         raise CaptionError(f"the rows of {source} ask their own questions: leave out the question")
+    if output is not None and path.is_dir() and output.resolve().parent == path.resolve():
+        raise CaptionError(f"{output} would be one of the rows' own files: write the answers outside of {source}")
     rows = load_rows(source)
     if len(rows) == 0:
         raise TrainingDataError(f"{source} has no rows: give a file with at least one question")

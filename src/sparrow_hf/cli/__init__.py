@@ -17,9 +17,14 @@ def main() -> None:
     except MissingDependencyError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    from .commands import app
+    try:
+        from .commands import app
 
-    app(prog_name="sparrow")
+        app(prog_name="sparrow")
+    except KeyboardInterrupt:
+        # Before the verb began, or when it had ended.
+        print("Stopped by Ctrl-C.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def __getattr__(name: str) -> Any:

@@ -161,6 +161,9 @@ def errors_as_sentences(ending: Ending | None = None, debug: bool = False) -> It
     except (Exception, KeyboardInterrupt, Terminated) as error:
         if debug:
             traceback.print_exception(error)
+        if isinstance(error, BrokenPipeError):
+            # Whoever read our output has gone; Python would try to write the rest of it once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sentence, code = _sentence(error, ending)
         # All processes of `accelerate launch` are stopped together.
         if code not in (INTERRUPTED, TERMINATED) or os.environ.get("RANK", "0") == "0":
@@ -189,7 +192,7 @@ def _sentence(error: BaseException, ending: Ending | None) -> tuple[str, int]:
     if what == "memory":
         return _joined(f"Memory ran out ({told})", rest), RAN_OUT
     if ending is not None and ending.is_resumable:
-        return f"Error: {told.rstrip('.')}. {rest[:1].upper()}{rest[1:]}", BAD_INPUT
+        return f"Error: {told.rstrip('.')}. Once this is mended, go on with what is kept: {rest}", BAD_INPUT
     return f"Error: {told}", BAD_INPUT
 
 

@@ -5,7 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -150,7 +150,8 @@ def generate(
         lines = [] if answers is None else captioning.given_before(answers, asked)
         is_single = len(asked) == 1
         # A comparison times both calls alike, with nothing to show meanwhile.
-        streamer = text_on_screen(captioner) if is_single and not as_json and not compare else None
+        is_streamed = is_single and not as_json and not compare and sys.stdout.isatty() and not lines
+        streamer = stack.enter_context(text_on_screen(captioner)) if is_streamed else None
         with tqdm(total=len(asked), initial=len(lines), unit="video", disable=is_single or None) as progress:
             told_at = time.monotonic()
             for line in captioning.answer_all(captioner, asked, conditions, answers, streamer):
@@ -191,10 +192,9 @@ def settings_of(
     }
 
 
-def text_on_screen(captioner: Any) -> Any:
-    """A streamer that prints the text of one answer as it is written; `None` where no one watches."""
-    if not sys.stdout.isatty():
-        return None
+@contextmanager
+def text_on_screen(captioner: Any) -> Iterator[Any]:
+    """A streamer that prints the text of one answer as it is written, and ends its line whatever happens."""
     from ..streaming import ProvenanceStreamer
 
     console = Console(highlight=False)
@@ -202,16 +202,14 @@ def text_on_screen(captioner: Any) -> Any:
         legend = Text.assemble(("accepted draft tokens", DRAFTED_STYLE), ", ", ("the target's own", OWN_STYLE), ":")
         Console(stderr=True).print(legend)
 
-    class Printer(ProvenanceStreamer):
-        def end(self) -> None:
-            super().end()
-            console.print()
-
     def show(piece: str, drafted: bool) -> None:
         style = "" if captioner.draft is None else DRAFTED_STYLE if drafted else OWN_STYLE
         console.print(Text(piece, style=style), end="", soft_wrap=True)
 
-    return Printer(getattr(captioner.processor, "tokenizer", captioner.processor), show, captioner.draft)
+    try:
+        yield ProvenanceStreamer(getattr(captioner.processor, "tokenizer", captioner.processor), show, captioner.draft)
+    finally:
+        console.print()
 
 
 def rate_of(totals: Any) -> str:
