@@ -1,4 +1,7 @@
-"""Files that this package writes: atomic writes, digests of tensors, and the check that settings are the same."""
+"""Files that this package writes: atomic writes, digests of tensors, and the check that settings are the same.
+
+Digests of files, and their check when they are read back, are in `checksums.py`.
+"""
 
 import hashlib
 import json
@@ -72,6 +75,33 @@ def write_json(
     write_text(path, json.dumps(value, indent=indent, default=default) + "\n")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Appends a line to a text file, whole or not at all; the lines of several processes never mix."""
+    # Unbuffered: what a full disk refuses must not be written later, when the file is closed.
+    with locked(path.parent, exclusive=True), path.open("ab", buffering=0) as file:
+        before, data = file.tell(), line.encode() + b"\n"
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except BaseException:
+            # The next line must not be appended to half of this one.
+            file.truncate(before)
+            raise
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a text file, without what a killed process has left behind the last newline."""
+    return path.read_bytes().decode(errors="replace").split("\n")[:-1]
+
+
+def drop_half_line(path: Path) -> None:
+    """Removes what a killed process has left behind the last newline of a file, if there is one."""
+    data = path.read_bytes() if path.exists() else b""
+    if data and not data.endswith(b"\n"):
+        with atomic_path(path) as partial:
+            partial.write_bytes(data[: data.rfind(b"\n") + 1])
+
+
 @contextmanager
 def atomic_files(folder: Path, last: str, is_kind: Callable[[str], bool]) -> Iterator[Path]:
     """A folder to write files to that belong together; at the end they are moved to `folder`.
@@ -91,7 +121,7 @@ def atomic_files(folder: Path, last: str, is_kind: Callable[[str], bool]) -> Ite
     try:
         partial.mkdir(parents=True)
         yield partial
-        with _locked(folder, exclusive=True):
+        with locked(folder, exclusive=True):
             new = {path.name for path in partial.iterdir()}
             for name in sorted(new, key=lambda name: (name == last, name)):
                 os.replace(partial / name, folder / name)
@@ -141,7 +171,7 @@ def read_together(folder: Path, last: str, read: Callable[[], _T], error: type[S
         Exception: Whatever `read` raises on files that stay as they are.
     """
     for _ in range(READ_ATTEMPTS):
-        with _locked(folder, exclusive=False):
+        with locked(folder, exclusive=False):
             before, described = _versions(folder), _bytes_in(folder / last)
             try:
                 result = read()
@@ -168,7 +198,7 @@ def _versions(folder: Path) -> set[tuple[Any, ...]]:
 
 
 @contextmanager
-def _locked(folder: Path, exclusive: bool) -> Iterator[None]:
+def locked(folder: Path, exclusive: bool) -> Iterator[None]:
     """Waits until no one else replaces files of the folder together, or (`exclusive`) reads them.
 
     Goes on without a lock where there are none (Windows, some network file systems), or after `LOCK_SECONDS`.
@@ -258,7 +288,11 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def check_made_alike(
-    what: str | os.PathLike[str], found: Mapping[str, Any], wanted: Mapping[str, Any], error: type[SparrowError]
+    what: str | os.PathLike[str],
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    error: type[SparrowError],
+    remedy: str = "choose another folder, or delete it",
 ) -> None:
     """Compares how files were made with how they would be made now.
 
@@ -267,13 +301,14 @@ def check_made_alike(
         found: The settings recorded there. Settings that are not in `wanted` do not count.
         wanted: The settings it should have, as read back from JSON.
         error: The type of the error.
+        remedy: What to do about it, as the end of the sentence.
 
     Raises:
         SparrowError: They differ; every difference is named.
     """
     wrong = list(_differences(found, wanted))
     if wrong:
-        raise error(f"{what} was made differently ({'; '.join(wrong)}): choose another folder, or delete it")
+        raise error(f"{what} was made differently ({'; '.join(wrong)}): {remedy}")
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -5,7 +5,6 @@ Their common layout: `fc` maps the embedding and the target's state, concatenate
 nothing comes after it; embedding and head are the target's. RoPE is plain, at the tokens' original positions.
 """
 
-import hashlib
 import json
 import pickle
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from .checksums import file_digest
 from .configuration_sparrow import SparrowDraftConfig
 from .errors import DraftLoadError
 from .hub import find_file, find_weights
@@ -91,7 +91,7 @@ def convert_checkpoint(
         "converted_from": str(source),
         "subfolder": subfolder or None,
         "revision": revision,
-        "source_sha256": {path.name: _file_digest(path) for path in files},
+        "source_sha256": {path.name: file_digest(path) for path in files},
         "dropped": conversion.dropped,
         "notes": conversion.notes,
     }
@@ -278,8 +278,3 @@ def _read_tensors(files: list[Path]) -> dict[str, Tensor]:
             raise DraftLoadError(f"{path} must hold tensors by name, and nothing else")
         tensors |= part
     return tensors
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

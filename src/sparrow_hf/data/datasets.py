@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 
 from torch.utils.data import Dataset, IterableDataset
 
+from ..checksums import check_written
 from ..errors import TrainingDataError
 from ..extras import require
 from .messages import ROW_FOLDER, ROW_INDEX
@@ -65,7 +66,8 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
         Rows as they are, videos and images never decoded; [`SparrowDataCollator`] checks them.
 
     Raises:
-        TrainingDataError: There is nothing to read at `source`, or it has no such split or no column `messages`.
+        TrainingDataError: There is nothing to read at `source`, it has no such split or no column `messages`, or
+            answers that `sparrow regenerate` wrote are damaged or missing.
         MissingDependencyError: datasets is not installed.
     """
     require("train", "Reading rows", "datasets")
@@ -79,6 +81,7 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
             rows = rows.to_iterable_dataset() if streaming else rows
         elif path.exists():
             files = [str(path)] if path.is_file() else _data_files(path)
+            check_written(files, TrainingDataError, "run `sparrow regenerate` again, with the same options")
             kind = "parquet" if files[0].endswith(".parquet") else "json"
             rows = datasets.load_dataset(kind, data_files={"train": files}, split=split, streaming=streaming)
             folder = (path if path.is_dir() else path.parent).resolve()

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import check_made_alike, write_text
+from ..artifacts import append_line, check_made_alike, drop_half_line, whole_lines
+from ..checksums import sealed, unseal, warn_without_digest
 from ..errors import BenchmarkError
 
 #: Lengths of the digests in files of earlier versions: half a digest of files, or a commit of the Hub.
@@ -14,6 +15,8 @@ EARLIER_DIGITS = (32, 40)
 
 class RunFile:
     """Measurements made under the same conditions, one JSON line for each, appended as soon as they are made.
+
+    Each line ends with its own digest, `sha256`, which is checked when it is read.
 
     Args:
         conditions: What must be the same for all lines, JSON types; compared with each line's `"provenance"`.
@@ -34,19 +37,16 @@ class RunFile:
                     "choose another folder, or delete it"
                 )
             check_made_alike(path, line["provenance"], conditions, BenchmarkError)
-        if path.exists() and not (text := path.read_text()).endswith("\n"):
-            # Removes the incomplete line of a killed process, to which the next one would be appended.
-            write_text(path, text[: text.rfind("\n") + 1])
+        drop_half_line(path)
 
     def done(self, **key: Any) -> bool:
         """Whether there is a measurement with these fields."""
-        return any(all(line[name] == value for name, value in key.items()) for line in self.lines)
+        return any(all(name in line and line[name] == value for name, value in key.items()) for line in self.lines)
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds one measurement and writes it out."""
+        append_line(self.path, json.dumps(sealed(line)))
         self.lines.append(line)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -55,16 +55,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         BenchmarkError: A line is not one of a measurement.
     """
-    lines = []
-    for number, text in enumerate(path.read_text().splitlines(keepends=True), start=1):
-        if not text.endswith("\n"):
-            break
+    lines, is_whole = [], True
+    for number, text in enumerate(whole_lines(path), start=1):
         try:
-            lines.append(json.loads(text))
-            lines[-1]["provenance"]
-        except (ValueError, KeyError, TypeError) as error:
+            line, has_digest = unseal(json.loads(text))
+            line["provenance"].keys()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BenchmarkError(
-                f"line {number} of {path} is not a measurement: move the file out of the folder of runs, or choose "
-                "another one"
+                f"line {number} of {path} is not a measurement as it was written: delete this line and run the same "
+                "command again, or move the file out of the folder of runs"
             ) from error
+        lines.append(line)
+        is_whole &= has_digest
+    if not is_whole:
+        warn_without_digest(path)
     return lines
