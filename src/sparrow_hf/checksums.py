@@ -29,6 +29,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_of_files(folder: Path, files: Iterable[Path]) -> str:
+    """One digest of several files: that of the `digests.sha256` that they would have. `folder` may be the one file."""
+    known = {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+    return hashlib.sha256(_lines(known).encode()).hexdigest()
+
+
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ def train(context: typer.Context) -> None:
             parameters = sum(parameter.numel() for parameter in trainer.draft.parameters() if parameter.requires_grad)
             console.print(f"training {parameters / 1e6:.3g} M parameters into {run.output}")
             run.run()
-            console.print(f"the draft is in {run.output}")
+            console.print(f"the draft is in {run.output}", *run.notes, sep="\n")
 
 
 def show_options(console: Console, context: typer.Context) -> None:
