@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,11 +115,7 @@ def atomic_files(folder: Path, last: str, is_kind: Callable[[str], bool]) -> Ite
         is_kind: Whether a file of this name is of a kind that is replaced as a whole: if there are new files of the
             kind, old ones of other names go.
     """
-    partial = folder / f".{_own_suffix()}"
-    # A killed process may have had the same numbers.
-    _remove(partial)
-    try:
-        partial.mkdir(parents=True)
+    with _folder_in(folder) as partial:
         yield partial
         with locked(folder, exclusive=True):
             new = {path.name for path in partial.iterdir()}
@@ -129,8 +125,28 @@ def atomic_files(folder: Path, last: str, is_kind: Callable[[str], bool]) -> Ite
                 for path in list(folder.iterdir()):
                     if path.name not in new and is_kind(path.name):
                         path.unlink(missing_ok=True)
-    finally:
-        _remove(partial)
+
+
+@contextmanager
+def _folder_in(folder: Path) -> Iterator[Path]:
+    """A hidden folder in `folder`, removed at the end. Those that killed processes have left there are removed too."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: name a folder to save to")
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in folder.glob(".*.*.partial"):
+        if not _is_locked(other):
+            _remove(other)
+    partial, unlocked = (folder / f".{_own_suffix()}{kind}" for kind in ("", ".new"))
+    with ExitStack() as end:
+        for path in (partial, unlocked):
+            # A killed process may have had the same numbers.
+            _remove(path)
+            end.callback(_remove, path)
+        # Locked as long as its writer lives, and before it has the name that others look for.
+        unlocked.mkdir()
+        end.enter_context(locked(unlocked, exclusive=True))
+        unlocked.rename(partial)
+        yield partial
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -226,6 +242,24 @@ def locked(folder: Path, exclusive: bool) -> Iterator[None]:
             # Closing is not enough: a process that was forked meanwhile has the handle too.
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether someone holds the lock of a folder, or may hold it."""
+    if fcntl is None:
+        return True
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 # -- digests ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`SparrowDraftConfig`: the shape of a draft, the target it was made for, and how it proposes."""
 
+import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -198,19 +199,20 @@ class SparrowDraftConfig(PreTrainedConfig):
         """
         source = pretrained_model_name_or_path
         damaged = f"config.json of {source} holds no JSON object: get it again"
+        missing = "give the folder that save_pretrained wrote, or the id of a repository on the Hub"
         try:
             found, unused = super().get_config_dict(source, **kwargs)
         except OSError as error:
-            if isinstance(error.__context__, ValueError):
+            if isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError)):
                 raise DraftConfigError(damaged) from error
-            raise DraftLoadError(
-                f"no config.json of a draft is found in {source} ({str(error).splitlines()[0]:.200}): give the folder "
-                "that save_pretrained wrote, or the id of a repository on the Hub"
-            ) from error
+            reason = str(error).strip().splitlines()[0]
+            raise DraftLoadError(f"{source} has no config.json of a draft ({reason:.300}): {missing}") from error
         except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise DraftConfigError(damaged) from error
         if not isinstance(found, dict):
             raise DraftConfigError(damaged)
+        if not found:
+            raise DraftLoadError(f"{source} has no config.json, or one without fields: {missing}")
         return found, unused
 
     @classmethod
