@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,19 +108,16 @@ def _between(low: float, high: float) -> str:
 #: Field → what it must be, and whether a value is that.
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **{
-        name: (f"an integer {_between(*bounds)}", lambda value, bounds=bounds: _is_integer(value, *bounds))
-        for name, bounds in INTEGERS.items()
+        name: (f"an integer {_between(low, high)}", partial(_is_integer, low=low, high=high))
+        for name, (low, high) in INTEGERS.items()
     },
     **{
-        name: (f"a number {_between(*bounds)}", lambda value, bounds=bounds: _is_number(value, *bounds))
-        for name, bounds in NUMBERS.items()
+        name: (f"a number {_between(low, high)}", partial(_is_number, low=low, high=high))
+        for name, (low, high) in NUMBERS.items()
     },
     **{name: ("true or false", lambda value: isinstance(value, bool)) for name in SWITCHES},
     **{
-        name: (
-            f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}",
-            lambda value, choices=choices: isinstance(value, str) and value in choices,
-        )
+        name: (f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}", choices.__contains__)
         for name, choices in CHOICES.items()
     },
     **{name: ("a text", lambda value: isinstance(value, str)) for name in TEXTS},
