@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import io
 import json
 import os
 import stat
@@ -24,6 +25,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from sparrow_hf import SparrowDraftModel, artifacts
 from sparrow_hf.artifacts import (
     StoredTensors,
+    append_line,
     atomic_files,
     atomic_path,
     check_made_alike,
@@ -368,3 +370,84 @@ fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_SH)
 print("begun", flush=True)
 sys.stdin.read()
 """
+
+
+class TestWhatKilledProcessesLeave:
+    def test_a_half_written_draft_is_removed_by_the_next_save(self, draft: SparrowDraftModel, tmp_path: Path) -> None:
+        draft.save_pretrained(tmp_path)
+        before = {path.name for path in tmp_path.iterdir()}
+        with writing_elsewhere(tmp_path) as (partial, kill):
+            SparrowDraftModel.from_pretrained(tmp_path)
+            # Its writer lives, so it stays.
+            draft.save_pretrained(tmp_path)
+            assert (partial / "model.safetensors").read_bytes() == b"half"
+            kill()
+            SparrowDraftModel.from_pretrained(tmp_path)
+            draft.save_pretrained(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == before
+
+    def test_a_folder_that_is_a_file_is_no_folder_to_save_to(self, draft: SparrowDraftModel, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(NotADirectoryError, match="is a file: name a folder to save to"):
+            draft.save_pretrained(tmp_path / "file")
+        assert (tmp_path / "file").read_text() == "mine"
+
+
+@contextmanager
+def writing_elsewhere(folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """Another process in the middle of saving to a folder: where, and how it is killed."""
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], stdout=PIPE)
+    assert process.stdout is not None
+
+    def kill() -> None:
+        process.kill()
+        process.wait()
+
+    try:
+        yield Path(process.stdout.readline().decode().strip()), kill
+    finally:
+        kill()
+        process.stdout.close()
+
+
+WRITER = """
+import pathlib, sys, time
+from sparrow_hf.artifacts import atomic_files
+with atomic_files(pathlib.Path(sys.argv[1]), "config.json", lambda name: False) as partial:
+    (partial / "model.safetensors").write_bytes(b"half")
+    print(partial, flush=True)
+    time.sleep(600)
+"""
+
+
+class TestAppending:
+    def test_a_line_is_appended_whole_or_not_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "lines"
+        append_line(path, "first")
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(Path, "open", lambda path, *args, **kwargs: FullDisk(path, 3))
+            append_line(path, "second")
+        assert path.read_text() == "first\n"
+        append_line(path, "third")
+        assert path.read_text() == "first\nthird\n"
+
+    def test_lines_of_threads_never_mix(self, tmp_path: Path) -> None:
+        lines = [str(number) * 10_000 for number in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda line: append_line(tmp_path / "lines", line), lines))
+        assert sorted((tmp_path / "lines").read_text().splitlines()) == lines
+
+
+class FullDisk(io.FileIO):
+    """A file that takes only some more bytes."""
+
+    def __init__(self, path: Path, room: int):
+        super().__init__(path, "ab")
+        self.room = room
+
+    def write(self, data: Any) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = super().write(data[: self.room])
+        self.room -= written
+        return written

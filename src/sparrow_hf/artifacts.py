@@ -1,4 +1,7 @@
-"""Files that this package writes: atomic writes, digests of tensors, and the check that settings are the same."""
+"""Files that this package writes: atomic writes, digests of tensors, and the check that settings are the same.
+
+Digests of files, and their check when they are read back, are in `checksums.py`.
+"""
 
 import hashlib
 import json
@@ -7,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,6 +75,25 @@ def write_json(
     write_text(path, json.dumps(value, indent=indent, default=default) + "\n")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Appends a line to a text file, whole or not at all; the lines of several processes never mix."""
+    # Unbuffered: what a full disk refuses must not be written later, when the file is closed.
+    with locked(path.parent, exclusive=True), path.open("ab", buffering=0) as file:
+        before, data = file.tell(), line.encode() + b"\n"
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except BaseException:
+            # The next line must not be appended to half of this one.
+            file.truncate(before)
+            raise
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a text file, without what a killed process has left behind the last newline."""
+    return path.read_bytes().decode(errors="replace").split("\n")[:-1]
+
+
 @contextmanager
 def atomic_files(folder: Path, last: str, is_kind: Callable[[str], bool]) -> Iterator[Path]:
     """A folder to write files to that belong together; at the end they are moved to `folder`.
@@ -85,13 +107,9 @@ def atomic_files(folder: Path, last: str, is_kind: Callable[[str], bool]) -> Ite
         is_kind: Whether a file of this name is of a kind that is replaced as a whole: if there are new files of the
             kind, old ones of other names go.
     """
-    partial = folder / f".{_own_suffix()}"
-    # A killed process may have had the same numbers.
-    _remove(partial)
-    try:
-        partial.mkdir(parents=True)
+    with _folder_in(folder) as partial:
         yield partial
-        with _locked(folder, exclusive=True):
+        with locked(folder, exclusive=True):
             new = {path.name for path in partial.iterdir()}
             for name in sorted(new, key=lambda name: (name == last, name)):
                 os.replace(partial / name, folder / name)
@@ -99,8 +117,28 @@ def atomic_files(folder: Path, last: str, is_kind: Callable[[str], bool]) -> Ite
                 for path in list(folder.iterdir()):
                     if path.name not in new and is_kind(path.name):
                         path.unlink(missing_ok=True)
-    finally:
-        _remove(partial)
+
+
+@contextmanager
+def _folder_in(folder: Path) -> Iterator[Path]:
+    """A hidden folder in `folder`, removed at the end. Those that killed processes have left there are removed too."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: name a folder to save to")
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in folder.glob(".*.*.partial"):
+        if not _is_locked(other):
+            _remove(other)
+    partial, unlocked = (folder / f".{_own_suffix()}{kind}" for kind in ("", ".new"))
+    with ExitStack() as end:
+        for path in (partial, unlocked):
+            # A killed process may have had the same numbers.
+            _remove(path)
+            end.callback(_remove, path)
+        # Locked as long as its writer lives, and before it has the name that others look for.
+        unlocked.mkdir()
+        end.enter_context(locked(unlocked, exclusive=True))
+        unlocked.rename(partial)
+        yield partial
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -141,7 +179,7 @@ def read_together(folder: Path, last: str, read: Callable[[], _T], error: type[S
         Exception: Whatever `read` raises on files that stay as they are.
     """
     for _ in range(READ_ATTEMPTS):
-        with _locked(folder, exclusive=False):
+        with locked(folder, exclusive=False):
             before, described = _versions(folder), _bytes_in(folder / last)
             try:
                 result = read()
@@ -168,7 +206,7 @@ def _versions(folder: Path) -> set[tuple[Any, ...]]:
 
 
 @contextmanager
-def _locked(folder: Path, exclusive: bool) -> Iterator[None]:
+def locked(folder: Path, exclusive: bool) -> Iterator[None]:
     """Waits until no one else replaces files of the folder together, or (`exclusive`) reads them.
 
     Goes on without a lock where there are none (Windows, some network file systems), or after `LOCK_SECONDS`.
@@ -196,6 +234,24 @@ def _locked(folder: Path, exclusive: bool) -> Iterator[None]:
             # Closing is not enough: a process that was forked meanwhile has the handle too.
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether someone holds the lock of a folder, or may hold it."""
+    if fcntl is None:
+        return True
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 # -- digests ----------------------------------------------------------------------------------------------------------
@@ -258,7 +314,11 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def check_made_alike(
-    what: str | os.PathLike[str], found: Mapping[str, Any], wanted: Mapping[str, Any], error: type[SparrowError]
+    what: str | os.PathLike[str],
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    error: type[SparrowError],
+    remedy: str = "choose another folder, or delete it",
 ) -> None:
     """Compares how files were made with how they would be made now.
 
@@ -267,13 +327,14 @@ def check_made_alike(
         found: The settings recorded there. Settings that are not in `wanted` do not count.
         wanted: The settings it should have, as read back from JSON.
         error: The type of the error.
+        remedy: What to do about it, as the end of the sentence.
 
     Raises:
         SparrowError: They differ; every difference is named.
     """
     wrong = list(_differences(found, wanted))
     if wrong:
-        raise error(f"{what} was made differently ({'; '.join(wrong)}): choose another folder, or delete it")
+        raise error(f"{what} was made differently ({'; '.join(wrong)}): {remedy}")
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -1,37 +1,20 @@
 """`SparrowDraftConfig`: the shape of a draft, the target it was made for, and how it proposes."""
 
+import json
 import os
-import re
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Self
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
-from ._transformers import CACHE, commit_of, name_of
-from .errors import DraftConfigError, UnsupportedTargetError
-
-
-class TreeShape(NamedTuple):
-    """A draft tree: nodes verified per round (root included), draft forwards per round, candidates per forward."""
-
-    num_tree_nodes: int
-    num_draft_levels: int
-    beam_width: int
-
-
-#: The trees of the paper (written there as nodes-levels-beam), this project's default chain, and a root alone: the
-#: same loop without drafting, which measures the cost of the loop itself.
-TREE_PRESETS: dict[str, TreeShape] = {
-    "none": TreeShape(1, 0, 1),
-    "chain-5": TreeShape(6, 5, 1),
-    "30-4-8": TreeShape(30, 4, 8),
-    "48-5-10": TreeShape(48, 5, 10),
-}
-
-_CHAIN = re.compile(r"chain-([0-9]{1,9})")
-_TREE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})-([0-9]{1,9})")
+from ._transformers import CACHE, LlamaRotaryEmbedding, commit_of, name_of
+from .config_fields import check_fields
+from .errors import DraftConfigError, DraftLoadError, UnsupportedTargetError
+from .tree_shapes import TREE_PRESETS as TREE_PRESETS
+from .tree_shapes import TreeShape, check_tree_shape, parse_tree_shape
 
 #: Text decoder of the target → the plain-text decoder layer of transformers that has its exact shape.
 _BLOCK_OF_TEXT_MODEL: dict[str, str] = {
@@ -46,6 +29,29 @@ _BLOCK_OF_TEXT_MODEL: dict[str, str] = {
 
 #: Names under which the families keep the ids of their visual placeholders.
 _PLACEHOLDER_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+
+
+#: What transformers raises where a field of its own holds something unexpected.
+_RAISED_BY_BAD_FIELDS = (
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    RuntimeError,
+)
+
+#: Fields that transformers handles without declaring them.
+_UNDECLARED = {
+    *("model_type", "name_or_path", "_name_or_path", "_commit_hash", "torch_dtype", "num_labels", "auto_map"),
+    *("attn_implementation", "experts_implementation", "output_attentions", "quantization_config"),
+    *("_attn_implementation_internal", "_experts_implementation_internal", "per_layer_config"),
+    *("rope_theta", "rope_scaling", "partial_rotary_factor", "use_return_dict", "tokenizer_class"),
+    *("_attn_implementation", "_experts_implementation", "_output_attentions"),
+}
+#: Fields of `generate()`, which older files of transformers hold; left out when they are read.
+_GENERATION_FIELDS = frozenset(GenerationConfig().to_dict())
 
 
 class SparrowDraftConfig(PreTrainedConfig):
@@ -81,8 +87,11 @@ class SparrowDraftConfig(PreTrainedConfig):
         tensors_sha256 (`str`, *optional*): Digest of the tensors saved beside this file, checked when they are loaded.
             Set in files only: a model in memory may change.
 
+    Fields that this class does not know, of a file that a newer version wrote, are kept and saved again; they have no
+    effect, which a warning says.
+
     Raises:
-        DraftConfigError: A field is out of range or two fields contradict each other.
+        DraftConfigError: A field has the wrong type or is out of range, or two fields contradict each other.
     """
 
     model_type = "sparrow_draft"
@@ -139,8 +148,9 @@ class SparrowDraftConfig(PreTrainedConfig):
             raise DraftConfigError(
                 "sliding_window is no longer supported: train the draft anew without it, or use an earlier version"
             )
+        check_fields(vars(self) | kwargs)
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = max(1, self.hidden_size // self.num_attention_heads)
         if self.visual_token_ids is None:
             self.visual_token_ids = []
         if self.feature_layers is None:
@@ -149,8 +159,73 @@ class SparrowDraftConfig(PreTrainedConfig):
             self.visual_bridge_layer = self.target_num_hidden_layers // 2
         if self.num_tree_nodes is None:
             self.num_tree_nodes = self.num_draft_levels * self.beam_width + 1
-        super().__post_init__(**kwargs)
+        self._check_names(kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except _RAISED_BY_BAD_FIELDS as error:
+            raise DraftConfigError(
+                f"a field that every configuration of transformers has is wrong: {error}"
+            ) from error
         self.check()
+
+    def _check_names(self, fields: Mapping[str, Any]) -> None:
+        """Warns of fields that are not declared here, and refuses those that would replace a part of the class."""
+        if fields.get("model_type", self.model_type) != type(self).model_type:
+            raise DraftConfigError(
+                f"model_type must be {type(self).model_type!r}, found {fields['model_type']!r:.80}: these are not the "
+                "files of a draft"
+            )
+        unknown = [name for name in fields if name not in _UNDECLARED and name not in _GENERATION_FIELDS]
+        taken = [name for name in unknown if hasattr(type(self), name)]
+        if taken:
+            raise DraftConfigError(f"a configuration cannot have fields named {', '.join(taken)}: remove them")
+        if unknown:
+            warnings.warn(
+                f"this version does not know the fields {', '.join(sorted(unknown))} of a draft's configuration (a "
+                "newer one may have written them); they are kept and have no effect",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers, but the file must hold a JSON object.
+
+        Raises:
+            DraftConfigError: It holds something else.
+            DraftLoadError: There is no such file.
+        """
+        source = pretrained_model_name_or_path
+        damaged = f"config.json of {source} holds no JSON object: get it again"
+        missing = "give the folder that save_pretrained wrote, or the id of a repository on the Hub"
+        try:
+            found, unused = super().get_config_dict(source, **kwargs)
+        except OSError as error:
+            if isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError)):
+                raise DraftConfigError(damaged) from error
+            reason = str(error).strip().splitlines()[0]
+            raise DraftLoadError(f"{source} has no config.json of a draft ({reason:.300}): {missing}") from error
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            raise DraftConfigError(damaged) from error
+        if not isinstance(found, dict):
+            raise DraftConfigError(damaged)
+        if not found:
+            raise DraftLoadError(f"{source} has no config.json, or one without fields: {missing}")
+        return found, unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, with every value checked, also those of `kwargs`."""
+        try:
+            found = super().from_dict(config_dict, **kwargs)
+        except _RAISED_BY_BAD_FIELDS as error:
+            if isinstance(error, DraftConfigError):
+                raise
+            raise DraftConfigError(f"the fields of a draft's configuration cannot be read: {error}") from error
+        (found[0] if isinstance(found, tuple) else found).check()
+        return found
 
     @classmethod
     def from_target_config(cls, target_config: PreTrainedConfig, **overrides: Any) -> Self:
@@ -215,6 +290,7 @@ class SparrowDraftConfig(PreTrainedConfig):
             DraftConfigError: There is no such shape, or no such tree can be grown; the fields stay as they were.
         """
         shape = parse_tree_shape(shape) if isinstance(shape, str) else TreeShape(*shape)
+        check_fields(shape._asdict())
         check_tree_shape(shape)
         self.num_tree_nodes, self.num_draft_levels, self.beam_width = shape
 
@@ -241,7 +317,8 @@ class SparrowDraftConfig(PreTrainedConfig):
         return {*self.feature_layer_ids, self.bridge_layer_id}
 
     def check(self) -> None:
-        """Raises [`DraftConfigError`] if a field is out of range; runs on construction."""
+        """Raises [`DraftConfigError`] if a field is wrong or two contradict each other; runs on construction."""
+        check_fields(vars(self))
         depth = self.target_num_hidden_layers
         for layer in self.feature_layer_ids:
             if not 1 <= layer <= depth:
@@ -251,60 +328,24 @@ class SparrowDraftConfig(PreTrainedConfig):
                 f"visual_bridge_layer is {self.visual_bridge_layer}, but the target has layers 1 … {depth} (0: what "
                 "enters the first)"
             )
-        for name in ("num_hidden_layers", "num_mtp_steps", "vocab_size", "hidden_size", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise DraftConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.num_glimpse_tokens < 0:
-            raise DraftConfigError(f"num_glimpse_tokens must not be negative, found {self.num_glimpse_tokens}")
-        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+        if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
             raise DraftConfigError(
                 f"draft_vocab_size must be 1 … vocab_size ({self.vocab_size}) or None, found {self.draft_vocab_size}"
             )
-        if self.position_mode not in ("compact", "original"):
-            raise DraftConfigError(f"position_mode must be 'compact' or 'original', found {self.position_mode!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DraftConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})"
             )
+        if self.head_dim is not None and self.head_dim % 2:
+            raise DraftConfigError(f"head_dim must be even, because RoPE turns pairs, found {self.head_dim}")
+        try:
+            LlamaRotaryEmbedding(self)
+        except _RAISED_BY_BAD_FIELDS as error:
+            raise DraftConfigError(
+                f"rope_parameters name no RoPE of transformers, found {self.rope_parameters!r:.200}: {error!r:.80}"
+            ) from error
         check_tree_shape(TreeShape(self.num_tree_nodes or 0, self.num_draft_levels, self.beam_width))
-
-
-def parse_tree_shape(text: str) -> TreeShape:
-    """The shape that a text names: `none` (nothing is drafted), `chain-LEVELS`, or `NODES-LEVELS-BEAM`.
-
-    Raises:
-        DraftConfigError: It is none of these, or no such tree can be grown.
-    """
-    if text == "none":
-        shape = TREE_PRESETS["none"]
-    elif chain := _CHAIN.fullmatch(text):
-        shape = TreeShape(int(chain[1]) + 1, int(chain[1]), 1)
-    elif sizes := _TREE.fullmatch(text):
-        shape = TreeShape(*map(int, sizes.groups()))
-    else:
-        raise DraftConfigError(
-            f"unknown tree {text!r}: give one of {', '.join(TREE_PRESETS)}, chain-LEVELS, or NODES-LEVELS-BEAM "
-            "such as 40-5-8"
-        )
-    check_tree_shape(shape)
-    return shape
-
-
-def check_tree_shape(shape: TreeShape) -> None:
-    """Raises [`DraftConfigError`] unless a tree of this shape can be grown."""
-    nodes, levels, beam = shape
-    if nodes < 1 or levels < 0 or beam < 1:
-        raise DraftConfigError(f"a tree needs a root and a beam of at least one, found {tuple(shape)}")
-    if (nodes == 1) != (levels == 0):
-        raise DraftConfigError(
-            f"num_tree_nodes counts the root, so one node means no draft level and the reverse, found {tuple(shape)}"
-        )
-    if beam == 1 and nodes != levels + 1:
-        raise DraftConfigError(
-            f"a chain (beam_width=1) of {levels} levels has {levels + 1} nodes with its root, found "
-            f"num_tree_nodes={nodes}"
-        )
 
 
 def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor | Sequence[int]) -> Tensor:

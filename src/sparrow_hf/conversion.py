@@ -5,8 +5,6 @@ Their common layout: `fc` maps the embedding and the target's state, concatenate
 nothing comes after it; embedding and head are the target's. RoPE is plain, at the tokens' original positions.
 """
 
-import hashlib
-import json
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from .checksums import file_digest, read_json
 from .configuration_sparrow import SparrowDraftConfig
 from .errors import DraftLoadError
 from .hub import find_file, find_weights
@@ -79,7 +78,7 @@ def convert_checkpoint(
     """
     files, config_file = _find_checkpoint(source, weights_only_bin, subfolder=subfolder, revision=revision)
     tensors = _read_tensors(files)
-    own_config = json.loads(config_file.read_text()) if config_file is not None else {}
+    own_config = read_json(config_file, DraftLoadError, "get it again") if config_file else {}
     try:
         target_config = AutoConfig.from_pretrained(target)
     except (OSError, ValueError) as error:
@@ -91,7 +90,7 @@ def convert_checkpoint(
         "converted_from": str(source),
         "subfolder": subfolder or None,
         "revision": revision,
-        "source_sha256": {path.name: _file_digest(path) for path in files},
+        "source_sha256": {path.name: file_digest(path) for path in files},
         "dropped": conversion.dropped,
         "notes": conversion.notes,
     }
@@ -278,8 +277,3 @@ def _read_tensors(files: list[Path]) -> dict[str, Tensor]:
             raise DraftLoadError(f"{path} must hold tensors by name, and nothing else")
         tensors |= part
     return tensors
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

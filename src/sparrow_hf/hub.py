@@ -1,20 +1,29 @@
 """Files beside a draft's weights (digest of its tensors, provenance, model card), and finding files on the Hub."""
 
-import json
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
 from . import _transformers
 from .artifacts import StoredTensors, tensor_digest, write_json, write_text
+from .checksums import read_json
 from .configuration_sparrow import SparrowDraftConfig
-from .errors import DraftLoadError
+from .errors import DraftLoadError, SparrowError
 
 PROVENANCE_FILE = "PROVENANCE.json"
 CARD_FILE = "README.md"
@@ -45,17 +54,48 @@ def find_file(source: str | Path, name: str, *, needs_hub: bool = True, **hub_op
 
 
 def find_weights(source: str | Path, variant: str | None = None, **hub_options: Any) -> list[Path]:
-    """The safetensors files of a model: one, the shards its index names, or none."""
+    """The safetensors files of a model: one, the shards its index names, or none.
 
+    Raises:
+        DraftLoadError: The index is damaged, names a file that is missing, or one outside of its folder.
+    """
     single = find_file(source, _of_variant(SAFE_WEIGHTS_NAME, variant), **hub_options)
     if single is not None:
         return [single]
     index = find_file(source, _of_variant(SAFE_WEIGHTS_INDEX_NAME, variant), **hub_options)
     if index is None:
         return []
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    found = {shard: find_file(source, shard, **hub_options) for shard in shards}
-    return [path for path in found.values() if path is not None]
+    again = "get the files again"
+    shards = read_json(index, DraftLoadError, again).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise DraftLoadError(f"{index} must map tensors to files in its weight_map: {again}")
+    found = []
+    for name in sorted(set(shards.values())):
+        # Checked before it is looked for: on the Hub, nothing may be asked for outside of the repository.
+        path = find_file(source, name, **hub_options) if _is_plain(name) else None
+        if not _is_plain(name) or (path is not None and not _is_inside(path, index.parent)):
+            raise DraftLoadError(
+                f"{index} names {name!r:.200}, which is not a .safetensors file in its folder: do not use these files "
+                "unless you know who made them"
+            )
+        if path is None:
+            raise DraftLoadError(f"{index} names {name}, which is missing: {again}")
+        found.append(path)
+    return found
+
+
+def _is_plain(name: str) -> bool:
+    """Whether the name of a shard stays in the folder of its index, and is not one of pickled weights."""
+    parts = re.split(r"[\\/]", name)
+    return name.endswith(".safetensors") and not {"", "..", "."} & {*parts} and not re.search(r"[:\0]", name)
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder, links followed."""
+    folder = folder.resolve()
+    # In the cache of the Hub every file is a link: snapshots/REVISION/model.safetensors → blobs/DIGEST
+    blobs = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+    return any(path.resolve().is_relative_to(root) for root in (folder, *blobs))
 
 
 def is_weights_file(name: str, variant: str | None = None) -> bool:
@@ -71,7 +111,108 @@ def _of_variant(name: str, variant: str | None) -> str:
     return f"{stem}.{variant}.{suffix}" if variant else name
 
 
-# -- digest -----------------------------------------------------------------------------------------------------------
+# -- what loading checks ----------------------------------------------------------------------------------------------
+
+AGAIN = "get the files again, or save the draft again"
+
+
+def check_draft(
+    source: str | Path,
+    draft_class: Any,
+    config: SparrowDraftConfig,
+    variant: str | None = None,
+    **hub_options: Any,
+) -> None:
+    """Checks the weights of a draft before any of them is loaded: the files, names and shapes, and the digest.
+
+    Args:
+        source: Folder or Hub repository.
+        draft_class: What is to be loaded.
+        config: Its configuration.
+        variant: Of the weights.
+        hub_options: See [`find_file`].
+
+    Raises:
+        DraftLoadError: There are no weights in safetensors, they are damaged, are not those of such a draft, or not
+            those that were saved.
+    """
+    files = find_weights(source, variant, **hub_options)
+    if not files:
+        pickled = any(find_file(source, name, **hub_options) for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
+        raise DraftLoadError(
+            f"{source} holds no {_of_variant(SAFE_WEIGHTS_NAME, variant)}"
+            + (
+                ", only pickled weights, which are never loaded as a draft: `sparrow convert --weights-only-bin` "
+                "makes a draft of those of the EAGLE family"
+                if pickled
+                else f": give the folder of a saved draft, or {AGAIN}"
+            )
+        )
+    shapes = stored_shapes(files)
+    # Quantised weights go by other names, which only their loader knows.
+    if getattr(config, "quantization_config", None) is None:
+        _check_shapes(source, shapes, draft_class, config)
+    check_digest(source, variant, **hub_options)
+
+
+def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[bool, tuple[int, ...]]]:
+    """Of every tensor in safetensors files, whether it is floating-point, and its shape; no tensor is read.
+
+    Raises:
+        DraftLoadError: A file is damaged, or two files hold the same tensor.
+    """
+    shapes: dict[str, tuple[bool, tuple[int, ...]]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as stored:
+                slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise DraftLoadError(f"{path} is damaged or cut short ({error}): {AGAIN}") from error
+        twice = sorted(slices.keys() & shapes.keys())
+        if twice:
+            raise DraftLoadError(f"{path} holds {', '.join(twice[:5])}, which another file holds too: {AGAIN}")
+        shapes |= {name: (_is_float(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
+    return shapes
+
+
+def _is_float(dtype: str) -> bool:
+    return dtype.startswith(("F", "BF"))
+
+
+def _check_shapes(
+    source: str | Path,
+    found: Mapping[str, tuple[bool, tuple[int, ...]]],
+    draft_class: Any,
+    config: SparrowDraftConfig,
+) -> None:
+    with torch.device("meta"):
+        tensors = draft_class(copy.deepcopy(config)).state_dict()
+    expected = {name: (tensor.is_floating_point(), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    wrong = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another type or shape": [
+            f"{name} {list(found[name][1])}, not {list(expected[name][1])}"
+            for name in sorted(found.keys() & expected.keys())
+            if found[name] != expected[name]
+        ],
+    }
+    if any(wrong.values()):
+        named = "; ".join(f"{kind}: {_first(names)}" for kind, names in wrong.items() if names)
+        raise DraftLoadError(
+            f"{source} does not hold the tensors of a {draft_class.__name__} with this configuration ({named}): "
+            + AGAIN
+        )
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def stored_digest(source: str | Path, **hub_options: Any) -> str | None:
+    """The digest of a draft's tensors in its `config.json`, or `None`."""
+    config = find_file(source, CONFIG_NAME, **hub_options)
+    return None if config is None else read_json(config, DraftLoadError, AGAIN).get("tensors_sha256")
 
 
 def check_digest(source: str | Path, variant: str | None = None, **hub_options: Any) -> None:
@@ -85,8 +226,7 @@ def check_digest(source: str | Path, variant: str | None = None, **hub_options: 
     Raises:
         DraftLoadError: They are not those that were saved.
     """
-    config = find_file(source, CONFIG_NAME, **hub_options)
-    expected = None if config is None else json.loads(config.read_text()).get("tensors_sha256")
+    expected = stored_digest(source, **hub_options)
     if expected is None:
         return
     files = find_weights(source, variant, **hub_options)
@@ -97,6 +237,27 @@ def check_digest(source: str | Path, variant: str | None = None, **hub_options: 
             f"config.json says {expected}. Get the files again; if you changed the tensors yourself, remove "
             "tensors_sha256 from config.json"
         )
+
+
+@contextmanager
+def reading(source: str | Path) -> Iterator[None]:
+    """Turns what finding a draft's files can die of into one sentence.
+
+    Raises:
+        DraftLoadError: `source` is a file, there is no such folder or repository, or the Hub cannot be reached.
+    """
+    if Path(source).is_file():
+        raise DraftLoadError(f"{source} is a file: give the folder that it is in, or another draft's")
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, SparrowError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DraftLoadError(
+            f"the draft {source} cannot be read ({reason:.300}): "
+            "give the folder of a saved draft, or the id of a repository on the Hub"
+        ) from error
 
 
 # -- provenance and card ----------------------------------------------------------------------------------------------
@@ -111,13 +272,7 @@ def read_provenance(source: str | Path, **hub_options: Any) -> dict[str, Any]:
     path = find_file(source, PROVENANCE_FILE, needs_hub=False, **hub_options)
     if path is None:
         return {}
-    try:
-        provenance = json.loads(path.read_text())
-    except ValueError as error:
-        raise DraftLoadError(f"{path} is not JSON ({error}): get it again, or remove it") from error
-    if not isinstance(provenance, dict):
-        raise DraftLoadError(f"{path} must hold a JSON object, found a {type(provenance).__name__}: remove it")
-    return provenance
+    return read_json(path, DraftLoadError, "get it again, or remove it")
 
 
 def write_companions(

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from .artifacts import check_made_alike, write_text
+from .artifacts import append_line, check_made_alike, write_text
+from .checksums import sealed, unseal, warn_without_digest
 from .errors import SparrowError
 
 try:
@@ -20,7 +21,8 @@ class LineFile:
     """JSON lines made with the same settings, each appended and written out as soon as it is made.
 
     A process that is killed leaves whole lines, and at most half of one, which is removed when the file is opened
-    again. Only one process at a time may have the file open; it is closed at the end of a `with` block.
+    again. Each line ends with its own digest, `sha256`, which is checked when it is read. Only one process at a time
+    may have the file open; it is closed at the end of a `with` block.
 
     Args:
         path: The file. Its folder is made. A device such as `/dev/stdout` is written to and not read.
@@ -74,22 +76,19 @@ class LineFile:
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds one line and writes it out. If that fails, the file is what it was."""
-        text = json.dumps(line) + "\n"
-        end = self.path.stat().st_size if self.path.is_file() else None
-        try:
-            with self.path.open("a") as file:
-                file.write(text)
-        except OSError:
-            if end is not None:
-                os.truncate(self.path, end)
-            raise
+        text = json.dumps(sealed(line))
+        if self.path.is_file():
+            append_line(self.path, text)
+        else:
+            with self.path.open("a") as device:
+                device.write(text + "\n")
         self.lines.append(line)
 
     def remove(self, unwanted: Callable[[dict[str, Any]], Any]) -> None:
         """Removes lines."""
         kept = [line for line in self.lines if not unwanted(line)]
         if len(kept) < len(self.lines):
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_text(self.path, "".join(json.dumps(sealed(line)) + "\n" for line in kept))
             # It is another file now.
             self._lock()
             self.lines = kept
@@ -120,29 +119,27 @@ def read_whole_lines(path: Path, error: type[SparrowError], kind: str) -> tuple[
         path, error, kind: As for [`LineFile`].
 
     Returns:
-        The lines, and how many bytes they take.
+        The lines, without their digests, and how many bytes they take.
 
     Raises:
-        SparrowError: There is something else in the file.
+        SparrowError: There is something else in the file, or a line is not the one that was written.
     """
-    lines: list[dict[str, Any]] = []
-    end = 0
-    for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        is_whole = text.endswith(b"\n")
-        line = _parse(text)
-        if line is None and not is_whole and (lines or text.startswith(b'{"')):
-            # A file that holds nothing of ours may be anything: nothing is cut off from it.
-            break
-        if not isinstance(line, dict) or "provenance" not in line:
-            raise error(f"line {number} of {path} is not {kind}: move the file elsewhere, or choose another one")
-        if is_whole:
-            lines.append(line)
-            end += len(text)
-    return lines, end
-
-
-def _parse(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
+    *whole, rest = path.read_bytes().split(b"\n")
+    lines, all_sealed = [], True
+    for number, text in enumerate(whole, start=1):
+        try:
+            line, is_sealed = unseal(json.loads(text))
+            line["provenance"].keys()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
+            raise error(
+                f"line {number} of {path} is not {kind} as it was written: delete this line and run the same command "
+                "again, or move the file elsewhere"
+            ) from reason
+        lines.append(line)
+        all_sealed &= is_sealed
+    if rest and not lines and not rest.startswith(b'{"'):
+        # A file that holds nothing of ours may be anything: nothing is cut off from it.
+        raise error(f"{path} holds something else than {kind}: move the file elsewhere, or choose another one")
+    if not all_sealed:
+        warn_without_digest(path)
+    return lines, sum(len(text) + 1 for text in whole)

@@ -285,13 +285,20 @@ class SparrowDraftModel(PreTrainedModel):
     @classmethod
     def _load(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        source, config = pretrained_model_name_or_path, kwargs.get("config")
+        if source is not None and kwargs.get("state_dict") is None:
+            with hub.reading(source):
+                if isinstance(config, SparrowDraftConfig) and config.name_or_path == str(source):
+                    # `AutoModel` has read it already; the draft may have been saved anew since.
+                    if hub.stored_digest(source, **options) != config.tensors_sha256:
+                        config = None
+                if not isinstance(config, SparrowDraftConfig):
+                    # Of the options, the configuration takes its own fields, but not how the weights are loaded.
+                    held = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype", "config") if name in kwargs}
+                    config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+                    kwargs |= held | options | {"config": config}
+                hub.check_draft(source, cls, config, kwargs.get("variant"), **options)
         kwargs |= {"output_loading_info": True, "use_safetensors": True}
-        config = kwargs.get("config")
-        if isinstance(config, SparrowDraftConfig) and config.name_or_path == str(pretrained_model_name_or_path):
-            # `AutoModel` has read it already; the draft may have been saved anew since.
-            present = cls.config_class.from_pretrained(pretrained_model_name_or_path, **options)
-            if present.tensors_sha256 != config.tensors_sha256:
-                kwargs["config"] = present
         try:
             draft, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
@@ -306,7 +313,6 @@ class SparrowDraftModel(PreTrainedModel):
             )
         draft.config.tensors_sha256 = None
         if pretrained_model_name_or_path is not None:
-            hub.check_digest(pretrained_model_name_or_path, kwargs.get("variant"), **options)
             draft.provenance = hub.read_provenance(pretrained_model_name_or_path, **options)
         return draft, info
 

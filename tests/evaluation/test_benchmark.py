@@ -10,6 +10,7 @@ from noise import LENGTH, read
 from transformers import PreTrainedModel
 
 from sparrow_hf import metrics
+from sparrow_hf.checksums import SEAL, sealed
 from sparrow_hf.errors import BenchmarkError
 from sparrow_hf.evaluation import Arm, compare
 from sparrow_hf.evaluation import benchmark as benchmark_module
@@ -29,6 +30,11 @@ ROW_FIELDS = {
     "phase_ms", "draft_ms", "verify_ms", "draft_cache_rows", "peak_extra_mb", "identical", "first_differences",
     "content_acceptance", "function_acceptance", "provenance",
 }  # fmt: skip
+
+
+def resealed(line: dict[str, Any]) -> dict[str, Any]:
+    """A line that was edited, as if it had been measured so."""
+    return sealed({name: value for name, value in line.items() if name != SEAL})
 
 
 @pytest.fixture
@@ -148,7 +154,7 @@ def test_repeats_belong_to_the_conditions(run: Any, tmp_path: Path, monkeypatch:
     path = tmp_path / "runs" / "tiny.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
-        del line["provenance"]["repeats"]
+        del line["provenance"]["repeats"], line["sha256"]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert len(run(**options)) == len(rows)
     with pytest.raises(BenchmarkError, match="repeats: None, now 2"):
@@ -211,7 +217,8 @@ def test_the_command_is_recorded_and_may_change(run: Any, tmp_path: Path):
 def test_arms_of_a_method_that_is_gone_are_still_reported(run: Any, tmp_path: Path):
     run(arms=["prompt-lookup"], temperatures=(0.0,))
     path = tmp_path / "runs" / "tiny.jsonl"
-    path.write_text(path.read_text().replace('"prompt-lookup"', '"elsewhere:3"'))
+    lines = [json.loads(line) for line in path.read_text().replace('"prompt-lookup"', '"elsewhere:3"').splitlines()]
+    path.write_text("".join(json.dumps(resealed(line)) + "\n" for line in lines))
     rows = write_results(tmp_path / "runs", tmp_path / "results.json")
     assert [row["arm"] for row in rows] == ["plain", "elsewhere:3"] * 2
     write_report(tmp_path / "results.json", tmp_path / "results.md")
@@ -263,7 +270,7 @@ def test_memory_of_an_arm_that_prefills_for_itself_is_not_compared(run: Any, tmp
     for line in lines:
         for measured in line["runs"].values():
             measured["peak_bytes"] = 5_000_000
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(resealed(line)) + "\n" for line in lines))
     rows = write_results(tmp_path / "runs", tmp_path / "results.json")
     assert {row["arm"]: row["peak_extra_mb"] for row in rows} == {
         "plain": 0, "none": 0, "prompt-lookup": None, "draft@chain-3": 0
@@ -277,7 +284,7 @@ def test_a_text_that_differs_is_counted(run: Any, tmp_path: Path, target: PreTra
     lines[0]["runs"]["none"]["differs_at"] = 7
     # And an answer of one token: no decode speed, so no figure but the identity.
     lines[1]["runs"]["plain"]["decode_tokens"] = 0
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(resealed(line)) + "\n" for line in lines))
     row = write_results(tmp_path / "runs", tmp_path / "results.json")[1]
     assert (row["arm"], row["identical"], row["prompts"], row["first_differences"]) == ("none", 1, 2, [7])
     assert row["too_short"] == 1 and row["rounds"] == LENGTH - 1

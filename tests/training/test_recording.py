@@ -7,6 +7,7 @@ import torch
 from kills import die, files_of, kill_this_process
 
 from sparrow_hf.artifacts import earlier_target_digest, tensor_digest
+from sparrow_hf.checksums import DIGESTS_FILE
 from sparrow_hf.errors import DiskBudgetError, TrainingDataError
 from sparrow_hf.training import (
     SparrowDataCollator,
@@ -90,9 +91,10 @@ def test_disk_space_is_not_exceeded(tmp_path, make_draft, samples):
     with pytest.raises(DiskBudgetError, match="--max-disk-gb"):
         record(draft, samples, tmp_path / "a", collator, max_disk_gb=limit)
     kept = files_of(tmp_path / "a")
-    assert 2 <= len(kept) < 5 and sum(map(len, kept.values())) < limit * 1e9 + 1000
+    # Beside the rows, their description and their digests.
+    assert 3 <= len(kept) < 6 and sum(map(len, kept.values())) < limit * 1e9 + 1000
     # What is complete can be trained on, and is not read again.
-    assert len(RecordedDataset(tmp_path / "a", draft)) == len(kept) - 1
+    assert len(RecordedDataset(tmp_path / "a", draft)) == len(kept) - 2
     record(draft, samples, tmp_path / "a", collator, max_disk_gb=2 * limit)
     record(draft, samples, tmp_path / "b", collator)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
@@ -121,10 +123,11 @@ def test_damaged_and_foreign_recordings_are_refused(tmp_path, make_draft, sample
         record(make_draft(), samples, tmp_path, SparrowDataCollator())
     rows = RecordedDataset(tmp_path, make_draft())
     rows.paths[0].write_bytes(rows.paths[0].read_bytes()[:-50])
-    with pytest.raises(TrainingDataError, match="damaged"):
+    with pytest.raises(TrainingDataError, match="row-000000.safetensors is not the file that was written"):
         rows[0]
     provenance = tmp_path / recording.PROVENANCE_FILE
     provenance.write_text(json.dumps(json.loads(provenance.read_text()) | {"target_sha256": "0" * 64}))
+    rows.digests.write([provenance, *rows.paths])
     with pytest.raises(TrainingDataError, match="another target"):
         RecordedDataset(tmp_path, make_draft())
 
@@ -137,8 +140,13 @@ def test_a_recording_of_an_earlier_version_is_gone_on_with(tmp_path, target, mak
     assert written["target_sha256"] == tensor_digest(weights)
     provenance.write_text(json.dumps(written | {"target_sha256": earlier_target_digest(weights)}))
     (tmp_path / "rows" / "row-000001.safetensors").unlink()
-    record(make_draft(), samples, tmp_path, SparrowDataCollator())
-    assert len(RecordedDataset(tmp_path, make_draft())) == len(samples)
+    # It has no digests of its files either, which is said; from now on it has them.
+    (tmp_path / DIGESTS_FILE).unlink()
+    with pytest.warns(UserWarning, match="carries no digests"):
+        assert len(RecordedDataset(tmp_path, make_draft())) == len(samples) - 1
+    with pytest.warns(UserWarning, match="carries no digests"):
+        record(make_draft(), samples, tmp_path, SparrowDataCollator())
+    assert len(RecordedDataset(tmp_path, make_draft()).digests.known) == len(samples) + 1
 
 
 def test_a_killed_recording_goes_on_and_ends_the_same(tmp_path, make_draft, samples, monkeypatch):
@@ -161,4 +169,4 @@ def test_a_killed_recording_goes_on_and_ends_the_same(tmp_path, make_draft, samp
     run("killed")
     run("whole")
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
-    assert len(files_of(tmp_path / "whole")) == 5
+    assert len(files_of(tmp_path / "whole")) == 6

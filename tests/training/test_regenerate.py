@@ -192,7 +192,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, nano, processor, rows,
     run("killed")
     run("whole")
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
-    assert len(files_of(tmp_path / "whole")) == 4
+    assert len(files_of(tmp_path / "whole")) == 5
 
 
 REGENERATE = """

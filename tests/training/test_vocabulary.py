@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
+from sparrow_hf.artifacts import StoredTensors, tensor_digest
+from sparrow_hf.checksums import unseal
 from sparrow_hf.cli import app
 from sparrow_hf.errors import TrainingDataError, VocabularyError
 from sparrow_hf.training.vocabulary import (
@@ -86,11 +88,13 @@ def test_a_file_holds_the_ids_their_counts_and_where_they_come_from(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     with safe_open(path, "pt") as file:
         assert file.get_tensor("counts").tolist() == [2, 2, 3, 0]
-        assert file.metadata() == {
+        metadata, has_digest = unseal(file.metadata())
+        assert has_digest and metadata == {
             "vocab_size": "10",
             "answer_tokens": "8",
             "covered_tokens": "7",
             "target": "someone/a-target",
+            "tensors_sha256": tensor_digest(StoredTensors([path])),
         }
     with pytest.raises(VocabularyError, match="2 … 9, but the target has 0 … 8"):
         load_vocabulary(path, 9)

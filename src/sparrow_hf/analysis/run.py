@@ -1,6 +1,5 @@
 """Runs an analysis and writes one record per prompt, so that it can be interrupted and continued."""
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .._transformers import name_of
 from ..artifacts import check_made_alike, tensor_digest, write_json
+from ..checksums import read_json, sealed
 from ..data.messages import fingerprint
 from ..errors import AnalysisError, ImageError, TrainingDataError, VideoError
 from ..generation.integration import follow
@@ -104,10 +104,10 @@ def analyze(
                 raise AnalysisError(f"prompt {index}: {error}") from error
             judge = None if score is None else _judge(processor, score)
             measured = measure(view, answered, layers, max_new_tokens, draft=draft, score=judge)
-            write_json(path, {"made_from": made_from} | measured)
+            write_json(path, sealed({"made_from": made_from} | measured))
         # Read back, so that a resumed analysis uses exactly the same numbers.
-        record = json.loads(path.read_text())
-        check_made_alike(path, record["made_from"], made_from, AnalysisError)
+        record = read_json(path, AnalysisError, "delete it and run the same command again, which keeps the rest")
+        check_made_alike(path, record.get("made_from", {}), made_from, AnalysisError)
         records.append(record)
     return summarize(records)
 

@@ -75,7 +75,7 @@ def train(context: typer.Context) -> None:
             lambda: kept_in(checkpoints), lambda: ["--resume"] if last_checkpoint(checkpoints) is not None else []
         )
         run.run()
-        console.print(f"the draft is in {run.output}")
+        console.print(f"the draft is in {run.output}", *run.notes, sep="\n")
 
 
 def show_options(console: Console, context: typer.Context) -> None:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Literal, cast, overload
 
 from torch.utils.data import Dataset, IterableDataset
 
+from ..checksums import check_written
 from ..errors import TrainingDataError
 from ..extras import require
 from .dialects import TURN_COLUMNS, has_turns
@@ -79,7 +80,8 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
         is no row is one that says so when it is read.
 
     Raises:
-        TrainingDataError: There is nothing to read at `source`, or it has no such split or no conversations.
+        TrainingDataError: There is nothing to read at `source`, it has no such split or no conversations, or answers
+            that `sparrow regenerate` wrote are damaged or missing.
         MissingDependencyError: datasets is not installed.
     """
     require("train", "Reading rows", "datasets")
@@ -93,6 +95,7 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
             rows = rows.to_iterable_dataset() if streaming else rows
         elif path.exists():
             files = [str(path)] if path.is_file() else _data_files(path)
+            check_written(files, TrainingDataError, "run `sparrow regenerate` again, with the same options")
             folder = (path if path.is_dir() else path.parent).resolve()
             if not files[0].endswith(".parquet"):
                 return _read_json(source, files, folder, split, streaming)

@@ -1,11 +1,12 @@
 """Rows of a results file as Markdown tables."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..artifacts import write_text
+from ..checksums import read_json
+from ..errors import BenchmarkError
 from ..measurement import PLAIN
 from .results import KEY, merge
 
@@ -25,7 +26,7 @@ is another one than plain's, so there is no identity and no ESR. A column that i
 
 def write_report(data: Path, report: Path) -> None:
     """Writes the tables of a results file, one section per benchmark, length, temperature and seed."""
-    results = json.loads(data.read_text())
+    results = read_json(data, BenchmarkError, "make it again with `sparrow bench`")
     parts = [INTRODUCTION.format(data=data.as_posix())]
     if results["note"]:
         parts.append(results["note"] + "\n")

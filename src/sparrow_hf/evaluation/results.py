@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import write_json
+from ..checksums import sealed
 from ..measurement import PLAIN
 from ..metrics import Run, acceptance, asked_acceptance, speed
 from .run_file import read_lines
@@ -21,7 +22,7 @@ def write_results(runs: Path, output: Path, note: str = "") -> list[dict[str, An
         note: A remark on the circumstances.
     """
     rows = pool_runs(runs)
-    write_json(output, {"note": note, "rows": rows}, indent=1)
+    write_json(output, sealed({"note": note, "rows": rows}), indent=1)
     return rows
 
 

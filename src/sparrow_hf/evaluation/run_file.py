@@ -15,6 +15,8 @@ KIND = "a measurement"
 class RunFile(LineFile):
     """Measurements made under the same conditions, one JSON line for each: see [`~sparrow_hf.line_file.LineFile`].
 
+    Each line ends with its own digest, `sha256`, which is checked when it is read.
+
     Args:
         conditions: What must be the same for all lines, JSON types; compared with each line's `"provenance"`.
 
@@ -35,7 +37,7 @@ class RunFile(LineFile):
 
     def done(self, **key: Any) -> bool:
         """Whether there is a measurement with these fields."""
-        return any(all(line[name] == value for name, value in key.items()) for line in self.lines)
+        return any(all(name in line and line[name] == value for name, value in key.items()) for line in self.lines)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,23 +1,207 @@
-"""Finding the checkpoint that a training continues from."""
+"""Checkpoints of a training: sealed with digests and settings when they are written, checked before one is resumed.
+
+A `Trainer` writes the files of a checkpoint one after the other. When it is done, `training.json` (what decides the
+trained weights) and `digests.sha256` are added; a checkpoint without them is half written, or of an earlier version.
+"""
 
 import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..artifacts import check_made_alike, tensor_digest, write_json
+from ..checksums import DIGESTS_FILE, Digests, digest_of_files, file_digest, read_json
+from ..errors import TrainingOptionsError
+
+SETTINGS_FILE = "training.json"
+_STATE_FILE = "trainer_state.json"
+#: Any of these holds the weights of a checkpoint.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_NAME = re.compile(r"checkpoint-([0-9]+)")
+
+#: Arguments of a training that decide where and how it runs and what is reported, but not the trained weights.
+_NOT_COMPARED = re.compile(
+    r"(logging|log|report|save|eval|hub|push_to_hub|trackio|dataloader|include|debug|do|ddp|torch_compile)(_.*)?"
+    r"|output_dir|run_name|project|disable_tqdm|load_best_model_at_end|metric_for_best_model|greater_is_better"
+    r"|per_device_eval_batch_size|batch_eval_metrics|prediction_loss_only|resume_from_checkpoint|ignore_data_skip"
+    r"|local_rank|use_cpu|skip_memory_metrics|restore_callback_states_from_checkpoint|(gradient|activation)_checkpointing(_kwargs)?|(bf16|fp16)_full_eval"
+    r"|torch_empty_cache_steps|enable_jit_checkpoint|use_cache|max_steps|num_train_epochs|label_names"
+)
+#: Arguments that the pattern above leaves out by their beginning, although they decide the weights.
+_COMPARED = ("dataloader_drop_last",)
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest whole checkpoint of a `Trainer` in a folder, or `None`.
+    """The newest checkpoint of a `Trainer` in a folder that was written to its end, or `None`.
 
     A process that was killed while saving leaves a checkpoint without the trainer's state, which is written last.
     """
-    found = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
-    steps = {int(path.name.removeprefix("checkpoint-")): str(path) for path in found}
-    return steps[max(steps)] if steps else None
+    steps = {
+        int(found[1]): path
+        for path in Path(folder).glob("checkpoint-*")
+        if (found := _NAME.fullmatch(path.name)) and ((path / DIGESTS_FILE).exists() or _is_json(path / _STATE_FILE))
+    }
+    return str(steps[max(steps)]) if steps else None
 
 
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_text())
-    except ValueError:
+    except (OSError, ValueError):
         return False
     return True
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+class SealCheckpoints(TrainerCallback):
+    """Seals every checkpoint when it is written.
+
+    Attributes:
+        settings: What decides the trained weights, see [`describe_training`].
+    """
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Adds settings and digests."""
+        # Every process writes its random state.
+        PartialState().wait_for_everyone()
+        if args.should_save:
+            seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.settings)
+
+
+def seal_checkpoint(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings of a training into a checkpoint, and then the digests of all its files."""
+    write_json(checkpoint / SETTINGS_FILE, settings, indent=2)
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != DIGESTS_FILE]
+    _digests_of(checkpoint).write(files)
+
+
+def describe_training(trainer: Trainer, target: Any, **sources: Any) -> dict[str, Any]:
+    """What decides the trained weights, as JSON holds it: arguments, draft, target, and where the rows are from.
+
+    Args:
+        trainer: A [`SparrowTrainer`].
+        target: Its target.
+        sources: Further settings, digests of the rows among them.
+    """
+    draft: Any = trainer.model
+    arguments = {
+        name: value
+        for name, value in trainer.args.to_dict().items()
+        if name in _COMPARED or not _NOT_COMPARED.fullmatch(name)
+    }
+    configuration = {
+        name: value
+        for name, value in draft.config.to_dict().items()
+        if name not in ("transformers_version", "tensors_sha256", "_name_or_path")
+    }
+    settings = {
+        "arguments": arguments,
+        "steps": {"max_steps": trainer.args.max_steps, "num_train_epochs": trainer.args.num_train_epochs},
+        "processes": trainer.args.world_size,
+        "draft": configuration,
+        "draft_dtype": str(draft.dtype),
+        "target_sha256": tensor_digest(target.state_dict()),
+        **sources,
+    }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def digest_of_rows(source: str | os.PathLike[str]) -> str:
+    """Digest of the rows at a path, wherever it is: of their files, or of the digests beside them.
+
+    Args:
+        source: A file, or a folder: answers, a recording, `.jsonl` or `.parquet` files, or one of `save_to_disk`. The
+            name of a data set on the Hub stands for itself.
+    """
+    path = Path(source)
+    if not path.exists():
+        return str(source)
+    if path.is_dir() and (path / DIGESTS_FILE).exists():
+        return file_digest(path / DIGESTS_FILE)
+    kinds = (".jsonl", ".parquet", ".arrow", ".safetensors")
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in kinds]
+    return digest_of_files(path, files)
+
+
+# -- checking ---------------------------------------------------------------------------------------------------------
+
+
+def check_checkpoint(checkpoint: str | os.PathLike[str], parts: Sequence[str] = ()) -> None:
+    """Raises unless every part of a checkpoint is there, as it was written. No part is loaded.
+
+    Args:
+        checkpoint: The folder.
+        parts: Names of files that must be among them, beside the weights and the trainer's state.
+
+    Raises:
+        TrainingOptionsError: A part is missing, damaged or from elsewhere; it is named.
+    """
+    folder = Path(checkpoint)
+    digests = _digests_of(folder)
+    if digests.known is None and (folder / SETTINGS_FILE).exists():
+        raise TrainingOptionsError(f"{digests.path} is missing, although it was written: {_remedy(folder)}")
+    digests.warn_without()
+    digests.check_all()
+    written = digests.known if digests.known is not None else {path.name for path in folder.iterdir()}
+    settings = () if digests.known is None else (SETTINGS_FILE,)
+    for names in (WEIGHTS, *((part,) for part in (_STATE_FILE, *settings, *parts))):
+        if not any(name in written for name in names):
+            raise TrainingOptionsError(
+                f"{folder / names[0]} is missing, or not in {DIGESTS_FILE}, so the training cannot go on as it was: "
+                f"{_remedy(folder)}"
+            )
+
+
+def check_settings(checkpoint: str | os.PathLike[str], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Compares the settings of a checkpoint with those of the training that is to go on from it.
+
+    Args:
+        checkpoint: The folder.
+        wanted: From [`describe_training`].
+
+    Returns:
+        The settings of the checkpoint, `{}` if it is of an earlier version and has none.
+
+    Raises:
+        TrainingOptionsError: They differ in something that decides the weights, or cannot be read.
+    """
+    folder = Path(checkpoint)
+    path = folder / SETTINGS_FILE
+    digests = _digests_of(folder)
+    if digests.known is None and not path.exists():
+        return {}
+    digests.check(path)
+    found = read_json(path, TrainingOptionsError, _remedy(folder))
+    # Versions of transformers differ in the arguments they know.
+    both = {
+        name: {key: value[key] for key in value.keys() & found[name].keys()} if isinstance(value, dict) else value
+        for name, value in wanted.items()
+        if name in found and name != "steps"
+    }
+    check_made_alike(
+        folder,
+        found,
+        both,
+        TrainingOptionsError,
+        "--resume goes on with the options, rows and target of the first run; repeat them, or train on from its "
+        "weights with --warm-start and another --output",
+    )
+    return found
+
+
+def _digests_of(checkpoint: Path) -> Digests:
+    return Digests(checkpoint, TrainingOptionsError, _remedy(checkpoint))
+
+
+def _remedy(checkpoint: Path) -> str:
+    return f"delete the folder {checkpoint} and resume again, which goes on from the checkpoint before it"

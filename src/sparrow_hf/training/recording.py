@@ -8,11 +8,11 @@ One safetensors file per row, `rows/row-000000.safetensors`, and `recording.json
     visual_rows       (V,)      indices in `input_ids` of the visual positions; none if the bridge is off
     visual_states.K   (V, H)    states of the bridge layer at these positions
 
-Files are written atomically, so a stopped recording can be continued and ends with the same files. States are stored
-in the target's own dtype, so training from them is bit-identical to running the target during training.
+Files are written atomically, so a stopped recording can be continued and ends with the same files. `digests.sha256`
+holds the digest of each; a file is checked when it is first read. States are stored in the target's own dtype, so
+training from them is bit-identical to running the target during training.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +37,7 @@ from ..artifacts import (
     tensor_digest,
     write_json,
 )
+from ..checksums import Digests, read_json
 from ..configuration_sparrow import SparrowDraftConfig, published_name
 from ..data.datasets import Rows
 from ..data.messages import naming_row
@@ -46,10 +47,14 @@ from ..modeling_sparrow import SparrowDraftModel
 from .data import SparrowDataCollator, TrainingStates, read_with_target
 
 PROVENANCE_FILE = "recording.json"
+#: What to do about a file that is missing or damaged.
+REMEDY = "delete it and run `sparrow record` again with the same options, which keeps the rest"
 #: What a safetensors file takes besides its tensors, about.
 HEADER_BYTES = 600
 #: Number of rows that an estimate reads.
 ROWS_LOOKED_AT = 16
+#: What is read of a description, and its types.
+_DESCRIBED: dict[str, type] = {"target_sha256": str, "text_layers": list, "visual_layers": list}
 
 
 class Recorder:
@@ -77,19 +82,28 @@ class Recorder:
         source: Mapping[str, Any] | None = None,
     ):
         self.draft = draft
-        self.rows_folder = Path(folder) / "rows"
+        folder = Path(folder)
+        self.rows_folder = folder / "rows"
         self.visual_rows = visual_rows
         processes = PartialState()
         with processes.main_process_first():
             self.rows_folder.mkdir(parents=True, exist_ok=True)
-            wanted, provenance = describe(draft, visual_rows) | dict(source or {}), Path(folder) / PROVENANCE_FILE
+            wanted, provenance = describe(draft, visual_rows) | dict(source or {}), folder / PROVENANCE_FILE
+            self.digests = digests_of(folder)
             if provenance.exists():
+                if self.digests.known is None:
+                    # An earlier version's files are taken as they are.
+                    self.digests.warn_without()
+                    self.digests.write([provenance, *self.rows_folder.glob("row-*.safetensors")])
+                self.digests.check(provenance)
                 found = read_description(provenance, draft.target.model, wanted["target_sha256"])
                 check_made_alike(folder, found, wanted, TrainingDataError)
             else:
                 write_json(provenance, wanted, indent=2)
+                self.digests.add(provenance)
             if processes.is_main_process:
                 remove_partial_files(self.rows_folder)
+                self.digests.tidy()
         self.bytes_left = None
         if max_bytes is not None:
             # Each process may use its share of the remaining space.
@@ -127,6 +141,11 @@ class Recorder:
                 )
         with atomic_path(self.path(index)) as partial:
             save_file(tensors, partial)
+        self.digests.add(self.path(index))
+
+    def has(self, index: int) -> bool:
+        """Whether the row `index` was recorded completely."""
+        return self.path(index) in self.digests
 
     def _read(self, sample: Mapping[str, Any]) -> TrainingStates:
         ids, budget = sample["input_ids"][0], sample["input_ids"].shape[1] if self.visual_rows else 0
@@ -173,9 +192,7 @@ def record(
     processes = PartialState()
     own = range(len(rows))[processes.process_index :: processes.num_processes]
     skipped: dict[int, str] = {}
-    for index in tqdm(
-        [index for index in own if not recorder.path(index).exists()], unit="row", disable=not show_progress
-    ):
+    for index in tqdm([index for index in own if not recorder.has(index)], unit="row", disable=not show_progress):
         try:
             with naming_row(index):
                 sample = collator.prepare(rows[index])
@@ -184,6 +201,7 @@ def record(
             if not collator.may_skip(rows[index]):
                 raise
             skipped[index] = str(error)
+    recorder.digests.tidy()
     return skipped
 
 
@@ -228,18 +246,21 @@ class RecordedDataset(Dataset):
 
     Raises:
         TrainingDataError: There is no recording, or it was made with another target, or without a layer that the
-            draft reads.
+            draft reads, or a file that was recorded is missing. Reading a row raises it if the row's file is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str], draft: SparrowDraftModel):
         provenance = Path(folder) / PROVENANCE_FILE
         if not provenance.is_file():
             raise TrainingDataError(f"{folder} is not a recording: it has no {PROVENANCE_FILE}. Make one first.")
+        self.digests = digests_of(Path(folder))
+        self.digests.warn_without()
+        self.digests.check(provenance)
         digest = tensor_digest(draft.target.model.state_dict())
         found = read_description(provenance, draft.target.model, digest)
         if found["target_sha256"] != digest:
             raise TrainingDataError(
-                f"{folder} was recorded from another target ({found['target'] or 'unnamed'}, sha256 "
+                f"{folder} was recorded from another target ({found.get('target') or 'unnamed'}, sha256 "
                 f"{found['target_sha256'][:12]}…; this one has {digest[:12]}…): record this one into another folder"
             )
         wanted: dict[str, list[Any]] = {
@@ -258,24 +279,31 @@ class RecordedDataset(Dataset):
                 f"{found['text_layers']} and visual layers {found['visual_layers']}: record again, or change the draft"
             )
         self.config = draft.config
+        self.digests.check_present()
         self.paths = sorted((Path(folder) / "rows").glob("row-*.safetensors"))
+        #: Rows whose files this process has checked.
+        self._checked: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        self._check(index)
         try:
-            tensors = load_file(self.paths[index])
-        except SafetensorError as error:
-            raise TrainingDataError(
-                f"{self.paths[index]} is damaged ({error}): delete it and record again, the rest is kept"
-            ) from error
-        return from_tensors(self.config, tensors).to_row()
+            return from_tensors(self.config, load_file(self.paths[index])).to_row()
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            raise TrainingDataError(f"{self.paths[index]} is damaged ({error}): {REMEDY}") from error
 
     def answer_length(self, index: int) -> int:
-        """Tokens of a row's answer, without reading its states."""
+        """Tokens of a row's answer."""
+        self._check(index)
         with safe_open(self.paths[index], "pt") as file:
             return file.get_slice("input_ids").get_shape()[0] - int(file.get_tensor("answer_start"))
+
+    def _check(self, index: int) -> None:
+        if index not in self._checked:
+            self.digests.check(self.paths[index])
+            self._checked.add(index)
 
 
 def to_tensors(config: SparrowDraftConfig, states: TrainingStates) -> dict[str, Tensor]:
@@ -328,6 +356,11 @@ def describe(draft: SparrowDraftModel, visual_rows: bool) -> dict[str, Any]:
     }
 
 
+def digests_of(folder: Path) -> Digests:
+    """The digests of a recording's files."""
+    return Digests(folder, TrainingDataError, REMEDY)
+
+
 def read_description(path: Path, target: PreTrainedModel, target_sha256: str) -> dict[str, Any]:
     """The settings of a recording, as this version would have written them.
 
@@ -335,8 +368,14 @@ def read_description(path: Path, target: PreTrainedModel, target_sha256: str) ->
         path: Path of `recording.json`.
         target: The target that should have been recorded.
         target_sha256: Its digest.
+
+    Raises:
+        TrainingDataError: It is not the description of a recording.
     """
-    found = json.loads(path.read_text())
+    found = read_json(path, TrainingDataError, REMEDY)
+    lacks = [name for name, kind in _DESCRIBED.items() if not isinstance(found.get(name), kind)]
+    if lacks:
+        raise TrainingDataError(f"{path} does not describe a recording (see its {', '.join(lacks)}): {REMEDY}")
     recorded = found["target_sha256"]
     # An earlier version recorded the same weights under another digest; recordings are too large to be made again.
     if recorded != target_sha256 and recorded == earlier_target_digest(target.state_dict()):

@@ -1,7 +1,8 @@
 """The target answers prompts. A draft is trained on these answers, because they are the text it has to predict.
 
 Answers are written atomically, in JSON-lines shards. A stopped run continues with the first missing shard; existing
-shards must have been made with the same settings. Processes of `accelerate launch` share the shards, and together
+shards must have been made with the same settings. `digests.sha256` holds the digest of every file, which is checked
+when the answers are read. Processes of `accelerate launch` share the shards, and together
 write the same files as one process.
 """
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .._transformers import commit_of, name_of
 from ..artifacts import atomic_path, check_made_alike, remove_partial_files, write_json, write_text
+from ..checksums import Digests, read_json
 from ..data.datasets import Rows
 from ..data.dialects import without_turns
 from ..data.files import is_url
@@ -30,6 +32,8 @@ from ..modeling_sparrow import SparrowDraftModel
 from .data import as_row
 
 PROVENANCE_FILE = "provenance.json"
+#: What to do about a file that is missing or damaged.
+REMEDY = "delete it and run `sparrow regenerate` again with the same options, which keeps the rest"
 
 #: What an answer token takes in a shard, its id and its text together (English, a vocabulary of 150,000).
 BYTES_PER_ANSWER_TOKEN = 12
@@ -106,20 +110,35 @@ def regenerate(
     }
     processes = PartialState()
     with processes.main_process_first():
-        if (folder / PROVENANCE_FILE).exists():
-            found = json.loads((folder / PROVENANCE_FILE).read_text())
+        digests, described = digests_of(folder), folder / PROVENANCE_FILE
+        if described.exists():
+            if digests.known is None:
+                # An earlier version's files are taken as they are.
+                digests.warn_without()
+                digests.write([described, *folder.glob("answers-*.json*"), *folder.glob("media/*")])
+            digests.check(described)
+            found = read_json(described, TrainingDataError, REMEDY)
             check_made_alike(folder, found, provenance, TrainingDataError)
         else:
-            write_json(folder / PROVENANCE_FILE, provenance, indent=2)
+            write_json(described, provenance, indent=2)
+            digests.add(described)
         if processes.is_main_process:
             remove_partial_files(folder)
+            digests.tidy()
     if draft is not None:
         settings = settings | {"assistant_model": draft}
 
     numbers = range(-(-len(rows) // shard_size))
     shards = [folder / f"answers-{number:05d}.jsonl" for number in numbers]
     own = numbers[processes.process_index :: processes.num_processes]
-    missing = [number for number in own if not shards[number].exists()]
+    missing = []
+    for number in own:
+        files = [path for path in (shards[number], skipped_list(shards[number])) if digests.lists(path)]
+        if shards[number] in digests and all(path in digests for path in files):
+            for path in files:
+                digests.check(path)
+        else:
+            missing.append(number)
     parts = {number: range(len(rows))[number * shard_size : (number + 1) * shard_size] for number in missing}
     with tqdm(total=sum(map(len, parts.values())), unit="row", disable=not show_progress) as progress:
         for number, indices in parts.items():
@@ -131,7 +150,7 @@ def regenerate(
                 good = []
                 for index in batch:
                     try:
-                        good.append(_prepare(processor, as_row(rows[index]), index, folder, sampling))
+                        good.append(_prepare(processor, as_row(rows[index]), index, digests, sampling))
                     except TrainingDataError as error:
                         if on_bad_row == "refuse":
                             raise
@@ -140,22 +159,58 @@ def regenerate(
                 progress.update(len(batch))
             if skipped:
                 # Written first, so that an existing shard always has it.
-                write_json(shards[number].with_suffix(".skipped.json"), skipped)
+                write_json(skipped_list(shards[number]), skipped)
+                digests.add(skipped_list(shards[number]))
             write_text(shards[number], "".join(json.dumps(row) + "\n" for row in written))
+            digests.add(shards[number])
+    digests.tidy()
     return shards
 
 
+def skipped_list(shard: Path) -> Path:
+    """The file that lists the rows left out of a shard."""
+    return shard.with_suffix(".skipped.json")
+
+
+def digests_of(folder: Path) -> Digests:
+    """The digests of a folder of answers."""
+    return Digests(folder, TrainingDataError, REMEDY)
+
+
 def read_answers(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The rows of all shards in a folder, in order; a dataset for [`SparrowTrainer`]."""
+    """The rows of all shards in a folder, in order; a dataset for [`SparrowTrainer`].
+
+    Raises:
+        TrainingDataError: A file that was written is missing or damaged.
+    """
+    digests = digests_of(Path(folder))
+    digests.warn_without()
+    digests.check_present()
     for shard in sorted(Path(folder).glob("answers-*.jsonl")):
-        with shard.open() as lines:
-            yield from map(json.loads, lines)
+        digests.check(shard)
+        try:
+            with shard.open() as lines:
+                yield from map(json.loads, lines)
+        except ValueError as error:
+            raise TrainingDataError(f"{shard} is damaged ({error}): {REMEDY}") from error
 
 
 def read_skipped(folder: str | os.PathLike[str]) -> dict[int, str]:
-    """Index of each row that was left out → reason."""
-    lists = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("answers-*.skipped.json"))]
-    return {index: reason for rows in lists for index, reason in rows}
+    """Index of each row that was left out → reason.
+
+    Raises:
+        TrainingDataError: A list of them is missing or damaged.
+    """
+    digests = digests_of(Path(folder))
+    digests.check_present()
+    skipped: dict[int, str] = {}
+    for path in sorted(Path(folder).glob("answers-*.skipped.json")):
+        digests.check(path)
+        try:
+            skipped |= {int(index): str(reason) for index, reason in json.loads(path.read_text())}
+        except (ValueError, TypeError) as error:
+            raise TrainingDataError(f"{path} is damaged ({error}): {REMEDY}") from error
+    return skipped
 
 
 def estimate_answer_bytes(rows: Rows | Sequence[Mapping[str, Any]], max_new_tokens: int) -> int:
@@ -173,7 +228,7 @@ def estimate_answer_bytes(rows: Rows | Sequence[Mapping[str, Any]], max_new_toke
 
 
 def _prepare(
-    processor: ProcessorMixin, row: Mapping[str, Any], index: int, folder: Path, sampling: dict[str, Any]
+    processor: ProcessorMixin, row: Mapping[str, Any], index: int, digests: Digests, sampling: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A row as it will be stored, and its processed prompt."""
     with naming_row(index):
@@ -184,31 +239,32 @@ def _prepare(
             for name, value in without_turns(row).items()
             if name not in (ROW_INDEX, ROW_FOLDER) and not (name in sampling and value is None)
         }
-        stored["messages"] = [_storable(turn, folder) for turn in messages]
+        stored["messages"] = [_storable(turn, digests) for turn in messages]
         # A column that JSON cannot hold is the row's fault, and found before the target has written anything.
         json.dumps(stored)
         return stored, prompt
 
 
-def _storable(turn: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A turn as JSON can hold it: media by absolute path or URL, bytes stored in `folder/media` under their digest."""
+def _storable(turn: Mapping[str, Any], digests: Digests) -> dict[str, Any]:
+    """A turn as JSON can hold it: media by absolute path or URL, bytes stored in `media/` under their digest."""
     if isinstance(turn["content"], str):
         return dict(turn)
     content = [
-        part if part["type"] == "text" else part | {part["type"]: _storable_source(part[part["type"]], folder)}
+        part if part["type"] == "text" else part | {part["type"]: _storable_source(part[part["type"]], digests)}
         for part in turn["content"]
     ]
     return dict(turn) | {"content": content}
 
 
-def _storable_source(source: Any, folder: Path) -> Any:
+def _storable_source(source: Any, digests: Digests) -> Any:
     if isinstance(source, list):
-        return [_storable_source(frame, folder) for frame in source]
+        return [_storable_source(frame, digests) for frame in source]
     if isinstance(source, bytes):
-        path = folder / "media" / media_digest(source)
-        if not path.exists():
+        path = digests.folder / "media" / media_digest(source)
+        if path not in digests:
             with atomic_path(path) as partial:
                 partial.write_bytes(source)
+            digests.add(path)
         source = str(path)
     if not isinstance(source, str):
         raise TrainingDataError(

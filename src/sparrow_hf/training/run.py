@@ -1,6 +1,7 @@
 """From options to a trained draft: the work of `sparrow train`, which scripts can call too."""
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..artifacts import tensor_digest
 from ..data.datasets import load_rows
-from ..errors import MissingDependencyError, TrainingOptionsError
+from ..errors import MissingDependencyError, TrainingDataError, TrainingOptionsError
 from ..modeling_sparrow import SparrowDraftModel
 from .arguments import SparrowTrainingArguments
 from .callbacks import DecodingCallback
-from .checkpoints import last_checkpoint
+from .checkpoints import check_settings, describe_training, digest_of_rows, last_checkpoint
 from .curves import plot_curves
 from .leakage import refuse_shared_media
 from .lora import add_lora, merge_lora
@@ -40,12 +42,14 @@ class TrainingRun:
         adapters: peft's view of its draft, if adapters are trained.
         checkpoint: The checkpoint to go on from, if any.
         output: Folder of the finished draft.
+        notes: What there is to say about the finished training, one sentence each.
     """
 
     trainer: SparrowTrainer
     adapters: Any | None
     checkpoint: str | None
     output: Path
+    notes: list[str] = field(default_factory=list)
 
     def run(self) -> SparrowDraftModel:
         """Trains to the end and leaves the finished draft, its card and its curves in the output folder."""
@@ -60,6 +64,11 @@ class TrainingRun:
             except MissingDependencyError:
                 # The figures are in the log; the plot needs an optional dependency.
                 pass
+            except TrainingDataError:
+                self.notes.append(
+                    f"There are no curves: nothing was logged in {self.trainer.state.global_step} steps "
+                    f"(--logging-steps {self.trainer.args.logging_steps:g})."
+                )
         return draft
 
 
@@ -123,7 +132,8 @@ def prepare_training(
         processor: Its processor.
 
     Raises:
-        TrainingOptionsError: The options contradict each other or the files in the output folder.
+        TrainingOptionsError: The options contradict each other or the files in the output folder, or differ from those
+            of the training that is resumed.
         TrainingDataError: There are no rows, or training and held-out rows share a video.
         BindingError: The draft to start from fits another target.
     """
@@ -152,4 +162,21 @@ def prepare_training(
     if held_out is not None and not isinstance(held_out, RecordedDataset):
         decoded = [held_out[index] for index in range(min(DECODED_ROWS, len(held_out)))]
         trainer.add_callback(DecodingCallback(trainer, decoded))
+    settings = describe_training(
+        trainer,
+        target,
+        train=digest_of_rows(options.train),
+        lora=options.lora,
+        vocabulary=None if draft.draft_to_target is None else tensor_digest({"ids": draft.draft_to_target}),
+    )
+    if checkpoint is not None:
+        steps = check_settings(checkpoint, settings).get("steps", settings["steps"])
+        if steps != settings["steps"] and not arguments.lr_scheduler_type.startswith("constant"):
+            warnings.warn(
+                f"the learning rate was planned for {steps}, and the training goes on with {settings['steps']}: its "
+                "weights will be those of neither plan",
+                UserWarning,
+                stacklevel=2,
+            )
+    trainer.seal.settings = settings
     return TrainingRun(trainer, adapters, checkpoint, Path(options.output))

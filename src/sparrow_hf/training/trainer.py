@@ -1,6 +1,7 @@
 """`SparrowTrainer`: trains a draft with its frozen target."""
 
 import hashlib
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from ..draft_inputs import draft_positions, visual_mask
 from ..modeling_sparrow import SparrowDraftModel
 from .acceptance import acceptance_metrics, count_acceptance, summarize
 from .arguments import SparrowTrainingArguments
+from .checkpoints import SealCheckpoints, check_checkpoint, last_checkpoint
 from .chunked_loss import chunked_loss
 from .data import SparrowDataCollator, TrainingStates, check_sample, read_with_target
 from .passes import DraftBatch, exact_passes, make_batch, reinput_passes
@@ -81,12 +83,39 @@ class SparrowTrainer(Trainer):
             **kwargs,
         )
         self.draft = model
+        self.seal = SealCheckpoints()
+        self.add_callback(self.seal)
         target.eval().requires_grad_(False)
         if getattr(target, "hf_device_map", None) is None:
             target.to(device=args.device)
         self._pass_counts: dict[int, Tensor] = {}
         #: Index and reason of the rows left out so far (`args.on_bad_row`).
         self.skipped_rows: set[tuple[int | None, str]] = set()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class; a checkpoint is resumed only if every part of it is there, as it was written.
+
+        Args:
+            resume_from_checkpoint: Its folder, or `True` for the last one in `args.output_dir`.
+
+        Raises:
+            TrainingOptionsError: A part of the checkpoint is missing, damaged or from elsewhere.
+        """
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            # A process that was killed while saving may have left a newer one, half written.
+            checkpoint = last_checkpoint(self.args.output_dir) or True
+        if isinstance(checkpoint, (str, os.PathLike)):
+            check_checkpoint(checkpoint, self._parts())
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _parts(self) -> tuple[str, ...]:
+        """Files of a checkpoint that a resumed training reads, beside the weights and the trainer's state."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            # Their files go by other names.
+            return ()
+        own = "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
+        return ("optimizer.pt", "scheduler.pt", own)
 
     # -- inputs of a step ---------------------------------------------------------------------------------------------
 

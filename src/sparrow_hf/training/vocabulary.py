@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from ..artifacts import atomic_path
+from ..artifacts import StoredTensors, atomic_path, tensor_digest
+from ..checksums import SEAL, sealed, unseal, warn_without_digest
 from ..configuration_sparrow import visual_token_ids
 from ..errors import TrainingDataError, VocabularyError
 
@@ -124,7 +126,7 @@ def coverage(counts: Tensor, draft_to_target: Tensor) -> float:
 def save_vocabulary(
     path: str | os.PathLike[str], draft_to_target: Tensor, counts: Tensor, provenance: Mapping[str, Any]
 ) -> None:
-    """Writes a vocabulary as one safetensors file, atomically.
+    """Writes a vocabulary as one safetensors file, atomically, with the digest of what it holds.
 
     Args:
         path: The file: `draft_to_target` `(D,)` int64 and `counts` `(D,)` int64, how often each of them was written.
@@ -139,8 +141,9 @@ def save_vocabulary(
         **provenance,
     }
     tensors = {"draft_to_target": draft_to_target.contiguous(), "counts": counts[draft_to_target]}
+    described = {name: str(value) for name, value in metadata.items()} | {"tensors_sha256": tensor_digest(tensors)}
     with atomic_path(path) as partial:
-        save_file(tensors, partial, {name: str(value) for name, value in metadata.items()})
+        save_file(tensors, partial, sealed(described))
 
 
 def load_vocabulary(path: str | os.PathLike[str], vocab_size: int | None = None) -> Tensor:
@@ -151,15 +154,23 @@ def load_vocabulary(path: str | os.PathLike[str], vocab_size: int | None = None)
         vocab_size: Vocabulary of the target to use it with; by default of the one it was made for.
 
     Raises:
-        VocabularyError: The file is no vocabulary: unreadable, of another dtype or shape, not ascending, or with ids
-            the target does not have.
+        VocabularyError: The file is no vocabulary: unreadable, not as it was written, of another dtype or shape, not
+            ascending, or with ids the target does not have.
     """
     made = "make it again with `sparrow vocab`"
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            ids = file.get_tensor("draft_to_target")
-    except (SafetensorError, OSError) as error:
+        tensors = StoredTensors([Path(path)])
+        ids = tensors["draft_to_target"]
+        if metadata.keys() & {SEAL, "tensors_sha256"}:
+            metadata, has_digest = unseal(metadata)
+            if not has_digest or metadata.get("tensors_sha256") != tensor_digest(tensors):
+                raise ValueError("it is not what was written: its digest differs")
+        else:
+            warn_without_digest(Path(path))
+        vocab_size = int(metadata.get("vocab_size", 0)) if vocab_size is None else vocab_size
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise VocabularyError(f"{path} cannot be read as a draft vocabulary ({error}): {made}") from error
     if ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids):
         raise VocabularyError(
@@ -168,7 +179,7 @@ def load_vocabulary(path: str | os.PathLike[str], vocab_size: int | None = None)
         )
     if (ids.diff() <= 0).any():
         raise VocabularyError(f"draft_to_target in {path} must be ascending, without repetition: {made}")
-    size = vocab_size if vocab_size is not None else int(metadata.get("vocab_size", ids[-1] + 1))
+    size = vocab_size or int(ids[-1] + 1)
     if ids[0] < 0 or ids[-1] >= size:
         raise VocabularyError(
             f"draft_to_target in {path} holds the ids {int(ids[0])} … {int(ids[-1])}, but the target has 0 … "

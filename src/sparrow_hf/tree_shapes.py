@@ -1,0 +1,68 @@
+"""Shapes of draft trees: their text, and whether such a tree can be grown."""
+
+import re
+from typing import NamedTuple
+
+from .config_fields import INTEGERS
+from .errors import DraftConfigError
+
+
+class TreeShape(NamedTuple):
+    """A draft tree: nodes verified per round (root included), draft forwards per round, candidates per forward."""
+
+    num_tree_nodes: int
+    num_draft_levels: int
+    beam_width: int
+
+
+#: The trees of the paper (written there as nodes-levels-beam), this project's default chain, and a root alone: the
+#: same loop without drafting, which measures the cost of the loop itself.
+TREE_PRESETS: dict[str, TreeShape] = {
+    "none": TreeShape(1, 0, 1),
+    "chain-5": TreeShape(6, 5, 1),
+    "30-4-8": TreeShape(30, 4, 8),
+    "48-5-10": TreeShape(48, 5, 10),
+}
+
+_CHAIN = re.compile(r"chain-([0-9]{1,9})")
+_TREE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})-([0-9]{1,9})")
+
+
+def parse_tree_shape(text: str) -> TreeShape:
+    """The shape that a text names: `none` (nothing is drafted), `chain-LEVELS`, or `NODES-LEVELS-BEAM`.
+
+    Raises:
+        DraftConfigError: It is none of these, or no such tree can be grown.
+    """
+    if text == "none":
+        shape = TREE_PRESETS["none"]
+    elif chain := _CHAIN.fullmatch(text):
+        shape = TreeShape(int(chain[1]) + 1, int(chain[1]), 1)
+    elif sizes := _TREE.fullmatch(text):
+        shape = TreeShape(*map(int, sizes.groups()))
+    else:
+        raise DraftConfigError(
+            f"unknown tree {text!r}: give one of {', '.join(TREE_PRESETS)}, chain-LEVELS, or NODES-LEVELS-BEAM "
+            "such as 40-5-8"
+        )
+    check_tree_shape(shape)
+    return shape
+
+
+def check_tree_shape(shape: TreeShape) -> None:
+    """Raises [`DraftConfigError`] unless a tree of this shape can be grown."""
+    nodes, levels, beam = shape
+    too_large = [name for name, size in shape._asdict().items() if size > INTEGERS[name][1]]
+    if too_large:
+        raise DraftConfigError(f"a tree of this size fits into memory, found {tuple(shape)}")
+    if nodes < 1 or levels < 0 or beam < 1:
+        raise DraftConfigError(f"a tree needs a root and a beam of at least one, found {tuple(shape)}")
+    if (nodes == 1) != (levels == 0):
+        raise DraftConfigError(
+            f"num_tree_nodes counts the root, so one node means no draft level and the reverse, found {tuple(shape)}"
+        )
+    if beam == 1 and nodes != levels + 1:
+        raise DraftConfigError(
+            f"a chain (beam_width=1) of {levels} levels has {levels + 1} nodes with its root, found "
+            f"num_tree_nodes={nodes}"
+        )

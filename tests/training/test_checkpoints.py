@@ -1,0 +1,198 @@
+"""Resuming a training: every part of a checkpoint is the one that was written, and the training is the same."""
+
+import copy
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf.artifacts import tensor_digest
+from sparrow_hf.errors import TrainingOptionsError
+from sparrow_hf.training import SparrowDataCollator, SparrowTrainer, SparrowTrainingArguments
+from sparrow_hf.training.checkpoints import check_checkpoint, check_settings, last_checkpoint
+from sparrow_hf.training.options import parse_options
+from sparrow_hf.training.recording import record
+from sparrow_hf.training.run import TrainingRun, prepare_training
+
+SMALL = ("--max-steps", "2", "--save-steps", "1", "--learning-rate", "0.01", "--use-cpu", "--report-to", "none",
+         "--disable-tqdm", "true", "--num-glimpse-tokens", "4", "--per-device-train-batch-size", "2")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory, target: PreTrainedModel, samples: list[Any]) -> Path:
+    """Two recordings of the same target, of other rows."""
+    folder = tmp_path_factory.mktemp("rows")
+    draft = SparrowDraftModel.from_target(target)
+    record(draft, samples, folder / "a", SparrowDataCollator())
+    record(draft, list(reversed(samples)), folder / "b", SparrowDataCollator())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepare(rows: Path, target: PreTrainedModel) -> Callable[..., TrainingRun]:
+    """Prepares a training as `sparrow train` does; what is said later counts."""
+
+    def run(output: Path, *words: object, model: PreTrainedModel = target, recording: str = "a") -> TrainingRun:
+        where = ("--target", "t", "--train", rows / recording, "--output", output)
+        options, arguments = parse_options([str(word) for word in (*where, *SMALL, *words)])
+        return prepare_training(options, arguments, model, None)  # type: ignore[arg-type]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(prepare: Callable[..., TrainingRun], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished training with checkpoints after steps 1 and 2, and another one of another seed beside it."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name, seed in (("a", 42), ("b", 1)):
+        prepare(folder / name, "--seed", seed).run()
+    return folder
+
+
+@pytest.fixture
+def output(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained / "a", tmp_path / "a"))
+
+
+PARTS = (
+    "model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+    "training_args.bin", "training.json", "README.md", "PROVENANCE.json", "digests.sha256",
+)  # fmt: skip
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+DAMAGES: dict[str, Callable[[Path, Path], Any]] = {
+    "flipped": lambda path, other: path.write_bytes(flip(path.read_bytes())),
+    "truncated": lambda path, other: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path, other: os.truncate(path, 0),
+    "missing": lambda path, other: path.unlink(),
+    "of another run": lambda path, other: shutil.copy(other, path),
+}
+
+
+def test_the_parts_are_all_there_are(trained: Path) -> None:
+    for name in ("a", "b"):
+        checkpoint = trained / name / "checkpoints" / "checkpoint-2"
+        assert {path.name for path in checkpoint.iterdir()} == set(PARTS)
+        check_checkpoint(checkpoint, ("optimizer.pt", "scheduler.pt", "rng_state.pth"))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_damaged_part_is_refused_by_name(output: Path, trained: Path, part: str, damage: str) -> None:
+    checkpoint, other = (folder / "checkpoints" / "checkpoint-2" for folder in (output, trained / "b"))
+    before = (checkpoint / part).read_bytes()
+    DAMAGES[damage](checkpoint / part, other / part)
+    if (checkpoint / part).exists() and (checkpoint / part).read_bytes() == before:
+        check_checkpoint(checkpoint)
+        return
+    # A checkpoint with such a part is not passed over for an older one: what is wrong is said.
+    assert last_checkpoint(output / "checkpoints") == str(checkpoint)
+    with pytest.raises(TrainingOptionsError) as caught:
+        check_checkpoint(checkpoint)
+    named = str(caught.value)
+    assert (part in named or part == "digests.sha256") and "delete the folder" in named and "\n" not in named
+
+
+@pytest.mark.parametrize("part", ["optimizer.pt", "training.json"])
+def test_a_damaged_part_ends_the_resumed_training(
+    prepare: Callable[..., TrainingRun], output: Path, part: str
+) -> None:
+    path = output / "checkpoints" / "checkpoint-2" / part
+    path.write_bytes(flip(path.read_bytes()))
+    with pytest.raises(TrainingOptionsError, match=f"{part} is not the file that was written"):
+        prepare(output, "--resume").run()
+    # The remedy holds: the checkpoint before it leads to the same draft.
+    whole = SparrowDraftModel.from_pretrained(output).state_dict()
+    shutil.rmtree(path.parent)
+    again = prepare(output, "--resume").run().state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--learning-rate", 0.02), "arguments.learning_rate: 0.01, now 0.02"),
+        (("--seed", 7), "arguments.seed: 42, now 7"),
+        (("--per-device-train-batch-size", 1), "arguments.per_device_train_batch_size: 2, now 1"),
+        (("--gradient-accumulation-steps", 2), "arguments.gradient_accumulation_steps: 1, now 2"),
+        (("--lr-scheduler-type", "cosine"), "arguments.lr_scheduler_type: 'linear', now 'cosine'"),
+        (("--hidden-state-noise", 0.5), "arguments.hidden_state_noise: 0.0, now 0.5"),
+        (("--num-mtp-steps", 2), "draft.num_mtp_steps: 4, now 2"),
+        (("--draft-dtype", "bfloat16"), "draft_dtype: 'torch.float32', now 'torch.bfloat16'"),
+    ],
+)
+def test_other_options_are_refused_by_name(
+    prepare: Callable[..., TrainingRun], tmp_path: Path, words: tuple[Any, ...], named: str
+) -> None:
+    prepare(tmp_path, "--max-steps", 1).run()
+    with pytest.raises(TrainingOptionsError) as caught:
+        prepare(tmp_path, *words, "--resume")
+    assert named in str(caught.value) and "--warm-start" in str(caught.value)
+
+
+def test_other_rows_and_another_target_are_refused(
+    prepare: Callable[..., TrainingRun], output: Path, target: PreTrainedModel
+) -> None:
+    with pytest.raises(TrainingOptionsError, match="train: '[0-9a-f]{64}', now '[0-9a-f]{64}'"):
+        prepare(output, "--resume", recording="b")
+    other = copy.deepcopy(target)
+    with torch.no_grad():
+        other.get_output_embeddings().weight[0] += 1
+    with pytest.raises(TrainingOptionsError, match="target_sha256: '[0-9a-f]{64}', now '[0-9a-f]{64}'"):
+        check_settings(output / "checkpoints" / "checkpoint-2", {"target_sha256": tensor_digest(other.state_dict())})
+
+
+def test_what_decides_no_weights_may_change(prepare: Callable[..., TrainingRun], output: Path) -> None:
+    prepare(output, "--resume", "--logging-steps", 1, "--save-total-limit", 3, "--run-name", "again")
+    with pytest.warns(UserWarning, match="planned for .*'max_steps': 2.* goes on with .*'max_steps': 3"):
+        prepare(output, "--resume", "--max-steps", 3)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed_with_a_warning(
+    prepare: Callable[..., TrainingRun], output: Path
+) -> None:
+    checkpoint = output / "checkpoints" / "checkpoint-2"
+    shutil.rmtree(checkpoint)
+    checkpoint = output / "checkpoints" / "checkpoint-1"
+    for name in ("training.json", "digests.sha256"):
+        (checkpoint / name).unlink()
+    whole = SparrowDraftModel.from_pretrained(output).state_dict()
+    with pytest.warns(UserWarning, match="carries no digests"):
+        again = prepare(output, "--resume").run().state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    (checkpoint / "optimizer.pt").unlink()
+    shutil.rmtree(checkpoint.with_name("checkpoint-2"))
+    with pytest.raises(TrainingOptionsError, match=r"optimizer\.pt is missing"), pytest.warns(UserWarning):
+        prepare(output, "--resume").run()
+
+
+def test_a_trainer_in_python_checks_too(
+    output: Path, target: PreTrainedModel, make_draft: Callable[..., SparrowDraftModel], recorded: list[Any]
+) -> None:
+    args = SparrowTrainingArguments(output_dir=str(output / "checkpoints"), use_cpu=True, report_to="none")
+    trainer = SparrowTrainer(make_draft(), target, args, train_dataset=recorded)
+    path = output / "checkpoints" / "checkpoint-2" / "scheduler.pt"
+    path.write_bytes(flip(path.read_bytes()))
+    for checkpoint in (True, str(path.parent)):
+        with pytest.raises(TrainingOptionsError, match=r"scheduler\.pt is not the file"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_training_that_logs_nothing_has_a_draft_and_no_curves(
+    prepare: Callable[..., TrainingRun], tmp_path: Path
+) -> None:
+    run = prepare(tmp_path, "--logging-steps", 5)
+    run.run()
+    assert SparrowDraftModel.from_pretrained(tmp_path) and not (tmp_path / "curves.png").exists()
+    assert run.notes == ["There are no curves: nothing was logged in 2 steps (--logging-steps 5)."]
