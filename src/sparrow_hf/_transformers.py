@@ -48,6 +48,7 @@ _find("transformers.initialization", "copy_")
 GenerationMixin: Any = _find("transformers.generation", "GenerationMixin")
 DecoderOutput: Any = _find("transformers.modeling_outputs", "BaseModelOutputWithPast")
 GenerateOutput: Any = _find("transformers.generation", "GenerateDecoderOnlyOutput")
+ACT2FN: Any = _find("transformers.activations", "ACT2FN")
 LlamaRMSNorm: Any = _find("transformers.models.llama.modeling_llama", "LlamaRMSNorm")
 LlamaRotaryEmbedding: Any = _find("transformers.models.llama.modeling_llama", "LlamaRotaryEmbedding")
 

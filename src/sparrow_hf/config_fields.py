@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers.activations import ACT2FN
 
+from ._transformers import ACT2FN
 from .errors import DraftConfigError
 
 _LARGEST = 2**31 - 1
