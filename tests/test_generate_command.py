@@ -23,7 +23,7 @@ from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.loading import load_target, usable_dtype
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
 
-TIMES = {"seconds", "tokens_per_second", "plain_seconds", "speedup"}
+TIMES = {"sha256", "seconds", "tokens_per_second", "plain_seconds", "speedup"}
 GOOD, BAD = ["a.mp4", "deep/b.mp4", "e"], ["c.mp4", "d.mkv"]
 SHORT = ("--max-new-tokens", 8, "--max-frames", 8)
 

@@ -27,7 +27,7 @@ ROWS = 6
 STOPS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 TRAINING = ("--use-cpu", "--report-to", "none", "--max-steps", 6, "--save-steps", 2, "--logging-steps", 1)
 SMALL = ("--num-mtp-steps", 1, "--num-draft-levels", 2, "--num-glimpse-tokens", 2)
-TIMES = {"seconds", "tokens_per_second", "runs", "provenance", "visual_tokens"}
+TIMES = {"sha256", "seconds", "tokens_per_second", "runs", "provenance", "visual_tokens"}
 
 
 @pytest.fixture(scope="module")

@@ -137,9 +137,9 @@ def read_whole_lines(path: Path, error: type[SparrowError], kind: str) -> tuple[
             ) from reason
         lines.append(line)
         all_sealed &= is_sealed
-    if rest and not lines and not rest.startswith(b'{"'):
+    if rest and not lines and not (rest.startswith(b'{"') and not rest.endswith(b"}")):
         # A file that holds nothing of ours may be anything: nothing is cut off from it.
-        raise error(f"{path} holds something else than {kind}: move the file elsewhere, or choose another one")
+        raise error(f"{path} is not {kind}: move the file elsewhere, or choose another one")
     if not all_sealed:
         warn_without_digest(path)
     return lines, sum(len(text) + 1 for text in whole)
