@@ -10,6 +10,7 @@ from transformers import LogitsProcessorList
 
 from sparrow_hf._transformers import CACHE
 from sparrow_hf.generation import decoding
+from sparrow_hf.generation.caches import HeldCache
 from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.generation.tree import CandidateTree, build_tree
 
@@ -80,9 +81,9 @@ def missing_mrope_delta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions count tokens, as if visual tokens had one position each."""
     inputs = decoding.verification_inputs
 
-    def without_delta(target: Any, tree: CandidateTree, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        result = inputs(target, tree, model_kwargs)
-        past = model_kwargs[CACHE].get_seq_length()
+    def without_delta(target: Any, tree: CandidateTree, *args: Any) -> dict[str, Any]:
+        result = inputs(target, tree, *args)
+        past = result[CACHE].get_seq_length()
         result["position_ids"] = (past + tree.depths).expand_as(result["position_ids"])
         return result
 
@@ -97,8 +98,8 @@ def boolean_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_kv_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache keeps the newest nodes in layout order, whatever the path."""
-    commit = decoding.commit_path
-    monkeypatch.setattr(decoding, "commit_path", lambda cache, path, n: commit(cache, list(range(len(path))), n))
+    keep = HeldCache._keep
+    monkeypatch.setattr(HeldCache, "_keep", lambda self, tree, path: keep(self, tree, list(range(len(path)))))
 
 
 def criteria_once_per_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +111,9 @@ def criteria_once_per_round(monkeypatch: pytest.MonkeyPatch) -> None:
         commit(self, token)
         self._criteria = criteria
 
-    def accept_then_check(tree: Any, logits: Any, emitter: TokenEmitter, stats: Any) -> list[int]:
-        path = accept(tree, logits, emitter, stats)
+    def accept_then_check(tree: Any, logits: Any, emitter: TokenEmitter, *args: Any) -> None:
+        accept(tree, logits, emitter, *args)
         emitter.finished = bool(emitter._criteria(emitter.input_ids, emitter.scores).all())
-        return path
 
     monkeypatch.setattr(TokenEmitter, "commit", commit_unchecked)
     monkeypatch.setattr(decoding, "accept", accept_then_check)

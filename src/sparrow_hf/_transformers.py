@@ -352,13 +352,18 @@ def run_layer(
     )
 
 
+def attention_layers(cache: Any) -> list[Any]:
+    """Layers of a cache that hold keys and values (one that shares those of another layer holds none)."""
+    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+
+
 def cache_tensors(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer, `(B, heads, length, head_dim)`; the cache's own, not copies."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    """Keys and values of each of these, `(B, heads, length, head_dim)`; the cache's own, not copies."""
+    return [(layer.keys, layer.values) for layer in attention_layers(cache)]
 
 
 def drop_newest(cache: Any, count: int) -> None:
-    """Drops the `count` newest positions of a dynamic cache."""
+    """Drops the `count` newest positions of a dynamic cache, or of one of its layers."""
     cache.crop(-count)
 
 

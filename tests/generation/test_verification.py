@@ -1,10 +1,9 @@
-"""Mask, positions, walk and commit of one verification."""
+"""Mask, positions and walk of one verification."""
 
 import torch
-from transformers import DynamicCache
 
 from sparrow_hf.generation.tree import build_tree
-from sparrow_hf.generation.verification import commit_path, tree_attention_mask, tree_position_ids, walk
+from sparrow_hf.generation.verification import tree_attention_mask, tree_position_ids, walk
 
 #        0:A
 #      1:B   2:C
@@ -42,7 +41,8 @@ def test_walk_follows_the_targets_tokens() -> None:
             committed.append(drafted)
             return len(committed) >= stop_after
 
-        path = walk(TREE, choose, commit)
+        path: list[int] = []
+        walk(TREE, choose, commit, path)
         # Only the last token of a round may be one that was not drafted.
         assert all(committed[:-1])
         return path, sum(committed), len(committed)
@@ -53,17 +53,3 @@ def test_walk_follows_the_targets_tokens() -> None:
     assert run([11, 13, 11]) == ([0, 1, 3], 2, 3)  # a leaf still gives the target's own token
     assert run([12, 11, 99], stop_after=2) == ([0, 2], 2, 2)  # stopped on a drafted token: its KV is not kept
     assert run([12, 11, 99], stop_after=1) == ([0], 1, 1)
-
-
-def test_commit_keeps_the_path_in_order() -> None:
-    for path in ([0], [0, 1], [0, 2, 4]):
-        cache = DynamicCache()
-        for layer in range(2):
-            # Row r of the prefix holds r, node n holds 100 + n.
-            rows = torch.tensor([0.0, 1.0, 2.0, 100.0, 101.0, 102.0, 103.0, 104.0]).view(1, 1, 8, 1)
-            cache.update(rows + layer, -(rows + layer), layer)
-        commit_path(cache, path, num_nodes=5)
-        for layer in range(2):
-            expected = [row + layer for row in [0.0, 1.0, 2.0] + [100.0 + node for node in path]]
-            assert cache.layers[layer].keys.flatten().tolist() == expected
-            assert cache.layers[layer].values.flatten().tolist() == [-value for value in expected]

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from torch.nn.functional import pad
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 from .. import _transformers
@@ -12,12 +13,13 @@ from .._transformers import CACHE, GenerateOutput
 from ..clocks import PhaseClock
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
+from .caches import HeldCache, hold
 from .candidate_generator import SparrowCandidateGenerator
 from .emission import TokenEmitter
 from .refusals import check_inputs
 from .stats import GenerationStats
 from .tree import CandidateTree
-from .verification import commit_path, tree_attention_mask, tree_position_ids, walk
+from .verification import tree_attention_mask, tree_position_ids, walk
 
 #: Per-token inputs that some families' forward takes; new tokens repeat the newest one (text).
 _TOKEN_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -64,6 +66,7 @@ def speculative_decode(
     # The encoded video is not used after the prefill, and its size grows with the video.
     model_kwargs.pop("mm_encoder_outputs", None)
     model_kwargs = _transformers.advance(target, outputs, model_kwargs)
+    first_position = model_kwargs["position_ids"][..., -1:]
     for name in recorded:
         recorded[name] += (outputs[name],)
     first_token = emitter.choose(outputs.logits[:, -1])
@@ -75,26 +78,28 @@ def speculative_decode(
             generator.prefill({layer: collector.take(layer) for layer in generator.layers_to_collect}, first_token)
     del collector
 
+    held = hold(model_kwargs[CACHE])
     with _transformers.decoding(target):
         while not emitter.finished:
             # A round commits at most one token more than it drafts.
             budget = generation_config.max_length - emitter.input_ids.shape[1]
             with clock.phase("draft"):
-                tree = generator.propose(max_levels=budget - 1)
+                tree = generator.propose(max_levels=min(budget, held.spare_slots) - 1)
             with clock.phase("verify"):
-                cache: DynamicCache = model_kwargs[CACHE]
-                past_length = cache.get_seq_length()
-                with HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids)).active() as collector:
-                    outputs = target(**verification_inputs(target, tree, model_kwargs), return_dict=True)
-                path = accept(tree, outputs.logits, emitter, stats)
-                commit_path(cache, path, len(tree))
+                past_length, lead = held.length, len(held.carried)
+                with held.verifying(tree) as path:
+                    inputs = verification_inputs(target, tree, held, first_position, model_kwargs)
+                    with HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids)).active() as collector:
+                        outputs = target(**inputs, return_dict=True)
+                    accept(tree, outputs.logits, emitter, stats, path)
                 model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
             for name in recorded:
-                recorded[name] += tuple(emitter.recorded_step(outputs, name, past_length, path))
+                recorded[name] += tuple(emitter.recorded_step(outputs, name, past_length, lead, path))
             del outputs
             if not emitter.finished:
                 with clock.phase("draft"):
-                    states = [collector.take(layer)[:, path] for layer in draft.config.feature_layer_ids]
+                    rows = [lead + node for node in path]
+                    states = [collector.take(layer)[:, rows] for layer in draft.config.feature_layer_ids]
                     generator.extend(torch.cat(states, dim=-1), emitter.input_ids[0, -len(path) :].tolist())
             stats.max_draft_cache_length = generator.max_cache_length
             stats.failed_drafts = generator.failed_drafts
@@ -113,8 +118,10 @@ def speculative_decode(
     )
 
 
-def accept(tree: CandidateTree, logits: Tensor, emitter: TokenEmitter, stats: GenerationStats) -> list[int]:
-    """One round: walks the tree with the target's `(1, N, V)` logits, committing tokens; returns their path."""
+def accept(
+    tree: CandidateTree, logits: Tensor, emitter: TokenEmitter, stats: GenerationStats, path: list[int]
+) -> None:
+    """One round: walks the tree with the target's `(1, N, V)` logits, committing tokens; `path` gets their nodes."""
     logits = logits[:, -len(tree) :]
     argmax = logits[0].float().argmax(dim=-1).tolist() if emitter.takes_argmax else None
 
@@ -129,26 +136,45 @@ def accept(tree: CandidateTree, logits: Tensor, emitter: TokenEmitter, stats: Ge
         return emitter.finished
 
     stats.accepted.append(0)
-    return walk(tree, choose, commit)
+    walk(tree, choose, commit, path)
 
 
-def verification_inputs(target: PreTrainedModel, tree: CandidateTree, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of one target forward over all nodes of a tree; `model_kwargs` are those of a plain step at the root."""
-    past_length = model_kwargs[CACHE].get_seq_length()
+def verification_inputs(
+    target: PreTrainedModel, tree: CandidateTree, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Inputs of one target forward over the carried tokens and all nodes of a tree.
+
+    cached rows … | c0   c1   | root  d1   d2  …       c: carried tokens
+    positions       p    p+1  | p+2   p+2+depth …      p: where the cache ends
+
+    Args:
+        first_position: `(…, 1)` position of the first generated token.
+        model_kwargs: Those of a plain step.
+    """
+    lead = tree.token_ids.new_tensor([held.carried])
+    num_rows = lead.shape[1] + len(tree)
+    start = first_position + held.rows_since_prefill
+    positions = (
+        start + torch.arange(lead.shape[1], device=start.device),
+        tree_position_ids(tree, start + lead.shape[1]),
+    )
     step = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
     for key in _TOKEN_TYPE_KEYS:
         if step.get(key) is not None:
-            step[key] = step[key][..., -1:].expand(*step[key].shape[:-1], len(tree))
+            step[key] = step[key][..., -1:].expand(*step[key].shape[:-1], num_rows)
+    mask = model_kwargs.get("attention_mask")
+    if tree.is_chain and mask is not None:
+        # In a chain every row sees all rows before it, which is how targets read a 2-D mask.
+        mask = pad(mask[:, : held.length], (0, num_rows), value=1)
     inputs = target.prepare_inputs_for_generation(
-        tree.token_ids,
-        position_ids=tree_position_ids(tree, model_kwargs["position_ids"][..., -1:]),
-        attention_mask=None,
+        torch.cat((lead, tree.token_ids), dim=1),
+        position_ids=torch.cat(positions, dim=-1),
+        attention_mask=mask if tree.is_chain else None,
         is_first_iteration=False,
         **step,
     )
-    inputs["attention_mask"] = tree_attention_mask(
-        tree, past_length, target.get_decoder().norm.weight.dtype, model_kwargs.get("attention_mask")
-    )
+    if not tree.is_chain:
+        inputs["attention_mask"] = tree_attention_mask(tree, held.length, target.get_decoder().norm.weight.dtype, mask)
     if "logits_to_keep" in inputs:
         inputs["logits_to_keep"] = len(tree)
     return inputs

@@ -1,15 +1,13 @@
-"""Verification of a draft tree: its mask and positions for one target forward, the exact walk, the commit of its KV.
+"""Verification of a draft tree: its mask and positions for one target forward, and the exact walk.
 
-Pure functions over tensors, and the cache they act on.
+Pure functions over tensors.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from .._transformers import cache_tensors, drop_newest
 from ..draft_inputs import additive_mask
 from .tree import CandidateTree
 
@@ -33,7 +31,9 @@ def tree_position_ids(tree: CandidateTree, root_position: Tensor) -> Tensor:
     return root_position + tree.depths.to(root_position.device)
 
 
-def walk(tree: CandidateTree, choose: Callable[[int], int], commit: Callable[[int, bool], bool]) -> list[int]:
+def walk(
+    tree: CandidateTree, choose: Callable[[int], int], commit: Callable[[int, bool], bool], path: list[int]
+) -> None:
     """Follows the target's own tokens down the tree (paper, section 3.6).
 
     Both callables are called exactly once per committed token, in order.
@@ -42,33 +42,13 @@ def walk(tree: CandidateTree, choose: Callable[[int], int], commit: Callable[[in
         choose: Node → the target's token after it.
         commit: Takes that token and whether it had been drafted; returns whether generation is finished. The token
             that stops generation may be a drafted one.
-
-    Returns:
-        Nodes whose successor was committed: the root, then the accepted nodes the walk left again. Their keys and
-        values are what the target's cache must keep.
+        path: Empty; gets the nodes whose successor is chosen, each before it is: the root, then the accepted nodes the
+            walk leaves again. The target's cache must keep their keys and values, even if a callable raises.
     """
-    node, path = 0, [0]
-    while True:
+    node: int | None = 0
+    while node is not None:
+        path.append(node)
         token = choose(node)
         child = tree.children[node].get(token)
         finished = commit(token, child is not None)
-        if finished or child is None:
-            return path
-        node = child
-        path.append(node)
-
-
-def commit_path(cache: DynamicCache, path: list[int], num_nodes: int) -> None:
-    """Keeps the entries of `path` of the `num_nodes` newest cache entries, in place, and drops the rest.
-
-    before   … prefix | n0 n1 n2 n3 n4 |      path = [0, 2, 4]
-    after    … prefix | n0 n2 n4 |
-    """
-    if path != list(range(len(path))):
-        for keys, values in cache_tensors(cache):
-            start = keys.shape[-2] - num_nodes
-            source = torch.tensor(path, device=keys.device) + start
-            kept = slice(start, start + len(path))
-            keys[:, :, kept] = keys[:, :, source]
-            values[:, :, kept] = values[:, :, source]
-    drop_newest(cache, num_nodes - len(path))
+        node = None if finished else child
