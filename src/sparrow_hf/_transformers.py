@@ -47,6 +47,9 @@ _find("transformers.initialization", "copy_")
 GenerationMixin: Any = _find("transformers.generation", "GenerationMixin")
 DecoderOutput: Any = _find("transformers.modeling_outputs", "BaseModelOutputWithPast")
 GenerateOutput: Any = _find("transformers.generation", "GenerateDecoderOnlyOutput")
+#: Activation functions by name.
+ACTIVATIONS: Any = _find("transformers.activations", "ACT2FN")
+_cache_layer_types: Any = _find("transformers.cache_utils", "get_layer_types_and_kwargs")
 LlamaRMSNorm: Any = _find("transformers.models.llama.modeling_llama", "LlamaRMSNorm")
 LlamaRotaryEmbedding: Any = _find("transformers.models.llama.modeling_llama", "LlamaRotaryEmbedding")
 
@@ -330,6 +333,15 @@ def is_stateful(target: Any) -> bool:
 
 
 # -- caches and layers ------------------------------------------------------------------------------------------------
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """What each layer of a text decoder keeps in its cache: `"full_attention"`, `"sliding_attention"`, …
+
+    Layers without a cache of their own are left out: they have no attention, or read another layer's.
+    """
+    kinds, _ = _cache_layer_types(config)
+    return [kind for kind in kinds if kind != "dummy"]
 
 
 def run_layer(

@@ -13,10 +13,18 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ._transformers import commit_of, execution_device, name_of
+from ._transformers import commit_of, execution_device, layer_kinds, name_of
 from .configuration_sparrow import SparrowDraftConfig, visual_token_ids
 from .errors import BindingError, UnsupportedTargetError
 from .hidden_states import install_hooks
+
+#: What decoders call the norm behind their last layer.
+_NORMS = ("norm", "embedding_norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f")
+
+#: Kinds of layers of which several rows in one forward give what one at a time gives: if every row follows the one
+#: before (a chain), and if rows also branch (a tree; the mask then says which rows a row sees).
+TREE_LAYERS = frozenset({"full_attention"})
+CHAIN_LAYERS = TREE_LAYERS
 
 
 class TargetView:
@@ -26,34 +34,36 @@ class TargetView:
         target: A video LLM of transformers, bare or wrapped by peft.
 
     Raises:
-        UnsupportedTargetError: It has no decoder, embedding or head in the usual place, or mixes attention types.
+        UnsupportedTargetError: It has no decoder, embedding or head in the usual place, is an encoder-decoder, or has
+            layers that cannot verify drafts.
     """
 
     def __init__(self, target: PreTrainedModel):
         self.model = unwrap(target)
+        name, config = type(self.model).__name__, self.model.config
+        self.text_config = config.get_text_config()
+        self.layer_kinds = set(layer_kinds(self.text_config))
+        if unknown := self.layer_kinds - CHAIN_LAYERS:
+            raise UnsupportedTargetError(
+                f"{name} has layers of the kind {', '.join(sorted(unknown))}, which may give other states for several "
+                f"tokens in one forward than one by one; drafts can be verified by layers of the kind "
+                f"{', '.join(sorted(CHAIN_LAYERS))}"
+            )
         try:
             self.decoder: Any = self.model.get_decoder()
             self.layers: nn.ModuleList = self.decoder.layers
-            self.norm: Any = self.decoder.norm
-        except AttributeError as error:
+            self.norm: Any = next(getattr(self.decoder, name) for name in _NORMS if hasattr(self.decoder, name))
+        except (AttributeError, StopIteration) as error:
             raise UnsupportedTargetError(
-                f"{type(self.model).__name__} has no decoder with `layers` and `norm`; Sparrow needs a decoder-only "
-                "video LLM of transformers"
+                f"{name} has no decoder with `layers` and a norm behind them; Sparrow needs a decoder-only video LLM "
+                "of transformers"
             ) from error
+        if config.is_encoder_decoder:
+            raise UnsupportedTargetError(f"{name} is an encoder-decoder; Sparrow needs a decoder-only video LLM")
         self.embedding: nn.Module = self.model.get_input_embeddings()
         self.head: nn.Module = self.model.get_output_embeddings()
         if self.embedding is None or self.head is None:
-            raise UnsupportedTargetError(
-                f"{type(self.model).__name__} has no input embedding or no language-model head"
-            )
-        text = self.model.config.get_text_config()
-        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise UnsupportedTargetError(
-                f"the target's layers are {', '.join(sorted(kinds))}; tree verification needs full attention in every "
-                "layer (for Qwen-VL, set use_sliding_window=False)"
-            )
-        self.text_config = text
+            raise UnsupportedTargetError(f"{name} has no input embedding or no language-model head")
         self._head_rows: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
 
     def is_view_of(self, target: PreTrainedModel) -> bool:
