@@ -27,6 +27,7 @@ from family_parts import (
 )
 from hybrid_families import HYBRID_FAMILIES
 from more_families import MORE_FAMILIES
+from recurrent_families import RECURRENT_FAMILIES
 
 from tiny_targets import FRAME_SIZE, HIDDEN_SIZE, PATCH_SIZE, Family
 
@@ -220,7 +221,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 #: All that this version of transformers has.
-ALL_FAMILIES: tuple[Family, ...] = (*FAMILIES, *MORE_FAMILIES, *HYBRID_FAMILIES)
+ALL_FAMILIES: tuple[Family, ...] = (*FAMILIES, *MORE_FAMILIES, *HYBRID_FAMILIES, *RECURRENT_FAMILIES)
 
 #: The same, by name.
 FAMILY_BY_NAME: dict[str, Family] = {family.name: family for family in ALL_FAMILIES}

@@ -40,12 +40,13 @@ def _find(module: str, name: str) -> Any:
 # Public names too, because no class of the package can be defined without them.
 for _name in ("Cache", "DynamicCache", "GenerationConfig", "PreTrainedConfig", "PreTrainedModel"):
     _find("transformers", _name)
-for _name in ("BaseStreamer", "CandidateGenerator", "GenerationMode"):
+for _name in ("BaseStreamer", "CandidateGenerator"):
     _find("transformers.generation", _name)
 _find("transformers.initialization", "copy_")
 
 GenerationMixin: Any = _find("transformers.generation", "GenerationMixin")
 DecoderOutput: Any = _find("transformers.modeling_outputs", "BaseModelOutputWithPast")
+GenerationMode: Any = _find("transformers.generation", "GenerationMode")
 GenerateOutput: Any = _find("transformers.generation", "GenerateDecoderOnlyOutput")
 #: Activation functions by name.
 ACTIVATIONS: Any = _find("transformers.activations", "ACT2FN")
@@ -111,7 +112,7 @@ _LAYER_ARGUMENTS = {"hidden_states", "attention_mask", "position_ids", "position
 #: Attributes that are read of configurations and models.
 _ATTRIBUTES = {
     "PreTrainedConfig": ("_name_or_path", "_attn_implementation", "get_text_config"),
-    "PreTrainedModel": ("_is_stateful", "get_decoder", "get_input_embeddings", "get_output_embeddings"),
+    "PreTrainedModel": ("get_decoder", "get_input_embeddings", "get_output_embeddings"),
 }
 
 
@@ -247,6 +248,8 @@ def install_seam(
         draft = generation_mode_kwargs.get("assistant_model")
         if is_draft(draft):
             check(self, draft, generation_mode, generation_config, generation_mode_kwargs)
+            # Our loop is plain decoding's counterpart. Assisted decoding would be refused for targets with a state.
+            generation_mode = GenerationMode.SAMPLE if generation_config.do_sample else GenerationMode.GREEDY_SEARCH
         stock_validate(self, generation_mode, generation_config, generation_mode_kwargs)
 
     GenerationMixin.generate = generate
@@ -327,11 +330,6 @@ def prompt_position_ids(target: Any, input_ids: Tensor, inputs: Mapping[str, Any
     return target._prepare_position_ids_for_generation(input_ids, dict(inputs))
 
 
-def is_stateful(target: Any) -> bool:
-    """Whether the target keeps a state that cannot be reset to before the rejected tokens."""
-    return bool(target._is_stateful)
-
-
 # -- caches and layers ------------------------------------------------------------------------------------------------
 
 
@@ -372,6 +370,24 @@ def attention_layers(cache: Any) -> list[Any]:
 def cache_tensors(cache: Any) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each of these, `(B, heads, length, head_dim)`; the cache's own, not copies."""
     return [(layer.keys, layer.values) for layer in attention_layers(cache)]
+
+
+def recurrent_states(cache: Any) -> list[Tensor]:
+    """States of the layers that hold a state of all they have read (and the newest inputs of their convolution).
+
+    They are the cache's own tensors: it overwrites them in place.
+    """
+    states: list[Tensor | None] = []
+    for layer in cache.layers:
+        recurrent = list(getattr(layer, "recurrent_states", {}).values())
+        if any(state is not None for state in recurrent):
+            states += [*layer.conv_states.values(), *recurrent]
+    return [state for state in states if state is not None]
+
+
+def outlives_call(cache: Any, generation_config: Any) -> bool:
+    """Whether somebody holds the cache of a `generate()` call afterwards: it was passed in, or will be returned."""
+    return bool(generation_config.return_dict_in_generate) or getattr(cache, "_is_user_defined", False)
 
 
 def drop_newest(cache: Any, count: int) -> None:

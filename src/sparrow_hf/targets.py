@@ -24,7 +24,7 @@ _NORMS = ("norm", "embedding_norm", "final_layernorm", "final_layer_norm", "fina
 #: Kinds of layers of which several rows in one forward give what one at a time gives: if every row follows the one
 #: before (a chain), and if rows also branch (a tree; the mask then says which rows a row sees).
 TREE_LAYERS = frozenset({"full_attention"})
-CHAIN_LAYERS = TREE_LAYERS
+CHAIN_LAYERS = TREE_LAYERS | {"linear_attention"}
 
 
 class TargetView:
@@ -65,6 +65,11 @@ class TargetView:
         if self.embedding is None or self.head is None:
             raise UnsupportedTargetError(f"{name} has no input embedding or no language-model head")
         self._head_rows: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
+
+    @property
+    def chain_layers(self) -> list[str]:
+        """Kinds of its layers that verify chains, but no trees."""
+        return sorted(self.layer_kinds - TREE_LAYERS)
 
     def is_view_of(self, target: PreTrainedModel) -> bool:
         """Whether this is a view of `target` with its current embedding and head."""

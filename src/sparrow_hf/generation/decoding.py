@@ -1,5 +1,6 @@
 """The speculative loop of one `generate()` call: prefill, then rounds of propose, verify, walk, commit."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .candidate_generator import SparrowCandidateGenerator
 from .emission import TokenEmitter
 from .refusals import check_inputs
 from .stats import GenerationStats
-from .tree import CandidateTree
+from .tree import CandidateTree, build_tree
 from .verification import tree_attention_mask, tree_position_ids, walk
 
 #: Per-token inputs that some families' forward takes; new tokens repeat the newest one (text).
@@ -61,6 +62,13 @@ def speculative_decode(
     mask = model_kwargs.get("attention_mask")
     with clock.phase("draft"):
         generator = SparrowCandidateGenerator(draft, input_ids[:, -new:], None if mask is None else mask[:, -new:])
+    if generator.shape.beam_width > 1 and draft.target.chain_layers:
+        generator.draft_chains()
+        warnings.warn(
+            f"the target's {', '.join(draft.target.chain_layers)} layers cannot verify trees: the draft "
+            f"proposes chains of {generator.shape.num_draft_levels} tokens instead",
+            stacklevel=2,
+        )
     with clock.phase("prefill"), HiddenStateCollector(generator.layers_to_collect).active() as collector:
         outputs = _transformers.prefill(target, input_ids, generation_config, model_kwargs)
     # The encoded video is not used after the prefill, and its size grows with the video.
@@ -79,30 +87,35 @@ def speculative_decode(
     del collector
 
     held = hold(model_kwargs[CACHE])
-    with _transformers.decoding(target):
-        while not emitter.finished:
-            # A round commits at most one token more than it drafts.
-            budget = generation_config.max_length - emitter.input_ids.shape[1]
-            with clock.phase("draft"):
-                tree = generator.propose(max_levels=min(budget, held.spare_slots) - 1)
-            with clock.phase("verify"):
-                past_length, lead = held.length, len(held.carried)
-                with held.verifying(tree) as path:
-                    inputs = verification_inputs(target, tree, held, first_position, model_kwargs)
-                    with HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids)).active() as collector:
-                        outputs = target(**inputs, return_dict=True)
-                    accept(tree, outputs.logits, emitter, stats, path)
-                model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
-            for name in recorded:
-                recorded[name] += tuple(emitter.recorded_step(outputs, name, past_length, lead, path))
-            del outputs
-            if not emitter.finished:
+    try:
+        with _transformers.decoding(target):
+            while not emitter.finished:
+                # A round commits at most one token more than it drafts.
+                budget = generation_config.max_length - emitter.input_ids.shape[1]
                 with clock.phase("draft"):
-                    rows = [lead + node for node in path]
-                    states = [collector.take(layer)[:, rows] for layer in draft.config.feature_layer_ids]
-                    generator.extend(torch.cat(states, dim=-1), emitter.input_ids[0, -len(path) :].tolist())
-            stats.max_draft_cache_length = generator.max_cache_length
-            stats.failed_drafts = generator.failed_drafts
+                    tree = generator.propose(max_levels=min(budget, held.spare_slots) - 1)
+                with clock.phase("verify"):
+                    past_length, lead = held.length, len(held.carried)
+                    with held.verifying(tree) as path:
+                        inputs = verification_inputs(target, tree, held, first_position, model_kwargs)
+                        with HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids)).active() as collector:
+                            outputs = target(**inputs, return_dict=True)
+                        accept(tree, outputs.logits, emitter, stats, path)
+                    model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
+                for name in recorded:
+                    recorded[name] += tuple(emitter.recorded_step(outputs, name, past_length, lead, path))
+                del outputs
+                if not emitter.finished:
+                    with clock.phase("draft"):
+                        rows = [lead + node for node in path]
+                        states = [collector.take(layer)[:, rows] for layer in draft.config.feature_layer_ids]
+                        generator.extend(torch.cat(states, dim=-1), emitter.input_ids[0, -len(path) :].tolist())
+                stats.max_draft_cache_length = generator.max_cache_length
+                stats.failed_drafts = generator.failed_drafts
+    finally:
+        if held.carried and _transformers.outlives_call(model_kwargs[CACHE], generation_config):
+            with _transformers.decoding(target), clock.phase("verify"):
+                read_carried(target, held, first_position, model_kwargs)
 
     if streamer is not None:
         streamer.end()
@@ -137,6 +150,17 @@ def accept(
 
     stats.accepted.append(0)
     walk(tree, choose, commit, path)
+
+
+def read_carried(
+    target: PreTrainedModel, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any]
+) -> None:
+    """Runs the target over the carried tokens alone, so that the cache holds them."""
+    tokens, held.carried = held.carried, []
+    chain = build_tree(tokens, list(range(-1, len(tokens) - 1)), first_position.device)
+    with held.verifying(chain) as path:
+        target(**verification_inputs(target, chain, held, first_position, model_kwargs), return_dict=True)
+        path += range(len(chain))
 
 
 def verification_inputs(
