@@ -104,7 +104,7 @@ _METHODS = {
     },
     "_validate_generation_mode": {"generation_mode", "generation_config", "generation_mode_kwargs"},
     "_prefill": {"input_ids", "generation_config", "model_kwargs"},
-    "_update_model_kwargs_for_generation": {"outputs", "model_kwargs", "num_new_tokens"},
+    "_update_model_kwargs_for_generation": {"outputs", "model_kwargs", "is_encoder_decoder", "num_new_tokens"},
     "_optimize_model_for_decode": {"self"},
     "_prepare_position_ids_for_generation": {"inputs_tensor", "model_kwargs"},
     "_get_candidate_generator": {"generation_config"},
@@ -321,7 +321,9 @@ def decoding(target: Any) -> AbstractContextManager[Any]:
 
 def advance(target: Any, outputs: Any, model_kwargs: dict[str, Any], num_new_tokens: int = 1) -> dict[str, Any]:
     """`model_kwargs` of the next forward, after one whose `num_new_tokens` first tokens stay."""
-    return target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_new_tokens)
+    return target._update_model_kwargs_for_generation(
+        outputs, model_kwargs, is_encoder_decoder=target.config.is_encoder_decoder, num_new_tokens=num_new_tokens
+    )
 
 
 def length_with_cache(generation_config: Any, attention_mask: Tensor | None) -> int:
@@ -343,7 +345,9 @@ NO_CACHE = "dummy"
 
 def layer_kinds(config: Any) -> list[str]:
     """What each layer of a text decoder keeps in its cache: `"full_attention"`, `"sliding_attention"`, …"""
-    return _cache_layer_types(config)[0]
+    kinds, _ = _cache_layer_types(config)
+    reading_images = getattr(config, "cross_attention_layers", None) or ()
+    return ["cross_attention" if index in reading_images else kind for index, kind in enumerate(kinds)]
 
 
 def run_layer(
