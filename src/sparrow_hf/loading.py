@@ -48,6 +48,19 @@ def load_target(
         TargetLoadError: One of them is not there, or does not fit the device.
         MissingDependencyError: The device is "auto", and accelerate is not installed.
     """
+    model = load_model(target, dtype, device, revision)
+    source = processor or target
+    with told_if_not_loaded("processor", source):
+        return model, AutoProcessor.from_pretrained(source, revision=revision)
+
+
+def load_model(
+    target: str,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> Any:
+    """A target in evaluation mode, without its processor. Arguments and errors are those of [`load_target`]."""
     if device == "auto":
         require("train", "Spreading a target over all GPUs", "accelerate")
     with told_if_not_loaded("target", target):
@@ -55,9 +68,7 @@ def load_target(
         model = AutoModelForImageTextToText.from_pretrained(target, revision=revision, dtype=dtype, **where)
         if not where:
             model = model.to(device or default_device())
-    source = processor or target
-    with told_if_not_loaded("processor", source):
-        return model.eval(), AutoProcessor.from_pretrained(source, revision=revision)
+    return model.eval()
 
 
 def default_device() -> torch.device:

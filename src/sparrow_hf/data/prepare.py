@@ -19,8 +19,9 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from ..errors import ImageError, TrainingDataError, VideoError
+from .images import read_image
 from .messages import ROW_FOLDER, ROW_INDEX, media_source, split_answer
-from .video import read_frames, read_image, read_video
+from .video import read_frames, read_video
 
 DEFAULT_FRAMES_PER_SECOND = 2.0
 """Assumed for videos given as arrays that do not say how densely they were sampled (Qwen-VL's sampling rate)."""
@@ -165,8 +166,8 @@ def prepare_inputs(
         The processor's output for a batch of one, as tensors.
 
     Raises:
-        VideoError: A video cannot be read or has the wrong shape, or the processor cannot take videos of different
-            lengths or sizes together.
+        VideoError: A video cannot be read, or the processor cannot take it: its size, or videos of different lengths
+            or sizes together.
         ImageError: An image cannot be read.
         MissingDependencyError: PyAV or torchvision is not installed and the messages hold a video.
     """
@@ -187,11 +188,17 @@ def prepare_inputs(
         return processor(text=[text], **media, return_tensors="pt")
     except ValueError as error:
         shapes = {frames.shape for frames in media.get("videos", [])}
-        if len(shapes) < 2:
+        if not shapes:
             raise
+        found = f"found {', '.join(map(str, sorted(shapes)))}"
+        if len(shapes) > 1:
+            raise VideoError(
+                f"{type(processor).__name__} cannot take videos of different shapes in one prompt ({found}): sample "
+                "them alike with max_frames, or split the prompt."
+            ) from error
         raise VideoError(
-            f"{type(processor).__name__} cannot take videos of different shapes in one prompt (found "
-            f"{', '.join(map(str, sorted(shapes)))}): sample them alike with max_frames, or split the prompt."
+            f"{type(processor).__name__} cannot take the video ({found}): {str(error).rstrip('.')}. Cut or scale the "
+            "video, or read other frames of it."
         ) from error
 
 

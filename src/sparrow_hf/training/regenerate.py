@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .._transformers import commit_of, name_of
 from ..artifacts import atomic_path, check_made_alike, remove_partial_files, write_json, write_text
 from ..data.datasets import Rows
+from ..data.files import is_url
 from ..data.messages import ROW_FOLDER, ROW_INDEX, media_digest, naming_row, split_answer
 from ..data.prepare import prepare_prompt
-from ..data.video import is_url
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 
