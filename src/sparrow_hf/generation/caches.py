@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import torch
 from transformers import DynamicCache
 
-from .._transformers import attention_layers, cache_tensors, drop_newest
+from .._transformers import attention_layers, cache_tensors, convolution_layers, drop_newest, new_inputs, record_past
 from .tree import CandidateTree
 
 
 class HeldCache:
-    """A cache of layers that can drop their newest rows: full attention.
+    """A cache of layers that can drop their newest rows: full attention, windows and convolutions.
 
     Between two rounds, cache and carried tokens together are the committed text without its newest token, which is the
     root of the next tree.
@@ -78,8 +78,12 @@ class HeldCache:
                     source = torch.tensor(path, device=entries.device) + start
                     entries[:, :, start : start + len(path)] = entries[:, :, source]
             drop_newest(layer, new - len(path))
+        for layer in convolution_layers(self._cache):
+            # Nothing of the forward is left in a layer that it did not reach.
+            drop_newest(layer, max(new_inputs(layer) - len(path), 0))
 
 
 def hold(cache: DynamicCache) -> HeldCache:
     """The target's cache, after the prefill, as the loop sees it."""
+    record_past(cache, True)
     return HeldCache(cache)

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
@@ -13,16 +12,15 @@ from .._transformers import CACHE, GenerateOutput
 from ..clocks import PhaseClock
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
-from .caches import HeldCache, hold
+from .attention import following_masks
+from .caches import hold
 from .candidate_generator import SparrowCandidateGenerator
 from .emission import TokenEmitter
 from .refusals import check_inputs
+from .self_check import how_to_verify
 from .stats import GenerationStats
 from .tree import CandidateTree
-from .verification import tree_attention_mask, tree_position_ids, walk
-
-#: Per-token inputs that some families' forward takes; new tokens repeat the newest one (text).
-_TOKEN_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+from .verification import max_levels_before_border, verification_inputs, walk
 
 
 def speculative_decode(
@@ -78,18 +76,23 @@ def speculative_decode(
             generator.prefill({layer: collector.take(layer) for layer in generator.layers_to_collect}, first_token)
     del collector
 
+    view, ways = draft.target, how_to_verify(draft.target)
     held = hold(model_kwargs[CACHE])
+    if ways.trees is None:
+        generator.draft_chains()
     with _transformers.decoding(target):
         while not emitter.finished:
             # A round commits at most one token more than it drafts.
             budget = generation_config.max_length - emitter.input_ids.shape[1]
+            on_this_side = max_levels_before_border(view, held, first_position)
             with clock.phase("draft"):
-                tree = generator.propose(max_levels=min(budget, held.spare_slots) - 1)
+                tree = generator.propose(max_levels=min(budget - 1, held.spare_slots - 1, on_this_side))
             with clock.phase("verify"):
                 past_length, lead = held.length, len(held.carried)
                 with held.verifying(tree) as path:
-                    inputs = verification_inputs(target, tree, held, first_position, model_kwargs)
-                    with HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids)).active() as collector:
+                    inputs = verification_inputs(view, tree, held, first_position, model_kwargs)
+                    collector = HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids))
+                    with collector.active(), following_masks(ways.of(tree) == "eager"):
                         outputs = target(**inputs, return_dict=True)
                     accept(tree, outputs.logits, emitter, stats, path)
                 model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
@@ -137,47 +140,6 @@ def accept(
 
     stats.accepted.append(0)
     walk(tree, choose, commit, path)
-
-
-def verification_inputs(
-    target: PreTrainedModel, tree: CandidateTree, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Inputs of one target forward over the carried tokens and all nodes of a tree.
-
-    cached rows … | c0   c1   | root  d1   d2  …       c: carried tokens
-    positions       p    p+1  | p+2   p+2+depth …      p: where the cache ends
-
-    Args:
-        first_position: `(…, 1)` position of the first generated token.
-        model_kwargs: Those of a plain step.
-    """
-    lead = tree.token_ids.new_tensor([held.carried])
-    num_rows = lead.shape[1] + len(tree)
-    start = first_position + held.rows_since_prefill
-    positions = (
-        start + torch.arange(lead.shape[1], device=start.device),
-        tree_position_ids(tree, start + lead.shape[1]),
-    )
-    step = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
-    for key in _TOKEN_TYPE_KEYS:
-        if step.get(key) is not None:
-            step[key] = step[key][..., -1:].expand(*step[key].shape[:-1], num_rows)
-    mask = model_kwargs.get("attention_mask")
-    if tree.is_chain and mask is not None:
-        # In a chain every row sees all rows before it, which is how targets read a 2-D mask.
-        mask = pad(mask[:, : held.length], (0, num_rows), value=1)
-    inputs = target.prepare_inputs_for_generation(
-        torch.cat((lead, tree.token_ids), dim=1),
-        position_ids=torch.cat(positions, dim=-1),
-        attention_mask=mask if tree.is_chain else None,
-        is_first_iteration=False,
-        **step,
-    )
-    if not tree.is_chain:
-        inputs["attention_mask"] = tree_attention_mask(tree, held.length, target.get_decoder().norm.weight.dtype, mask)
-    if "logits_to_keep" in inputs:
-        inputs["logits_to_keep"] = len(tree)
-    return inputs
 
 
 def num_new_positions(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:
