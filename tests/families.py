@@ -217,6 +217,8 @@ FAMILIES: tuple[Family, ...] = (
         placeholder_tokens=PLACEHOLDERS,
         video_prompt="<|video_pad|>\n",
         image_prompt="<|image_pad|>\n",
+        # Its projector takes the features of a whole video.
+        takes_chunks=False,
     ),
 )
 

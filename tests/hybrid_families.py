@@ -167,7 +167,7 @@ def _minimax(name: str, layer_types: list[str], **expected: Any) -> Family:
 
 _CHAINS_ONLY = (
     _minimax("minimax_m3_vl", ["full_attention"] * 4),
-    _minimax("minimax_m3_vl-sparse", ["full_attention", "minimax_m3_sparse"] * 2, refused_trees="minimax_m3_sparse"),
+    _minimax("minimax_m3_vl-sparse", ["full_attention", "minimax_m3_sparse"] * 2, chains_only="minimax_m3_sparse"),
     Family(
         name="lfm3_vl",
         model_class=hf.Lfm3VlForConditionalGeneration,
@@ -190,7 +190,7 @@ _CHAINS_ONLY = (
         placeholder_tokens=PLACEHOLDERS,
         video_prompt="<|video_pad|>",
         image_prompt="<|image_pad|>",
-        refused_trees="conv",
+        chains_only="conv",
     ),
 )
 

@@ -17,6 +17,7 @@ from family_parts import (
     qwen_ids,
     qwen_processor,
 )
+from transformers.utils import is_timm_available
 
 from tiny_targets import FRAME_SIZE, HIDDEN_SIZE, PATCH_SIZE, Family
 
@@ -288,41 +289,6 @@ _OTHERS = (
         image_prompt="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
     ),
     Family(
-        name="perception_lm",
-        model_class=hf.PerceptionLMForConditionalGeneration,
-        config=lambda text, tokens: hf.PerceptionLMConfig(
-            text_config=text | {"model_type": "llama"},
-            vision_config={
-                "architecture": "vit_pe_core_large_patch14_336",
-                "model_args": {
-                    "embed_dim": 16,
-                    "img_size": (FRAME_SIZE, FRAME_SIZE),
-                    "patch_size": PATCH_SIZE,
-                    "depth": 2,
-                    "num_heads": 2,
-                    "global_pool": "",
-                    "use_post_transformer_norm": False,
-                    "init_values": 0.1,
-                    "ref_feat_shape": (FRAME_SIZE // PATCH_SIZE, FRAME_SIZE // PATCH_SIZE),
-                },
-            },
-            projector_pooling_ratio=2,
-            image_token_id=tokens["image_token"],
-            video_token_id=tokens["video_token"],
-        ),
-        processor=processor_of(
-            hf.PerceptionLMProcessor,
-            hf.PerceptionLMImageProcessor(tile_size=FRAME_SIZE, max_num_tiles=2),
-            hf.PerceptionLMVideoProcessor(size=SQUARE),
-            patch_size=PATCH_SIZE,
-            pooling_ratio=2,
-        ),
-        named_tokens={"image_token": "<|image|>", "video_token": "<|video|>"},
-        placeholder_tokens=PLACEHOLDERS,
-        video_prompt="<|video|>\n",
-        image_prompt="<|image|>\n",
-    ),
-    Family(
         name="molmo2",
         model_class=hf.Molmo2ForConditionalGeneration,
         config=lambda text, tokens: hf.Molmo2Config(
@@ -401,4 +367,49 @@ _OTHERS = (
     ),
 )
 
-MORE_FAMILIES: tuple[Family, ...] = (*_QWEN3_KIN, *_GLM, *_OMNI, *_OTHERS)
+#: Its tower is one of timm's.
+_WITH_TIMM = (
+    Family(
+        name="perception_lm",
+        model_class=hf.PerceptionLMForConditionalGeneration,
+        config=lambda text, tokens: hf.PerceptionLMConfig(
+            text_config=text | {"model_type": "llama"},
+            vision_config={
+                "architecture": "vit_pe_core_large_patch14_336",
+                "model_args": {
+                    "embed_dim": 16,
+                    "img_size": (FRAME_SIZE, FRAME_SIZE),
+                    "patch_size": PATCH_SIZE,
+                    "depth": 2,
+                    "num_heads": 2,
+                    "global_pool": "",
+                    "use_post_transformer_norm": False,
+                    "init_values": 0.1,
+                    "ref_feat_shape": (FRAME_SIZE // PATCH_SIZE, FRAME_SIZE // PATCH_SIZE),
+                },
+            },
+            projector_pooling_ratio=2,
+            image_token_id=tokens["image_token"],
+            video_token_id=tokens["video_token"],
+        ),
+        processor=processor_of(
+            hf.PerceptionLMProcessor,
+            hf.PerceptionLMImageProcessor(tile_size=FRAME_SIZE, max_num_tiles=2),
+            hf.PerceptionLMVideoProcessor(size=SQUARE),
+            patch_size=PATCH_SIZE,
+            pooling_ratio=2,
+        ),
+        named_tokens={"image_token": "<|image|>", "video_token": "<|video|>"},
+        placeholder_tokens=PLACEHOLDERS,
+        video_prompt="<|video|>\n",
+        image_prompt="<|image|>\n",
+    ),
+)
+
+MORE_FAMILIES: tuple[Family, ...] = (
+    *_QWEN3_KIN,
+    *_GLM,
+    *_OMNI,
+    *_OTHERS,
+    *(_WITH_TIMM if is_timm_available() else ()),
+)

@@ -9,12 +9,13 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from sparrow_hf._transformers import CACHE
-from sparrow_hf.generation import decoding
+from sparrow_hf.generation import decoding, verification
 from sparrow_hf.generation.caches import HeldCache
 from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.generation.tree import CandidateTree, build_tree
 
 import oracles
+from families import FAMILIES
 from lossless import Case, make_case, mismatch
 
 TREE = {"num_tree_nodes": 24, "num_draft_levels": 4, "beam_width": 4}
@@ -74,7 +75,7 @@ def two_draws_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def position_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes are one position too far."""
-    monkeypatch.setattr(decoding, "tree_position_ids", lambda tree, root: root + tree.depths + 1)
+    monkeypatch.setattr(verification, "tree_position_ids", lambda tree, root: root + tree.depths + 1)
 
 
 def missing_mrope_delta(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +93,8 @@ def missing_mrope_delta(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def boolean_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager attention adds a boolean mask as 0 and 1."""
-    additive = decoding.tree_attention_mask
-    monkeypatch.setattr(decoding, "tree_attention_mask", lambda *args: additive(*args) == 0)
+    additive = verification.tree_attention_mask
+    monkeypatch.setattr(verification, "tree_attention_mask", lambda *args, **kw: additive(*args, **kw) == 0)
 
 
 def wrong_kv_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +134,13 @@ BUGS: dict[Callable[[pytest.MonkeyPatch], None], dict[str, Any]] = {
 
 
 def cases(fixed: dict[str, Any]) -> list[Case]:
-    defaults = {"drafter": "oracle", "generate_kwargs": NO_PROCESSOR, "stop": {"max_new_tokens": 20}}
-    return [make_case(number, **(defaults | fixed)) for number in range(4)]
+    defaults = {
+        "drafter": "oracle",
+        "generate_kwargs": NO_PROCESSOR,
+        "stop": {"max_new_tokens": 20},
+        "prompt": "plain",
+    }
+    return [make_case(number, **({"family": FAMILIES[number].name} | defaults | fixed)) for number in range(4)]
 
 
 @pytest.mark.parametrize("plant", BUGS, ids=lambda plant: plant.__name__)

@@ -47,10 +47,11 @@ class Family:
         placeholder_tokens: Those of `named_tokens` that visual features replace.
         video_prompt, image_prompt: Placeholder of a video or an image in a prompt; the processor expands it.
         mixes_modalities: The processor takes images and videos in one call.
+        takes_chunks: Plain `generate()` can read its prompt in chunks.
         videos_kwargs: What the processor must be told about a video beside its frames.
         attentions: Attention implementations that the model class admits.
         refused: What a draft of this family is refused with; `None` if it is accepted.
-        refused_trees: What a tree is refused with; `None` if trees are accepted.
+        chains_only: Why trees are narrowed to chains; `None` if they are not.
     """
 
     name: str
@@ -62,10 +63,11 @@ class Family:
     video_prompt: str
     image_prompt: str
     mixes_modalities: bool = True
+    takes_chunks: bool = True
     videos_kwargs: dict[str, Any] = field(default_factory=dict)
     attentions: tuple[str, ...] = ("sdpa", "eager")
     refused: str | None = None
-    refused_trees: str | None = None
+    chains_only: str | None = None
 
     @cached_property
     def tokenizer(self) -> hf.PreTrainedTokenizerFast:

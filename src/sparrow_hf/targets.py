@@ -6,6 +6,7 @@ What is read from a target's configuration (placeholder ids, the shape of a deco
 
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ._transformers import commit_of, execution_device, layer_kinds, name_of
+from ._transformers import NO_CACHE, commit_of, execution_device, layer_kinds, name_of, rope_borders
 from .configuration_sparrow import SparrowDraftConfig, visual_token_ids
 from .errors import BindingError, UnsupportedTargetError
 from .hidden_states import install_hooks
@@ -23,8 +24,8 @@ _NORMS = ("norm", "embedding_norm", "final_layernorm", "final_layer_norm", "fina
 
 #: Kinds of layers of which several rows in one forward give what one at a time gives: if every row follows the one
 #: before (a chain), and if rows also branch (a tree; the mask then says which rows a row sees).
-TREE_LAYERS = frozenset({"full_attention"})
-CHAIN_LAYERS = TREE_LAYERS | {"linear_attention"}
+TREE_LAYERS = frozenset({"full_attention", "sliding_attention"})
+CHAIN_LAYERS = TREE_LAYERS | {"chunked_attention", "minimax_m3_sparse", "conv", "linear_attention"}
 
 
 class TargetView:
@@ -42,8 +43,8 @@ class TargetView:
         self.model = unwrap(target)
         name, config = type(self.model).__name__, self.model.config
         self.text_config = config.get_text_config()
-        self.layer_kinds = set(layer_kinds(self.text_config))
-        if unknown := self.layer_kinds - CHAIN_LAYERS:
+        self.layer_kinds = layer_kinds(self.text_config)
+        if unknown := set(self.layer_kinds) - CHAIN_LAYERS - {NO_CACHE}:
             raise UnsupportedTargetError(
                 f"{name} has layers of the kind {', '.join(sorted(unknown))}, which may give other states for several "
                 f"tokens in one forward than one by one; drafts can be verified by layers of the kind "
@@ -64,12 +65,9 @@ class TargetView:
         self.head: nn.Module = self.model.get_output_embeddings()
         if self.embedding is None or self.head is None:
             raise UnsupportedTargetError(f"{name} has no input embedding or no language-model head")
+        #: Filled by `generation/self_check.py`: attention function → how drafts are verified with it.
+        self.verification: dict[Any, Any] = {}
         self._head_rows: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
-
-    @property
-    def chain_layers(self) -> list[str]:
-        """Kinds of its layers that verify chains, but no trees."""
-        return sorted(self.layer_kinds - TREE_LAYERS)
 
     def is_view_of(self, target: PreTrainedModel) -> bool:
         """Whether this is a view of `target` with its current embedding and head."""
@@ -95,6 +93,11 @@ class TargetView:
             else:
                 self._head_rows = token_ids, lambda states: head(states)[..., token_ids]
         return self._head_rows[1]
+
+    @cached_property
+    def rope_borders(self) -> list[tuple[int, bool]]:
+        """Positions at which the frequencies of the rotary embedding change, and whether they stay so beyond."""
+        return rope_borders(self.decoder)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -71,13 +71,6 @@ def test_options(setting, kwargs: dict[str, Any], message: str) -> None:
         target.generate(**inputs, assistant_model=draft, max_new_tokens=4, **kwargs)
 
 
-def test_flash_attention(setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, draft, inputs = setting
-    monkeypatch.setattr(target.config.get_text_config(), "_attn_implementation_internal", "flash_attention_2")
-    with refused(target, "flash_attention_2"):
-        target.generate(**inputs, assistant_model=draft, max_new_tokens=4)
-
-
 @pytest.mark.parametrize("positional", [False, True])
 def test_batches(setting, positional: bool) -> None:
     target, draft, inputs = setting

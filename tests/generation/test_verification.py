@@ -53,3 +53,18 @@ def test_walk_follows_the_targets_tokens() -> None:
     assert run([11, 13, 11]) == ([0, 1, 3], 2, 3)  # a leaf still gives the target's own token
     assert run([12, 11, 99], stop_after=2) == ([0, 2], 2, 2)  # stopped on a drafted token: its KV is not kept
     assert run([12, 11, 99], stop_after=1) == ([0], 1, 1)
+
+
+def test_a_window_counts_rows_as_if_every_path_were_the_text() -> None:
+    """The prefix has rows 3, 4, 5 of 6; a node at depth d stands in row 6 + d and sees 4 rows, itself included."""
+    mask = tree_attention_mask(TREE, past_length=6, dtype=torch.float32, first_row=3, window=4)
+    visible = (mask[0, 0] == 0).int().tolist()
+    #                  3  4  5 | nodes
+    assert visible[0][:3] == [1, 1, 1]
+    for node, depth in enumerate(TREE.depths.tolist()):
+        assert visible[node][:3] == [int(row > 6 + depth - 4) for row in (3, 4, 5)]
+        assert visible[node][3:] == TREE.ancestors[node].int().tolist()
+    narrow = (tree_attention_mask(TREE, 6, torch.float32, first_row=5, window=2)[0, 0] == 0).int().tolist()
+    for node, depth in enumerate(TREE.depths.tolist()):
+        near = [int(TREE.ancestors[node, other] and depth - TREE.depths[other] < 2) for other in range(len(TREE))]
+        assert narrow[node] == [int(depth == 0), *near]

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .._transformers import attention_layers, cache_tensors, drop_newest, recurrent_states
+from .._transformers import (
+    attention_layers,
+    cache_tensors,
+    convolution_layers,
+    drop_newest,
+    new_inputs,
+    record_past,
+    recurrent_states,
+)
 from .tree import CandidateTree
 
 #: Tokens that recurrent layers may leave to the next forward.
@@ -19,7 +27,7 @@ MAX_CARRIED = 16
 
 
 class HeldCache:
-    """A cache of layers that can drop their newest rows: full attention.
+    """A cache of layers that can drop their newest rows: full attention, windows and convolutions.
 
     Between two rounds, cache and carried tokens together are the committed text without its newest token, which is the
     root of the next tree.
@@ -47,6 +55,10 @@ class HeldCache:
     def spare_slots(self) -> int:
         """How many nodes the next tree may have, its root included; at least one."""
         return sys.maxsize
+
+    def close(self) -> None:
+        """After the last round: the cache is a plain one again."""
+        record_past(self._cache, False)
 
     @contextmanager
     def verifying(self, tree: CandidateTree) -> Iterator[list[int]]:
@@ -97,6 +109,9 @@ class HeldCache:
                     source = torch.tensor(kept, device=entries.device) + start
                     entries[:, :, start : start + len(kept)] = entries[:, :, source]
             drop_newest(layer, new - len(kept))
+        for layer in convolution_layers(self._cache):
+            # Nothing of the forward is left in a layer that it did not reach.
+            drop_newest(layer, max(new_inputs(layer) - len(kept), 0))
 
 
 class RecurrentCache(HeldCache):
@@ -134,6 +149,7 @@ class RecurrentCache(HeldCache):
             self._put_back()
             self.carried += tree.token_ids[0, path].tolist()
         else:
+            self._keep_rows(list(range(len(self.carried) + len(tree))))
             self._saved = None
             self.carried = []
 
@@ -150,4 +166,5 @@ class RecurrentCache(HeldCache):
 
 def hold(cache: DynamicCache) -> HeldCache:
     """The target's cache, after the prefill, as the loop sees it."""
+    record_past(cache, True)
     return RecurrentCache(cache, MAX_CARRIED) if recurrent_states(cache) else HeldCache(cache)

@@ -1,11 +1,11 @@
 """The speculative loop of one `generate()` call: prefill, then rounds of propose, verify, walk, commit."""
 
 import warnings
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
@@ -14,16 +14,16 @@ from .._transformers import CACHE, GenerateOutput
 from ..clocks import PhaseClock
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
+from ..targets import TargetView
+from .attention import following_masks
 from .caches import HeldCache, hold
 from .candidate_generator import SparrowCandidateGenerator
 from .emission import TokenEmitter
 from .refusals import check_inputs
+from .self_check import how_to_verify
 from .stats import GenerationStats
 from .tree import CandidateTree, build_tree
-from .verification import tree_attention_mask, tree_position_ids, walk
-
-#: Per-token inputs that some families' forward takes; new tokens repeat the newest one (text).
-_TOKEN_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+from .verification import max_levels_before_border, verification_inputs, walk
 
 
 def speculative_decode(
@@ -62,11 +62,12 @@ def speculative_decode(
     mask = model_kwargs.get("attention_mask")
     with clock.phase("draft"):
         generator = SparrowCandidateGenerator(draft, input_ids[:, -new:], None if mask is None else mask[:, -new:])
-    if generator.shape.beam_width > 1 and draft.target.chain_layers:
+    view, ways = draft.target, how_to_verify(draft.target)
+    if ways.trees is None and generator.shape.beam_width > 1:
         generator.draft_chains()
         warnings.warn(
-            f"the target's {', '.join(draft.target.chain_layers)} layers cannot verify trees: the draft "
-            f"proposes chains of {generator.shape.num_draft_levels} tokens instead",
+            f"{type(view.model).__name__} cannot verify trees: the draft proposes chains of "
+            f"{generator.shape.num_draft_levels} tokens instead",
             stacklevel=2,
         )
     with clock.phase("prefill"), HiddenStateCollector(generator.layers_to_collect).active() as collector:
@@ -92,13 +93,15 @@ def speculative_decode(
             while not emitter.finished:
                 # A round commits at most one token more than it drafts.
                 budget = generation_config.max_length - emitter.input_ids.shape[1]
+                on_this_side = max_levels_before_border(view, held, first_position)
                 with clock.phase("draft"):
-                    tree = generator.propose(max_levels=min(budget, held.spare_slots) - 1)
+                    tree = generator.propose(max_levels=min(budget - 1, held.spare_slots - 1, on_this_side))
                 with clock.phase("verify"):
                     past_length, lead = held.length, len(held.carried)
                     with held.verifying(tree) as path:
-                        inputs = verification_inputs(target, tree, held, first_position, model_kwargs)
-                        with HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids)).active() as collector:
+                        inputs = verification_inputs(view, tree, held, first_position, model_kwargs)
+                        collector = HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids))
+                        with collector.active(), following_masks(ways.of(tree) == "eager"):
                             outputs = target(**inputs, return_dict=True)
                         accept(tree, outputs.logits, emitter, stats, path)
                     model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
@@ -113,9 +116,10 @@ def speculative_decode(
                 stats.max_draft_cache_length = generator.max_cache_length
                 stats.failed_drafts = generator.failed_drafts
     finally:
-        if held.carried and _transformers.outlives_call(model_kwargs[CACHE], generation_config):
-            with _transformers.decoding(target), clock.phase("verify"):
-                read_carried(target, held, first_position, model_kwargs)
+        with closing(held):
+            if held.carried and _transformers.outlives_call(model_kwargs[CACHE], generation_config):
+                with _transformers.decoding(target), clock.phase("verify"):
+                    read_carried(view, held, first_position, model_kwargs)
 
     if streamer is not None:
         streamer.end()
@@ -152,56 +156,13 @@ def accept(
     walk(tree, choose, commit, path)
 
 
-def read_carried(
-    target: PreTrainedModel, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any]
-) -> None:
+def read_carried(view: TargetView, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any]) -> None:
     """Runs the target over the carried tokens alone, so that the cache holds them."""
     tokens, held.carried = held.carried, []
     chain = build_tree(tokens, list(range(-1, len(tokens) - 1)), first_position.device)
     with held.verifying(chain) as path:
-        target(**verification_inputs(target, chain, held, first_position, model_kwargs), return_dict=True)
+        view.model(**verification_inputs(view, chain, held, first_position, model_kwargs), return_dict=True)
         path += range(len(chain))
-
-
-def verification_inputs(
-    target: PreTrainedModel, tree: CandidateTree, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Inputs of one target forward over the carried tokens and all nodes of a tree.
-
-    cached rows … | c0   c1   | root  d1   d2  …       c: carried tokens
-    positions       p    p+1  | p+2   p+2+depth …      p: where the cache ends
-
-    Args:
-        first_position: `(…, 1)` position of the first generated token.
-        model_kwargs: Those of a plain step.
-    """
-    lead = tree.token_ids.new_tensor([held.carried])
-    num_rows = lead.shape[1] + len(tree)
-    start = first_position + held.rows_since_prefill
-    positions = (
-        start + torch.arange(lead.shape[1], device=start.device),
-        tree_position_ids(tree, start + lead.shape[1]),
-    )
-    step = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
-    for key in _TOKEN_TYPE_KEYS:
-        if step.get(key) is not None:
-            step[key] = step[key][..., -1:].expand(*step[key].shape[:-1], num_rows)
-    mask = model_kwargs.get("attention_mask")
-    if tree.is_chain and mask is not None:
-        # In a chain every row sees all rows before it, which is how targets read a 2-D mask.
-        mask = pad(mask[:, : held.length], (0, num_rows), value=1)
-    inputs = target.prepare_inputs_for_generation(
-        torch.cat((lead, tree.token_ids), dim=1),
-        position_ids=torch.cat(positions, dim=-1),
-        attention_mask=mask if tree.is_chain else None,
-        is_first_iteration=False,
-        **step,
-    )
-    if not tree.is_chain:
-        inputs["attention_mask"] = tree_attention_mask(tree, held.length, target.get_decoder().norm.weight.dtype, mask)
-    if "logits_to_keep" in inputs:
-        inputs["logits_to_keep"] = len(tree)
-    return inputs
 
 
 def num_new_positions(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation import GenerationMode
 
-from .._transformers import CACHE, attention_of
+from .._transformers import CACHE
 from ..errors import UnsupportedGenerationError
 
 #: Options of `generate()` for other ways to draft or to decode, which a draft would silently replace.
@@ -72,10 +72,6 @@ def check_request(
         value = getattr(generation_config, name, None)
         if value not in (None, False):
             found.append(f"{name}={value!r}")
-    attention = attention_of(target.config.get_text_config())
-    if "flash" in attention:
-        # Verification needs a 4-D mask; FlashAttention would ignore it and accept wrong tokens without an error.
-        found.append(f"attn_implementation={attention!r} (load the target with 'sdpa')")
     if learns_prompt(target):
         found.append("prompt or prefix tuning of peft on the target (its virtual tokens are not in input_ids)")
     if found:
