@@ -336,6 +336,7 @@ _OTHERS = (
         placeholder_tokens=("image_patch",),
         video_prompt="<|video|>\n",
         image_prompt="<|image|>\n",
+        max_videos=1,
     ),
     Family(
         name="kimi_k25",
@@ -403,6 +404,7 @@ _WITH_TIMM = (
         placeholder_tokens=PLACEHOLDERS,
         video_prompt="<|video|>\n",
         image_prompt="<|image|>\n",
+        takes_chunks=False,
     ),
 )
 

@@ -47,6 +47,7 @@ class Family:
         placeholder_tokens: Those of `named_tokens` that visual features replace.
         video_prompt, image_prompt: Placeholder of a video or an image in a prompt; the processor expands it.
         mixes_modalities: The processor takes images and videos in one call.
+        max_videos: How many videos the processor takes in a prompt.
         takes_chunks: Plain `generate()` can read its prompt in chunks.
         videos_kwargs: What the processor must be told about a video beside its frames.
         attentions: Attention implementations that the model class admits.
@@ -63,6 +64,7 @@ class Family:
     video_prompt: str
     image_prompt: str
     mixes_modalities: bool = True
+    max_videos: int = 2
     takes_chunks: bool = True
     videos_kwargs: dict[str, Any] = field(default_factory=dict)
     attentions: tuple[str, ...] = ("sdpa", "eager")

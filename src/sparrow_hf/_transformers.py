@@ -104,7 +104,7 @@ _METHODS = {
     },
     "_validate_generation_mode": {"generation_mode", "generation_config", "generation_mode_kwargs"},
     "_prefill": {"input_ids", "generation_config", "model_kwargs"},
-    "_update_model_kwargs_for_generation": {"outputs", "model_kwargs", "num_new_tokens"},
+    "_update_model_kwargs_for_generation": {"outputs", "model_kwargs", "is_encoder_decoder", "num_new_tokens"},
     "_optimize_model_for_decode": {"self"},
     "_prepare_position_ids_for_generation": {"inputs_tensor", "model_kwargs"},
     "_get_candidate_generator": {"generation_config"},
@@ -321,7 +321,9 @@ def decoding(target: Any) -> AbstractContextManager[Any]:
 
 def advance(target: Any, outputs: Any, model_kwargs: dict[str, Any], num_new_tokens: int = 1) -> dict[str, Any]:
     """`model_kwargs` of the next forward, after one whose `num_new_tokens` first tokens stay."""
-    return target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_new_tokens)
+    return target._update_model_kwargs_for_generation(
+        outputs, model_kwargs, is_encoder_decoder=target.config.is_encoder_decoder, num_new_tokens=num_new_tokens
+    )
 
 
 def length_with_cache(generation_config: Any, attention_mask: Tensor | None) -> int:
@@ -343,7 +345,9 @@ NO_CACHE = "dummy"
 
 def layer_kinds(config: Any) -> list[str]:
     """What each layer of a text decoder keeps in its cache: `"full_attention"`, `"sliding_attention"`, …"""
-    return _cache_layer_types(config)[0]
+    kinds, _ = _cache_layer_types(config)
+    reading_images = getattr(config, "cross_attention_layers", None) or ()
+    return ["cross_attention" if index in reading_images else kind for index, kind in enumerate(kinds)]
 
 
 def run_layer(
@@ -376,6 +380,17 @@ def cache_tensors(cache: Any) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in attention_layers(cache)]
 
 
+def convolution_layers(cache: Any) -> list[Any]:
+    """Layers of a cache that hold the newest inputs of convolutions and no state of older ones."""
+    layers = [layer for layer in cache.layers if any(getattr(layer, "is_conv_states_initialized", {}).values())]
+    return [layer for layer in layers if not any(layer.is_recurrent_states_initialized.values())]
+
+
+def new_inputs(layer: Any) -> int:
+    """How many inputs a layer of [`convolution_layers`] holds beyond those that its convolution needs."""
+    return layer.conv_states[0].shape[-1] - layer.conv_kernel_size[0]
+
+
 def recurrent_states(cache: Any) -> list[Tensor]:
     """States of the layers that hold a state of all they have read (and the newest inputs of their convolution).
 
@@ -392,17 +407,6 @@ def recurrent_states(cache: Any) -> list[Tensor]:
 def outlives_call(cache: Any, generation_config: Any) -> bool:
     """Whether somebody holds the cache of a `generate()` call afterwards: it was passed in, or will be returned."""
     return bool(generation_config.return_dict_in_generate) or getattr(cache, "_is_user_defined", False)
-
-
-def convolution_layers(cache: Any) -> list[Any]:
-    """Layers of a cache that hold the newest inputs of convolutions and no state of older ones."""
-    layers = [layer for layer in cache.layers if any(getattr(layer, "is_conv_states_initialized", {}).values())]
-    return [layer for layer in layers if not any(layer.is_recurrent_states_initialized.values())]
-
-
-def new_inputs(layer: Any) -> int:
-    """How many inputs a layer of [`convolution_layers`] holds beyond those that its convolution needs."""
-    return layer.conv_states[0].shape[-1] - layer.conv_kernel_size[0]
 
 
 def drop_newest(cache: Any, count: int) -> None:
@@ -422,10 +426,7 @@ def first_rows_read(cache: Any, kinds: list[str], num_rows: int) -> dict[str, in
 
 
 def record_past(cache: Any, on: bool) -> None:
-    """Layers that hold a window of rows, or the newest inputs of a convolution, keep older ones until they are cut.
-
-    Those with a recurrent state cannot be cut.
-    """
+    """Layers that hold a window of rows, or the newest inputs of a convolution, keep older ones until they are cut."""
     for layer in cache.layers:
         if hasattr(layer, "record_past") and not any(getattr(layer, "is_recurrent_states_initialized", {}).values()):
             layer.record_past = on
@@ -465,6 +466,11 @@ def is_stock_attention(layers: nn.ModuleList, config: Any) -> bool:
     function = attention_function(layers, config)
     is_own = function is not None and function.__module__.startswith("transformers.")
     return is_own and attention_of(config) in ("eager", "sdpa")
+
+
+def makes_masks(name: str) -> bool:
+    """Whether models make masks for an attention function; for others they drop every 2-D mask."""
+    return name in _mask_functions
 
 
 def takes_flat_masks_only(name: str) -> bool:

@@ -69,6 +69,11 @@ class TargetView:
         self.verification: dict[Any, Any] = {}
         self._head_rows: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
 
+    @property
+    def chain_layers(self) -> list[str]:
+        """Kinds of its layers that verify chains, but no trees."""
+        return sorted(set(self.layer_kinds) - TREE_LAYERS - {NO_CACHE})
+
     def is_view_of(self, target: PreTrainedModel) -> bool:
         """Whether this is a view of `target` with its current embedding and head."""
         model = unwrap(target)

@@ -57,7 +57,7 @@ class HeldCache:
         return sys.maxsize
 
     def close(self) -> None:
-        """After the last round: the cache is a plain one again."""
+        """After the last round: the cache drops old rows by itself again."""
         record_past(self._cache, False)
 
     @contextmanager
@@ -110,7 +110,7 @@ class HeldCache:
                     entries[:, :, start : start + len(kept)] = entries[:, :, source]
             drop_newest(layer, new - len(kept))
         for layer in convolution_layers(self._cache):
-            # Nothing of the forward is left in a layer that it did not reach.
+            # A layer that the forward did not reach has nothing to drop.
             drop_newest(layer, max(new_inputs(layer) - len(kept), 0))
 
 

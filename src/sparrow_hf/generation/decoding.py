@@ -63,10 +63,10 @@ def speculative_decode(
     with clock.phase("draft"):
         generator = SparrowCandidateGenerator(draft, input_ids[:, -new:], None if mask is None else mask[:, -new:])
     view, ways = draft.target, how_to_verify(draft.target)
-    if ways.trees is None and generator.shape.beam_width > 1:
+    if generator.shape.beam_width > 1 and ways.trees is None:
         generator.draft_chains()
         warnings.warn(
-            f"{type(view.model).__name__} cannot verify trees: the draft proposes chains of "
+            f"the target's {ways.why_no_trees} cannot verify trees: the draft proposes chains of "
             f"{generator.shape.num_draft_levels} tokens instead",
             stacklevel=2,
         )
@@ -99,9 +99,11 @@ def speculative_decode(
                 with clock.phase("verify"):
                     past_length, lead = held.length, len(held.carried)
                     with held.verifying(tree) as path:
-                        inputs = verification_inputs(view, tree, held, first_position, model_kwargs)
+                        by_mask = ways.of(tree) == "eager"
+                        own_mask = by_mask or not tree.is_chain
+                        inputs = verification_inputs(view, tree, held, first_position, model_kwargs, own_mask)
                         collector = HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids))
-                        with collector.active(), following_masks(ways.of(tree) == "eager"):
+                        with collector.active(), following_masks(by_mask):
                             outputs = target(**inputs, return_dict=True)
                         accept(tree, outputs.logits, emitter, stats, path)
                     model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
@@ -119,7 +121,7 @@ def speculative_decode(
         with closing(held):
             if held.carried and _transformers.outlives_call(model_kwargs[CACHE], generation_config):
                 with _transformers.decoding(target), clock.phase("verify"):
-                    read_carried(view, held, first_position, model_kwargs)
+                    read_carried(view, held, first_position, model_kwargs, ways.chains == "eager")
 
     if streamer is not None:
         streamer.end()
@@ -156,12 +158,15 @@ def accept(
     walk(tree, choose, commit, path)
 
 
-def read_carried(view: TargetView, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any]) -> None:
+def read_carried(
+    view: TargetView, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any], by_mask: bool
+) -> None:
     """Runs the target over the carried tokens alone, so that the cache holds them."""
     tokens, held.carried = held.carried, []
     chain = build_tree(tokens, list(range(-1, len(tokens) - 1)), first_position.device)
-    with held.verifying(chain) as path:
-        view.model(**verification_inputs(view, chain, held, first_position, model_kwargs), return_dict=True)
+    with held.verifying(chain) as path, following_masks(by_mask):
+        inputs = verification_inputs(view, chain, held, first_position, model_kwargs, own_mask=by_mask)
+        view.model(**inputs, return_dict=True)
         path += range(len(chain))
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _transformers
-from .._transformers import CACHE, NO_CACHE
+from .._transformers import CACHE
 from ..errors import UnsupportedTargetError
-from ..targets import TREE_LAYERS, TargetView
+from ..targets import TargetView
 from .attention import following_masks, let_follow_masks
 from .caches import hold
 from .tree import CandidateTree, build_tree
@@ -34,7 +34,8 @@ _ROW_BY_ROW = ("torch.nn.modules.", "transformers.", "peft.")
 #: Parents of the nodes of the trees that are tried; a chain, and a tree in which most rows have strangers before them.
 _CHAIN = [-1, 0, 1, 2, 3]
 _TREE = [-1, 0, 0, 0, 1, 2, 4, 5]
-_PROMPT_LENGTH = 12
+#: The prompt begins with padding: some functions ignore that too.
+_PROMPT_LENGTH, _PADDING = 12, 3
 
 
 @dataclass
@@ -43,12 +44,14 @@ class Verification:
 
     Attributes:
         chains, trees: The attention function it does so with; `None` where none gives what one token at a time gives.
+        why_no_trees: What of the target stands in the way of trees.
         untold: What could not be read and was therefore tried.
         differences: Of what was tried (`"chain, own"`): the largest relative difference of the logits.
     """
 
     chains: Way | None
     trees: Way | None
+    why_no_trees: str = ""
     untold: list[str] = field(default_factory=list)
     differences: dict[str, float] = field(default_factory=dict)
 
@@ -105,20 +108,22 @@ def what_cannot_be_read(view: TargetView) -> list[str]:
 
 
 def _known(view: TargetView) -> Verification:
-    return Verification("own", "own" if takes_trees(view) else None)
+    obstacle = obstacle_to_trees(view)
+    return Verification("own", None if obstacle else "own", obstacle)
 
 
-def takes_trees(view: TargetView) -> bool:
-    """Whether rows may branch: every kind of layer follows a mask, and positions can be given."""
-    return set(view.layer_kinds) <= TREE_LAYERS | {NO_CACHE} and _transformers.takes_positions(
-        view.model, view.decoder
-    )
+def obstacle_to_trees(view: TargetView) -> str:
+    """What of a target does not let rows branch: layers that follow no mask, or positions that cannot be given."""
+    if view.chain_layers:
+        return f"{', '.join(view.chain_layers)} layers"
+    return "" if _transformers.takes_positions(view.model, view.decoder) else "decoder, which takes no positions,"
 
 
 @torch.no_grad()
 def measure(view: TargetView) -> Verification:
     """Tries a chain and a tree against the same tokens one by one."""
-    found = Verification(None, None, what_cannot_be_read(view))
+    obstacle = obstacle_to_trees(view)
+    found = Verification(None, None, obstacle, what_cannot_be_read(view))
     name, function = _transformers.attention_of(view.text_config), None
     if not _transformers.is_stock_attention(view.layers, view.text_config):
         function = _transformers.attention_function(view.layers, view.text_config)
@@ -128,13 +133,16 @@ def measure(view: TargetView) -> Verification:
         ways.append("eager")
     prompt = _Prompt(view)
     for way in ways:
-        if found.chains is None and prompt.agrees(_CHAIN, way, found):
+        # Masks of ours say nothing to layers that are no attention.
+        if found.chains is None and (way == "own" or not obstacle) and prompt.agrees(_CHAIN, way, found):
             found.chains = way
         # FlashAttention does not ignore a 4-D mask: it fails, on a GPU in a way that ends the process.
         if way == "own" and _transformers.takes_flat_masks_only(name):
             continue
-        if found.trees is None and takes_trees(view) and prompt.agrees(_TREE, way, found):
+        if found.trees is None and not obstacle and prompt.agrees(_TREE, way, found):
             found.trees = way
+    if found.trees is None and not obstacle:
+        found.why_no_trees = f"attention function {name!r}"
     return found
 
 
@@ -147,7 +155,8 @@ class _Prompt:
         # Any ids do. Multiples of a prime are spread over the vocabulary and never repeat.
         self._ids = (torch.arange(_PROMPT_LENGTH + len(_TREE), device=view.device) * 7919 + 101) % vocabulary
         prompt = self._ids[None, :_PROMPT_LENGTH]
-        kwargs = {"attention_mask": torch.ones_like(prompt), "use_cache": True}
+        is_text = torch.arange(_PROMPT_LENGTH, device=view.device) >= _PADDING
+        kwargs: dict[str, Any] = {"attention_mask": is_text.long()[None], "use_cache": True}
         kwargs["position_ids"] = _transformers.prompt_position_ids(self._model, prompt, kwargs)
         kwargs[CACHE] = _transformers.new_cache(self._model)
         inputs = self._model.prepare_inputs_for_generation(prompt, is_first_iteration=True, **kwargs)
@@ -159,7 +168,7 @@ class _Prompt:
         tree = build_tree(self._ids[_PROMPT_LENGTH:].tolist()[: len(parents)], parents, self._ids.device)
         try:
             with following_masks(way == "eager"):
-                together = self._logits(copy.deepcopy(self._kwargs), tree)[0]
+                together = self._logits(tree, own_mask=way == "eager" or not tree.is_chain)
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return False
         differences = []
@@ -185,6 +194,9 @@ class _Prompt:
             kwargs = _transformers.advance(self._model, outputs, kwargs)
         return outputs.logits[0, -1].double()
 
-    def _logits(self, kwargs: dict[str, Any], tree: CandidateTree) -> Tensor:
-        inputs = verification_inputs(self._view, tree, hold(kwargs[CACHE]), kwargs["position_ids"][..., -1:], kwargs)
-        return self._model(**inputs, return_dict=True).logits[:, -len(tree) :].double()
+    def _logits(self, tree: CandidateTree, own_mask: bool) -> Tensor:
+        """`(N, V)` logits of a tree in one forward."""
+        kwargs = copy.deepcopy(self._kwargs)
+        first_position, held = kwargs["position_ids"][..., -1:], hold(kwargs[CACHE])
+        inputs = verification_inputs(self._view, tree, held, first_position, kwargs, own_mask)
+        return self._model(**inputs, return_dict=True).logits[0, -len(tree) :].double()

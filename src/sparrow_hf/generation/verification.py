@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .._transformers import CACHE, first_rows_read
+from .._transformers import CACHE, attention_of, first_rows_read, makes_masks
 from ..draft_inputs import additive_mask
 from ..targets import TargetView
 from .caches import HeldCache
@@ -22,7 +22,12 @@ _TOKEN_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_id
 
 
 def verification_inputs(
-    view: TargetView, tree: CandidateTree, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any]
+    view: TargetView,
+    tree: CandidateTree,
+    held: HeldCache,
+    first_position: Tensor,
+    model_kwargs: dict[str, Any],
+    own_mask: bool,
 ) -> dict[str, Any]:
     """Inputs of one target forward over the carried tokens and all nodes of a tree.
 
@@ -32,6 +37,8 @@ def verification_inputs(
     Args:
         first_position: `(…, 1)` position of the first generated token.
         model_kwargs: Those of a plain step.
+        own_mask: Give the target a mask of ours. Without, it makes its own of the 2-D mask, as if the rows were one
+            text: right for chains, whatever the kinds of its layers.
     """
     lead = tree.token_ids.new_tensor([held.carried])
     num_rows = lead.shape[1] + len(tree)
@@ -41,18 +48,18 @@ def verification_inputs(
         if step.get(key) is not None:
             step[key] = step[key][..., -1:].expand(*step[key].shape[:-1], num_rows)
     mask = model_kwargs.get("attention_mask")
-    if tree.is_chain and mask is not None:
-        # In a chain every row sees all rows before it, which is how targets read a 2-D mask.
+    if mask is not None:
         mask = pad(mask[:, : held.length], (0, num_rows), value=1)
     inputs = view.model.prepare_inputs_for_generation(
         torch.cat((lead, tree.token_ids), dim=1),
         position_ids=positions,
-        attention_mask=mask if tree.is_chain else None,
+        attention_mask=None if own_mask else mask,
         is_first_iteration=False,
         **step,
     )
-    if not tree.is_chain:
+    if own_mask:
         inputs["attention_mask"] = tree_attention_masks(view, tree, held, inputs[CACHE], mask)
+    if not tree.is_chain:
         if inputs.get("position_ids") is None:
             # The model counts the rows itself, as if they were one text.
             start = positions.new_full((1, 1), held.length)
@@ -91,6 +98,9 @@ def tree_attention_masks(
     view: TargetView, tree: CandidateTree, held: HeldCache, cache: Any, prefix_mask: Tensor | None
 ) -> Tensor | dict[str, Tensor]:
     """The mask of a tree, or one for each kind of layer. See [`tree_attention_mask`]."""
+    if not makes_masks(attention_of(view.text_config)):
+        # The target drops the 2-D mask and sees the padding.
+        prefix_mask = None
     masks = {
         kind: tree_attention_mask(
             tree,
