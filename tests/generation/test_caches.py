@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from sparrow_hf.generation.caches import hold
-from sparrow_hf.generation.tree import build_tree
+from sparrow_hf._transformers import recurrent_states
+from sparrow_hf.generation.caches import RecurrentCache, hold
+from sparrow_hf.generation.tree import CandidateTree, build_tree
 
 #        0:A
 #      1:B   2:C
@@ -74,3 +76,77 @@ def test_an_exception_between_two_layers_keeps_nothing_of_the_forward(cache: Dyn
         add_rows(cache, NODES, num_layers=1)
         raise RuntimeError
     assert held_rows(cache) == [PREFIX, [1.0, 2.0, 3.0]]
+
+
+# -- recurrent layers -------------------------------------------------------------------------------------------------
+
+
+def read_rows(cache: DynamicCache, rows: list[float]) -> None:
+    """A forward over rows: the state is their sum, the convolution needs the last two, the window the last three."""
+    recurrent, window = cache.layers
+    before = 0.0 if recurrent.recurrent_states[0] is None else recurrent.recurrent_states[0]
+    recurrent.update_conv_state(torch.tensor(rows).view(1, 1, -1), conv_kernel_size=2)
+    recurrent.update_recurrent_state(torch.full((1, 1, 1, 1), sum(rows)) + before)
+    window.update(torch.tensor(rows).view(1, 1, -1, 1), torch.tensor(rows).view(1, 1, -1, 1))
+
+
+def all_held(cache: DynamicCache) -> tuple[float, list[float], list[float], int]:
+    """State, inputs of the convolution, rows of the window, length."""
+    recurrent, window = cache.layers
+    conv, rows = recurrent.conv_states[0].flatten().tolist(), window.keys.flatten().tolist()
+    return float(recurrent.recurrent_states[0]), conv, rows, cache.get_seq_length()
+
+
+@pytest.fixture
+def recurrent() -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers = [LinearAttentionLayer(), DynamicSlidingWindowLayer(sliding_window=4)]
+    read_rows(cache, [1.0, 2.0, 3.0])
+    return cache
+
+
+def chain_of(*tokens: int) -> CandidateTree:
+    return build_tree(list(tokens), list(range(-1, len(tokens) - 1)))
+
+
+def test_states_are_put_back_and_accepted_tokens_carried(recurrent: DynamicCache) -> None:
+    held = hold(recurrent)
+    addresses = [state.data_ptr() for state in recurrent_states(recurrent)]
+    # 7 and 8 of three tokens are accepted, then 9 of two, then both.
+    for tokens, accepted, carried in (((7, 8, 9), 2, [7, 8]), ((9, 5), 1, [7, 8, 9]), ((6, 4), 2, [])):
+        rows = [float(token) for token in (*held.carried, *tokens)]
+        with held.verifying(chain_of(*tokens)) as path:
+            read_rows(recurrent, rows)
+            path += range(accepted)
+        assert held.carried == carried
+        if carried:
+            assert all_held(recurrent) == (6.0, [2.0, 3.0], [1.0, 2.0, 3.0], 3)
+    assert all_held(recurrent) == (40.0, [6.0, 4.0], [9.0, 6.0, 4.0], 8)
+    # In place: compiled graphs hold the addresses.
+    assert [state.data_ptr() for state in recurrent_states(recurrent)] == addresses
+    # The states that are saved now are the new ones.
+    with held.verifying(chain_of(1, 2)) as path:
+        read_rows(recurrent, [1.0, 2.0])
+        path.append(0)
+    assert all_held(recurrent) == (40.0, [6.0, 4.0], [9.0, 6.0, 4.0], 8) and held.carried == [1]
+
+
+def test_a_forward_that_raised_is_undone(recurrent: DynamicCache) -> None:
+    held = hold(recurrent)
+    with pytest.raises(RuntimeError), held.verifying(chain_of(7, 8)):
+        recurrent.layers[0].update_recurrent_state(torch.full((1, 1, 1, 1), 99.0))
+        raise RuntimeError
+    assert all_held(recurrent) == (6.0, [2.0, 3.0], [1.0, 2.0, 3.0], 3) and held.carried == []
+    with pytest.raises(RuntimeError), held.verifying(chain_of(7, 8)):
+        read_rows(recurrent, [7.0, 8.0])
+        raise RuntimeError
+    # Plain `generate()` has read the root by then.
+    assert all_held(recurrent) == (6.0, [2.0, 3.0], [1.0, 2.0, 3.0], 3) and held.carried == [7]
+
+
+def test_too_many_carried_tokens_are_committed(recurrent: DynamicCache) -> None:
+    held = RecurrentCache(recurrent, max_carried=2)
+    held.carried = [7, 8]
+    assert held.spare_slots > 1000
+    held.carried = [7, 8, 9]
+    assert held.spare_slots == 1

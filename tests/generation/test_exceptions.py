@@ -18,12 +18,13 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from sparrow_hf import SparrowDraftModel
-from sparrow_hf._transformers import CACHE, cache_tensors
+from sparrow_hf._transformers import CACHE, attention_layers, cache_tensors, recurrent_states
 
 from families import FAMILY_BY_NAME
 from oracles import OracleGenerator, drafting_around
 
 FULL = pytest.mark.full
+pytestmark = pytest.mark.filterwarnings("ignore:.* cannot verify trees")
 NEW_TOKENS = 12
 QUESTION = torch.tensor([[20, 21, 22, 23]])
 SHAPES = {
@@ -81,13 +82,20 @@ def new_cache(target: PreTrainedModel) -> DynamicCache:
     return DynamicCache(config=target.config.get_text_config())
 
 
+def tensors_of(cache: DynamicCache) -> list[Tensor]:
+    return [*(tensor for pair in cache_tensors(cache) for tensor in pair), *recurrent_states(cache)]
+
+
 def second_turn(target: PreTrainedModel, text: Tensor, cache: DynamicCache, draft: SparrowDraftModel | None) -> Tensor:
     ids = torch.cat((text, QUESTION), dim=1)
     kwargs = {CACHE: cache, "max_new_tokens": 8, "assistant_model": draft}
     return target.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs)
 
 
-@pytest.fixture(params=["qwen2_5_vl", pytest.param("llava_onevision", marks=FULL)], scope="module")
+@pytest.fixture(
+    params=["qwen2_5_vl", "qwen3_5", *(pytest.param(name, marks=FULL) for name in ("llava_onevision", "qwen3_5_moe"))],
+    scope="module",
+)
 def setting(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, dict[str, Any], Tensor]:
     """A target, inputs, and the text plain `generate()` gives."""
     family = FAMILY_BY_NAME[request.param]
@@ -109,10 +117,9 @@ def test_the_cache_is_plains(setting, shape: str, role: str, token: int) -> None
         kwargs = inputs | {CACHE: caches[-1], "max_new_tokens": NEW_TOKENS} | ROLES[role](prompt + token)
         with pytest.raises(Stop), drafting_around(text[0, prompt:].tolist(), adversarial=True, seed=token):
             target.generate(**kwargs, assistant_model=assistant)
-    for plain, ours in zip(*map(cache_tensors, caches), strict=True):
-        for expected, found in zip(plain, ours, strict=True):
-            assert expected.shape == found.shape
-            assert torch.allclose(expected, found, atol=1e-4)
+    for expected, found in zip(*map(tensors_of, caches), strict=True):
+        assert expected.shape == found.shape
+        assert torch.allclose(expected, found, atol=1e-3)
     said = text[:, : prompt + token]
     assert torch.equal(second_turn(target, said, caches[0], None), second_turn(target, said, caches[1], draft))
 
@@ -162,7 +169,7 @@ def test_raised_by_draft_or_target(setting, shape: str, place: str, monkeypatch:
         with raising_at(monkeypatch, owner, name, call), pytest.raises(Stop):
             target.generate(**inputs, **{CACHE: cache}, max_new_tokens=NEW_TOKENS, assistant_model=draft)
     committed = draft.last_generation.new_tokens
-    assert {layer.get_seq_length() for layer in cache.layers} == {prompt + committed - 1 + more}
+    assert {layer.get_seq_length() for layer in attention_layers(cache)} == {prompt + committed - 1 + more}
     said = text[:, : prompt + committed]
     # Plain generate() goes on from that cache as from none.
     fresh = new_cache(target)

@@ -16,7 +16,7 @@ from sparrow_hf._transformers import CACHE, cache_tensors, recurrent_states
 from sparrow_hf.generation import caches, decoding
 from sparrow_hf.generation.caches import HeldCache, RecurrentCache
 from sparrow_hf.generation.tree import CandidateTree
-from sparrow_hf.measurement import Arm, compare
+from sparrow_hf.measurement import Arm, compare, first_difference
 from sparrow_hf.prefill import PrefillSnapshot
 
 import lossless
@@ -67,7 +67,7 @@ def assert_same_cache(plain: Any, ours: Any) -> None:
 def check_cases(numbers: range, **fixed: Any) -> None:
     cases = [make_case(number, family=NAMES[number % 2], **fixed) for number in numbers]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the target's .* cannot verify trees")
+        warnings.filterwarnings("ignore", ".* cannot verify trees")
         found = {str(case): mismatch(case) for case in cases}
     assert not {case: what for case, what in found.items() if what is not None}
 
@@ -77,8 +77,9 @@ def test_random_cases(budget: int) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("first", range(0, 400, 50))
-def test_many_random_cases(first: int, budget: int) -> None:
+@pytest.mark.parametrize("first", range(0, 600, 50))
+def test_many_random_cases(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caches, "MAX_CARRIED", BUDGETS[first // 50 % 3])
     check_cases(range(first, first + 50))
 
 
@@ -98,22 +99,46 @@ def test_random_cases_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("first", range(0, 200, 50))
-def test_many_random_cases_in_fp64(first: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", range(0, 150, 50))
+def test_many_random_cases_in_fp64(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     in_fp64(monkeypatch)
+    monkeypatch.setattr(caches, "MAX_CARRIED", BUDGETS[first // 50])
     check_cases(range(first, first + 50))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", NAMES)
+def test_in_bf16_texts_part_at_near_ties_only(name: str) -> None:
+    """A forward of several rows rounds differently from one of a single row, in recurrent layers as in any other."""
+    differing, gaps = 0, []
+    for seed in range(30):
+        target = FAMILY_BY_NAME[name].build_target(seed=seed).bfloat16()
+        inputs = FAMILY_BY_NAME[name].build_inputs(target, seed=seed)
+        kwargs = {"max_new_tokens": 32, "do_sample": False}
+        plain = target.generate(**inputs, **kwargs, return_dict_in_generate=True, output_logits=True)
+        text = plain.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        draft = SparrowDraftModel.from_target(target)
+        with drafting_around(text, adversarial=True, seed=seed):
+            ours = target.generate(**inputs, **kwargs, assistant_model=draft)[0, inputs["input_ids"].shape[1] :]
+        parts_at = first_difference(text, ours.tolist())
+        if parts_at is not None:
+            differing += 1
+            logits = plain.logits[parts_at][0]
+            gaps.append(float((logits[text[parts_at]] - logits[ours[parts_at]]) / logits.std()))
+    print(f"{name}: {differing} of 30 texts part, at gaps of", *(f"{gap:.3f}" for gap in gaps), "standard deviations")
+    assert differing <= 8 and all(gap < 0.05 for gap in gaps)
 
 
 def test_a_tree_becomes_the_chain_of_its_depth(setting: Setting) -> None:
     target, inputs, text = setting
     draft = SparrowDraftModel.from_target(target, num_tree_nodes=14, num_draft_levels=4, beam_width=3)
-    with pytest.warns(UserWarning, match="linear_attention layers cannot verify trees: .* chains of 4 tokens") as seen:
+    with pytest.warns(UserWarning, match="cannot verify trees: .* chains of 4 tokens") as seen:
         assert torch.equal(target.generate(**inputs, max_new_tokens=16, assistant_model=draft), text)
     assert len([warning for warning in seen if "verify trees" in str(warning.message)]) == 1
     chain = SparrowDraftModel.from_target(target, num_draft_levels=4)
     chain.load_state_dict(draft.state_dict())
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "the target's")
+        warnings.filterwarnings("error", ".* cannot verify trees")
         target.generate(**inputs, max_new_tokens=16, assistant_model=chain)
     assert draft.last_generation.accepted == chain.last_generation.accepted
     # The draft itself is as it was.

@@ -56,7 +56,7 @@ class HeldCache:
         """How many nodes the next tree may have, its root included; at least one."""
         return sys.maxsize
 
-    def let_go(self) -> None:
+    def close(self) -> None:
         """After the last round: the cache drops old rows by itself again."""
         record_past(self._cache, False)
 
@@ -149,6 +149,7 @@ class RecurrentCache(HeldCache):
             self._put_back()
             self.carried += tree.token_ids[0, path].tolist()
         else:
+            self._keep_rows(list(range(len(self.carried) + len(tree))))
             self._saved = None
             self.carried = []
 

@@ -1,6 +1,7 @@
 """The speculative loop of one `generate()` call: prefill, then rounds of propose, verify, walk, commit."""
 
 import warnings
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -117,10 +118,10 @@ def speculative_decode(
                 stats.max_draft_cache_length = generator.max_cache_length
                 stats.failed_drafts = generator.failed_drafts
     finally:
-        held.let_go()
-        if held.carried and _transformers.outlives_call(model_kwargs[CACHE], generation_config):
-            with _transformers.decoding(target), clock.phase("verify"):
-                read_carried(view, held, first_position, model_kwargs, ways.chains == "eager")
+        with closing(held):
+            if held.carried and _transformers.outlives_call(model_kwargs[CACHE], generation_config):
+                with _transformers.decoding(target), clock.phase("verify"):
+                    read_carried(view, held, first_position, model_kwargs, ways.chains == "eager")
 
     if streamer is not None:
         streamer.end()
