@@ -109,10 +109,10 @@ def facts_of_target(source: str, dtype: str, device: str | None, attention: str 
 
     from ..configuration_sparrow import SparrowDraftConfig
     from ..generation.self_check import measure, refuse_without_a_way
-    from ..loading import load_model
+    from ..loading import load_without_processor
     from ..targets import TargetView
 
-    model = load_model(source, dtype, device)
+    model = load_without_processor(source, dtype, device)
     if attention is not None:
         model.set_attn_implementation(attention)
     view = TargetView(model)

@@ -110,7 +110,7 @@ def prepare_conversation(
         return _without_place(row)
     answer_ids, answer = row.get("answer_ids"), row.get("answer")
     if answer_ids is None:
-        tokenizer = _required(processor).tokenizer
+        tokenizer = tokenizer_of(_required(processor))
         answer = split_answer(row)[1] if answer is None else answer
         if answer is None:
             raise TrainingDataError(
@@ -223,6 +223,11 @@ def _without_place(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sampling(row: Mapping[str, Any], fps: float | None, max_frames: int | None) -> dict[str, Any]:
     return {"fps": fps, "max_frames": max_frames} | own_sampling(row)
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor; a target that only reads text has no more than a tokenizer."""
+    return getattr(processor, "tokenizer", processor)
 
 
 def _required(processor: ProcessorMixin | None) -> ProcessorMixin:
