@@ -34,5 +34,5 @@ def no_network() -> Any:
 
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest) -> Family:
-    """Each of the nine supported architectures in turn."""
+    """Each of the nine first architectures in turn; `lossless.py` has cases of all."""
     return request.param

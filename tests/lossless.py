@@ -1,8 +1,10 @@
 """Random cases of one promise: `generate(assistant_model=draft)` gives the tokens plain `generate()` gives.
 
-A case is a function of its number: family, attention, draft, tree shape, processors, stop rule and requested outputs.
+A case is a function of its number: family, attention, draft, tree shape, processors, stop rule, and whether the prompt
+is padded, read in chunks, or the second turn of a conversation.
 """
 
+import copy
 import functools
 import random
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -18,8 +21,14 @@ from transformers.generation.streamers import BaseStreamer
 from sparrow_hf import SparrowDraftModel, TreeShape
 from sparrow_hf._transformers import CACHE
 
-from families import FAMILIES, FAMILY_BY_NAME
+from families import ALL_FAMILIES, FAMILY_BY_NAME
 from oracles import drafting_around
+
+#: Those that drafts are accepted for.
+SERVED = tuple(family for family in ALL_FAMILIES if family.refused is None)
+
+#: Ways to bring a prompt.
+PROMPTS = ("plain", "plain", "padded", "chunked", "second turn")
 
 #: Processors of every kind: none, of one row, of the history, that forbid, that force.
 PROCESSORS: tuple[dict[str, Any], ...] = (
@@ -76,6 +85,7 @@ class Case:
     generate_kwargs: dict[str, Any]
     stop: dict[str, Any]
     draft_vocab_size: int | None
+    prompt: str
 
     def __str__(self) -> str:
         return f"{self.number}-{self.family}-{self.drafter}"
@@ -84,7 +94,7 @@ class Case:
 def make_case(number: int, **fixed: Any) -> Case:
     """The case of this number, with some fields fixed."""
     rng = random.Random(number)
-    family = rng.choice([family.name for family in FAMILIES])
+    family = rng.choice(SERVED)
     beam = rng.choice([1, 1, 2, 4, 10])
     levels = rng.randint(1, 7)
     shape = TreeShape(levels + 1 if beam == 1 else rng.randint(2, 48), levels, beam)
@@ -97,8 +107,8 @@ def make_case(number: int, **fixed: Any) -> Case:
         case "custom":
             stop["custom"] = rng.randint(5, 15)
     fields = {
-        "family": family,
-        "attn_implementation": rng.choice(["sdpa", "eager"]),
+        "family": family.name,
+        "attn_implementation": rng.choice(family.attentions),
         "drafter": rng.choice(["random", "oracle", "adversary", "adversary"]),
         "draft_fields": {
             **shape._asdict(),
@@ -108,10 +118,15 @@ def make_case(number: int, **fixed: Any) -> Case:
             "project_visual": rng.random() < 0.3,
             "input_norm": rng.random() < 0.7,
         },
-        "inputs": {"videos": rng.choice([0, 1, 1, 1, 2]), "num_frames": rng.choice([2, 4]), "seed": rng.randint(0, 3)},
+        "inputs": {
+            "videos": min(rng.choice([0, 1, 1, 1, 2]), family.max_videos),
+            "num_frames": rng.choice([2, 4]),
+            "seed": rng.randint(0, 3),
+        },
         "generate_kwargs": rng.choice(SAMPLERS) | rng.choice(PROCESSORS),
         "stop": stop,
         "draft_vocab_size": rng.choice([None, None, 3, 40]),
+        "prompt": rng.choice([way for way in PROMPTS if way != "chunked" or family.takes_chunks]),
     }
     return Case(number, **(fields | fixed))
 
@@ -126,16 +141,27 @@ def mismatch(case: Case) -> str | None:
     """Runs both arms; what differed (tokens, streamed tokens, scores, logits, cache length), or `None`."""
     family, target = FAMILY_BY_NAME[case.family], built_target(case.family, case.attn_implementation)
     inputs = family.build_inputs(target, **case.inputs)
+    if case.prompt == "padded":
+        inputs = left_padded(inputs, family.tokenizer.pad_token_id, 1 + case.number % 9)
+    if case.prompt == "second turn":
+        first = target.generate(**inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+        said = family.tokenizer("\nUser: And then?\nAssistant:", return_tensors="pt")["input_ids"]
+        ids = torch.cat((first.sequences, said), dim=1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     prompt_length = inputs["input_ids"].shape[1]
 
     def run(draft: SparrowDraftModel | None) -> tuple[Any, list[list[int]]]:
         streamer = RecordingStreamer()
+        options = {"prefill_chunk_size": 7 + case.number % 20} if case.prompt == "chunked" else {}
+        if case.prompt == "second turn":
+            options[CACHE] = copy.deepcopy(first[CACHE])
         stop = dict(case.stop)
         if "custom" in stop:
             stop["stopping_criteria"] = StoppingCriteriaList([EveryNthToken(stop.pop("custom"))])
         torch.manual_seed(case.number)
         output = target.generate(
             **inputs,
+            **options,
             **case.generate_kwargs,
             **stop,
             assistant_model=draft,
@@ -174,6 +200,15 @@ def mismatch(case: Case) -> str | None:
     if stats is None or stats.new_tokens != len(future):
         return "the statistics count other tokens than were generated"
     return None
+
+
+def left_padded(inputs: dict[str, Tensor], pad_token_id: int, length: int) -> dict[str, Tensor]:
+    """The same prompt behind padding."""
+    values = {"input_ids": pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0, "moe_mm_token_type_ids": 0}
+    padded = {"attention_mask": torch.ones_like(inputs["input_ids"])} | inputs
+    for name in values.keys() & padded.keys():
+        padded[name] = F.pad(padded[name], (length, 0), value=values[name])
+    return padded
 
 
 @contextmanager

@@ -3,14 +3,15 @@
 import json
 
 import pytest
-from transformers import AutoConfig, Qwen2_5_VLConfig
+from transformers import AutoConfig, Blip2VisionConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2Config
 from transformers.models.gemma3.configuration_gemma3 import Gemma3Config
 
-from sparrow_hf import TREE_PRESETS, SparrowDraftConfig, TreeShape
+from sparrow_hf import TREE_PRESETS, SparrowDraftConfig, SparrowDraftModel, TreeShape
 from sparrow_hf.configuration_sparrow import parse_tree_shape
 from sparrow_hf.errors import DraftConfigError, UnsupportedTargetError
 from sparrow_hf.evaluation import parse_tree
 
+from families import FAMILY_BY_NAME
 from tiny_targets import Family
 
 
@@ -78,9 +79,63 @@ def test_drafts_saved_with_the_former_window_field(tmp_path) -> None:
         SparrowDraftConfig.from_pretrained(tmp_path)
 
 
-def test_unknown_text_model_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedTargetError, match="gemma3"):
-        SparrowDraftConfig.from_target_config(Gemma3Config())
+def test_an_unknown_text_model_gets_a_llama_layer() -> None:
+    """Its fields by whatever names it has for them, one RoPE instead of one per kind of layer."""
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10}
+    text = sizes | {"hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-4, "num_hidden_layers": 12}
+    config = SparrowDraftConfig.from_target_config(Gemma3Config(text_config=text))
+    assert config.block_type == "llama"
+    assert {name: getattr(config, name) for name in sizes} == sizes
+    assert (config.hidden_act, config.rms_norm_eps) == ("gelu_pytorch_tanh", 1e-4)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1_000_000.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        pytest.param({"layer_norm_eps": 1e-3}, {"rms_norm_eps": 1e-3}, id="epsilon"),
+        pytest.param({"intermediate_size": [96, 64]}, {"intermediate_size": 96}, id="one-width-per-layer"),
+        pytest.param({"intermediate_size": None}, {"intermediate_size": 192}, id="no-width"),
+        pytest.param({"dense_intermediate_size": 80}, {"intermediate_size": 80}, id="experts-and-a-dense-layer"),
+        pytest.param({"num_key_value_heads": 3}, {"num_key_value_heads": 4}, id="heads-that-do-not-divide"),
+        pytest.param({"num_key_value_heads": None}, {"num_key_value_heads": 4}, id="no-heads"),
+        pytest.param({"head_dim": None}, {"head_dim": 12}, id="no-head-size"),
+        pytest.param({"head_dim": 7}, {"head_dim": 6}, id="a-head-of-odd-size"),
+        pytest.param({"hidden_act": "swish_of_its_own"}, {"hidden_act": "silu"}, id="activation"),
+        pytest.param({"hidden_act": None}, {"hidden_act": "silu"}, id="no-activation"),
+    ],
+)
+def test_fields_of_other_forms(fields: dict[str, object], expected: dict[str, object]) -> None:
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100}
+    text = PreTrainedConfig(**(sizes | {"intermediate_size": 60} | fields))
+    config = SparrowDraftConfig.from_target_config(text)
+    assert {name: getattr(config, name) for name in expected} == expected
+    SparrowDraftModel(config)
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "default", "rope_theta": 7.0, "mrope_section": [2, 1, 1]}, {}),
+        ({"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.5}, {}),
+        ({"rope_type": "dynamic", "rope_theta": 7.0, "factor": 2.0}, {}),
+        ({"rope_type": "longrope", "rope_theta": 7.0, "long_factor": [1.0], "short_factor": [1.0]}, {}),
+        ({"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0, "partial_rotary_factor": 0.5}, {}),
+    ],
+)
+def test_the_draft_takes_over_a_rope_that_is_the_same_for_every_text(
+    rope: dict[str, object], expected: dict[str, object]
+) -> None:
+    text = Qwen2Config(rope_parameters={"rope_type": "default", "rope_theta": 1.0})
+    text.rope_parameters = rope
+    found = SparrowDraftConfig.from_target_config(text).rope_parameters
+    assert found == {"rope_type": "default", "rope_theta": 7.0} | expected
+
+
+def test_a_model_without_a_text_decoder_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedTargetError, match="blip_2_vision_model says no vocab_size"):
+        SparrowDraftConfig.from_target_config(Blip2VisionConfig())
 
 
 def test_tree_presets_are_the_papers() -> None:
@@ -117,3 +172,8 @@ def test_a_text_that_names_no_shape_is_refused(text: str) -> None:
 def test_a_tree_that_cannot_grow_is_refused(text: str) -> None:
     with pytest.raises(DraftConfigError, match="found"):
         parse_tree_shape(text)
+
+
+def test_the_placeholder_of_molmo_is_known_by_its_own_name() -> None:
+    config = FAMILY_BY_NAME["molmo2"].build_target().config
+    assert SparrowDraftConfig.from_target_config(config).visual_token_ids == [config.image_patch_id]

@@ -121,11 +121,24 @@ def test_a_model_without_a_decoder_is_refused() -> None:
         SparrowDraftModel.from_target(model)
 
 
-def test_sliding_window_targets_are_refused() -> None:
+def test_layers_that_depend_on_the_other_rows_are_refused() -> None:
     target = FAMILY_BY_NAME["qwen2_5_vl"].build_target()
-    target.config.get_text_config().layer_types[0] = "sliding_attention"
-    with pytest.raises(UnsupportedTargetError, match="use_sliding_window=False"):
+    target.config.get_text_config().layer_types[0] = "indexed_attention"
+    with pytest.raises(UnsupportedTargetError, match="layers of the kind indexed_attention"):
         SparrowDraftModel.from_target(target)
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    target = FAMILY_BY_NAME["qwen2_5_vl"].build_target()
+    target.config.is_encoder_decoder = True
+    with pytest.raises(UnsupportedTargetError, match="encoder-decoder"):
+        SparrowDraftModel.from_target(target)
+
+
+def test_layers_of_another_kind_are_not_copied() -> None:
+    target = FAMILY_BY_NAME["glm4v"].build_target()
+    with pytest.raises(UnsupportedTargetError, match="Glm4vTextDecoderLayer is no LlamaDecoderLayer"):
+        SparrowDraftModel.from_target(target, copy_last_layer=True)
 
 
 @pytest.mark.parametrize("meta_target", META_TARGETS, ids=lambda meta_target: meta_target.name)

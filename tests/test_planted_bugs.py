@@ -9,11 +9,13 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from sparrow_hf._transformers import CACHE
-from sparrow_hf.generation import decoding
+from sparrow_hf.generation import decoding, verification
+from sparrow_hf.generation.caches import HeldCache
 from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.generation.tree import CandidateTree, build_tree
 
 import oracles
+from families import FAMILIES
 from lossless import Case, make_case, mismatch
 
 TREE = {"num_tree_nodes": 24, "num_draft_levels": 4, "beam_width": 4}
@@ -73,16 +75,16 @@ def two_draws_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def position_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes are one position too far."""
-    monkeypatch.setattr(decoding, "tree_position_ids", lambda tree, root: root + tree.depths + 1)
+    monkeypatch.setattr(verification, "tree_position_ids", lambda tree, root: root + tree.depths + 1)
 
 
 def missing_mrope_delta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions count tokens, as if visual tokens had one position each."""
     inputs = decoding.verification_inputs
 
-    def without_delta(target: Any, tree: CandidateTree, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        result = inputs(target, tree, model_kwargs)
-        past = model_kwargs[CACHE].get_seq_length()
+    def without_delta(target: Any, tree: CandidateTree, *args: Any) -> dict[str, Any]:
+        result = inputs(target, tree, *args)
+        past = result[CACHE].get_seq_length()
         result["position_ids"] = (past + tree.depths).expand_as(result["position_ids"])
         return result
 
@@ -91,14 +93,14 @@ def missing_mrope_delta(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def boolean_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager attention adds a boolean mask as 0 and 1."""
-    additive = decoding.tree_attention_mask
-    monkeypatch.setattr(decoding, "tree_attention_mask", lambda *args: additive(*args) == 0)
+    additive = verification.tree_attention_mask
+    monkeypatch.setattr(verification, "tree_attention_mask", lambda *args, **kw: additive(*args, **kw) == 0)
 
 
 def wrong_kv_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache keeps the newest nodes in layout order, whatever the path."""
-    commit = decoding.commit_path
-    monkeypatch.setattr(decoding, "commit_path", lambda cache, path, n: commit(cache, list(range(len(path))), n))
+    keep = HeldCache._keep
+    monkeypatch.setattr(HeldCache, "_keep", lambda self, tree, path: keep(self, tree, list(range(len(path)))))
 
 
 def criteria_once_per_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +112,9 @@ def criteria_once_per_round(monkeypatch: pytest.MonkeyPatch) -> None:
         commit(self, token)
         self._criteria = criteria
 
-    def accept_then_check(tree: Any, logits: Any, emitter: TokenEmitter, stats: Any) -> list[int]:
-        path = accept(tree, logits, emitter, stats)
+    def accept_then_check(tree: Any, logits: Any, emitter: TokenEmitter, *args: Any) -> None:
+        accept(tree, logits, emitter, *args)
         emitter.finished = bool(emitter._criteria(emitter.input_ids, emitter.scores).all())
-        return path
 
     monkeypatch.setattr(TokenEmitter, "commit", commit_unchecked)
     monkeypatch.setattr(decoding, "accept", accept_then_check)
@@ -133,8 +134,13 @@ BUGS: dict[Callable[[pytest.MonkeyPatch], None], dict[str, Any]] = {
 
 
 def cases(fixed: dict[str, Any]) -> list[Case]:
-    defaults = {"drafter": "oracle", "generate_kwargs": NO_PROCESSOR, "stop": {"max_new_tokens": 20}}
-    return [make_case(number, **(defaults | fixed)) for number in range(4)]
+    defaults = {
+        "drafter": "oracle",
+        "generate_kwargs": NO_PROCESSOR,
+        "stop": {"max_new_tokens": 20},
+        "prompt": "plain",
+    }
+    return [make_case(number, **({"family": FAMILIES[number].name} | defaults | fixed)) for number in range(4)]
 
 
 @pytest.mark.parametrize("plant", BUGS, ids=lambda plant: plant.__name__)

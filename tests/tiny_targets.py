@@ -6,7 +6,7 @@ Inputs come out of the family's own processor (patches, grids, frame headers, to
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,12 @@ class Family:
         placeholder_tokens: Those of `named_tokens` that visual features replace.
         video_prompt, image_prompt: Placeholder of a video or an image in a prompt; the processor expands it.
         mixes_modalities: The processor takes images and videos in one call.
+        max_videos: How many videos the processor takes in a prompt.
+        takes_chunks: Plain `generate()` can read its prompt in chunks.
+        videos_kwargs: What the processor must be told about a video beside its frames.
+        attentions: Attention implementations that the model class admits.
+        refused: What a draft of this family is refused with; `None` if it is accepted.
+        chains_only: Why trees are narrowed to chains; `None` if they are not.
     """
 
     name: str
@@ -58,6 +64,12 @@ class Family:
     video_prompt: str
     image_prompt: str
     mixes_modalities: bool = True
+    max_videos: int = 2
+    takes_chunks: bool = True
+    videos_kwargs: dict[str, Any] = field(default_factory=dict)
+    attentions: tuple[str, ...] = ("sdpa", "eager")
+    refused: str | None = None
+    chains_only: str | None = None
 
     @cached_property
     def tokenizer(self) -> hf.PreTrainedTokenizerFast:
@@ -79,7 +91,7 @@ class Family:
         return self.processor(self.tokenizer)
 
     def build_target(
-        self, attn_implementation: str = "sdpa", seed: int = 1, **text_overrides: Any
+        self, attn_implementation: str | None = None, seed: int = 1, **text_overrides: Any
     ) -> hf.PreTrainedModel:
         """A random fp32 target on CPU, in eval mode; a seed gives the same weights whatever the attention.
 
@@ -91,7 +103,7 @@ class Family:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             target = self.model_class._from_config(
-                config, attn_implementation=attn_implementation, dtype=torch.float32
+                config, attn_implementation=attn_implementation or self.attentions[0], dtype=torch.float32
             )
             eos_token_ids = [special["eos_token_id"], self.tokenizer.convert_tokens_to_ids(END_OF_TURN)]
             _randomize(target, eos_token_ids)
@@ -125,10 +137,12 @@ class Family:
             visual["videos"] = [noise(num_frames) for _ in range(videos)]
             visual["video_metadata"] = [_metadata(num_frames) for _ in range(videos)]
             visual["do_sample_frames"] = False
+            visual |= self.videos_kwargs
         if images:
             visual["images"] = [noise() for _ in range(images)]
         text = f"User: {self.video_prompt * videos}{self.image_prompt * images}{question}\nAssistant:"
         inputs = self._processor(text=text, return_tensors="pt", **visual)
+        inputs.pop("video_metadata", None)
         return dict(inputs.to(target.device, target.dtype))
 
 
@@ -153,12 +167,14 @@ def _randomize(target: hf.PreTrainedModel, eos_token_ids: list[int]) -> None:
     """
     embedding = target.get_input_embeddings().weight
     tied = target.get_output_embeddings().weight is embedding
-    for parameter in target.parameters():
+    for name, parameter in target.named_parameters():
         noise = torch.randn_like(parameter)
         if parameter.ndim < 2:
             parameter.add_(0.1 * noise)
         elif parameter is embedding and not tied:
             parameter.copy_(noise)
         else:
-            parameter.copy_(1.5 / math.sqrt(parameter[0].numel()) * noise)
+            # The weights of several experts are one tensor: experts × (out × in).
+            matrix = parameter[0] if "expert" in name and parameter.ndim == 3 else parameter
+            parameter.copy_(1.5 / math.sqrt(matrix[0].numel()) * noise)
     target.get_output_embeddings().weight[eos_token_ids] *= 0.5

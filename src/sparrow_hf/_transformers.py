@@ -7,6 +7,7 @@ this file; `docs/compatibility.md` explains how.
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
@@ -41,14 +42,20 @@ def _find(module: str, name: str) -> Any:
 # Public names too, because no class of the package can be defined without them.
 for _name in ("Cache", "DynamicCache", "GenerationConfig", "PreTrainedConfig", "PreTrainedModel"):
     _find("transformers", _name)
-for _name in ("BaseStreamer", "CandidateGenerator", "GenerationMode"):
+for _name in ("BaseStreamer", "CandidateGenerator"):
     _find("transformers.generation", _name)
 _find("transformers.initialization", "copy_")
 
 GenerationMixin: Any = _find("transformers.generation", "GenerationMixin")
 DecoderOutput: Any = _find("transformers.modeling_outputs", "BaseModelOutputWithPast")
+GenerationMode: Any = _find("transformers.generation", "GenerationMode")
 GenerateOutput: Any = _find("transformers.generation", "GenerateDecoderOnlyOutput")
-ACT2FN: Any = _find("transformers.activations", "ACT2FN")
+#: Activation functions by name.
+ACTIVATIONS: Any = _find("transformers.activations", "ACT2FN")
+_attention_functions: Any = _find("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS")
+_mask_functions: Any = _find("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS")
+_flat_mask: Any = _find("transformers.masking_utils", "flash_attention_mask")
+_cache_layer_types: Any = _find("transformers.cache_utils", "get_layer_types_and_kwargs")
 LlamaRMSNorm: Any = _find("transformers.models.llama.modeling_llama", "LlamaRMSNorm")
 LlamaRotaryEmbedding: Any = _find("transformers.models.llama.modeling_llama", "LlamaRotaryEmbedding")
 
@@ -98,7 +105,7 @@ _METHODS = {
     },
     "_validate_generation_mode": {"generation_mode", "generation_config", "generation_mode_kwargs"},
     "_prefill": {"input_ids", "generation_config", "model_kwargs"},
-    "_update_model_kwargs_for_generation": {"outputs", "model_kwargs", "num_new_tokens"},
+    "_update_model_kwargs_for_generation": {"outputs", "model_kwargs", "is_encoder_decoder", "num_new_tokens"},
     "_optimize_model_for_decode": {"self"},
     "_prepare_position_ids_for_generation": {"inputs_tensor", "model_kwargs"},
     "_get_candidate_generator": {"generation_config"},
@@ -110,7 +117,7 @@ _LAYER_ARGUMENTS = {"hidden_states", "attention_mask", "position_ids", "position
 #: Attributes that are read of configurations and models.
 _ATTRIBUTES = {
     "PreTrainedConfig": ("_name_or_path", "_attn_implementation", "get_text_config"),
-    "PreTrainedModel": ("_is_stateful", "get_decoder", "get_input_embeddings", "get_output_embeddings"),
+    "PreTrainedModel": ("get_decoder", "get_input_embeddings", "get_output_embeddings"),
 }
 
 
@@ -248,6 +255,8 @@ def install_seam(
         draft = generation_mode_kwargs.get("assistant_model")
         if is_draft(draft):
             check(self, draft, generation_mode, generation_config, generation_mode_kwargs)
+            # Our loop is plain decoding's counterpart. Assisted decoding would be refused for targets with a state.
+            generation_mode = GenerationMode.SAMPLE if generation_config.do_sample else GenerationMode.GREEDY_SEARCH
         stock_validate(self, generation_mode, generation_config, generation_mode_kwargs)
 
     GenerationMixin.generate = generate
@@ -315,7 +324,9 @@ def decoding(target: Any) -> AbstractContextManager[Any]:
 
 def advance(target: Any, outputs: Any, model_kwargs: dict[str, Any], num_new_tokens: int = 1) -> dict[str, Any]:
     """`model_kwargs` of the next forward, after one whose `num_new_tokens` first tokens stay."""
-    return target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_new_tokens)
+    return target._update_model_kwargs_for_generation(
+        outputs, model_kwargs, is_encoder_decoder=target.config.is_encoder_decoder, num_new_tokens=num_new_tokens
+    )
 
 
 def length_with_cache(generation_config: Any, attention_mask: Tensor | None) -> int:
@@ -326,11 +337,6 @@ def length_with_cache(generation_config: Any, attention_mask: Tensor | None) -> 
 def prompt_position_ids(target: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """`(…, 1, L)` positions `generate()` would give a prompt."""
     return target._prepare_position_ids_for_generation(input_ids, dict(inputs))
-
-
-def is_stateful(target: Any) -> bool:
-    """Whether the target keeps a state that cannot be reset to before the rejected tokens."""
-    return bool(target._is_stateful)
 
 
 def unwrap(model: Any) -> Any:
@@ -347,6 +353,17 @@ def unwrap(model: Any) -> Any:
 
 
 # -- caches and layers ------------------------------------------------------------------------------------------------
+
+
+#: A layer without a cache of its own: it has no attention, or reads another layer's.
+NO_CACHE = "dummy"
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """What each layer of a text decoder keeps in its cache: `"full_attention"`, `"sliding_attention"`, …"""
+    kinds, _ = _cache_layer_types(config)
+    reading_images = getattr(config, "cross_attention_layers", None) or ()
+    return ["cross_attention" if index in reading_images else kind for index, kind in enumerate(kinds)]
 
 
 def run_layer(
@@ -369,19 +386,150 @@ def run_layer(
     )
 
 
+def attention_layers(cache: Any) -> list[Any]:
+    """Layers of a cache that hold keys and values (one that shares those of another layer holds none)."""
+    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+
+
 def checkpoint_with_cache(layer: nn.Module) -> None:
     """Lets gradient checkpointing run a layer with its cache, which must not grow when the layer is run again."""
     layer._can_checkpoint_with_cache = True  # type: ignore[assignment]
 
 
 def cache_tensors(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer, `(B, heads, length, head_dim)`; the cache's own, not copies."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    """Keys and values of each of these, `(B, heads, length, head_dim)`; the cache's own, not copies."""
+    return [(layer.keys, layer.values) for layer in attention_layers(cache)]
+
+
+def convolution_layers(cache: Any) -> list[Any]:
+    """Layers of a cache that hold the newest inputs of convolutions and no state of older ones."""
+    layers = [layer for layer in cache.layers if any(getattr(layer, "is_conv_states_initialized", {}).values())]
+    return [layer for layer in layers if not any(layer.is_recurrent_states_initialized.values())]
+
+
+def new_inputs(layer: Any) -> int:
+    """How many inputs a layer of [`convolution_layers`] holds beyond those that its convolution needs."""
+    return layer.conv_states[0].shape[-1] - layer.conv_kernel_size[0]
+
+
+def recurrent_states(cache: Any) -> list[Tensor]:
+    """States of the layers that hold a state of all they have read (and the newest inputs of their convolution).
+
+    They are the cache's own tensors: it overwrites them in place.
+    """
+    states: list[Tensor | None] = []
+    for layer in cache.layers:
+        recurrent = list(getattr(layer, "recurrent_states", {}).values())
+        if any(state is not None for state in recurrent):
+            states += [*layer.conv_states.values(), *recurrent]
+    return [state for state in states if state is not None]
+
+
+def outlives_call(cache: Any, generation_config: Any) -> bool:
+    """Whether somebody holds the cache of a `generate()` call afterwards: it was passed in, or will be returned."""
+    return bool(generation_config.return_dict_in_generate) or getattr(cache, "_is_user_defined", False)
 
 
 def drop_newest(cache: Any, count: int) -> None:
-    """Drops the `count` newest positions of a dynamic cache."""
+    """Drops the `count` newest positions of a dynamic cache, or of one of its layers."""
     cache.crop(-count)
+
+
+def new_cache(target: Any) -> Any:
+    """An empty cache, as `generate()` makes one for this model."""
+    return transformers.DynamicCache(config=target.config.get_text_config())
+
+
+def first_rows_read(cache: Any, kinds: list[str], num_rows: int) -> dict[str, int]:
+    """Kind of layer → the first row of a cache that the next `num_rows` attend to: windows leave old rows behind."""
+    indices = {kind: index for index, kind in reversed(list(enumerate(kinds))) if kind != NO_CACHE}
+    return {kind: cache.get_mask_sizes(num_rows, index)[1] for kind, index in indices.items()}
+
+
+def record_past(cache: Any, on: bool) -> None:
+    """Layers that hold a window of rows, or the newest inputs of a convolution, keep older ones until they are cut."""
+    for layer in cache.layers:
+        if hasattr(layer, "record_past") and not any(getattr(layer, "is_recurrent_states_initialized", {}).values()):
+            layer.record_past = on
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+def attention_function(layers: nn.ModuleList, config: Any) -> Callable[..., Any] | None:
+    """The attention function that decoder layers run on; `None` if they do not take it from transformers' register."""
+    for scope in map(_scope, layers[-1].modules()):
+        if scope is not None:
+            name = attention_of(config)
+            return scope["ALL_ATTENTION_FUNCTIONS"].get_interface(name, scope["eager_attention_forward"])
+    return None
+
+
+def eager_attention(module: nn.Module) -> Callable[..., Any]:
+    """The attention function that the model of an attention module has of its own. It follows any mask."""
+    scope = _scope(module)
+    if scope is None:
+        raise NotImplementedError(f"{type(module).__name__} has no attention function of its own")
+    return scope["eager_attention_forward"]
+
+
+def _scope(module: nn.Module) -> dict[str, Any] | None:
+    """The names of the file that a module's class is written in, if attention functions are chosen there."""
+    for kind in type(module).__mro__:
+        scope = vars(sys.modules[kind.__module__])
+        if {"ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"} <= scope.keys():
+            return scope
+    return None
+
+
+def is_stock_attention(layers: nn.ModuleList, config: Any) -> bool:
+    """Whether decoder layers run on an attention function of transformers that follows 4-D masks."""
+    function = attention_function(layers, config)
+    is_own = function is not None and function.__module__.startswith("transformers.")
+    return is_own and attention_of(config) in ("eager", "sdpa")
+
+
+def makes_masks(name: str) -> bool:
+    """Whether models make masks for an attention function; for others they drop every 2-D mask."""
+    return name in _mask_functions
+
+
+def takes_flat_masks_only(name: str) -> bool:
+    """Whether models make masks of one row per sequence for an attention function, as FlashAttention takes them."""
+    return name in _mask_functions and _mask_functions[name] is _flat_mask
+
+
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Puts an attention function in the place of the one that has this name."""
+    _attention_functions.register(name, function)
+
+
+def takes_positions(target: Any, decoder: nn.Module) -> bool:
+    """Whether positions can be handed to a model, and reach its decoder."""
+    outer, inner = (inspect.signature(module.forward).parameters for module in (target, decoder))
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in outer.values())
+    return "position_ids" in inner and ("position_ids" in outer or passes_on)
+
+
+def rope_borders(decoder: nn.Module) -> list[tuple[int, bool]]:
+    """Positions from which on the frequencies of a rotary embedding follow the longest position of a forward.
+
+    Returns:
+        Each border, and whether the frequencies stay the same beyond it (`longrope`) or grow on (`dynamic`).
+    """
+    borders = set()
+    module: Any
+    for module in decoder.modules():
+        kinds = getattr(module, "rope_type", None)
+        # One for all layers, or one for each kind of layer.
+        for layer_kind, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if isinstance(kind, str) and "dynamic" in kind:
+                borders.add((int(module.original_max_seq_len), False))
+            elif kind == "longrope":
+                parameters = module.config.rope_parameters
+                parameters = parameters if layer_kind is None else parameters[layer_kind]
+                borders.add((int(parameters["original_max_position_embeddings"]), True))
+    return sorted(borders)
 
 
 # -- configurations, models, trainers, files --------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ._transformers import ACT2FN
+from ._transformers import ACTIVATIONS
 from .errors import DraftConfigError
 
 _LARGEST = 2**31 - 1
@@ -121,7 +121,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
         for name, choices in CHOICES.items()
     },
     **{name: ("a text", lambda value: isinstance(value, str)) for name in TEXTS},
-    "hidden_act": ("the name of an activation", lambda value: isinstance(value, str) and value in ACT2FN),
+    "hidden_act": ("the name of an activation", lambda value: isinstance(value, str) and value in ACTIVATIONS),
     "visual_token_ids": ("a list of token ids", lambda value: _is_list_of_integers(value, 0, _LARGEST)),
     "feature_layers": (
         "a list of target layers (-1: the state after the final norm)",

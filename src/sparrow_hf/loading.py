@@ -56,6 +56,20 @@ def load_target(
         TargetLoadError: One of them is not there, or does not fit the device.
         MissingDependencyError: The device is "auto", and accelerate is not installed.
     """
+    model = load_without_processor(target, dtype, device, revision, attention)
+    source = processor or target
+    with told_if_not_loaded("processor", source):
+        return model, AutoProcessor.from_pretrained(source, revision=revision)
+
+
+def load_without_processor(
+    target: str,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    attention: str | None = None,
+) -> Any:
+    """A target in evaluation mode, without its processor. Arguments and errors are those of [`load_target`]."""
     if device == "auto":
         require("train", "Spreading a target over all GPUs", "accelerate")
     with told_if_not_loaded("target", target):
@@ -63,9 +77,7 @@ def load_target(
         model = load_model(target, revision=revision, dtype=dtype, attn_implementation=attention, **where)
         if not where:
             model = model.to(device or default_device())
-    source = processor or target
-    with told_if_not_loaded("processor", source):
-        return model.eval(), AutoProcessor.from_pretrained(source, revision=revision)
+    return model.eval()
 
 
 def load_model(source: str, revision: str | None = None, **options: Any) -> Any:

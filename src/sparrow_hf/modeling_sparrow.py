@@ -28,7 +28,7 @@ from ._transformers import (
 )
 from .configuration_sparrow import SparrowDraftConfig, check_vocabulary
 from .draft_inputs import DraftInputs, put
-from .errors import BindingError, DraftLoadError
+from .errors import BindingError, DraftLoadError, UnsupportedTargetError
 
 if TYPE_CHECKING:
     from .generation.stats import GenerationStats
@@ -328,7 +328,8 @@ class SparrowDraftModel(PreTrainedModel):
             overrides: Fields of the draft's configuration.
 
         Raises:
-            UnsupportedTargetError: The package has no decoder layer for the target's text model.
+            UnsupportedTargetError: The target's drafts could not be verified, or its last layers cannot be copied
+                because they are not of the kind a draft has.
             DraftConfigError: An override is out of range.
         """
         from .targets import TargetView
@@ -340,8 +341,7 @@ class SparrowDraftModel(PreTrainedModel):
         draft = draft.to(dtype=view.dtype).eval()
         if copy_last_layer:
             for layer, source in zip(draft.layers, view.layers[-config.num_hidden_layers :], strict=True):
-                # `strict=False`: a draft without an input norm has no parameter for the target's.
-                layer.load_state_dict(source.state_dict(), strict=False)
+                _copy_weights(source, layer)
         draft.bind(target)
         return draft
 
@@ -407,8 +407,8 @@ class SparrowDraftModel(PreTrainedModel):
             return reduced_head(hidden_states).float()
         logits = self.target.head(hidden_states).float()
         for token_id in self.config.visual_token_ids or []:
-            # The target would read a drafted placeholder as visual input.
-            logits[..., token_id] = float("-inf")
+            # The target would read a drafted placeholder as visual input. Some lie behind the head's vocabulary.
+            logits[..., token_id : token_id + 1] = float("-inf")
         return logits
 
     def set_vocabulary(self, token_ids: Tensor | Sequence[int]) -> None:
@@ -438,3 +438,16 @@ class SparrowDraftModel(PreTrainedModel):
     @last_generation.setter
     def last_generation(self, stats: "GenerationStats") -> None:
         self._thread.stats = stats
+
+
+def _copy_weights(source: nn.Module, layer: nn.Module) -> None:
+    """Copies a target's decoder layer into a draft's, which may lack the input norm."""
+    weights, own = source.state_dict(), layer.state_dict()
+    unlike = {name for name, tensor in own.items() if name not in weights or weights[name].shape != tensor.shape}
+    unlike |= weights.keys() - own.keys() - {"input_layernorm.weight"}
+    if unlike:
+        raise UnsupportedTargetError(
+            f"copy_last_layer: the target's {type(source).__name__} is no {type(layer).__name__}, which the draft has "
+            f"({', '.join(sorted(unlike)[:4])}); leave copy_last_layer out"
+        )
+    layer.load_state_dict(weights, strict=False)

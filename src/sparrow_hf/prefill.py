@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ._transformers import CACHE, cache_tensors, replaced_prefill, unwrap
+from ._transformers import CACHE, replaced_prefill, unwrap
 from .clocks import StopWatch
 from .hidden_states import HiddenStateCollector, replay
 
@@ -55,12 +55,10 @@ class PrefillSnapshot:
         """The target's next `generate()` calls start from this prefill; give them the inputs that are yielded."""
 
         def repeat(compute: Callable[[], Any], model_kwargs: dict[str, Any]) -> Any:
-            cache = model_kwargs[CACHE]
-            for index, (keys, values) in enumerate(cache_tensors(self._cache)):
-                cache.update(keys, values, index)
             replay(self._states)
             outputs = copy.copy(self._outputs)
-            outputs[CACHE] = cache
+            # `generate()` goes on with the cache of these outputs, in the place of the empty one it made.
+            outputs[CACHE] = copy.deepcopy(self._cache)
             return outputs
 
         with replaced_prefill(self._model, repeat):

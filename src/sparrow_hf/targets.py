@@ -6,6 +6,7 @@ What is read from a target's configuration (placeholder ids, the shape of a deco
 
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,10 +14,18 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ._transformers import commit_of, execution_device, name_of, unwrap
+from ._transformers import NO_CACHE, commit_of, execution_device, layer_kinds, name_of, rope_borders, unwrap
 from .configuration_sparrow import SparrowDraftConfig, visual_token_ids
 from .errors import BindingError, UnsupportedTargetError
 from .hidden_states import install_hooks
+
+#: What decoders call the norm behind their last layer.
+_NORMS = ("norm", "embedding_norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f")
+
+#: Kinds of layers of which several rows in one forward give what one at a time gives: if every row follows the one
+#: before (a chain), and if rows also branch (a tree; the mask then says which rows a row sees).
+TREE_LAYERS = frozenset({"full_attention", "sliding_attention"})
+CHAIN_LAYERS = TREE_LAYERS | {"chunked_attention", "minimax_m3_sparse", "conv", "linear_attention"}
 
 
 class TargetView:
@@ -26,34 +35,43 @@ class TargetView:
         target: A video LLM of transformers, bare or wrapped by peft.
 
     Raises:
-        UnsupportedTargetError: It has no decoder, embedding or head in the usual place, or mixes attention types.
+        UnsupportedTargetError: It has no decoder, embedding or head in the usual place, is an encoder-decoder, or has
+            layers that cannot verify drafts.
     """
 
     def __init__(self, target: PreTrainedModel):
         self.model = unwrap(target)
+        name, config = type(self.model).__name__, self.model.config
+        self.text_config = config.get_text_config()
+        self.layer_kinds = layer_kinds(self.text_config)
+        if unknown := set(self.layer_kinds) - CHAIN_LAYERS - {NO_CACHE}:
+            raise UnsupportedTargetError(
+                f"{name} has layers of the kind {', '.join(sorted(unknown))}, which may give other states for several "
+                f"tokens in one forward than one by one; drafts can be verified by layers of the kind "
+                f"{', '.join(sorted(CHAIN_LAYERS))}"
+            )
         try:
             self.decoder: Any = self.model.get_decoder()
             self.layers: nn.ModuleList = self.decoder.layers
-            self.norm: Any = self.decoder.norm
-        except AttributeError as error:
+            self.norm: Any = next(getattr(self.decoder, name) for name in _NORMS if hasattr(self.decoder, name))
+        except (AttributeError, StopIteration) as error:
             raise UnsupportedTargetError(
-                f"{type(self.model).__name__} has no decoder with `layers` and `norm`; Sparrow needs a decoder-only "
-                "video LLM of transformers"
+                f"{name} has no decoder with `layers` and a norm behind them; Sparrow needs a decoder-only video LLM "
+                "of transformers"
             ) from error
+        if config.is_encoder_decoder:
+            raise UnsupportedTargetError(f"{name} is an encoder-decoder; Sparrow needs a decoder-only video LLM")
         self.embedding: nn.Module = self.model.get_input_embeddings()
         self.head: nn.Module = self.model.get_output_embeddings()
         if self.embedding is None or self.head is None:
-            raise UnsupportedTargetError(
-                f"{type(self.model).__name__} has no input embedding or no language-model head"
-            )
-        text = self.model.config.get_text_config()
-        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise UnsupportedTargetError(
-                f"the target's layers are {', '.join(sorted(kinds))}; tree verification needs full attention in every "
-                "layer (for Qwen-VL, set use_sliding_window=False)"
-            )
-        self.text_config = text
+            raise UnsupportedTargetError(f"{name} has no input embedding or no language-model head")
+        #: Filled by `generation/self_check.py`: attention function → how drafts are verified with it.
+        self.verification: dict[Any, Any] = {}
+
+    @property
+    def chain_layers(self) -> list[str]:
+        """Kinds of its layers that verify chains, but no trees."""
+        return sorted(set(self.layer_kinds) - TREE_LAYERS - {NO_CACHE})
 
     def is_view_of(self, target: PreTrainedModel) -> bool:
         """Whether this is a view of `target` with its current embedding and head."""
@@ -77,6 +95,11 @@ class TargetView:
             rows, offsets = head.weight.detach()[ids], None if head.bias is None else head.bias.detach()[ids]
             return lambda states: functional.linear(states, rows, offsets)
         return lambda states: head(states)[..., token_ids]
+
+    @cached_property
+    def rope_borders(self) -> list[tuple[int, bool]]:
+        """Positions at which the frequencies of the rotary embedding change, and whether they stay so beyond."""
+        return rope_borders(self.decoder)
 
     @property
     def dtype(self) -> torch.dtype:

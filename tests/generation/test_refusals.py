@@ -71,13 +71,6 @@ def test_options(setting, kwargs: dict[str, Any], message: str) -> None:
         target.generate(**inputs, assistant_model=draft, max_new_tokens=4, **kwargs)
 
 
-def test_flash_attention(setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, draft, inputs = setting
-    monkeypatch.setattr(target.config.get_text_config(), "_attn_implementation_internal", "flash_attention_2")
-    with refused(target, "flash_attention_2"):
-        target.generate(**inputs, assistant_model=draft, max_new_tokens=4)
-
-
 @pytest.mark.parametrize("positional", [False, True])
 def test_batches(setting, positional: bool) -> None:
     target, draft, inputs = setting
@@ -115,14 +108,28 @@ def test_caches_that_cannot_step_back(setting, name: str) -> None:
         target.generate(**inputs, **{name: offloaded}, assistant_model=draft, max_new_tokens=4)
 
 
-@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_attentions_of_windows() -> None:
+    target = FAMILY_BY_NAME["gemma4"].build_target("eager")
+    draft, inputs = SparrowDraftModel.from_target(target), FAMILY_BY_NAME["gemma4"].build_inputs(target)
+    wanted = {"output_attentions": True, "return_dict_in_generate": True}
+    with refused(target, "output_attentions with layers that see a window"):
+        target.generate(**inputs, **wanted, assistant_model=draft, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt", "p-tuning", "multitask"])
 def test_virtual_tokens_of_peft(setting, method: str) -> None:
-    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+    from peft import (
+        MultitaskPromptTuningConfig,
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+        get_peft_model,
+    )
 
     target, draft, inputs = setting
     text = target.config.get_text_config()
-    kind = PrefixTuningConfig if method == "prefix" else PromptTuningConfig
-    config = kind(
+    kinds = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig, "p-tuning": PromptEncoderConfig}
+    config = kinds.get(method, MultitaskPromptTuningConfig)(
         task_type="CAUSAL_LM",
         num_virtual_tokens=3,
         num_layers=text.num_hidden_layers,

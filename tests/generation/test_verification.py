@@ -1,10 +1,9 @@
-"""Mask, positions, walk and commit of one verification."""
+"""Mask, positions and walk of one verification."""
 
 import torch
-from transformers import DynamicCache
 
 from sparrow_hf.generation.tree import build_tree
-from sparrow_hf.generation.verification import commit_path, tree_attention_mask, tree_position_ids, walk
+from sparrow_hf.generation.verification import tree_attention_mask, tree_position_ids, walk
 
 #        0:A
 #      1:B   2:C
@@ -42,7 +41,8 @@ def test_walk_follows_the_targets_tokens() -> None:
             committed.append(drafted)
             return len(committed) >= stop_after
 
-        path = walk(TREE, choose, commit)
+        path: list[int] = []
+        walk(TREE, choose, commit, path)
         # Only the last token of a round may be one that was not drafted.
         assert all(committed[:-1])
         return path, sum(committed), len(committed)
@@ -55,15 +55,16 @@ def test_walk_follows_the_targets_tokens() -> None:
     assert run([12, 11, 99], stop_after=1) == ([0], 1, 1)
 
 
-def test_commit_keeps_the_path_in_order() -> None:
-    for path in ([0], [0, 1], [0, 2, 4]):
-        cache = DynamicCache()
-        for layer in range(2):
-            # Row r of the prefix holds r, node n holds 100 + n.
-            rows = torch.tensor([0.0, 1.0, 2.0, 100.0, 101.0, 102.0, 103.0, 104.0]).view(1, 1, 8, 1)
-            cache.update(rows + layer, -(rows + layer), layer)
-        commit_path(cache, path, num_nodes=5)
-        for layer in range(2):
-            expected = [row + layer for row in [0.0, 1.0, 2.0] + [100.0 + node for node in path]]
-            assert cache.layers[layer].keys.flatten().tolist() == expected
-            assert cache.layers[layer].values.flatten().tolist() == [-value for value in expected]
+def test_a_window_counts_rows_as_if_every_path_were_the_text() -> None:
+    """The prefix has rows 3, 4, 5 of 6; a node at depth d stands in row 6 + d and sees 4 rows, itself included."""
+    mask = tree_attention_mask(TREE, past_length=6, dtype=torch.float32, first_row=3, window=4)
+    visible = (mask[0, 0] == 0).int().tolist()
+    #                  3  4  5 | nodes
+    assert visible[0][:3] == [1, 1, 1]
+    for node, depth in enumerate(TREE.depths.tolist()):
+        assert visible[node][:3] == [int(row > 6 + depth - 4) for row in (3, 4, 5)]
+        assert visible[node][3:] == TREE.ancestors[node].int().tolist()
+    narrow = (tree_attention_mask(TREE, 6, torch.float32, first_row=5, window=2)[0, 0] == 0).int().tolist()
+    for node, depth in enumerate(TREE.depths.tolist()):
+        near = [int(TREE.ancestors[node, other] and depth - TREE.depths[other] < 2) for other in range(len(TREE))]
+        assert narrow[node] == [int(depth == 0), *near]

@@ -111,7 +111,7 @@ def replay(
         # A round commits at most one token more than it drafts.
         tree = generator.propose(max_levels=max_new_tokens - committed - 1)
         accepted.append(0)
-        walk(tree, choose, commit)
+        walk(tree, choose, commit, path=[])
         if committed < len(answer_ids):
             # tokens      … root | a0  a1  a2        committed in this round
             # states of     root   a0  a1            what the next trees grow from

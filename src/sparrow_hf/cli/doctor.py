@@ -1,4 +1,5 @@
-"""`sparrow doctor`: what is installed here and whether drafts can be used with it; and how a video file is read."""
+"""`sparrow doctor`: what is installed here and whether drafts can be used with it; how a video file is read; and
+how a target verifies drafts."""
 
 import platform
 from pathlib import Path
@@ -9,7 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .common import BAD_INPUT, FPS_HELP, MAX_FRAMES_HELP, errors_as_sentences, quiet_transformers
+from .common import (
+    BAD_INPUT,
+    DEVICE_HELP,
+    DTYPE_HELP,
+    FPS_HELP,
+    MAX_FRAMES_HELP,
+    Dtype,
+    errors_as_sentences,
+    quiet_transformers,
+)
 
 if TYPE_CHECKING:
     from ..data.video import Sampling
@@ -25,11 +35,21 @@ def doctor(
     num_frames: Annotated[int | None, typer.Option(min=1, help="Number of frames to read, instead of --fps.")] = None,
     start: Annotated[float | None, typer.Option(min=0, help="Second of the video at which reading begins.")] = None,
     end: Annotated[float | None, typer.Option(min=0, help="Second of the video at which reading ends.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Video LLM to look into, instead of the installation: a folder or a Hub id.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Attention implementation of the target (default: transformers' choice).")
+    ] = None,
 ) -> None:
     """Prints versions, which extras are installed, the state of the contract with transformers, and the devices.
 
     Ends with 2 if drafts cannot be used with the installed transformers. Put its output into a report of a fault.
     With --video, prints what was found in a video file and which of its frames would be read.
+    With --target, prints how its drafts are verified, and how far a chain and a tree in one forward differ from the
+    same tokens one by one. Ends with 2 if drafts cannot be used with it.
     """
     with errors_as_sentences():
         if video is not None:
@@ -40,6 +60,9 @@ def doctor(
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from None
             print_facts(facts_of_video(video, sampling))
+        elif target is not None:
+            quiet_transformers()
+            print_facts(facts_of_target(target, dtype, device, attention))
         else:
             print_installation()
 
@@ -74,6 +97,42 @@ def facts_of_video(path: Path, sampling: "Sampling") -> dict[str, str]:
     facts["read"] = f"{len(choice.picks)} frames ({len(set(choice.picks.tolist()))} different)"
     facts["at seconds"] = " ".join(looked_at)
     return facts
+
+
+def facts_of_target(source: str, dtype: str, device: str | None, attention: str | None) -> dict[str, str]:
+    """What decides how a target's drafts are verified, and the measurement that shows it.
+
+    Raises:
+        UnsupportedTargetError: They cannot be.
+    """
+    from collections import Counter
+
+    from ..configuration_sparrow import SparrowDraftConfig
+    from ..generation.self_check import measure, refuse_without_a_way
+    from ..loading import load_without_processor
+    from ..targets import TargetView
+
+    model = load_without_processor(source, dtype, device)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    view = TargetView(model)
+    config = SparrowDraftConfig.from_target_config(model.config)
+    found = measure(view)
+    refuse_without_a_way(view, found)
+    placeholders = ", ".join(map(str, config.visual_token_ids or []))
+    borders = ", ".join(str(border) for border, _ in view.rope_borders)
+    ways = {"own": "the target's attention function", "eager": "its model's eager attention function"}
+    facts = {
+        "target": f"{type(model).__name__} ({source}), {view.dtype}".replace("torch.", ""),
+        "layers": ", ".join(f"{count} {kind}" for kind, count in Counter(view.layer_kinds).items()),
+        "placeholders": placeholders or "none known: all positions count as text",
+        "positions": f"RoPE changes at {borders}: no draft crosses it" if borders else "RoPE never changes",
+        "draft layer": config.block_type,
+        "chains": f"verified, by {ways[found.chains or 'own']}",
+        "trees": f"verified, by {ways[found.trees]}" if found.trees else f"narrowed to chains: {found.why_no_trees}",
+    }
+    facts |= {f"difference ({what})": f"{size:.1e}" for what, size in found.differences.items()}
+    return facts | {"tried on first use": "; ".join(found.untold) or "nothing: all of it could be read"}
 
 
 def print_installation() -> None:

@@ -136,6 +136,10 @@ class SparrowCandidateGenerator(CandidateGenerator):
 
     # -- proposing ----------------------------------------------------------------------------------------------------
 
+    def draft_chains(self) -> None:
+        """Narrows the tree to its best path, for targets that verify sequences only."""
+        self.shape = TreeShape(self.shape.num_draft_levels + 1, self.shape.num_draft_levels, beam_width=1)
+
     def propose(self, max_levels: int) -> CandidateTree:
         """Grows the tree of one round under the last committed token.
 
@@ -214,8 +218,8 @@ class SparrowCandidateGenerator(CandidateGenerator):
             `(1, t + n)` committed and drafted tokens; no logits, so the loop compares tokens.
         """
         if is_first_iteration:
-            # The stock loop verifies sequences, so the tree is narrowed to its best path.
-            self.shape = TreeShape(self.shape.num_draft_levels + 1, self.shape.num_draft_levels, beam_width=1)
+            # The stock loop verifies sequences.
+            self.draft_chains()
             return input_ids, None
         states = model_outputs.hidden_states
         if self._hidden is None:

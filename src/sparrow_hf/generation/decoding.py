@@ -1,10 +1,12 @@
 """The speculative loop of one `generate()` call: prefill, then rounds of propose, verify, walk, commit."""
 
+import warnings
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 from .. import _transformers
@@ -12,15 +14,16 @@ from .._transformers import CACHE, GenerateOutput
 from ..clocks import PhaseClock
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
+from ..targets import TargetView
+from .attention import following_masks
+from .caches import HeldCache, hold
 from .candidate_generator import SparrowCandidateGenerator
 from .emission import TokenEmitter
 from .refusals import check_inputs
+from .self_check import how_to_verify
 from .stats import GenerationStats
-from .tree import CandidateTree
-from .verification import commit_path, tree_attention_mask, tree_position_ids, walk
-
-#: Per-token inputs that some families' forward takes; new tokens repeat the newest one (text).
-_TOKEN_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+from .tree import CandidateTree, build_tree
+from .verification import max_levels_before_border, verification_inputs, walk
 
 
 def speculative_decode(
@@ -59,11 +62,20 @@ def speculative_decode(
     mask = model_kwargs.get("attention_mask")
     with clock.phase("draft"):
         generator = SparrowCandidateGenerator(draft, input_ids[:, -new:], None if mask is None else mask[:, -new:])
+    view, ways = draft.target, how_to_verify(draft.target)
+    if generator.shape.beam_width > 1 and ways.trees is None:
+        generator.draft_chains()
+        warnings.warn(
+            f"the target's {ways.why_no_trees} cannot verify trees: the draft proposes chains of "
+            f"{generator.shape.num_draft_levels} tokens instead",
+            stacklevel=2,
+        )
     with clock.phase("prefill"), HiddenStateCollector(generator.layers_to_collect).active() as collector:
         outputs = _transformers.prefill(target, input_ids, generation_config, model_kwargs)
     # The encoded video is not used after the prefill, and its size grows with the video.
     model_kwargs.pop("mm_encoder_outputs", None)
     model_kwargs = _transformers.advance(target, outputs, model_kwargs)
+    first_position = model_kwargs["position_ids"][..., -1:]
     for name in recorded:
         recorded[name] += (outputs[name],)
     first_token = emitter.choose(outputs.logits[:, -1])
@@ -75,29 +87,41 @@ def speculative_decode(
             generator.prefill({layer: collector.take(layer) for layer in generator.layers_to_collect}, first_token)
     del collector
 
-    with _transformers.decoding(target):
-        while not emitter.finished:
-            # A round commits at most one token more than it drafts.
-            budget = generation_config.max_length - emitter.input_ids.shape[1]
-            with clock.phase("draft"):
-                tree = generator.propose(max_levels=budget - 1)
-            with clock.phase("verify"):
-                cache: DynamicCache = model_kwargs[CACHE]
-                past_length = cache.get_seq_length()
-                with HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids)).active() as collector:
-                    outputs = target(**verification_inputs(target, tree, model_kwargs), return_dict=True)
-                path = accept(tree, outputs.logits, emitter, stats)
-                commit_path(cache, path, len(tree))
-                model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
-            for name in recorded:
-                recorded[name] += tuple(emitter.recorded_step(outputs, name, past_length, path))
-            del outputs
-            if not emitter.finished:
+    held = hold(model_kwargs[CACHE])
+    try:
+        with _transformers.decoding(target):
+            while not emitter.finished:
+                # A round commits at most one token more than it drafts.
+                budget = generation_config.max_length - emitter.input_ids.shape[1]
+                on_this_side = max_levels_before_border(view, held, first_position)
                 with clock.phase("draft"):
-                    states = [collector.take(layer)[:, path] for layer in draft.config.feature_layer_ids]
-                    generator.extend(torch.cat(states, dim=-1), emitter.input_ids[0, -len(path) :].tolist())
-            stats.max_draft_cache_length = generator.max_cache_length
-            stats.failed_drafts = generator.failed_drafts
+                    tree = generator.propose(max_levels=min(budget - 1, held.spare_slots - 1, on_this_side))
+                with clock.phase("verify"):
+                    past_length, lead = held.length, len(held.carried)
+                    with held.verifying(tree) as path:
+                        by_mask = ways.of(tree) == "eager"
+                        own_mask = by_mask or not tree.is_chain
+                        inputs = verification_inputs(view, tree, held, first_position, model_kwargs, own_mask)
+                        collector = HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids))
+                        with collector.active(), following_masks(by_mask):
+                            outputs = target(**inputs, return_dict=True)
+                        accept(tree, outputs.logits, emitter, stats, path)
+                    model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
+                for name in recorded:
+                    recorded[name] += tuple(emitter.recorded_step(outputs, name, past_length, lead, path))
+                del outputs
+                if not emitter.finished:
+                    with clock.phase("draft"):
+                        rows = [lead + node for node in path]
+                        states = [collector.take(layer)[:, rows] for layer in draft.config.feature_layer_ids]
+                        generator.extend(torch.cat(states, dim=-1), emitter.input_ids[0, -len(path) :].tolist())
+                stats.max_draft_cache_length = generator.max_cache_length
+                stats.failed_drafts = generator.failed_drafts
+    finally:
+        with closing(held):
+            if held.carried and _transformers.outlives_call(model_kwargs[CACHE], generation_config):
+                with _transformers.decoding(target), clock.phase("verify"):
+                    read_carried(view, held, first_position, model_kwargs, ways.chains == "eager")
 
     if streamer is not None:
         streamer.end()
@@ -113,8 +137,10 @@ def speculative_decode(
     )
 
 
-def accept(tree: CandidateTree, logits: Tensor, emitter: TokenEmitter, stats: GenerationStats) -> list[int]:
-    """One round: walks the tree with the target's `(1, N, V)` logits, committing tokens; returns their path."""
+def accept(
+    tree: CandidateTree, logits: Tensor, emitter: TokenEmitter, stats: GenerationStats, path: list[int]
+) -> None:
+    """One round: walks the tree with the target's `(1, N, V)` logits, committing tokens; `path` gets their nodes."""
     logits = logits[:, -len(tree) :]
     argmax = logits[0].float().argmax(dim=-1).tolist() if emitter.takes_argmax else None
 
@@ -129,29 +155,19 @@ def accept(tree: CandidateTree, logits: Tensor, emitter: TokenEmitter, stats: Ge
         return emitter.finished
 
     stats.accepted.append(0)
-    return walk(tree, choose, commit)
+    walk(tree, choose, commit, path)
 
 
-def verification_inputs(target: PreTrainedModel, tree: CandidateTree, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of one target forward over all nodes of a tree; `model_kwargs` are those of a plain step at the root."""
-    past_length = model_kwargs[CACHE].get_seq_length()
-    step = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
-    for key in _TOKEN_TYPE_KEYS:
-        if step.get(key) is not None:
-            step[key] = step[key][..., -1:].expand(*step[key].shape[:-1], len(tree))
-    inputs = target.prepare_inputs_for_generation(
-        tree.token_ids,
-        position_ids=tree_position_ids(tree, model_kwargs["position_ids"][..., -1:]),
-        attention_mask=None,
-        is_first_iteration=False,
-        **step,
-    )
-    inputs["attention_mask"] = tree_attention_mask(
-        tree, past_length, target.get_decoder().norm.weight.dtype, model_kwargs.get("attention_mask")
-    )
-    if "logits_to_keep" in inputs:
-        inputs["logits_to_keep"] = len(tree)
-    return inputs
+def read_carried(
+    view: TargetView, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any], by_mask: bool
+) -> None:
+    """Runs the target over the carried tokens alone, so that the cache holds them."""
+    tokens, held.carried = held.carried, []
+    chain = build_tree(tokens, list(range(-1, len(tokens) - 1)), first_position.device)
+    with held.verifying(chain) as path, following_masks(by_mask):
+        inputs = verification_inputs(view, chain, held, first_position, model_kwargs, own_mask=by_mask)
+        view.model(**inputs, return_dict=True)
+        path += range(len(chain))
 
 
 def num_new_positions(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:

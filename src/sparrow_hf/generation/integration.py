@@ -8,6 +8,7 @@ from .._transformers import install_seam
 from ..modeling_sparrow import SparrowDraftModel
 from .decoding import speculative_decode
 from .refusals import check_inputs, check_request
+from .self_check import how_to_verify
 
 
 def install() -> None:
@@ -25,6 +26,7 @@ def check_call(
     """Checks a `generate()` call with a draft and binds the draft, before anything is computed."""
     check_request(generation_mode, generation_config, generation_mode_kwargs, target)
     follow(draft, target)
+    how_to_verify(draft.target)
 
 
 def follow(draft: SparrowDraftModel, target: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation import GenerationMode
 
-from .._transformers import CACHE, attention_of, is_stateful
+from .._transformers import CACHE, layer_kinds
 from ..errors import UnsupportedGenerationError
 
 #: Options of `generate()` for other ways to draft or to decode, which a draft would silently replace.
@@ -72,16 +72,17 @@ def check_request(
         value = getattr(generation_config, name, None)
         if value not in (None, False):
             found.append(f"{name}={value!r}")
-    attention = attention_of(target.config.get_text_config())
-    if "flash" in attention:
-        # Verification needs a 4-D mask; FlashAttention would ignore it and accept wrong tokens without an error.
-        found.append(f"attn_implementation={attention!r} (load the target with 'sdpa')")
-    if is_stateful(target):
-        found.append("a stateful target (its state cannot be reset to before the rejected tokens)")
+    if generation_config.output_attentions and generation_config.return_dict_in_generate and has_windows(target):
+        found.append("output_attentions with layers that see a window (the rows that they have left differ)")
     if learns_prompt(target):
         found.append("prompt or prefix tuning of peft on the target (its virtual tokens are not in input_ids)")
     if found:
         raise UnsupportedGenerationError(f"cannot be combined with a Sparrow draft: {'; '.join(found)}")
+
+
+def has_windows(target: Any) -> bool:
+    """Whether layers of the target drop old rows from their cache."""
+    return bool({"sliding_attention", "chunked_attention"}.intersection(layer_kinds(target.config.get_text_config())))
 
 
 def learns_prompt(target: Any) -> bool:

@@ -1,31 +1,149 @@
-"""Verification of a draft tree: its mask and positions for one target forward, the exact walk, the commit of its KV.
+"""Verification of a draft tree: its mask and positions for one target forward, and the exact walk.
 
-Pure functions over tensors, and the cache they act on.
+Pure functions over tensors.
 """
 
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from torch.nn.functional import pad
 
-from .._transformers import cache_tensors, drop_newest
+from .._transformers import CACHE, attention_of, first_rows_read, makes_masks
 from ..draft_inputs import additive_mask
+from ..targets import TargetView
+from .caches import HeldCache
 from .tree import CandidateTree
+
+#: Per-token inputs that some families' forward takes; new tokens repeat the newest one (text).
+_TOKEN_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+
+
+def verification_inputs(
+    view: TargetView,
+    tree: CandidateTree,
+    held: HeldCache,
+    first_position: Tensor,
+    model_kwargs: dict[str, Any],
+    own_mask: bool,
+) -> dict[str, Any]:
+    """Inputs of one target forward over the carried tokens and all nodes of a tree.
+
+    cached rows … | c0   c1   | root  d1   d2  …       c: carried tokens
+    positions       p    p+1  | p+2   p+2+depth …      p: where the cache ends
+
+    Args:
+        first_position: `(…, 1)` position of the first generated token.
+        model_kwargs: Those of a plain step.
+        own_mask: Give the target a mask of ours. Without, it makes its own of the 2-D mask, as if the rows were one
+            text: right for chains, whatever the kinds of its layers.
+    """
+    lead = tree.token_ids.new_tensor([held.carried])
+    num_rows = lead.shape[1] + len(tree)
+    positions = _positions(tree, lead.shape[1], first_position + held.rows_since_prefill)
+    step = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
+    for key in _TOKEN_TYPE_KEYS:
+        if step.get(key) is not None:
+            step[key] = step[key][..., -1:].expand(*step[key].shape[:-1], num_rows)
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        mask = pad(mask[:, : held.length], (0, num_rows), value=1)
+    inputs = view.model.prepare_inputs_for_generation(
+        torch.cat((lead, tree.token_ids), dim=1),
+        position_ids=positions,
+        attention_mask=None if own_mask else mask,
+        is_first_iteration=False,
+        **step,
+    )
+    if own_mask:
+        inputs["attention_mask"] = tree_attention_masks(view, tree, held, inputs[CACHE], mask)
+    if not tree.is_chain:
+        if inputs.get("position_ids") is None:
+            # The model counts the rows itself, as if they were one text.
+            start = positions.new_full((1, 1), held.length)
+            inputs["position_ids"] = _positions(tree, lead.shape[1], start) if positions.ndim == 2 else positions
+    if "logits_to_keep" in inputs:
+        inputs["logits_to_keep"] = len(tree)
+    return inputs
+
+
+def _positions(tree: CandidateTree, num_carried: int, start: Tensor) -> Tensor:
+    """`(…, n)` positions of carried tokens and nodes, the first of them at the `(…, 1)` start."""
+    carried = start + torch.arange(num_carried, device=start.device)
+    return torch.cat((carried, tree_position_ids(tree, start + num_carried)), dim=-1)
+
+
+def max_levels_before_border(view: TargetView, held: HeldCache, first_position: Tensor) -> int:
+    """How deep the next tree may get without a position beyond which the target's rotary embedding changes.
+
+    The frequencies of one forward follow its longest position, and plain decoding has one position per forward.
+    """
+    levels = sys.maxsize
+    for border, is_constant_beyond in view.rope_borders:
+        roots = (first_position + held.rows_since_prefill + len(held.carried)).flatten().tolist()
+        # Models that count positions themselves count rows.
+        for root in {*roots, held.length + len(held.carried)}:
+            #   … border − 2   border − 1 | border   border + 1 …
+            #     root         d1         | d2: another frequency
+            if root < border:
+                levels = min(levels, border - 1 - root)
+            elif not is_constant_beyond:
+                levels = 0
+    return levels
+
+
+def tree_attention_masks(
+    view: TargetView, tree: CandidateTree, held: HeldCache, cache: Any, prefix_mask: Tensor | None
+) -> Tensor | dict[str, Tensor]:
+    """The mask of a tree, or one for each kind of layer. See [`tree_attention_mask`]."""
+    if not makes_masks(attention_of(view.text_config)):
+        # The target drops the 2-D mask and sees the padding.
+        prefix_mask = None
+    masks = {
+        kind: tree_attention_mask(
+            tree,
+            held.length,
+            view.dtype,
+            prefix_mask,
+            first_row,
+            window=view.text_config.sliding_window if kind == "sliding_attention" else None,
+        )
+        for kind, first_row in first_rows_read(cache, view.layer_kinds, len(tree)).items()
+    }
+    return masks if len(masks) > 1 else masks.popitem()[1]
 
 
 def tree_attention_mask(
-    tree: CandidateTree, past_length: int, dtype: torch.dtype, prefix_mask: Tensor | None = None
+    tree: CandidateTree,
+    past_length: int,
+    dtype: torch.dtype,
+    prefix_mask: Tensor | None = None,
+    first_row: int = 0,
+    window: int | None = None,
 ) -> Tensor:
-    """`(1, 1, N, past + N)` additive mask: every node sees the prefix, its ancestors and itself.
+    """`(1, 1, N, past − first + N)` additive mask: every node sees the prefix, its ancestors and itself.
+
+    In a window, a node at depth d stands in row past + d, wherever it lies in the tree:
+
+    rows       first … past − 1 | n0     n1       n2         (n1 and n2 are children of n0)
+    stand in   first … past − 1 | past   past+1   past+1
 
     Args:
         prefix_mask: `(1, ≥ past)`, 0 on padding; `None` without padding.
+        first_row: First row of the prefix that the layer still has.
+        window: How many rows a node sees, itself included; `None`: all.
     """
-    prefix = tree.ancestors.new_ones((len(tree), past_length))
+    prefix = tree.ancestors.new_ones((len(tree), past_length - first_row))
     if prefix_mask is not None:
-        prefix &= prefix_mask[0, :past_length].to(prefix.device) != 0
-    return additive_mask(torch.cat((prefix, tree.ancestors), dim=1)[None], dtype)
+        prefix &= prefix_mask[0, first_row:past_length].to(prefix.device) != 0
+    visible = torch.cat((prefix, tree.ancestors), dim=1)
+    if window is not None:
+        rows = torch.arange(first_row, past_length, device=prefix.device)
+        stand_in = torch.cat((rows, past_length + tree.depths))
+        visible &= stand_in > (past_length + tree.depths - window)[:, None]
+    return additive_mask(visible[None], dtype)
 
 
 def tree_position_ids(tree: CandidateTree, root_position: Tensor) -> Tensor:
@@ -33,7 +151,9 @@ def tree_position_ids(tree: CandidateTree, root_position: Tensor) -> Tensor:
     return root_position + tree.depths.to(root_position.device)
 
 
-def walk(tree: CandidateTree, choose: Callable[[int], int], commit: Callable[[int, bool], bool]) -> list[int]:
+def walk(
+    tree: CandidateTree, choose: Callable[[int], int], commit: Callable[[int, bool], bool], path: list[int]
+) -> None:
     """Follows the target's own tokens down the tree (paper, section 3.6).
 
     Both callables are called exactly once per committed token, in order.
@@ -42,33 +162,13 @@ def walk(tree: CandidateTree, choose: Callable[[int], int], commit: Callable[[in
         choose: Node → the target's token after it.
         commit: Takes that token and whether it had been drafted; returns whether generation is finished. The token
             that stops generation may be a drafted one.
-
-    Returns:
-        Nodes whose successor was committed: the root, then the accepted nodes the walk left again. Their keys and
-        values are what the target's cache must keep.
+        path: Empty; gets the nodes whose successor is chosen, each before it is: the root, then the accepted nodes the
+            walk leaves again. The target's cache must keep their keys and values, even if a callable raises.
     """
-    node, path = 0, [0]
-    while True:
+    node: int | None = 0
+    while node is not None:
+        path.append(node)
         token = choose(node)
         child = tree.children[node].get(token)
         finished = commit(token, child is not None)
-        if finished or child is None:
-            return path
-        node = child
-        path.append(node)
-
-
-def commit_path(cache: DynamicCache, path: list[int], num_nodes: int) -> None:
-    """Keeps the entries of `path` of the `num_nodes` newest cache entries, in place, and drops the rest.
-
-    before   … prefix | n0 n1 n2 n3 n4 |      path = [0, 2, 4]
-    after    … prefix | n0 n2 n4 |
-    """
-    if path != list(range(len(path))):
-        for keys, values in cache_tensors(cache):
-            start = keys.shape[-2] - num_nodes
-            source = torch.tensor(path, device=keys.device) + start
-            kept = slice(start, start + len(path))
-            keys[:, :, kept] = keys[:, :, source]
-            values[:, :, kept] = values[:, :, source]
-    drop_newest(cache, num_nodes - len(path))
+        node = None if finished else child

@@ -1,0 +1,170 @@
+"""The target's cache during the rounds of one call: what a round keeps, what it drops, what it carries over.
+
+The loop knows [`HeldCache`] only; [`hold`] decides, once and after the prefill, which kind of layers stands behind it.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .._transformers import (
+    attention_layers,
+    cache_tensors,
+    convolution_layers,
+    drop_newest,
+    new_inputs,
+    record_past,
+    recurrent_states,
+)
+from .tree import CandidateTree
+
+#: Tokens that recurrent layers may leave to the next forward.
+MAX_CARRIED = 16
+
+
+class HeldCache:
+    """A cache of layers that can drop their newest rows: full attention, windows and convolutions.
+
+    Between two rounds, cache and carried tokens together are the committed text without its newest token, which is the
+    root of the next tree.
+
+    Attributes:
+        carried: Committed tokens whose rows the cache does not hold; they lead the next forward.
+    """
+
+    def __init__(self, cache: DynamicCache):
+        self._cache = cache
+        self._prefilled = self._marked = self.length
+        self.carried: list[int] = []
+
+    @property
+    def length(self) -> int:
+        """Rows that the cache holds."""
+        return self._cache.get_seq_length()
+
+    @property
+    def rows_since_prefill(self) -> int:
+        """How many of them the prefill did not compute."""
+        return self.length - self._prefilled
+
+    @property
+    def spare_slots(self) -> int:
+        """How many nodes the next tree may have, its root included; at least one."""
+        return sys.maxsize
+
+    def close(self) -> None:
+        """After the last round: the cache drops old rows by itself again."""
+        record_past(self._cache, False)
+
+    @contextmanager
+    def verifying(self, tree: CandidateTree) -> Iterator[list[int]]:
+        """One forward over the carried tokens and `tree`; afterwards the cache holds committed rows only.
+
+        Yields the path to keep, empty. Whatever is raised inside, the cache ends as plain `generate()` would have left
+        it: with the row of every token whose successor was chosen, or was about to be.
+        """
+        self._mark()
+        path: list[int] = []
+        try:
+            yield path
+        finally:
+            if path:
+                self._keep(tree, path)
+            else:
+                self._break_off(tree)
+
+    def _mark(self) -> None:
+        """Before the forward: what the cache holds is committed."""
+        self._marked = self.length
+
+    def _keep(self, tree: CandidateTree, path: list[int]) -> None:
+        """After the forward: keeps what belongs to `path` and drops what belongs to the other nodes."""
+        self._keep_rows(path)
+
+    def _break_off(self, tree: CandidateTree) -> None:
+        """After a forward that raised, or of which no token was chosen."""
+        self._keep_rows([0] if self._every_layer_has_new_rows() else [])
+
+    def _every_layer_has_new_rows(self) -> bool:
+        """Plain `generate()`, broken off here, has the row of its step, the root. Earlier some layers lack the new
+        rows, so the others may not keep theirs."""
+        return all(layer.get_seq_length() > self._marked for layer in attention_layers(self._cache))
+
+    def _keep_rows(self, kept: list[int]) -> None:
+        """Keeps the rows `kept` of the last forward, in place, and drops its other rows.
+
+        before   … committed | r0 r1 r2 r3 r4 |      kept = [0, 2, 4]
+        after    … committed | r0 r2 r4 |
+        """
+        is_prefix = kept == list(range(len(kept)))
+        for layer, tensors in zip(attention_layers(self._cache), cache_tensors(self._cache), strict=True):
+            new = layer.get_seq_length() - self._marked
+            if not is_prefix:
+                for entries in tensors:
+                    start = entries.shape[-2] - new
+                    source = torch.tensor(kept, device=entries.device) + start
+                    entries[:, :, start : start + len(kept)] = entries[:, :, source]
+            drop_newest(layer, new - len(kept))
+        for layer in convolution_layers(self._cache):
+            # A layer that the forward did not reach has nothing to drop.
+            drop_newest(layer, max(new_inputs(layer) - len(kept), 0))
+
+
+class RecurrentCache(HeldCache):
+    """A cache with recurrent layers, such as linear attention: they hold one state of all they have read.
+
+    A state follows one text, so drafts are chains; and nothing can be taken out of a state. So the states are copied
+    before drafts enter them. If a draft is rejected they are put back, and the accepted tokens are carried: they lead
+    the next forward, which reads them once more.
+
+        states after       …x   | forward over           | accepted | then
+        round 1             x   | r d1 d2 d3             | r d1     | put back; carried: r d1
+        round 2             x   | r d1 | s e1 e2 e3      | s        | put back; carried: r d1 s
+        round 3             x   | r d1 s | t f1 f2 f3    | all      | states after … f3; carried: nothing
+
+    Args:
+        max_carried: With more carried tokens than this, the next tree is its root alone. A root is never rejected.
+    """
+
+    def __init__(self, cache: DynamicCache, max_carried: int):
+        super().__init__(cache)
+        self._max_carried = max_carried
+        self._saved: list[Tensor] | None = None
+
+    @property
+    def spare_slots(self) -> int:
+        return 1 if len(self.carried) > self._max_carried else sys.maxsize
+
+    def _mark(self) -> None:
+        super()._mark()
+        if self._saved is None:
+            self._saved = [state.clone() for state in recurrent_states(self._cache)]
+
+    def _keep(self, tree: CandidateTree, path: list[int]) -> None:
+        if len(path) < len(tree):
+            self._put_back()
+            self.carried += tree.token_ids[0, path].tolist()
+        else:
+            self._keep_rows(list(range(len(self.carried) + len(tree))))
+            self._saved = None
+            self.carried = []
+
+    def _break_off(self, tree: CandidateTree) -> None:
+        if self._every_layer_has_new_rows():
+            self.carried += tree.token_ids[0, :1].tolist()
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for state, saved in zip(recurrent_states(self._cache), self._saved or [], strict=True):
+            state.copy_(saved)
+        self._keep_rows([])
+
+
+def hold(cache: DynamicCache) -> HeldCache:
+    """The target's cache, after the prefill, as the loop sees it."""
+    record_past(cache, True)
+    return RecurrentCache(cache, MAX_CARRIED) if recurrent_states(cache) else HeldCache(cache)

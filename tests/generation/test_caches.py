@@ -1,0 +1,152 @@
+"""What the target's cache holds after a round, whatever happened in it."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from sparrow_hf._transformers import recurrent_states
+from sparrow_hf.generation.caches import RecurrentCache, hold
+from sparrow_hf.generation.tree import CandidateTree, build_tree
+
+#        0:A
+#      1:B   2:C
+#     3:D    4:B
+TREE = build_tree([10, 11, 12, 13, 11], [-1, 0, 0, 1, 2])
+PREFIX = [0.0, 1.0, 2.0]
+NODES = [100.0, 101.0, 102.0, 103.0, 104.0]
+
+
+def add_rows(cache: DynamicCache, rows: list[float], num_layers: int = 2) -> None:
+    """Keys are the rows plus the layer's number, values their negatives."""
+    for layer in range(num_layers):
+        keys = torch.tensor(rows).view(1, 1, -1, 1) + layer
+        cache.update(keys, -keys, layer)
+
+
+def held_rows(cache: DynamicCache) -> list[list[float]]:
+    def flat(tensor: Tensor) -> list[float]:
+        return tensor.flatten().tolist()
+
+    assert all(flat(layer.values) == [-key for key in flat(layer.keys)] for layer in cache.layers)
+    return [flat(layer.keys) for layer in cache.layers]
+
+
+@pytest.fixture
+def cache() -> DynamicCache:
+    cache = DynamicCache()
+    add_rows(cache, PREFIX)
+    return cache
+
+
+@pytest.mark.parametrize("path", [[0], [0, 1], [0, 2, 4]])
+def test_the_path_is_kept_in_order(cache: DynamicCache, path: list[int]) -> None:
+    held = hold(cache)
+    with held.verifying(TREE) as kept:
+        add_rows(cache, NODES)
+        kept += path
+    expected = PREFIX + [NODES[node] for node in path]
+    assert held_rows(cache) == [expected, [row + 1 for row in expected]]
+    assert (held.length, held.rows_since_prefill, held.carried) == (3 + len(path), len(path), [])
+    # A second round goes on from there.
+    with held.verifying(TREE) as kept:
+        add_rows(cache, NODES)
+        kept += [0, 1]
+    assert held_rows(cache)[0] == expected + NODES[:2]
+
+
+def test_an_exception_in_the_walk_keeps_what_was_walked(cache: DynamicCache) -> None:
+    with pytest.raises(KeyboardInterrupt), hold(cache).verifying(TREE) as kept:
+        add_rows(cache, NODES)
+        kept += [0, 2]
+        raise KeyboardInterrupt
+    assert held_rows(cache)[0] == [*PREFIX, 100.0, 102.0]
+
+
+def test_an_exception_behind_the_last_layer_keeps_the_root(cache: DynamicCache) -> None:
+    with pytest.raises(RuntimeError), hold(cache).verifying(TREE):
+        add_rows(cache, NODES)
+        raise RuntimeError
+    assert held_rows(cache)[0] == [*PREFIX, 100.0]
+
+
+def test_an_exception_between_two_layers_keeps_nothing_of_the_forward(cache: DynamicCache) -> None:
+    with pytest.raises(RuntimeError), hold(cache).verifying(TREE):
+        add_rows(cache, NODES, num_layers=1)
+        raise RuntimeError
+    assert held_rows(cache) == [PREFIX, [1.0, 2.0, 3.0]]
+
+
+# -- recurrent layers -------------------------------------------------------------------------------------------------
+
+
+def read_rows(cache: DynamicCache, rows: list[float]) -> None:
+    """A forward over rows: the state is their sum, the convolution needs the last two, the window the last three."""
+    recurrent, window = cache.layers
+    before = 0.0 if recurrent.recurrent_states[0] is None else recurrent.recurrent_states[0]
+    recurrent.update_conv_state(torch.tensor(rows).view(1, 1, -1), conv_kernel_size=2)
+    recurrent.update_recurrent_state(torch.full((1, 1, 1, 1), sum(rows)) + before)
+    window.update(torch.tensor(rows).view(1, 1, -1, 1), torch.tensor(rows).view(1, 1, -1, 1))
+
+
+def all_held(cache: DynamicCache) -> tuple[float, list[float], list[float], int]:
+    """State, inputs of the convolution, rows of the window, length."""
+    recurrent, window = cache.layers
+    conv, rows = recurrent.conv_states[0].flatten().tolist(), window.keys.flatten().tolist()
+    return float(recurrent.recurrent_states[0]), conv, rows, cache.get_seq_length()
+
+
+@pytest.fixture
+def recurrent() -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers = [LinearAttentionLayer(), DynamicSlidingWindowLayer(sliding_window=4)]
+    read_rows(cache, [1.0, 2.0, 3.0])
+    return cache
+
+
+def chain_of(*tokens: int) -> CandidateTree:
+    return build_tree(list(tokens), list(range(-1, len(tokens) - 1)))
+
+
+def test_states_are_put_back_and_accepted_tokens_carried(recurrent: DynamicCache) -> None:
+    held = hold(recurrent)
+    addresses = [state.data_ptr() for state in recurrent_states(recurrent)]
+    # 7 and 8 of three tokens are accepted, then 9 of two, then both.
+    for tokens, accepted, carried in (((7, 8, 9), 2, [7, 8]), ((9, 5), 1, [7, 8, 9]), ((6, 4), 2, [])):
+        rows = [float(token) for token in (*held.carried, *tokens)]
+        with held.verifying(chain_of(*tokens)) as path:
+            read_rows(recurrent, rows)
+            path += range(accepted)
+        assert held.carried == carried
+        if carried:
+            assert all_held(recurrent) == (6.0, [2.0, 3.0], [1.0, 2.0, 3.0], 3)
+    assert all_held(recurrent) == (40.0, [6.0, 4.0], [9.0, 6.0, 4.0], 8)
+    # In place: compiled graphs hold the addresses.
+    assert [state.data_ptr() for state in recurrent_states(recurrent)] == addresses
+    # The states that are saved now are the new ones.
+    with held.verifying(chain_of(1, 2)) as path:
+        read_rows(recurrent, [1.0, 2.0])
+        path.append(0)
+    assert all_held(recurrent) == (40.0, [6.0, 4.0], [9.0, 6.0, 4.0], 8) and held.carried == [1]
+
+
+def test_a_forward_that_raised_is_undone(recurrent: DynamicCache) -> None:
+    held = hold(recurrent)
+    with pytest.raises(RuntimeError), held.verifying(chain_of(7, 8)):
+        recurrent.layers[0].update_recurrent_state(torch.full((1, 1, 1, 1), 99.0))
+        raise RuntimeError
+    assert all_held(recurrent) == (6.0, [2.0, 3.0], [1.0, 2.0, 3.0], 3) and held.carried == []
+    with pytest.raises(RuntimeError), held.verifying(chain_of(7, 8)):
+        read_rows(recurrent, [7.0, 8.0])
+        raise RuntimeError
+    # Plain `generate()` has read the root by then.
+    assert all_held(recurrent) == (6.0, [2.0, 3.0], [1.0, 2.0, 3.0], 3) and held.carried == [7]
+
+
+def test_too_many_carried_tokens_are_committed(recurrent: DynamicCache) -> None:
+    held = RecurrentCache(recurrent, max_carried=2)
+    held.carried = [7, 8]
+    assert held.spare_slots > 1000
+    held.carried = [7, 8, 9]
+    assert held.spare_slots == 1

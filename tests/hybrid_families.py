@@ -1,0 +1,332 @@
+"""Families that mix kinds of layers: full attention with windows, convolutions, recurrent states or selected keys."""
+
+from typing import Any
+
+import transformers as hf
+from family_parts import (
+    MROPE,
+    PIXELS,
+    PLACEHOLDERS,
+    QWEN_TOKENS,
+    SQUARE,
+    VIDEO_PIXELS,
+    VISION_SIZES,
+    processor_of,
+    qwen_ids,
+    qwen_processor,
+)
+from more_families import (
+    EXPERTS,
+    HEAD_SIZE,
+    LATENT_ATTENTION,
+    MERGED_PATCHES,
+    QWEN3_REST,
+    QWEN3_TEXT,
+    QWEN3_VISION_SIZES,
+    VIDEO_PATCHES,
+)
+
+from tiny_targets import FRAME_SIZE, HIDDEN_SIZE, PATCH_SIZE, Family
+
+#: Shorter than any prompt, so that every window is full.
+WINDOW = 16
+_WINDOWS_AND_FULL = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+# -- windows ----------------------------------------------------------------------------------------------------------
+
+_GEMMA_REST: dict[str, Any] = {
+    "named_tokens": {
+        "image_token": "<|image|>",
+        "video_token": "<|video|>",
+        "audio_token": "<|audio|>",
+        "boi_token": "<boi>",
+        "eoi_token": "<eoi>",
+        "boa_token": "<boa>",
+        "eoa_token": "<eoa>",
+    },
+    "placeholder_tokens": PLACEHOLDERS,
+    "video_prompt": "<|video|>\n",
+    "image_prompt": "<|image|>\n",
+}
+
+
+def _gemma_ids(tokens: dict[str, int]) -> dict[str, int]:
+    named = ("image_token", "video_token", "audio_token", "boi_token", "eoi_token", "boa_token")
+    return {f"{name}_id": tokens[name] for name in named} | {"eoa_token_index": tokens["eoa_token"]}
+
+
+def _gemma(name: str, **text_fields: Any) -> Family:
+    return Family(
+        name=name,
+        model_class=hf.Gemma4ForConditionalGeneration,
+        config=lambda text, tokens: hf.Gemma4Config(
+            text_config=text
+            | {"head_dim": HEAD_SIZE, "per_layer_config": {}, "tie_word_embeddings": False}
+            | {"hidden_size_per_layer_input": 0}
+            | text_fields,
+            vision_config=VISION_SIZES
+            | {"num_key_value_heads": 2, "head_dim": 8, "pooling_kernel_size": 2, "position_embedding_size": 64},
+            audio_config=None,
+            tie_word_embeddings=False,
+            **_gemma_ids(tokens),
+        ),
+        processor=lambda tokenizer: hf.Gemma4Processor(
+            feature_extractor=hf.Gemma4AudioFeatureExtractor(),
+            image_processor=hf.Gemma4ImageProcessor(patch_size=PATCH_SIZE, max_soft_tokens=70, pooling_kernel_size=2),
+            tokenizer=tokenizer,
+            video_processor=hf.Gemma4VideoProcessor(patch_size=PATCH_SIZE, max_soft_tokens=70, pooling_kernel_size=2),
+        ),
+        **_GEMMA_REST,
+    )
+
+
+_WINDOWED = (
+    _gemma("gemma4", **_WINDOWS_AND_FULL),
+    # Every layer also reads an embedding of its own of the token.
+    _gemma("gemma4-ple", **_WINDOWS_AND_FULL, hidden_size_per_layer_input=8, vocab_size_per_layer_input=160),
+    _gemma("gemma4-full", layer_types=["full_attention"] * 4),
+    Family(
+        name="gemma4_unified",
+        model_class=hf.Gemma4UnifiedForConditionalGeneration,
+        config=lambda text, tokens: hf.Gemma4UnifiedConfig(
+            text_config=text
+            | _WINDOWS_AND_FULL
+            | {"per_layer_config": {}, "head_dim": HEAD_SIZE, "tie_word_embeddings": False},
+            vision_config={
+                "patch_size": PATCH_SIZE,
+                "pooling_kernel_size": 2,
+                "mm_embed_dim": 16,
+                "mm_posemb_size": 64,
+                "output_proj_dims": 16,
+            },
+            audio_config=None,
+            tie_word_embeddings=False,
+            **_gemma_ids(tokens),
+        ),
+        processor=lambda tokenizer: hf.Gemma4UnifiedProcessor(
+            feature_extractor=hf.Gemma4UnifiedAudioFeatureExtractor(),
+            image_processor=hf.Gemma4UnifiedImageProcessor(
+                patch_size=PATCH_SIZE, max_soft_tokens=70, pooling_kernel_size=2
+            ),
+            tokenizer=tokenizer,
+            video_processor=hf.Gemma4UnifiedVideoProcessor(
+                patch_size=PATCH_SIZE, max_soft_tokens=70, pooling_kernel_size=2
+            ),
+        ),
+        **_GEMMA_REST,
+    ),
+)
+
+# -- layers that serve chains only ------------------------------------------------------------------------------------
+
+
+def _minimax(name: str, layer_types: list[str], **expected: Any) -> Family:
+    return Family(
+        name=name,
+        model_class=hf.MiniMaxM3SparseForConditionalGeneration,
+        config=lambda text, tokens: hf.MiniMaxM3VLConfig(
+            text_config=text
+            | {
+                "head_dim": HEAD_SIZE,
+                "rotary_dim": 4,
+                "num_experts_per_tok": 2,
+                "num_local_experts": 4,
+                "intermediate_size": 16,
+                "dense_intermediate_size": 32,
+                "shared_intermediate_size": 16,
+                "layer_types": layer_types,
+                "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+                "index_n_heads": 2,
+                "index_head_dim": 8,
+                "index_block_size": 4,
+                "index_topk_blocks": 4,
+            },
+            vision_config=VISION_SIZES | {"image_size": FRAME_SIZE},
+            projector_hidden_size=32,
+            merged_hidden_size=128,
+            image_token_index=tokens["image_token"],
+            video_token_index=tokens["video_token"],
+        ),
+        processor=processor_of(
+            hf.MiniMaxM3VLProcessor,
+            hf.MiniMaxM3VLImageProcessor(**VIDEO_PATCHES),
+            hf.MiniMaxM3VLVideoProcessor(**VIDEO_PATCHES, size=SQUARE),
+        ),
+        named_tokens={
+            "image_token": "]<]image[>[",
+            "video_token": "]<]video[>[",
+            "vision_start_token": "]<]start of image[>[",
+            "vision_end_token": "]<]end of image[>[",
+        },
+        placeholder_tokens=PLACEHOLDERS,
+        video_prompt="]<]video[>[\n",
+        image_prompt="]<]image[>[\n",
+        **expected,
+    )
+
+
+_CHAINS_ONLY = (
+    _minimax("minimax_m3_vl", ["full_attention"] * 4),
+    _minimax("minimax_m3_vl-sparse", ["full_attention", "minimax_m3_sparse"] * 2, chains_only="minimax_m3_sparse"),
+    Family(
+        name="lfm3_vl",
+        model_class=hf.Lfm3VlForConditionalGeneration,
+        config=lambda text, tokens: hf.Lfm3VlConfig(
+            text_config=text
+            | {
+                "head_dim": HEAD_SIZE,
+                "sliding_window": WINDOW,
+                "layer_types": ["conv", "full_attention", "sliding_attention", "conv"],
+                "conv_L_cache": 3,
+                "tie_word_embeddings": False,
+            },
+            vision_config=VISION_SIZES | {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+            projector_hidden_size=32,
+            tie_word_embeddings=False,
+            **qwen_ids(tokens),
+        ),
+        processor=qwen_processor(hf.Lfm3VlProcessor, hf.Qwen3VLVideoProcessor, VIDEO_PIXELS),
+        named_tokens=QWEN_TOKENS,
+        placeholder_tokens=PLACEHOLDERS,
+        video_prompt="<|video_pad|>",
+        image_prompt="<|image_pad|>",
+        chains_only="conv",
+    ),
+)
+
+# -- refused ----------------------------------------------------------------------------------------------------------
+
+_REFUSED: list[Family] = [
+    Family(
+        name="dots3_note",
+        model_class=hf.Dots3NoteForConditionalGeneration,
+        config=lambda text, tokens: hf.Dots3NoteConfig(
+            text_config=text
+            | LATENT_ATTENTION
+            | {
+                "head_dim": 16,
+                "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+                "sliding_window": WINDOW,
+                "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+                "index_topk": 16,
+                "index_head_dim": 8,
+                "index_n_heads": 2,
+                "shared_experts_intermediate_size": 16,
+                "per_layer_config": {},
+                "tie_word_embeddings": False,
+            },
+            vision_config=VISION_SIZES
+            | {
+                "moe_intermediate_size": 16,
+                "mlp_layer_types": ["dense", "sparse"],
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "adapter_in_dim": 16,
+                "adapter_out_dim": HIDDEN_SIZE,
+                "per_layer_config": {},
+            },
+            audio_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "adapter_input_size": 16,
+                "adapter_out_dim": HIDDEN_SIZE,
+                "downsample_hidden_size": 8,
+                "conv_output_size": 128,
+            },
+            **{f"{kind}_token_id": tokens[f"{kind}_token"] for kind in ("image", "video", "audio")},
+        ),
+        processor=lambda tokenizer: hf.Dots3NoteProcessor(
+            image_processor=hf.Qwen2VLImageProcessor(**MERGED_PATCHES, temporal_patch_size=1, size=PIXELS),
+            tokenizer=tokenizer,
+            video_processor=hf.Qwen3VLVideoProcessor(
+                **MERGED_PATCHES, temporal_patch_size=1, size=VIDEO_PIXELS, cap_pixels_per_frame=False
+            ),
+            feature_extractor=hf.Dots3NoteFeatureExtractor(),
+        ),
+        named_tokens={
+            "image_token": "<|imgpad|>",
+            "video_token": "<|video_pad|>",
+            "audio_token": "<|audio_comp_pad|>",
+        },
+        placeholder_tokens=PLACEHOLDERS,
+        video_prompt="<|video_pad|>\n",
+        image_prompt="<|imgpad|>\n",
+        refused="indexed_attention",
+    ),
+    Family(
+        name="qwen4_exp",
+        model_class=hf.Qwen4ExpForConditionalGeneration,
+        config=lambda text, tokens: hf.Qwen4ExpConfig(
+            text_config={name: value for name, value in text.items() if name != "intermediate_size"}
+            | QWEN3_TEXT
+            | EXPERTS
+            | {
+                "linear_conv_kernel_dim": 4,
+                "linear_key_head_dim": HEAD_SIZE,
+                "linear_value_head_dim": HEAD_SIZE,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                "num_experts": 4,
+                "shared_expert_intermediate_size": 16,
+                "layer_types": ["linear_attention", "indexed_attention"] * 2,
+                "hc_count": 2,
+                "hc_lowrank": 8,
+                "indexer_n_heads": 2,
+                "indexer_kv_heads": 1,
+                "indexer_head_dim": 8,
+                "indexer_budget": 16,
+                "indexer_compress_ratio": 2,
+                "ple_layer_ids": [],
+            },
+            vision_config=QWEN3_VISION_SIZES,
+            **qwen_ids(tokens),
+        ),
+        **QWEN3_REST,
+        refused="indexed_attention",
+    ),
+]
+if hasattr(hf, "HYV4VLForConditionalGeneration"):  # since transformers 5.24
+    _REFUSED.append(
+        Family(
+            name="hy_v4_vl",
+            model_class=hf.HYV4VLForConditionalGeneration,
+            config=lambda text, tokens: hf.HYV4VLConfig(
+                text_config=text
+                | LATENT_ATTENTION
+                | {
+                    "head_dim": 8,
+                    "rope_parameters": MROPE,
+                    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+                    "layer_types": ["indexed_attention"] * 4,
+                    "index_topk": 16,
+                    "index_head_dim": 8,
+                    "index_n_heads": 2,
+                    "indexer_types": ["full"] * 4,
+                    "hc_mult": 2,
+                    "tie_word_embeddings": False,
+                },
+                vision_config=VISION_SIZES
+                | {"out_hidden_size": HIDDEN_SIZE, "num_key_value_heads": 2, "max_image_size": FRAME_SIZE},
+                tie_word_embeddings=False,
+                image_token_id=tokens["image_token"],
+                video_token_id=tokens["video_token"],
+            ),
+            processor=processor_of(
+                hf.HYV4VLProcessor,
+                hf.HYV4VLImageProcessor(**MERGED_PATCHES),
+                hf.HYV4VLVideoProcessor(**MERGED_PATCHES),
+            ),
+            named_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+            placeholder_tokens=PLACEHOLDERS,
+            video_prompt="<|video_pad|>",
+            image_prompt="<|image_pad|>",
+            attentions=("eager",),
+            refused="indexed_attention",
+        )
+    )
+
+HYBRID_FAMILIES: tuple[Family, ...] = (*_WINDOWED, *_CHAINS_ONLY, *_REFUSED)
