@@ -63,6 +63,10 @@ DeviceOption = Annotated[
     typer.Option(help="Device of the target, such as cpu, cuda or cuda:1; auto spreads it over all GPUs."),
 ]
 OneDeviceOption = Annotated[str | None, typer.Option(help="Device of the target, such as cpu, cuda or cuda:1.")]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(help="Attention implementation of the target, such as sdpa (default: transformers' choice)."),
+]
 PromptsOption = Annotated[
     str,
     typer.Option(

@@ -12,12 +12,12 @@ from rich.text import Text
 
 from .common import (
     BAD_INPUT,
-    DEVICE_HELP,
-    DTYPE_HELP,
-    FPS_HELP,
-    MAX_FRAMES_HELP,
+    AttentionOption,
+    DeviceOption,
     Dtype,
-    errors_as_sentences,
+    DtypeOption,
+    FpsOption,
+    MaxFramesOption,
     quiet_transformers,
 )
 
@@ -30,19 +30,17 @@ ALL_TIMES, FIRST_TIMES = 64, 32
 
 def doctor(
     video: Annotated[Path | None, typer.Option(help="Video file to look into, instead of the installation.")] = None,
-    fps: Annotated[float | None, typer.Option(min=0.01, help=FPS_HELP)] = None,
-    max_frames: Annotated[int | None, typer.Option(min=1, help=MAX_FRAMES_HELP)] = None,
+    fps: FpsOption = None,
+    max_frames: MaxFramesOption = None,
     num_frames: Annotated[int | None, typer.Option(min=1, help="Number of frames to read, instead of --fps.")] = None,
     start: Annotated[float | None, typer.Option(min=0, help="Second of the video at which reading begins.")] = None,
     end: Annotated[float | None, typer.Option(min=0, help="Second of the video at which reading ends.")] = None,
     target: Annotated[
         str | None, typer.Option(help="Video LLM to look into, instead of the installation: a folder or a Hub id.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    attention: Annotated[
-        str | None, typer.Option(help="Attention implementation of the target (default: transformers' choice).")
-    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    attention: AttentionOption = None,
 ) -> None:
     """Prints versions, which extras are installed, the state of the contract with transformers, and the devices.
 
@@ -51,20 +49,19 @@ def doctor(
     With --target, prints how its drafts are verified, and how far a chain and a tree in one forward differ from the
     same tokens one by one. Ends with 2 if drafts cannot be used with it.
     """
-    with errors_as_sentences():
-        if video is not None:
-            from ..data.video import Sampling
+    if video is not None:
+        from ..data.video import Sampling
 
-            try:
-                sampling = Sampling(fps, max_frames, num_frames, start=start, end=end)
-            except ValueError as error:
-                raise typer.BadParameter(str(error)) from None
-            print_facts(facts_of_video(video, sampling))
-        elif target is not None:
-            quiet_transformers()
-            print_facts(facts_of_target(target, dtype, device, attention))
-        else:
-            print_installation()
+        try:
+            sampling = Sampling(fps, max_frames, num_frames, start=start, end=end)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        print_facts(facts_of_video(video, sampling))
+    elif target is not None:
+        quiet_transformers()
+        print_facts(facts_of_target(target, dtype, device, attention))
+    else:
+        print_installation()
 
 
 def print_facts(facts: dict[str, str]) -> None:

@@ -22,6 +22,7 @@ from .common import (
     NOT_IDENTICAL,
     TEMPERATURE,
     TOP_P,
+    AttentionOption,
     DeviceOption,
     DoSampleOption,
     Dtype,
@@ -80,10 +81,7 @@ def generate(
     processor: ProcessorOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
-    attention: Annotated[
-        str | None,
-        typer.Option(help="Attention of the target, such as sdpa or eager (default: what transformers chooses)."),
-    ] = None,
+    attention: AttentionOption = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Run plain generate() too, and say whether the text is identical.")
     ] = False,
