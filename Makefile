@@ -18,7 +18,7 @@ CONTRACT_TESTS := tests/test_transformers.py tests/test_generate.py tests/test_f
 	tests/training/test_trainer.py tests/training/test_lora.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-research test-full floor canary lock testbed results recipes quality style
+.PHONY: help install demo test test-research test-full floor canary lock testbed results recipes support-matrix quality style
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -57,6 +57,12 @@ test-research: install  ## Fast tier of the tests of research/
 test-full: $(VENV)-full/.installed  ## Every test, the long ones included (in an environment of its own)
 	@$(TEST_ENV) $(abspath $(VENV))-full/bin/python -m pytest -n 2 -m "" --timeout 3600 $(PYTEST_ARGS)
 	@cd research && $(TEST_ENV) $(abspath $(VENV))-full/bin/python -m pytest -n 2 -m "" --timeout 3600
+
+support-matrix: install  ## Run every family in every cell, and write docs/support-matrix.md
+	@rm -f .support-matrix
+	@SPARROW_SUPPORT_MATRIX=.support-matrix $(TEST_ENV) $(BIN)/python -m pytest -m full tests/test_support_matrix.py
+	@PYTHONPATH=tests $(BIN)/python tests/test_support_matrix.py .support-matrix
+	@rm .support-matrix
 
 floor: $(VENV)-floor/.installed  ## Contract and losslessness tests on the oldest versions admitted
 	@$(TEST_ENV) $(abspath $(VENV))-floor/bin/python -m pytest -n 2 $(CONTRACT_TESTS) $(PYTEST_ARGS)

@@ -365,6 +365,8 @@ _OTHERS = (
         placeholder_tokens=PLACEHOLDERS,
         video_prompt="<|kimi_k25_video_placeholder|>\n",
         image_prompt="<|media_pad|>\n",
+        # transformers 5.23 cannot tell two apart.
+        max_videos=1,
     ),
 )
 

@@ -48,6 +48,7 @@ RECURRENT_FAMILIES: tuple[Family, ...] = (
             text_config=_TEXT | text, vision_config=_VISION, **qwen_ids(tokens)
         ),
         **_REST,
+        chains_only="linear_attention",
     ),
     Family(
         name="qwen3_5_moe",
@@ -60,5 +61,6 @@ RECURRENT_FAMILIES: tuple[Family, ...] = (
             **qwen_ids(tokens),
         ),
         **_REST,
+        chains_only="linear_attention",
     ),
 )

@@ -11,6 +11,7 @@ from sparrow_hf.configuration_sparrow import parse_tree_shape
 from sparrow_hf.errors import DraftConfigError, UnsupportedTargetError
 from sparrow_hf.evaluation import parse_tree
 
+from families import FAMILY_BY_NAME
 from tiny_targets import Family
 
 
@@ -171,3 +172,8 @@ def test_a_text_that_names_no_shape_is_refused(text: str) -> None:
 def test_a_tree_that_cannot_grow_is_refused(text: str) -> None:
     with pytest.raises(DraftConfigError, match="found"):
         parse_tree_shape(text)
+
+
+def test_the_placeholder_of_molmo_is_known_by_its_own_name() -> None:
+    config = FAMILY_BY_NAME["molmo2"].build_target().config
+    assert SparrowDraftConfig.from_target_config(config).visual_token_ids == [config.image_patch_id]

@@ -4,8 +4,8 @@ import pytest
 
 from lossless import make_case, mismatch
 
-NUM_FAST = 210
-NUM_FULL = 2100
+NUM_FAST = 300
+NUM_FULL = 3300
 
 
 @pytest.mark.parametrize("first", range(0, NUM_FAST, 30))

@@ -105,7 +105,7 @@ def decoded_chains(
     num_text = len(generator.positions.text)
     predicted: list[Tensor] = []
 
-    def draft_the_answer(hidden: Tensor) -> Tensor:
+    def draft_the_answer(hidden: Tensor, **_: Any) -> Tensor:
         predicted.append(hidden[0, -1])
         logits = torch.zeros(1, 1, draft.config.vocab_size)
         logits[..., answer[chain + len(predicted)]] = 9.0

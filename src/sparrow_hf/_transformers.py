@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import TransformersContractError
 
@@ -227,7 +228,9 @@ def install_seam(
 
     @functools.wraps(stock_generate)
     def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        if is_draft(kwargs.get("assistant_model")):
+        draft = unwrap(kwargs.get("assistant_model"))
+        if is_draft(draft):
+            kwargs["assistant_model"] = draft
             caches = [kwargs[name] for name in (CACHE, "past_key_values") if kwargs.get(name) is not None]
             input_ids = kwargs.get("input_ids") if inputs is None else inputs
             check_inputs(input_ids, kwargs.get("inputs_embeds"), caches[0] if caches else None)
@@ -336,6 +339,19 @@ def prompt_position_ids(target: Any, input_ids: Tensor, inputs: Mapping[str, Any
     return target._prepare_position_ids_for_generation(input_ids, dict(inputs))
 
 
+def unwrap(model: Any) -> Any:
+    """The transformers model inside the wrappers of peft, `torch.compile` and distributed training, or what it is."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, nn.Module) and "_orig_mod" in model._modules:  # compiled
+            model = model._orig_mod
+        else:
+            return model
+
+
 # -- caches and layers ------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +389,11 @@ def run_layer(
 def attention_layers(cache: Any) -> list[Any]:
     """Layers of a cache that hold keys and values (one that shares those of another layer holds none)."""
     return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+
+
+def checkpoint_with_cache(layer: nn.Module) -> None:
+    """Lets gradient checkpointing run a layer with its cache, which must not grow when the layer is run again."""
+    layer._can_checkpoint_with_cache = True  # type: ignore[assignment]
 
 
 def cache_tensors(cache: Any) -> list[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import BaseStreamer
 
-from .targets import unwrap
+from ._transformers import unwrap
 
 
 def now(device: torch.device) -> float:

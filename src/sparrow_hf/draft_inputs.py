@@ -168,9 +168,12 @@ def draft_positions(
 
 
 def put(sequence: Tensor, positions: Tensor, values: Tensor) -> Tensor:
-    """`(B, R, H)` with the `(B, n, H)` values at `(B, n)` positions; values at position R (padding) are dropped."""
+    """`(B, R, H)` with the `(B, n, H)` values at `(B, n)` positions; values at position R (padding) are dropped.
+
+    The values take the sequence's dtype: under autocast they come out of layers and caches in different ones.
+    """
     padded = F.pad(sequence, (0, 0, 0, 1))
-    return padded.scatter_(1, positions[..., None].expand_as(values), values)[:, :-1]
+    return padded.scatter_(1, positions[..., None].expand_as(values), values.to(padded.dtype))[:, :-1]
 
 
 def causal(last: Tensor, num_keys: int) -> Tensor:

@@ -5,7 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from .errors import TargetLoadError
 from .extras import require
@@ -48,16 +54,39 @@ def load_target(
         TargetLoadError: One of them is not there, or does not fit the device.
         MissingDependencyError: The device is "auto", and accelerate is not installed.
     """
+    model = load_without_processor(target, dtype, device, revision)
+    source = processor or target
+    with told_if_not_loaded("processor", source):
+        return model, AutoProcessor.from_pretrained(source, revision=revision)
+
+
+def load_without_processor(
+    target: str,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> Any:
+    """A target in evaluation mode, without its processor. Arguments and errors are those of [`load_target`]."""
     if device == "auto":
         require("train", "Spreading a target over all GPUs", "accelerate")
     with told_if_not_loaded("target", target):
         where = {"device_map": "auto"} if device == "auto" else {}
-        model = AutoModelForImageTextToText.from_pretrained(target, revision=revision, dtype=dtype, **where)
+        model = load_model(target, revision=revision, dtype=dtype, **where)
         if not where:
             model = model.to(device or default_device())
-    source = processor or target
-    with told_if_not_loaded("processor", source):
-        return model.eval(), AutoProcessor.from_pretrained(source, revision=revision)
+    return model.eval()
+
+
+def load_model(source: str, revision: str | None = None, **options: Any) -> Any:
+    """A video LLM, or a language model without a vision tower, from a folder or a Hub id.
+
+    Args:
+        options: Further arguments of `from_pretrained`.
+    """
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return auto_class.from_pretrained(source, revision=revision, **options)
 
 
 def default_device() -> torch.device:

@@ -4,7 +4,7 @@ import copy
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -23,6 +23,7 @@ from ._transformers import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     check_contract,
+    checkpoint_with_cache,
     run_layer,
 )
 from .configuration_sparrow import SparrowDraftConfig, check_vocabulary
@@ -70,6 +71,8 @@ class SparrowDraftModel(PreTrainedModel):
         self.fc = nn.Linear(2 * hidden, hidden, bias=config.fc_bias)
         block = DECODER_LAYERS[config.block_type]
         self.layers = nn.ModuleList([block(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        for layer in self.layers:
+            checkpoint_with_cache(layer)
         if not config.input_norm:
             self.layers[0].input_layernorm = nn.Identity()
         self.norm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps) if config.output_norm else nn.Identity()
@@ -104,14 +107,6 @@ class SparrowDraftModel(PreTrainedModel):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._set_unregistered(None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        twin = type(self)(self.config.__class__.from_dict(self.config.to_dict()))
-        twin.load_state_dict(self.state_dict())
-        twin.provenance = dict(self.provenance)
-        twin.to(device=self.device, dtype=self.dtype).train(self.training)
-        memo[id(self)] = twin
-        return twin
 
     # -- what one forward does ---------------------------------------------------------------------------------------
 
@@ -378,17 +373,32 @@ class SparrowDraftModel(PreTrainedModel):
         """`(B, R)` ids → `(B, R, H)` embeddings, the target's, in this draft's dtype and on its device."""
         return self.target.embedding(token_ids).to(self.fc.weight)
 
-    def compute_logits(self, hidden_states: Tensor, full_vocabulary: bool = False) -> Tensor:
+    def reduced_head(self) -> Callable[[Tensor], Tensor] | None:
+        """The head of the draft's own, smaller vocabulary, cut out of the target's as it is now.
+
+        Returns:
+            `(…, H)` states → `(…, D)` logits, for one call or one training step; `None` for a draft that proposes the
+            whole vocabulary.
+        """
+        return None if self.draft_to_target is None else self.target.head_rows(self.draft_to_target)
+
+    def compute_logits(
+        self,
+        hidden_states: Tensor,
+        full_vocabulary: bool = False,
+        reduced_head: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """`(…, H)` states → `(…, D)` logits of the target's head, placeholders excluded, in fp32.
 
         Args:
             hidden_states: Post-norm states, predicted or the target's own.
             full_vocabulary: All V tokens, also where the draft proposes only D of them (`draft_vocab_size`); the
                 token of column i is then i, otherwise `draft_to_target[i]`.
+            reduced_head: What [`~SparrowDraftModel.reduced_head`] returned, so that it is cut out once for many steps.
         """
         hidden_states = hidden_states.to(self.target.dtype)
-        if self.draft_to_target is not None and not full_vocabulary:
-            return self.target.head_rows(self.draft_to_target)(hidden_states).float()
+        if not full_vocabulary and (reduced_head := reduced_head or self.reduced_head()) is not None:
+            return reduced_head(hidden_states).float()
         logits = self.target.head(hidden_states).float()
         for token_id in self.config.visual_token_ids or []:
             # The target would read a drafted placeholder as visual input. Some lie behind the head's vocabulary.
@@ -410,7 +420,9 @@ class SparrowDraftModel(PreTrainedModel):
         """
         checked = check_vocabulary(self.config, token_ids)
         self.config.draft_vocab_size = len(checked)
-        self.draft_to_target = checked.to(self.device, copy=True)
+        # A buffer made in inference mode could not be used in training.
+        with torch.inference_mode(False):
+            self.draft_to_target = checked.to(self.device, copy=True)
 
     @property
     def last_generation(self) -> "GenerationStats | None":

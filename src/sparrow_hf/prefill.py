@@ -12,10 +12,9 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ._transformers import CACHE, replaced_prefill
+from ._transformers import CACHE, replaced_prefill, unwrap
 from .clocks import StopWatch
 from .hidden_states import HiddenStateCollector, replay
-from .targets import unwrap
 
 
 class PrefillSnapshot:

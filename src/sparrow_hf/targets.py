@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ._transformers import NO_CACHE, commit_of, execution_device, layer_kinds, name_of, rope_borders
+from ._transformers import NO_CACHE, commit_of, execution_device, layer_kinds, name_of, rope_borders, unwrap
 from .configuration_sparrow import SparrowDraftConfig, visual_token_ids
 from .errors import BindingError, UnsupportedTargetError
 from .hidden_states import install_hooks
@@ -67,7 +67,6 @@ class TargetView:
             raise UnsupportedTargetError(f"{name} has no input embedding or no language-model head")
         #: Filled by `generation/self_check.py`: attention function → how drafts are verified with it.
         self.verification: dict[Any, Any] = {}
-        self._head_rows: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
 
     @property
     def chain_layers(self) -> list[str]:
@@ -86,18 +85,16 @@ class TargetView:
     def head_rows(self, token_ids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """The head cut down to some tokens: `(…, H)` states → `(…, len(token_ids))` logits.
 
-        The weights of these tokens are copied once and kept. A head without plain weights (quantised, or offloaded by
+        The weights of these tokens are copied, as they are now: keep the result for one call or one training step
+        only, since the head may be edited or moved after it. A head without plain weights (quantised, or offloaded by
         accelerate) computes all logits and the others are discarded, which is correct but saves no time.
         """
-        if self._head_rows is None or self._head_rows[0] is not token_ids:
-            head = self.head
-            if type(head) is nn.Linear and head.weight.device.type != "meta":
-                ids = token_ids.to(head.weight.device)
-                rows, offsets = head.weight.detach()[ids], None if head.bias is None else head.bias.detach()[ids]
-                self._head_rows = token_ids, lambda states: functional.linear(states, rows, offsets)
-            else:
-                self._head_rows = token_ids, lambda states: head(states)[..., token_ids]
-        return self._head_rows[1]
+        head = self.head
+        if type(head) is nn.Linear and head.weight.device.type != "meta":
+            ids = token_ids.to(head.weight.device)
+            rows, offsets = head.weight.detach()[ids], None if head.bias is None else head.bias.detach()[ids]
+            return lambda states: functional.linear(states, rows, offsets)
+        return lambda states: head(states)[..., token_ids]
 
     @cached_property
     def rope_borders(self) -> list[tuple[int, bool]]:
@@ -115,11 +112,6 @@ class TargetView:
         device = self.norm.weight.device
         # Offloaded by accelerate: the weight is on its device during the forward only.
         return device if device.type != "meta" else execution_device(self.norm) or device
-
-
-def unwrap(target: Any) -> PreTrainedModel:
-    """The transformers model inside a peft wrapper, or the model itself."""
-    return target.get_base_model() if hasattr(target, "get_base_model") else target
 
 
 def bind(config: SparrowDraftConfig, target: PreTrainedModel) -> TargetView:

@@ -17,7 +17,8 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import UnsupportedTargetError
-from sparrow_hf.generation.self_check import how_to_verify
+from sparrow_hf.generation import decoding
+from sparrow_hf.generation.self_check import Verification, how_to_verify
 
 from families import FAMILY_BY_NAME
 from lossless import left_padded
@@ -134,7 +135,7 @@ def compared(target: PreTrainedModel, inputs: dict[str, Any], draft: SparrowDraf
     assert draft.last_generation.k > 2
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("do_sample", [False, pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.parametrize("shape", ["chain-5", "14-4-3"])
 @pytest.mark.parametrize(
     ("function", "mask", "chains", "trees"),
@@ -170,6 +171,15 @@ def test_flash_attention_of_other_families(register, family: str, shape: str) ->
     inputs = FAMILY_BY_NAME[family].build_inputs(target)
     compared(target, inputs, draft)
     compared(target, left_padded(inputs, 0, 5), draft)
+
+
+def test_a_mask_that_is_not_followed_is_found(register, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tree in the function that ignores masks, as if nothing had been tried."""
+    target = build(register(ignores_masks))
+    draft = SparrowDraftModel.from_target(target, **TREE)
+    monkeypatch.setattr(decoding, "how_to_verify", lambda view: Verification("own", "own"))
+    with pytest.raises(AssertionError):
+        compared(target, FAMILY_BY_NAME["llava_onevision"].build_inputs(target), draft)
 
 
 def test_a_function_without_a_right_way_is_refused_before_anything_runs(register) -> None:

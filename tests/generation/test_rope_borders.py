@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf.generation import decoding
 
 from families import FAMILY_BY_NAME
 from oracles import drafting_around
@@ -32,11 +33,13 @@ def ids(target: PreTrainedModel, inputs: dict[str, Any], draft: SparrowDraftMode
     return target.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("do_sample", [False, pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.parametrize("shape", ["chain-5", "14-4-3"])
 @pytest.mark.parametrize("rope", [DYNAMIC, LONGROPE], ids=lambda rope: rope["rope_type"])
 # The prompt has 51 positions.
-@pytest.mark.parametrize("border", [40, 51, 52, 60, 71])
+@pytest.mark.parametrize(
+    "border", [60, *(pytest.param(border, marks=pytest.mark.full) for border in (40, 51, 52, 71))]
+)
 def test_rounds_end_at_the_border(border: int, rope: dict[str, Any], shape: str, do_sample: bool) -> None:
     target = target_with(rope, border)
     draft = SparrowDraftModel.from_target(target)
@@ -80,6 +83,17 @@ def test_one_rope_per_kind_of_layer() -> None:
     with drafting_around(plain, adversarial=False):
         assert ids(target, inputs, draft) == plain
     assert draft.target.rope_borders == [(340, False)]
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC, LONGROPE], ids=lambda rope: rope["rope_type"])
+def test_a_border_that_is_forgotten_is_found(rope: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    target = target_with(rope, 60)
+    draft = SparrowDraftModel.from_target(target)
+    inputs = FAMILY_BY_NAME["llava_onevision"].build_inputs(target)
+    plain = ids(target_with(rope, 60), inputs, None)
+    monkeypatch.setattr(decoding, "max_levels_before_border", lambda *_: 99)
+    with drafting_around(plain, adversarial=False):
+        assert ids(target, inputs, draft) != plain
 
 
 def test_text_before_the_border_is_drafted_as_deep_as_ever() -> None:

@@ -1,14 +1,11 @@
 """A tiny random target, greedy answers of its own, and drafts for it."""
 
-import gc
-import os
-import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from greedy import greedy
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,40 +13,6 @@ from sparrow_hf import SparrowDraftModel
 from sparrow_hf.training import append_answer, read_with_target
 
 from families import FAMILY_BY_NAME
-
-
-def greedy(length: int) -> dict[str, Any]:
-    """Greedy text of exactly so many tokens; a random target would end it early or write placeholders."""
-    suppressed = FAMILY_BY_NAME["qwen2_5_vl"].visual_token_ids
-    return {
-        "do_sample": False,
-        "max_new_tokens": length,
-        "min_new_tokens": length,
-        "suppress_tokens": suppressed,
-    }
-
-
-def die(run: Callable[[], Any]) -> None:
-    """Runs something that kills its process, in a process of its own."""
-    child = os.fork()
-    if child == 0:
-        # The copy has none of the threads (of libraries, of pytest-xdist) whose objects a collection would finalise.
-        gc.disable()
-        try:
-            run()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-
-
-def kill_this_process() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Path below `folder` → content, for every file in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="session")

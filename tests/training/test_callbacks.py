@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import greedy
+from greedy import greedy
 from transformers import TrainerCallback
 
 from sparrow_hf import SparrowDraftModel, testbed

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import die, files_of, kill_this_process
+from kills import die, files_of, kill_this_process
 
 from sparrow_hf.artifacts import earlier_target_digest, tensor_digest
 from sparrow_hf.errors import DiskBudgetError, TrainingDataError

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import die, files_of, kill_this_process
+from kills import die, files_of, kill_this_process
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import TrainingDataError

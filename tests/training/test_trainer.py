@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import die, greedy, kill_this_process
+from greedy import greedy
+from kills import die, kill_this_process
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import greedy
+from greedy import greedy
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import greedy
+from greedy import greedy
 from safetensors.torch import save_file
 
 from sparrow_hf import SparrowDraftModel

@@ -1,52 +1,165 @@
-"""`sparrow doctor`: what is installed here, and whether drafts can be used with it."""
+"""`sparrow doctor`: what is installed here and whether drafts can be used with it; how a video file is read; and
+how a target verifies drafts."""
 
 import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .common import BAD_INPUT, errors_as_sentences, quiet_transformers
+from .common import (
+    BAD_INPUT,
+    DEVICE_HELP,
+    DTYPE_HELP,
+    FPS_HELP,
+    MAX_FRAMES_HELP,
+    Dtype,
+    errors_as_sentences,
+    quiet_transformers,
+)
+
+if TYPE_CHECKING:
+    from ..data.video import Sampling
+
+#: Longest list of times that is printed as a whole, and how much of a longer one is.
+ALL_TIMES, FIRST_TIMES = 64, 32
 
 
-def doctor() -> None:
+def doctor(
+    video: Annotated[Path | None, typer.Option(help="Video file to look into, instead of the installation.")] = None,
+    fps: Annotated[float | None, typer.Option(min=0.01, help=FPS_HELP)] = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, help=MAX_FRAMES_HELP)] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Number of frames to read, instead of --fps.")] = None,
+    start: Annotated[float | None, typer.Option(min=0, help="Second of the video at which reading begins.")] = None,
+    end: Annotated[float | None, typer.Option(min=0, help="Second of the video at which reading ends.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Video LLM to look into, instead of the installation: a folder or a Hub id.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Attention implementation of the target (default: transformers' choice).")
+    ] = None,
+) -> None:
     """Prints versions, which extras are installed, the state of the contract with transformers, and the devices.
 
     Ends with 2 if drafts cannot be used with the installed transformers. Put its output into a report of a fault.
+    With --video, prints what was found in a video file and which of its frames would be read.
+    With --target, prints how its drafts are verified, and how far a chain and a tree in one forward differ from the
+    same tokens one by one. Ends with 2 if drafts cannot be used with it.
     """
     with errors_as_sentences():
-        import torch
-        import transformers
+        if video is not None:
+            from ..data.video import Sampling
 
-        from .. import __version__
-        from .._transformers import SUPPORTED_VERSIONS, TESTED_VERSIONS, contract_breaches
-        from ..extras import EXTRAS, missing_packages
+            try:
+                sampling = Sampling(fps, max_frames, num_frames, start=start, end=end)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
+            print_facts(facts_of_video(video, sampling))
+        elif target is not None:
+            quiet_transformers()
+            print_facts(facts_of_target(target, dtype, device, attention))
+        else:
+            print_installation()
 
-        quiet_transformers()
-        breaches = contract_breaches()
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
 
-        def show(name: str, value: str) -> None:
-            table.add_row(Text(name), Text(value))
+def print_facts(facts: dict[str, str]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(Text(name), Text(value))
+    Console().print(table)
 
-        show("sparrow-hf", __version__)
-        show("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-        show("torch", torch.__version__)
-        show(
-            "transformers",
-            f"{transformers.__version__} (supported {SUPPORTED_VERSIONS}, tested {', '.join(TESTED_VERSIONS)})",
-        )
-        show("contract", "; ".join(breaches) or "kept: drafts can be used")
-        for extra in EXTRAS:
-            missing = missing_packages(extra)
-            show(f"[{extra}]", f"without {', '.join(missing)}" if missing else "installed")
-        show("devices", ", ".join(devices()))
-        Console().print(table)
-        if breaches:
-            raise typer.Exit(BAD_INPUT)
+
+def facts_of_video(path: Path, sampling: "Sampling") -> dict[str, str]:
+    """What is in a video file, and which frames [`read_video`] would keep of it."""
+    from ..data.video import plan_video
+
+    video, times, choice = plan_video(path, sampling)
+    facts = {"file": str(path)} | video.description()
+    seconds, constant = times.seconds, times.constant_rate()
+    rate = f"{constant[0]:.5g} per second" if constant else "at no constant rate"
+    if not constant:
+        stays = times.stays()
+        rate += f", each for {stays.min():.3f} s to {stays.max():.3f} s"
+    facts["frames"] = f"{len(seconds)}, on screen from {seconds[0]:.3f} s to {times.end_seconds:.3f} s, {rate}"
+    if sampling.start or sampling.end is not None:
+        facts["frames"] += " (those around the window)"
+    looked_at = [f"{second:.3f}" for second in choice.indices / choice.fps]
+    if len(looked_at) > ALL_TIMES:
+        left_out = len(looked_at) - FIRST_TIMES - 1
+        looked_at = [*looked_at[:FIRST_TIMES], f"… ({left_out} more) …", looked_at[-1]]
+    facts["read"] = f"{len(choice.picks)} frames ({len(set(choice.picks.tolist()))} different)"
+    facts["at seconds"] = " ".join(looked_at)
+    return facts
+
+
+def facts_of_target(source: str, dtype: str, device: str | None, attention: str | None) -> dict[str, str]:
+    """What decides how a target's drafts are verified, and the measurement that shows it.
+
+    Raises:
+        UnsupportedTargetError: They cannot be.
+    """
+    from collections import Counter
+
+    from ..configuration_sparrow import SparrowDraftConfig
+    from ..generation.self_check import measure, refuse_without_a_way
+    from ..loading import load_without_processor
+    from ..targets import TargetView
+
+    model = load_without_processor(source, dtype, device)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    view = TargetView(model)
+    config = SparrowDraftConfig.from_target_config(model.config)
+    found = measure(view)
+    refuse_without_a_way(view, found)
+    placeholders = ", ".join(map(str, config.visual_token_ids or []))
+    borders = ", ".join(str(border) for border, _ in view.rope_borders)
+    ways = {"own": "the target's attention function", "eager": "its model's eager attention function"}
+    facts = {
+        "target": f"{type(model).__name__} ({source}), {view.dtype}".replace("torch.", ""),
+        "layers": ", ".join(f"{count} {kind}" for kind, count in Counter(view.layer_kinds).items()),
+        "placeholders": placeholders or "none known: all positions count as text",
+        "positions": f"RoPE changes at {borders}: no draft crosses it" if borders else "RoPE never changes",
+        "draft layer": config.block_type,
+        "chains": f"verified, by {ways[found.chains or 'own']}",
+        "trees": f"verified, by {ways[found.trees]}" if found.trees else f"narrowed to chains: {found.why_no_trees}",
+    }
+    facts |= {f"difference ({what})": f"{size:.1e}" for what, size in found.differences.items()}
+    return facts | {"tried on first use": "; ".join(found.untold) or "nothing: all of it could be read"}
+
+
+def print_installation() -> None:
+    import torch
+    import transformers
+
+    from .. import __version__
+    from .._transformers import SUPPORTED_VERSIONS, TESTED_VERSIONS, contract_breaches
+    from ..extras import EXTRAS, missing_packages
+
+    quiet_transformers()
+    breaches = contract_breaches()
+    facts = {
+        "sparrow-hf": __version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "transformers": (
+            f"{transformers.__version__} (supported {SUPPORTED_VERSIONS}, tested {', '.join(TESTED_VERSIONS)})"
+        ),
+        "contract": "; ".join(breaches) or "kept: drafts can be used",
+    }
+    for extra in EXTRAS:
+        missing = missing_packages(extra)
+        facts[f"[{extra}]"] = f"without {', '.join(missing)}" if missing else "installed"
+    print_facts(facts | {"devices": ", ".join(devices())})
+    if breaches:
+        raise typer.Exit(BAD_INPUT)
 
 
 def devices() -> list[str]:

@@ -34,6 +34,7 @@ def train(context: typer.Context) -> None:
             return
         from accelerate import PartialState
 
+        from ..data.prepare import tokenizer_of
         from ..loading import load_target
         from ..training.options import parse_options
         from ..training.preview import estimate_cost, preview_sample
@@ -57,7 +58,7 @@ def train(context: typer.Context) -> None:
         trainer = run.trainer
         if options.inspect is not None:
             sample = sample_of(trainer, options.inspect)
-            show_preview(console, preview_sample(trainer, sample, processor.tokenizer))
+            show_preview(console, preview_sample(trainer, sample, tokenizer_of(processor)))
         elif options.dry_run:
             show_cost(console, estimate_cost(trainer, target))
         else:

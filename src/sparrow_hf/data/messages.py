@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ImageError, SparrowError, TrainingDataError, VideoError
-from .video import is_url
+from .files import is_url
 
 #: What [`~sparrow_hf.data.load_rows`] adds to a row: its index, and the folder its relative paths start from.
 ROW_INDEX, ROW_FOLDER = "row_index", "row_folder"

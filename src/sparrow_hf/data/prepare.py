@@ -19,8 +19,9 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from ..errors import ImageError, TrainingDataError, VideoError
+from .images import read_image
 from .messages import ROW_FOLDER, ROW_INDEX, media_source, split_answer
-from .video import read_frames, read_image, read_video
+from .video import read_frames, read_video
 
 DEFAULT_FRAMES_PER_SECOND = 2.0
 """Assumed for videos given as arrays that do not say how densely they were sampled (Qwen-VL's sampling rate)."""
@@ -109,7 +110,7 @@ def prepare_conversation(
         return _without_place(row)
     answer_ids, answer = row.get("answer_ids"), row.get("answer")
     if answer_ids is None:
-        tokenizer = _required(processor).tokenizer
+        tokenizer = tokenizer_of(_required(processor))
         answer = split_answer(row)[1] if answer is None else answer
         if answer is None:
             raise TrainingDataError(
@@ -165,8 +166,8 @@ def prepare_inputs(
         The processor's output for a batch of one, as tensors.
 
     Raises:
-        VideoError: A video cannot be read or has the wrong shape, or the processor cannot take videos of different
-            lengths or sizes together.
+        VideoError: A video cannot be read, or the processor cannot take it: its size, or videos of different lengths
+            or sizes together.
         ImageError: An image cannot be read.
         MissingDependencyError: PyAV or torchvision is not installed and the messages hold a video.
     """
@@ -187,11 +188,17 @@ def prepare_inputs(
         return processor(text=[text], **media, return_tensors="pt")
     except ValueError as error:
         shapes = {frames.shape for frames in media.get("videos", [])}
-        if len(shapes) < 2:
+        if not shapes:
             raise
+        found = f"found {', '.join(map(str, sorted(shapes)))}"
+        if len(shapes) > 1:
+            raise VideoError(
+                f"{type(processor).__name__} cannot take videos of different shapes in one prompt ({found}): sample "
+                "them alike with max_frames, or split the prompt."
+            ) from error
         raise VideoError(
-            f"{type(processor).__name__} cannot take videos of different shapes in one prompt (found "
-            f"{', '.join(map(str, sorted(shapes)))}): sample them alike with max_frames, or split the prompt."
+            f"{type(processor).__name__} cannot take the video ({found}): {str(error).rstrip('.')}. Cut or scale the "
+            "video, or read other frames of it."
         ) from error
 
 
@@ -216,6 +223,11 @@ def _without_place(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sampling(row: Mapping[str, Any], fps: float | None, max_frames: int | None) -> dict[str, Any]:
     return {"fps": fps, "max_frames": max_frames} | own_sampling(row)
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor; a target that only reads text has no more than a tokenizer."""
+    return getattr(processor, "tokenizer", processor)
 
 
 def _required(processor: ProcessorMixin | None) -> ProcessorMixin:

@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from ..artifacts import tensor_digest
 from ..configuration_sparrow import TREE_PRESETS, parse_tree_shape
 from ..draft_inputs import EVERY_VISUAL_TOKEN
 from ..errors import BenchmarkError
 from ..generation.integration import follow
-from ..loading import told_if_not_loaded
+from ..loading import load_model, told_if_not_loaded
 from ..measurement import NO_DRAFT, PLAIN, Arm
 from ..modeling_sparrow import SparrowDraftModel
 
@@ -138,11 +138,7 @@ class Arms:
         source = self._folders.get(source, source)
 
         def load(source: str) -> Any:
-            try:
-                assistant = AutoModelForImageTextToText.from_pretrained(source, dtype=self.target.dtype)
-            except ValueError:
-                assistant = AutoModelForCausalLM.from_pretrained(source, dtype=self.target.dtype)
-            return assistant.to(self.target.device)
+            return load_model(source, dtype=self.target.dtype).to(self.target.device)
 
         return self._load("assistant", source, load)
 

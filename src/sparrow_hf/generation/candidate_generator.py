@@ -51,6 +51,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
         )
         self.max_cache_length = 0
         self.failed_drafts = 0
+        self._reduced_head = draft.reduced_head()
         self._prompt_ids = input_ids
         self._cache = DynamicCache()
         self._hidden: Tensor | None = None  # (1, 1, H) prediction of the newest committed token
@@ -152,20 +153,23 @@ class SparrowCandidateGenerator(CandidateGenerator):
         committed = self._cache.get_seq_length()
         hidden = self._hidden
         if levels > 0 and hidden is not None:
-            tokens, origins = pool.add_level(self.draft.compute_logits(hidden)[0].log_softmax(-1))
+            tokens, origins = pool.add_level(self._log_probs(hidden))
             # (F, A) bool: which tree nodes in the cache are ancestors of each frontier node
             ancestors = torch.zeros((len(tokens), 0), dtype=torch.bool, device=tokens.device)
             for level in range(1, levels):
                 itself = torch.eye(len(tokens), dtype=torch.bool, device=tokens.device)
                 embeds = self.draft.embed_next(tokens[None], hidden[:, origins], self._visual_summary, level)
                 hidden = self._forward(embeds, *self._level_layout(level, committed, ancestors, itself))
-                logits = self.draft.compute_logits(hidden)[0]
-                tokens, origins = pool.add_level(logits.log_softmax(-1))
+                tokens, origins = pool.add_level(self._log_probs(hidden))
                 ancestors = torch.cat((ancestors, itself), dim=1)[origins]
             if self._cache.get_seq_length() > committed:
                 drop_newest(self._cache, self._cache.get_seq_length() - committed)
         tree = pool.best_tree(self._root_token, self.shape.num_tree_nodes, self.draft.target.device)
         return self._draft_nothing() if tree is None else tree
+
+    def _log_probs(self, hidden: Tensor) -> Tensor:
+        """`(1, F, H)` states of the frontier → `(F, D)` log-probabilities of its children."""
+        return self.draft.compute_logits(hidden, reduced_head=self._reduced_head)[0].log_softmax(-1)
 
     def _level_layout(
         self, level: int, committed: int, ancestors: Tensor, itself: Tensor

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from .._transformers import install_seam
 from ..modeling_sparrow import SparrowDraftModel
 from .decoding import speculative_decode
@@ -35,7 +37,9 @@ def follow(draft: SparrowDraftModel, target: Any) -> None:
     """
     first_use = draft._target is None
     view = draft.bind(target)
-    if first_use and draft.dtype != view.dtype:
-        draft.to(dtype=view.dtype)
-    if draft.device != view.device:
-        draft.to(device=view.device)
+    # Parameters made in inference mode could never be trained.
+    with torch.inference_mode(False):
+        if first_use and draft.dtype != view.dtype:
+            draft.to(dtype=view.dtype)
+        if draft.device != view.device:
+            draft.to(device=view.device)

@@ -73,14 +73,18 @@ def how_to_verify(view: TargetView) -> Verification:
         # The function may be a new one now that also follows masks.
         function = _transformers.attention_function(view.layers, view.text_config)
         known[key[0], function] = known[key]
-    found = known[key]
+    refuse_without_a_way(view, known[key])
+    return known[key]
+
+
+def refuse_without_a_way(view: TargetView, found: Verification) -> None:
+    """Raises [`UnsupportedTargetError`] if not even chains are verified."""
     if found.chains is None:
+        difference = max(found.differences.values(), default=float("nan"))
         raise UnsupportedTargetError(
             f"{type(view.model).__name__}: several tokens in one forward give other logits than one by one (relative "
-            f"difference {max(found.differences.values()):.1e}), so drafts cannot be verified; tried because of "
-            f"{'; '.join(found.untold)}"
+            f"difference {difference:.1e}), so drafts cannot be verified. Look at {'; '.join(found.untold) or 'hooks'}"
         )
-    return found
 
 
 def what_cannot_be_read(view: TargetView) -> list[str]:

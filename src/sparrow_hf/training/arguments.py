@@ -141,6 +141,8 @@ class SparrowTrainingArguments(TrainingArguments):
             self.accelerator_config.dispatch_batches = False
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the draft's signature names none of the columns")
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("use_reentrant must stay False: it would drop the gradients between the draft's passes")
         weights = self.loss_weights
         if min(weights.values()) < 0 or not any(weights.values()):
             raise ValueError(f"loss weights must not be negative, and one must be positive; found {weights}")

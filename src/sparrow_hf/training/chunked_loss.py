@@ -1,5 +1,7 @@
 """The loss of predicted states over the vocabulary, a bounded number of logits at a time."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -30,10 +32,11 @@ def chunked_loss(
         `(n,)` losses and `(n,)` bool.
     """
     rows = max(1, LOGITS_PER_CHUNK // draft.config.vocab_size)
+    head = draft.reduced_head()
     if len(predicted) <= rows:
-        return _loss(draft, weights, predicted, target_states)
+        return _loss(draft, head, weights, predicted, target_states)
     chunks = [
-        checkpoint(_loss, draft, weights, *chunk, use_reentrant=False)
+        checkpoint(_loss, draft, head, weights, *chunk, use_reentrant=False)
         for chunk in zip(predicted.split(rows), target_states.split(rows), strict=True)
     ]
     losses, matches = zip(*chunks, strict=True)
@@ -41,12 +44,16 @@ def chunked_loss(
 
 
 def _loss(
-    draft: SparrowDraftModel, weights: dict[str, float], predicted: Tensor, target_states: Tensor
+    draft: SparrowDraftModel,
+    reduced_head: Callable[[Tensor], Tensor] | None,
+    weights: dict[str, float],
+    predicted: Tensor,
+    target_states: Tensor,
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         target_log_probs = draft.compute_logits(target_states, full_vocabulary=True).log_softmax(-1)
         target_tokens = target_log_probs.argmax(-1)
-    logits = draft.compute_logits(predicted)
+    logits = draft.compute_logits(predicted, reduced_head=reduced_head)
     tokens = logits.detach().argmax(-1)
     if draft.draft_to_target is not None:
         tokens = draft.draft_to_target[tokens]

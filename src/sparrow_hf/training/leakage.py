@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.files import is_url
 from ..data.messages import clean_messages, media_digest
-from ..data.video import is_url
 from ..errors import TrainingDataError
 
 #: Pairs of rows that [`refuse_shared_media`] names.

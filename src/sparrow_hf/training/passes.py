@@ -15,11 +15,11 @@ position earlier; the prompt keeps the target's states in every pass, so pass s 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
 from .._transformers import attention_of
 from ..draft_inputs import DraftInputs, DraftPositions, additive_mask, causal, put
@@ -107,6 +107,30 @@ def make_batch(
     )
 
 
+class PassKeys:
+    """The cache of one pass: the keys and values of earlier passes, followed by its own.
+
+    A layer that is run again (gradient checkpointing does, in the backward pass) finds and leaves the same keys; a
+    cache that grows in place would hold them twice.
+
+    Args:
+        earlier: The cache of the pass before.
+    """
+
+    def __init__(self, earlier: "PassKeys | None" = None):
+        self.earlier = earlier
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What a decoder layer calls with its `(B, heads, n, head_dim)` keys and values; returns all there are."""
+        if self.earlier is not None:
+            earlier_keys, earlier_values = self.earlier.layers[layer_idx]
+            keys = torch.cat((earlier_keys, keys), dim=-2)
+            values = torch.cat((earlier_values, values), dim=-2)
+        self.layers[layer_idx] = keys, values
+        return keys, values
+
+
 def exact_passes(
     draft: SparrowDraftModel, batch: DraftBatch, num_passes: int, forward: nn.Module | None = None
 ) -> list[Tensor]:
@@ -120,7 +144,7 @@ def exact_passes(
         chain u    those ≤ its start           │ chain u     │ chain u     │     (its own column of each later pass)
 
     In other words: in pass s, text t sees the pass-0 keys up to t−s and the pass-j key of t−(s−j), j = 1 … s.
-    The keys stay in one growing cache, so that gradients flow through the earlier passes.
+    The keys of earlier passes stay in the graph, so that gradients flow through them.
 
     Args:
         draft: A draft bound to its target.
@@ -131,12 +155,12 @@ def exact_passes(
     Returns:
         For each pass s, `(B, J−s, H)` predicted states; column u belongs to loss u + s.
     """
-    forward = forward or draft
-    cache = DynamicCache()
+    forward = draft if forward is None else forward
+    keys = PassKeys()
     embeds, batch = draft.embed_inputs(batch)
     loss_text = batch.loss_text
     starts = batch.text_positions.gather(1, loss_text)
-    hidden = _gather(_run_all(draft, forward, batch, embeds, cache), starts)
+    hidden = _gather(_run_all(draft, forward, batch, embeds, keys), starts)
     next_ids = batch.next_ids.gather(1, loss_text)
     position_ids = batch.position_ids.gather(1, starts.clamp(max=batch.position_ids.shape[1] - 1))
     summary = batch.visual_summary
@@ -147,11 +171,12 @@ def exact_passes(
     outputs = [hidden]
     for step in range(1, min(num_passes, hidden.shape[1])):
         # A chain that has reached the end of the answer is dropped with its last column; its older keys remain.
+        keys = PassKeys(keys)
         hidden = forward(
             draft.embed_next(next_ids[:, step:], outputs[-1][:, :-1], summary, step),
             position_ids[:, step:],
             _chain_mask(draft, batch, starts, step),
-            cache,
+            keys,
         ).last_hidden_state
         outputs.append(hidden)
     return outputs
@@ -167,7 +192,7 @@ def reinput_passes(
 
     Args and returns as [`exact_passes`].
     """
-    forward = forward or draft
+    forward = draft if forward is None else forward
     embeds, batch = draft.embed_inputs(batch)
     loss_positions = batch.text_positions.gather(1, batch.loss_text)
     # Indices of the answer's text; the prompt's states are never replaced.
@@ -189,7 +214,7 @@ def _run_all(
     forward: nn.Module,
     batch: DraftBatch,
     embeds: Tensor,
-    cache: DynamicCache | None = None,
+    cache: PassKeys | None = None,
 ) -> Tensor:
     """`(B, R, H)` outputs of a causal pass over everything. Padding is at the end, so nothing attends to it."""
     if attention_of(draft.config) != "eager":

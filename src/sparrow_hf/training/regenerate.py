@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .._transformers import commit_of, name_of
 from ..artifacts import atomic_path, check_made_alike, remove_partial_files, write_json, write_text
 from ..data.datasets import Rows
+from ..data.files import is_url
 from ..data.messages import ROW_FOLDER, ROW_INDEX, media_digest, naming_row, split_answer
-from ..data.prepare import prepare_prompt
-from ..data.video import is_url
+from ..data.prepare import prepare_prompt, tokenizer_of
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 
@@ -219,9 +219,9 @@ def _answer(
     if not prepared:
         return []
     prompts = [prompt for _, prompt in prepared]
-    answers = generate_answers(target, prompts, processor.tokenizer.pad_token_id, **settings)
+    answers = generate_answers(target, prompts, tokenizer_of(processor).pad_token_id, **settings)
     return [
-        row | {"answer_ids": ids, "answer": processor.tokenizer.decode(ids, skip_special_tokens=True)}
+        row | {"answer_ids": ids, "answer": tokenizer_of(processor).decode(ids, skip_special_tokens=True)}
         for (row, _), ids in zip(prepared, answers, strict=True)
     ]
 

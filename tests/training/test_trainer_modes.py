@@ -1,0 +1,52 @@
+"""Options of `Trainer` that change how a step is computed, not what: the losses are those of the plain step."""
+
+import pytest
+import torch
+
+from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments
+
+
+def losses(target, make_draft, samples, folder, **options) -> list[float]:
+    draft = make_draft()
+    runs = []
+    for layer in draft.layers:
+        layer.self_attn.register_forward_hook(lambda *_: runs.append(1))
+    arguments = SparrowTrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        max_steps=3,
+        logging_steps=1,
+        learning_rate=2e-3,
+        **options,
+    )
+    trainer = SparrowTrainer(draft, target, arguments, train_dataset=samples)
+    trainer.train()
+    trainer.save_model(str(folder / "saved"))
+    assert (folder / "saved" / "model.safetensors").exists()
+    return [len(runs), *(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)]
+
+
+@pytest.mark.parametrize("attention", ["exact", "reinput"])
+def test_gradient_checkpointing(target, make_draft, samples, tmp_path, attention) -> None:
+    plain = losses(target, make_draft, samples, tmp_path, mtp_attention=attention)
+    spared = losses(target, make_draft, samples, tmp_path, mtp_attention=attention, gradient_checkpointing=True)
+    assert spared[1:] == plain[1:]
+    assert spared[0] == 2 * plain[0], "the layers must run a second time in the backward pass"
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"])
+def test_reentrant_checkpointing_is_refused(tmp_path, name) -> None:
+    # It would drop the gradients between the passes without a word.
+    with pytest.raises(ValueError, match="use_reentrant must stay False"):
+        SparrowTrainingArguments(str(tmp_path), **{name: {"use_reentrant": True}})
+
+
+@pytest.mark.parametrize("attention", ["exact", pytest.param("reinput", marks=pytest.mark.full)])
+def test_a_compiled_training(target, make_draft, samples, tmp_path, attention) -> None:
+    torch._dynamo.reset()
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    plain = losses(target, make_draft, samples, tmp_path, mtp_attention=attention)
+    assert losses(target, make_draft, samples, tmp_path, mtp_attention=attention, **compiled)[1:] == plain[1:]
