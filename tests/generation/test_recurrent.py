@@ -1,5 +1,6 @@
 """Targets with recurrent layers (Qwen3.5): a rejected draft leaves no trace in their states, no token is lost."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ from oracles import drafting_around
 NAMES = [family.name for family in RECURRENT_FAMILIES]
 BUDGETS = (0, 2, 1000)
 QUESTION = torch.tensor([[20, 21, 22, 23]])
+pytestmark = pytest.mark.filterwarnings("ignore:.* cannot verify trees")
 Setting = tuple[PreTrainedModel, dict[str, Any], Tensor]
 
 
@@ -64,12 +66,26 @@ def assert_same_cache(plain: Any, ours: Any) -> None:
 # -- the same text ----------------------------------------------------------------------------------------------------
 
 
-def check_cases(numbers: range, **fixed: Any) -> None:
-    cases = [make_case(number, family=NAMES[number % 2], **fixed) for number in numbers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* cannot verify trees")
-        found = {str(case): mismatch(case) for case in cases}
-    assert not {case: what for case, what in found.items() if what is not None}
+def check_cases(numbers: range, run: Callable[[Case], str | None] = mismatch, **fixed: Any) -> None:
+    found: dict[str, str] = {}
+    for case in (make_case(number, family=NAMES[number % 2], **fixed) for number in numbers):
+        what = run(case)
+        # A token at the threshold of top_p may fall on either side of it by rounding, which fp64 tells.
+        if what is not None and not (what.startswith("scores differ") and mismatch_in_fp64(case) is None):
+            found[str(case)] = what
+    assert not found
+
+
+def mismatch_in_fp64(case: Case) -> str | None:
+    def built(family: str, attn_implementation: str) -> PreTrainedModel:
+        target = FAMILY_BY_NAME[family].build_target(attn_implementation).double()
+        # The other kernels for experts know no fp64.
+        target.set_experts_implementation("eager")
+        return target
+
+    # Plain `generate()` in fp64 with eager attention gives NaN now and then (transformers 5.24).
+    with mock.patch.object(lossless, "built_target", built):
+        return mismatch(dataclasses.replace(case, attn_implementation="sdpa"))
 
 
 def test_random_cases(budget: int) -> None:
@@ -83,27 +99,15 @@ def test_many_random_cases(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check_cases(range(first, first + 50))
 
 
-def in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    def built(family: str, attn_implementation: str) -> PreTrainedModel:
-        target = FAMILY_BY_NAME[family].build_target(attn_implementation).double()
-        # The other kernels for experts know no fp64.
-        target.set_experts_implementation("eager")
-        return target
-
-    monkeypatch.setattr(lossless, "built_target", built)
-
-
-def test_random_cases_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_fp64(monkeypatch)
-    check_cases(range(100, 104))
+def test_random_cases_in_fp64() -> None:
+    check_cases(range(100, 104), mismatch_in_fp64)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("first", range(0, 150, 50))
 def test_many_random_cases_in_fp64(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_fp64(monkeypatch)
     monkeypatch.setattr(caches, "MAX_CARRIED", BUDGETS[first // 50])
-    check_cases(range(first, first + 50))
+    check_cases(range(first, first + 50), mismatch_in_fp64)
 
 
 @pytest.mark.full
