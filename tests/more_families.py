@@ -338,6 +338,10 @@ _OTHERS = (
         image_prompt="<|image|>\n",
         max_videos=1,
     ),
+)
+
+#: transformers 5.23 reads only the first two frames of a video.
+_SINCE_5_24 = (
     Family(
         name="kimi_k25",
         model_class=hf.Kimi_K25ForConditionalGeneration,
@@ -365,8 +369,6 @@ _OTHERS = (
         placeholder_tokens=PLACEHOLDERS,
         video_prompt="<|kimi_k25_video_placeholder|>\n",
         image_prompt="<|media_pad|>\n",
-        # transformers 5.23 cannot tell two apart.
-        max_videos=1,
     ),
 )
 
@@ -417,3 +419,5 @@ MORE_FAMILIES: tuple[Family, ...] = (
     *_OTHERS,
     *(_WITH_TIMM if is_timm_available() else ()),
 )
+if not hf.__version__.startswith("5.23."):
+    MORE_FAMILIES += _SINCE_5_24

@@ -106,7 +106,7 @@ class Family:
                 config, attn_implementation=attn_implementation or self.attentions[0], dtype=torch.float32
             )
             eos_token_ids = [special["eos_token_id"], self.tokenizer.convert_tokens_to_ids(END_OF_TURN)]
-            _randomize(target, eos_token_ids)
+            randomize(target, eos_token_ids)
         target.generation_config = hf.GenerationConfig(**(special | {"eos_token_id": eos_token_ids}))
         return target.eval()
 
@@ -158,7 +158,7 @@ def _metadata(num_frames: int) -> VideoMetadata:
 
 
 @torch.no_grad()
-def _randomize(target: hf.PreTrainedModel, eos_token_ids: list[int]) -> None:
+def randomize(target: hf.PreTrainedModel, eos_token_ids: list[int]) -> None:
     """Widens the usual initialisation, with which every prompt would be answered by one repeated token.
 
     Matrices map unit variance to about twice unit variance, norms and biases get some spread. Logits then have a

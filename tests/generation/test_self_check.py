@@ -77,7 +77,9 @@ def test_nothing_is_tried_where_all_can_be_read(monkeypatch: pytest.MonkeyPatch)
         assert (family.chains_only or "") in ways.why_no_trees
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma4", "hyperclovax_vision_v2", "kimi_k25", "lfm3_vl", "qwen3_5"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_5_vl", "gemma4", "hyperclovax_vision_v2", "minimax_m3_vl", "lfm3_vl", "qwen3_5"]
+)
 def test_what_was_read_is_what_is_measured(name: str) -> None:
     view = TargetView(FAMILY_BY_NAME[name].build_target())
     read, tried = how_to_verify(view), measure(view)
