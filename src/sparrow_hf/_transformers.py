@@ -561,6 +561,13 @@ def on_device(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return trainer._prepare_inputs(inputs)
 
 
+def smart_resize(*args: Any, **kwargs: Any) -> tuple[int, int]:
+    """Height and width that Qwen's processors give a picture; it needs torchvision to import."""
+    from transformers.models.qwen2_vl import image_processing_qwen2_vl
+
+    return image_processing_qwen2_vl.smart_resize(*args, **kwargs)
+
+
 def find_file(source: Any, name: str, *, needs_hub: bool, **hub_options: Any) -> str | None:
     """Local path of a file of a folder or a Hub repository, downloaded if necessary.
 

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from subjects import Subject
 
 from sparrow_hf.analysis import attention as room
 from sparrow_hf.analysis.attention import AttentionMass, watching_attention
 from sparrow_hf.errors import UnsupportedTargetError
+
+from families import FAMILIES, FAMILY_BY_NAME
 
 
 def rows_of(subject, rows):
@@ -48,8 +51,32 @@ def test_planted_bugs_are_noticed(qwen, bug, monkeypatch):
             yield chunk, probabilities
 
     monkeypatch.setattr(room, "attention_rows", wrong)
+    monkeypatch.setattr(room, "_gives", lambda *_: True)
     rows = torch.arange(len(qwen.answered.is_visual))
     assert (rows_of(qwen, rows) - eager_attention(qwen)).abs().max() > 1e-3
+
+
+def test_attention_of_another_kind_is_refused(qwen, monkeypatch):
+    module = qwen.view.layers[2].self_attn
+    monkeypatch.setattr(module, "scaling", module.scaling * 2)
+    handle = module.register_forward_hook(lambda module, args, output: (output[0] * 1.1, *output[1:]))
+    try:
+        with pytest.raises(UnsupportedTargetError, match="attend in a way that is unknown here"):
+            rows_of(qwen, torch.arange(1, len(qwen.answered.is_visual), 3))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", sorted(FAMILY_BY_NAME.keys() - {family.name for family in FAMILIES}))
+def test_other_families_are_exact_or_refused(name):
+    try:
+        subject = Subject(FAMILY_BY_NAME[name])
+        rows = torch.arange(1, len(subject.answered.is_visual), 3)
+        found = rows_of(subject, rows)
+    except UnsupportedTargetError:
+        return
+    torch.testing.assert_close(found, eager_attention(subject)[:, :, rows], atol=1e-5, rtol=0)
 
 
 def test_masses_and_scores_are_sums_over_the_eager_model(subject):
@@ -90,5 +117,5 @@ def test_the_target_is_left_as_it_was_found(qwen):
 
 def test_layers_without_separate_queries_and_keys_are_refused(qwen, monkeypatch):
     monkeypatch.delattr(qwen.view.layers[1].self_attn, "q_proj")
-    with pytest.raises(UnsupportedTargetError, match="q_proj and k_proj"):
+    with pytest.raises(UnsupportedTargetError, match="no self_attn with q_proj"):
         room.attention_modules(qwen.view)

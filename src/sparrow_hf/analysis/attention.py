@@ -20,6 +20,11 @@ from .answered import AnsweredPrompt
 #: Attention scores held at a time, over all heads: 64 MB in fp32.
 MAX_SCORES = 2**24
 
+#: How far, relative to its length, the output of a layer's attention may be from what its probabilities give (bf16).
+MAX_DEVIATION = 0.05
+#: About how many rows of a layer are checked.
+CHECKED_ROWS = 16
+
 
 def attention_rows(
     attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], rows: Tensor
@@ -67,19 +72,22 @@ def watching_attention(
         rows: `(n,)` the queries wanted, ascending.
 
     Raises:
-        UnsupportedTargetError: The target's layers have no `self_attn` with separate queries and keys.
+        UnsupportedTargetError: The target's attention is not computed as [`attention_rows`] computes it.
     """
 
     def hook(layer: int) -> Callable[..., None]:
-        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            watch(layer, attention_rows(module, kwargs["hidden_states"], kwargs["position_embeddings"], rows))
+        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
+            inputs = kwargs["hidden_states"], kwargs["position_embeddings"]
+            if not _gives(module, *inputs, rows, output[0]):
+                raise _unsupported(view, "attend in a way that is unknown here")
+            watch(layer, attention_rows(module, *inputs, rows))
 
-        return before
+        return after
 
     handles = []
     try:
         for index, module in enumerate(attention_modules(view)):
-            handles.append(module.register_forward_pre_hook(hook(index), with_kwargs=True))
+            handles.append(module.register_forward_hook(hook(index), with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -90,15 +98,43 @@ def attention_modules(view: TargetView) -> list[Any]:
     """The attention module of every layer.
 
     Raises:
-        UnsupportedTargetError: A layer has no `self_attn` with separate queries and keys.
+        UnsupportedTargetError: A layer is not of full attention, or has no `self_attn` with separate projections.
     """
+    if others := sorted(set(view.layer_kinds) - {"full_attention"}):
+        raise _unsupported(view, f"are of the kind {', '.join(others)}")
     modules = [getattr(layer, "self_attn", None) for layer in view.layers]
-    if not all(hasattr(module, "q_proj") and hasattr(module, "k_proj") for module in modules):
-        raise UnsupportedTargetError(
-            f"the layers of {type(view.model).__name__} have no self_attn with q_proj and k_proj: their attention "
-            "cannot be analysed"
-        )
+    if not all(hasattr(module, f"{name}_proj") for module in modules for name in "qkvo"):
+        raise _unsupported(view, "have no self_attn with q_proj, k_proj, v_proj and o_proj")
     return modules
+
+
+def _gives(
+    attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], rows: Tensor, output: Tensor
+) -> bool:
+    """Whether the probabilities of some of the rows give the `(1, L, H)` output that the layer's attention gave."""
+    checked = rows[:: max(1, len(rows) // CHECKED_ROWS)].to(hidden_states.device)
+    with torch.no_grad():
+        values = attention.v_proj(hidden_states)[0].unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+        try:
+            for chunk, probabilities in attention_rows(attention, hidden_states, position_embeddings, checked):
+                # The heads of one KV head beside each other: (KV heads, group · c, L) @ (KV heads, L, head size)
+                shared = probabilities.to(values.dtype).reshape(len(values), -1, values.shape[1]) @ values
+                mixed = shared.reshape(-1, len(chunk), attention.head_dim).transpose(0, 1).flatten(1)
+                given, expected = attention.o_proj(mixed).float(), output[0, chunk].float()
+                if not (given - expected).norm() <= MAX_DEVIATION * expected.norm():
+                    return False
+        except (TypeError, RuntimeError) as error:
+            # Heads of another shape, or RoPE with other arguments.
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False
+    return True
+
+
+def _unsupported(view: TargetView, why: str) -> UnsupportedTargetError:
+    return UnsupportedTargetError(
+        f"the layers of {type(view.model).__name__} {why}: their attention cannot be analysed"
+    )
 
 
 class AttentionMass:

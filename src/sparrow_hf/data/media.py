@@ -10,6 +10,7 @@ import torch
 from transformers import ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
+from .._transformers import smart_resize
 from ..errors import ImageError, MessagesError, SparrowError, VideoError
 from ..extras import require
 from .files import is_url
@@ -138,8 +139,6 @@ def set_sizes(
 
 def _size(own: Any, kind: MediaKind, part: Mapping[str, Any], pixels: torch.Tensor) -> tuple[int, int]:
     """Height and width of the frames of one part."""
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
     factor = own.patch_size * own.merge_size
     if "resized_height" in part:
         height, width = part["resized_height"], part["resized_width"]
