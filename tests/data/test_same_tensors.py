@@ -95,7 +95,11 @@ def roads(
     collator = SparrowDataCollator(processor, **sampling)
     sample = collator([row])["samples"][0]
     yield "train", prepare_prompt(None, sample)
-    recorder = SimpleNamespace(has=lambda index: False, write=lambda _, sample: seen.append(sample))
+    recorder = SimpleNamespace(
+        has=lambda index: False,
+        write=lambda _, sample: seen.append(sample),
+        digests=SimpleNamespace(tidy=lambda: None),
+    )
     patch.setattr(recording, "Recorder", lambda *args, **options: recorder)
     recording.record(None, [row], world.folder, collator)
     yield "record", prepare_prompt(None, seen.pop())
