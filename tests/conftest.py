@@ -1,3 +1,3 @@
 """Fixtures of every test."""
 
-from fixtures import family, no_network  # noqa: F401
+from fixtures import family, interruptible, no_network  # noqa: F401

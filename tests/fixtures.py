@@ -4,7 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import signal
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,3 +38,13 @@ def no_network() -> Any:
 def family(request: pytest.FixtureRequest) -> Family:
     """Each of the nine first architectures in turn; `lossless.py` has cases of all."""
     return request.param
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, even if the tests were started in the background, where it is ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

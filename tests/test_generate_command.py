@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from stopping import lines_in, needs_fork, sparrow
+from stopping import command_in, full_disk, lines_in, needs_posix, sparrow, stop_after_lines
 from typer.testing import CliRunner, Result
 from untrained import save_models
 
@@ -140,42 +140,61 @@ def test_one_file_has_one_writer(tmp_path: Path) -> None:
     assert [line["n"] for line in line_file.LineFile(tmp_path / "lines.jsonl", {}, Taken, "a line").lines] == [2]
 
 
-@needs_fork
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@needs_posix
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(
+    ("stop", "told"), [(signal.SIGINT, "Stopped by Ctrl-C"), (signal.SIGTERM, "Stopped by SIGTERM")]
+)
 def test_a_stopped_folder_goes_on(
-    stop: signal.Signals, models: tuple[object, ...], videos: Path, answered: Path, tmp_path: Path
+    stop: signal.Signals,
+    told: str,
+    models: tuple[object, ...],
+    videos: Path,
+    answered: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "captions.jsonl"
-    command: Any = ("generate", videos, *models, *SHORT, "--output", output)
-    stopped = sparrow(*command, stop=stop, when=lambda: lines_in(output) >= 2)
-    kept = lines_in(output)
-    assert 2 <= kept < 5
-    if stop == signal.SIGKILL:
-        assert stopped.code == -stop
-        with output.open("a") as file:
-            file.write(answered.read_text().splitlines()[kept][:40])
-    else:
-        name = "Ctrl-C" if stop == signal.SIGINT else "SIGTERM"
-        assert stopped.code == 128 + stop and "Traceback" not in stopped.output
-        assert f"Stopped by {name}: {kept} of 5 answers are kept in {output}; go on with: sparrow" in stopped.output
-        command = stopped.command
-    assert sparrow(*command).code == 3
+    with monkeypatch.context() as patches:
+        stop_after_lines(2, stop, patches)
+        stopped = run("generate", videos, *models, *SHORT, "--output", output)
+    assert stopped.exit_code == 128 + stop and "Traceback" not in stopped.output
+    assert f"{told}: 2 of 5 answers are kept in {output}; go on with: sparrow" in stopped.output
+    assert without_times(output) == without_times(answered)[:2]
+    assert run(*command_in(stopped.output)).exit_code == 3
     assert without_times(output) == without_times(answered)
 
 
-@needs_fork
+@needs_posix
+def test_a_folder_that_was_killed_in_the_middle_of_a_line_goes_on(
+    models: tuple[object, ...], videos: Path, answered: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "captions.jsonl"
+    command = ("generate", videos, *models, *SHORT, "--output", output)
+    killed = sparrow(*command, largest_file=room_for_lines(2, answered), dies=True)
+    assert killed.code == -signal.SIGXFSZ
+    assert lines_in(output) == 2 and not output.read_bytes().endswith(b"\n")
+    assert run(*command).exit_code == 3
+    assert without_times(output) == without_times(answered)
+
+
+@needs_posix
 def test_a_full_disk_keeps_whole_lines(
     models: tuple[object, ...], videos: Path, answered: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "captions.jsonl"
-    # Room for two lines and a half.
-    room = sum(map(len, answered.read_bytes().splitlines(keepends=True)[:2])) + 100
-    stopped = sparrow("generate", videos, *models, *SHORT, "--output", output, largest_file=room)
-    assert stopped.code == 4 and "Traceback" not in stopped.output
+    with full_disk(room_for_lines(2, answered)):
+        stopped = run("generate", videos, *models, *SHORT, "--output", output)
+    assert stopped.exit_code == 4 and "Traceback" not in stopped.output
     assert "The disk is full" in stopped.output and "2 of 5 answers are kept" in stopped.output
     assert output.read_bytes().endswith(b"\n") and lines_in(output) == 2
-    assert sparrow(*stopped.command).code == 3
+    assert run(*command_in(stopped.output)).exit_code == 3
     assert without_times(output) == without_times(answered)
+
+
+def room_for_lines(number: int, answered: Path) -> int:
+    """Bytes of the first lines, and of the beginning of the next one."""
+    return sum(map(len, answered.read_bytes().splitlines(keepends=True)[:number])) + 100
 
 
 def test_rows_ask_their_own_questions(models: tuple[object, ...], videos: Path, tmp_path: Path) -> None:

@@ -3,28 +3,28 @@
 import errno
 import json
 import random
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from stopping import Ended, in_child, lines_in, needs_fork, sparrow
+from stopping import Ended, in_process, needs_posix, sparrow
 from typer.testing import CliRunner
 from untrained import save_models
 
-from sparrow_hf import SparrowDraftModel, resources
+from sparrow_hf import SparrowDraftModel, resources, signals
 from sparrow_hf.cli import app, common
 from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
 
 ROWS = 6
-STOPS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 TRAINING = ("--use-cpu", "--report-to", "none", "--max-steps", 6, "--save-steps", 2, "--logging-steps", 1)
 SMALL = ("--num-mtp-steps", 1, "--num-draft-levels", 2, "--num-glimpse-tokens", 2)
 TIMES = {"sha256", "seconds", "tokens_per_second", "runs", "provenance", "visual_tokens"}
@@ -40,8 +40,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         clip = make_clip(folder / "videos" / f"{number}.mp4", EVALUATION_SEEDS[number], visual_tokens=24)
         rows.append(json.dumps({"messages": clip.messages}) + "\n")
     (folder / "prompts.jsonl").write_text("".join(rows))
-    ended = sparrow(*command("regenerate", folder, folder / "answers"))
-    assert ended.code == 0, ended.output
+    finish(*command("regenerate", folder, folder / "answers"))
     return folder
 
 
@@ -61,14 +60,13 @@ def command(verb: str, work: Path, output: Path) -> tuple[object, ...]:
     return (verb, *target, *options[verb])
 
 
-#: Verb → what grows in its output folder while it works.
-GROWING: dict[str, Callable[[Path], int]] = {
-    "generate": lambda output: lines_in(output / "captions.jsonl"),
-    "regenerate": lambda output: len(list(output.glob("answers-*.jsonl"))),
-    "record": lambda output: len(list(output.glob("rows/row-*.safetensors"))),
-    "train": lambda output: len(list(output.glob("checkpoints/*/trainer_state.json"))),
-    "bench": lambda output: lines_in(output / "runs" / "bench.jsonl"),
-}
+VERBS = ("generate", "regenerate", "record", "train", "bench")
+
+
+def finish(*words: object) -> None:
+    """Runs a command to its end, in this process."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
 
 
 def result_of(verb: str, output: Path) -> Any:
@@ -83,17 +81,25 @@ def result_of(verb: str, output: Path) -> Any:
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
-@pytest.fixture(scope="module")
-def unstopped(work: Path) -> Callable[[str], Any]:
-    """Verb → what it leaves if nothing stops it."""
-    found: dict[str, Any] = {}
+class Unstopped(NamedTuple):
+    """What a run leaves that nothing stops, how often it changes files, and its largest file."""
 
-    def of(verb: str) -> Any:
+    result: Any
+    changes: int
+    largest_file: int
+
+
+@pytest.fixture(scope="module")
+def unstopped(work: Path) -> Callable[[str], Unstopped]:
+    found: dict[str, Unstopped] = {}
+
+    def of(verb: str) -> Unstopped:
         if verb not in found:
             output = work / "unstopped" / verb
-            ended = sparrow(*command(verb, work, output))
+            ended = sparrow(*command(verb, work, output), watched=output)
             assert ended.code == 0, ended.output
-            found[verb] = result_of(verb, output)
+            largest = max(path.stat().st_size for path in output.rglob("*") if path.is_file())
+            found[verb] = Unstopped(result_of(verb, output), ended.changes, largest)
         return found[verb]
 
     return of
@@ -104,59 +110,55 @@ def assert_one_sentence(ended: Ended, begin: str) -> None:
     assert len(sentences) == 1 and "Traceback" not in ended.output, ended.output
 
 
-def stop_and_go_on(verb: str, work: Path, output: Path, stop: signal.Signals, after: int, delay: float) -> None:
-    """Stops a command once so much is there, and lets the printed command (after a kill: the same) finish."""
-    words = command(verb, work, output)
-    clock = random.Random(delay)
-
-    def reached() -> bool:
-        # Not always right after a file has appeared.
-        return GROWING[verb](output) >= after and clock.random() > delay
-
-    ended = sparrow(*words, stop=stop, when=reached)
-    if stop == signal.SIGKILL:
-        assert ended.code == -stop
-        words = (*words, "--resume") if verb == "train" and GROWING[verb](output) else words
-    elif ended.code != 0:
-        name = "Ctrl-C" if stop == signal.SIGINT else "SIGTERM"
-        assert ended.code == 128 + stop, ended.output
-        assert_one_sentence(ended, f"Stopped by {name}: ")
-        words = tuple(ended.command)
-    else:
-        return
-    finished = sparrow(*words)
-    assert finished.code == 0, finished.output
+def go_on(verb: str, work: Path, output: Path, ended: Ended) -> None:
+    """Finishes a run that was stopped, with the command that it has printed, or with its own if it was killed."""
+    words: Sequence[object] = command(verb, work, output)
+    if ended.code >= 0:
+        words = ended.command
+    elif list(output.glob("checkpoints/*/trainer_state.json")):
+        words = [*words, "--resume"]
+    finish(*words)
 
 
-@needs_fork
+@needs_posix
 @pytest.mark.full
-@pytest.mark.parametrize("verb", GROWING)
-@pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("verb", VERBS)
 def test_nothing_is_lost_or_doubled(
-    verb: str, stop: signal.Signals, after: int, work: Path, unstopped: Callable[[str], Any], tmp_path: Path
+    verb: str, stop: signal.Signals, number: int, work: Path, unstopped: Callable[[str], Unstopped], tmp_path: Path
 ) -> None:
-    stop_and_go_on(verb, work, tmp_path, stop, after, 0.9)
-    assert result_of(verb, tmp_path) == unstopped(verb)
+    expected, output = unstopped(verb), tmp_path / "output"
+    at = random.Random(f"{verb} {stop} {number}").randrange(expected.changes)
+    ended = sparrow(*command(verb, work, output), watched=output, stop=stop, at=at)
+    if stop == signal.SIGKILL:
+        assert ended.code == -stop, ended.output
+    else:
+        assert ended.code == 128 + stop, ended.output
+        assert_one_sentence(ended, "Stopped by Ctrl-C: " if stop == signal.SIGINT else "Stopped by SIGTERM: ")
+    go_on(verb, work, output, ended)
+    assert result_of(verb, output) == expected.result
 
 
-@needs_fork
+@needs_posix
 @pytest.mark.full
-@pytest.mark.parametrize("verb", GROWING)
-def test_a_full_disk_is_told(verb: str, work: Path, unstopped: Callable[[str], Any], tmp_path: Path) -> None:
-    expected = unstopped(verb)
-    files = [path for path in (work / "unstopped" / verb).rglob("*") if path.is_file()]
-    largest = max(path.stat().st_size for path in files)
+@pytest.mark.parametrize("dies", [False, True])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_full_disk_is_told(
+    verb: str, dies: bool, work: Path, unstopped: Callable[[str], Unstopped], tmp_path: Path
+) -> None:
+    """The disk is full in the middle of a write, or the process is killed in it."""
+    expected, output = unstopped(verb), tmp_path / "output"
     # Files of lines grow until they reach the limit; the others are written at once.
-    ended = sparrow(
-        *command(verb, work, tmp_path),
-        largest_file=largest // 2 if verb in ("generate", "bench") else largest - 1,
-    )
-    assert ended.code == 4, ended.output
-    assert_one_sentence(ended, "The disk is full")
-    finished = sparrow(*ended.command)
-    assert finished.code == 0, finished.output
-    assert result_of(verb, tmp_path) == expected
+    room = expected.largest_file // 2 if verb in ("generate", "bench") else expected.largest_file - 1
+    ended = sparrow(*command(verb, work, output), largest_file=room, dies=dies)
+    if dies:
+        assert ended.code == -signal.SIGXFSZ, ended.output
+    else:
+        assert ended.code == 4, ended.output
+        assert_one_sentence(ended, "The disk is full")
+    go_on(verb, work, output, ended)
+    assert result_of(verb, output) == expected.result
 
 
 def test_a_training_goes_on_with_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,39 +190,47 @@ def assert_ends(words: list[str], told: str) -> None:
     assert result.exit_code == 130 and result.stderr.splitlines()[-1] == told, result.output
 
 
-@needs_fork
+def save_negated() -> None:
+    """Saves a draft over itself, all its weights negated."""
+    draft = SparrowDraftModel.from_pretrained(sys.argv[1])
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.neg_()
+    draft.save_pretrained(sys.argv[1])
+
+
+@needs_posix
 @pytest.mark.full
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("delay", [0.9, 0.97, 0.99])
-def test_a_stopped_save_leaves_a_whole_draft(stop: signal.Signals, delay: float, work: Path, tmp_path: Path) -> None:
-    draft = SparrowDraftModel.from_pretrained(work / "draft")
-    weights = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
-    draft.save_pretrained(tmp_path)
-    clock = random.Random(delay)
+def test_a_killed_save_leaves_the_old_draft_or_the_new_one(work: Path, tmp_path: Path) -> None:
+    def save(name: str, **stop: Any) -> tuple[Ended, dict[str, torch.Tensor]]:
+        folder = shutil.copytree(work / "draft", tmp_path / name)
+        ended = in_process("test_stopped_commands:save_negated", folder, watched=folder, **stop)
+        return ended, SparrowDraftModel.from_pretrained(folder).state_dict()
 
-    def save_for_ever() -> None:
-        with torch.no_grad():
-            while True:
-                for parameter in draft.parameters():
-                    parameter.neg_()
-                draft.save_pretrained(tmp_path)
+    old = SparrowDraftModel.from_pretrained(work / "draft").state_dict()
+    ended, new = save("whole")
+    assert ended.code == 0 and not is_same(old, new), ended.output
+    seen = []
+    for at in range(ended.changes):
+        killed, found = save(str(at), stop=signal.SIGKILL, at=at)
+        assert killed.code == -signal.SIGKILL and (is_same(found, old) or is_same(found, new))
+        seen.append(is_same(found, new))
+    assert not seen[0] and seen == sorted(seen)
+    for dies, code in ((False, 1), (True, -signal.SIGXFSZ)):
+        largest = max(path.stat().st_size for path in (work / "draft").iterdir())
+        full, found = save(f"full-{dies}", largest_file=largest - 1, dies=dies)
+        assert full.code == code and is_same(found, old)
 
-    assert in_child(save_for_ever, stop=stop, when=lambda: clock.random() > delay).code != 0
-    found = SparrowDraftModel.from_pretrained(tmp_path).state_dict()
-    signs = {
-        torch.equal(found[name], sign * weights[name]) and sign
-        for name in weights
-        for sign in (1, -1)
-        if weights[name].abs().sum() > 0
-    }
-    assert signs - {False} in ({1}, {-1})
+
+def is_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize(
     ("error", "code", "sentence"),
     [
         (KeyboardInterrupt(), 130, "Stopped by Ctrl-C: nothing new is kept; start again with: sparrow vocab"),
-        (common.Terminated(), 143, "Stopped by SIGTERM: nothing new is kept; start again with: sparrow vocab"),
+        (signals.Terminated(), 143, "Stopped by SIGTERM: nothing new is kept; start again with: sparrow vocab"),
         (OSError(errno.ENOSPC, "No space left on device"), 4, "The disk is full"),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 4, "disk"),
         (

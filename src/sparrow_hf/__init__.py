@@ -6,6 +6,12 @@ On a transformers that lacks what the package needs, the import still works, and
 
 from typing import Any
 
+from . import signals
+
+if signals.is_command():
+    # The imports below take seconds.
+    signals.end_at_once()
+
 from . import _transformers
 from .errors import SparrowError
 

@@ -1,6 +1,18 @@
 """Typed errors. Each says what was found, what was expected and what to do; each also derives from the builtin a
 caller would have caught anyway, so `except ValueError` keeps working."""
 
+from collections.abc import Iterator
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those it was raised from or while they were handled."""
+    found: BaseException | None = error
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+
 
 class SparrowError(Exception):
     """Base of every error this package raises on purpose."""

@@ -2,10 +2,11 @@
 
 import errno
 import re
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
+
+from .errors import causes
 
 #: A quota and a limit of a file's size (`ulimit -f`, FAT32) are full disks to whoever writes.
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -19,7 +20,7 @@ NO_MEMORY_TEXT = re.compile(r"can't allocate memory|Cannot allocate memory|out o
 
 def ran_out(error: BaseException) -> Literal["disk", "memory"] | None:
     """What ran out, if an error, or one that led to it, says that something did."""
-    for each in _chain(error):
+    for each in causes(error):
         if isinstance(each, (MemoryError, torch.OutOfMemoryError)):
             return "memory"
         if isinstance(each, OSError) and each.errno is not None:
@@ -33,13 +34,3 @@ def ran_out(error: BaseException) -> Literal["disk", "memory"] | None:
             if isinstance(each, RuntimeError) and NO_MEMORY_TEXT.search(str(each)):
                 return "memory"
     return None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those it was raised from or while they were handled."""
-    found: BaseException | None = error
-    seen: set[int] = set()
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        yield found
-        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)

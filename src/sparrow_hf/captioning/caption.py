@@ -21,6 +21,7 @@ from ..measurement import PLAIN, Arm, first_difference, measure, warm_up
 from ..metrics import Run, pooled_tau
 from ..modeling_sparrow import SparrowDraftModel
 from ..resources import ran_out
+from ..signals import raise_stop_in
 from ..testbed import shipped
 from .sources import Question
 
@@ -209,6 +210,7 @@ class Captioner:
         )
 
     def _bad_row(self, question: Question, error: Exception) -> dict[str, Any]:
+        raise_stop_in(error)
         what, told = ran_out(error), " ".join(str(error).split())
         if what == "disk":
             raise error

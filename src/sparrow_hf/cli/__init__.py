@@ -6,25 +6,26 @@ Nothing here imports what the extra `cli` brings, so that the command can say th
 import sys
 from typing import Any
 
+from .. import signals
 from ..errors import MissingDependencyError
 from ..extras import require
 
 
 def main() -> None:
     """What `sparrow` starts: the command line, or one sentence if its packages are not installed."""
+    signals.end_at_once()
     try:
         require("cli", "The sparrow command")
     except MissingDependencyError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    try:
-        from .commands import app
+    from .commands import app
 
+    try:
         app(prog_name="sparrow")
-    except KeyboardInterrupt:
-        # Before the verb began, or when it had ended.
-        print("Stopped by Ctrl-C.", file=sys.stderr)
-        raise SystemExit(130) from None
+    except signals.STOPS as stop:
+        # In the moments in which a verb's handlers are set and removed.
+        signals.end(signals.number_of(stop))
 
 
 def __getattr__(name: str) -> Any:

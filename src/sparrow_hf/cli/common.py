@@ -2,9 +2,7 @@
 
 import os
 import shlex
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from rich.text import Text
 from tqdm import tqdm
 from typer.core import TyperCommand
 
+from .. import signals
 from ..errors import SparrowError, TargetLoadError
 
 NOT_IDENTICAL, BAD_INPUT, BAD_ROWS, RAN_OUT, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
@@ -91,10 +90,6 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Seed of --do-sample.")]
 # -- how a verb ends --------------------------------------------------------------------------------------------------
 
 
-class Terminated(BaseException):
-    """The process was asked to end (SIGTERM). Not an `Exception`, as `KeyboardInterrupt` is none."""
-
-
 class Ending:
     """What a verb says if it stops early: what is kept, and the command that goes on.
 
@@ -157,35 +152,41 @@ def errors_as_sentences(ending: Ending | None = None, debug: bool = False) -> It
         ending: Says what is kept and how to go on.
         debug: Print the traceback before the sentence.
     """
-    try:
-        with _sigterm_raises():
+    with signals.raising() as stops:
+        try:
             yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except (Exception, KeyboardInterrupt, Terminated) as error:
-        if debug:
-            traceback.print_exception(error)
-        if isinstance(error, BrokenPipeError):
-            # Whoever read our output has gone; Python would try to write the rest of it once more.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sentence, code = _sentence(error, ending)
-        # All processes of `accelerate launch` are stopped together.
-        if code not in (INTERRUPTED, TERMINATED) or os.environ.get("RANK", "0") == "0":
-            style = "" if code in (INTERRUPTED, TERMINATED) else "bold red"
-            # On a line of its own, whatever progress bars are on the screen.
-            with tqdm.external_write_mode(file=sys.stderr):
-                Console(stderr=True).print(Text(sentence, style=style), soft_wrap=True)
-        raise typer.Exit(code) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except (Exception, *signals.STOPS) as error:
+            # A second Ctrl-C must not end the sentence.
+            with signals.ignoring():
+                if debug:
+                    traceback.print_exception(error)
+                code = _tell(stops[0] if stops else error, ending)
+            raise typer.Exit(code) from None
+
+
+def _tell(error: BaseException, ending: Ending | None) -> int:
+    """Prints the sentence of an error, and returns its exit code."""
+    if isinstance(error, BrokenPipeError):
+        # Whoever read our output has gone; Python would try to write the rest of it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sentence, code = _sentence(error, ending)
+    is_stop = isinstance(error, signals.STOPS)
+    if not is_stop or signals.is_first_process():
+        # On a line of its own, whatever progress bars are on the screen.
+        with tqdm.external_write_mode(file=sys.stderr):
+            Console(stderr=True).print(Text(sentence, style="" if is_stop else "bold red"), soft_wrap=True)
+    return code
 
 
 def _sentence(error: BaseException, ending: Ending | None) -> tuple[str, int]:
     from ..resources import ran_out
 
     rest = "" if ending is None else str(ending)
-    if isinstance(error, KeyboardInterrupt):
-        return _joined("Stopped by Ctrl-C", rest), INTERRUPTED
-    if isinstance(error, Terminated):
-        return _joined("Stopped by SIGTERM", rest), TERMINATED
+    if isinstance(error, signals.STOPS):
+        number = signals.number_of(error)
+        return _joined(f"Stopped by {signals.NAMES[number]}", rest), 128 + number
     what = ran_out(error)
     told = " ".join(str(error).split())
     if not isinstance(error, (SparrowError, OSError)) or what:
@@ -202,22 +203,6 @@ def _sentence(error: BaseException, ending: Ending | None) -> tuple[str, int]:
 
 def _joined(happened: str, rest: str) -> str:
     return f"{happened}: {rest}" if rest else f"{happened}."
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def program() -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ImageError, MessagesError, SparrowError, TrainingDataError, VideoError
+from ..signals import raise_stop_in
 from .dialects import plain_turns
 from .parts import MEDIA_TYPES, named_sources, plain_part
 from .sources import plain_source
@@ -111,6 +112,7 @@ def naming_row(index: int | None) -> Iterator[None]:
         raise
     # A missing size, a missing video, a wrong type, a template that refuses: libraries raise many types of errors.
     except Exception as error:
+        raise_stop_in(error)
         prefix = "" if index is None else f"row {index}: "
         if isinstance(error, TrainingDataError) and str(error).startswith(prefix):
             raise
