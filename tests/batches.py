@@ -26,11 +26,16 @@ from families import ALL_FAMILIES, FAMILY_BY_NAME
 from lossless import PROCESSORS, SAMPLERS, EveryNthToken, RecordingStreamer, built_target
 from tiny_targets import Family
 
-#: Those whose batches are served, and what else they need: prompts of one length.
 SERVED = tuple(family for family in ALL_FAMILIES if family.refused is None)
+#: Layers that need prompts of one length.
 COUNTS_PADDING = "minimax_m3_sparse"
 
-QUESTIONS = ("What moves here?", "Who?", "Tell me a long story about all the things that you have seen in it.", "Why so?")
+QUESTIONS = (
+    "What moves here?",
+    "Who?",
+    "Tell me a long story about all the things that you have seen in it.",
+    "Why so?",
+)
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
@@ -113,13 +118,13 @@ def batch_of(family: Family, target: PreTrainedModel, prompts: Sequence[dict[str
     longest = max(part["input_ids"].shape[1] for part in parts)
     joined = {}
     for name in dict.fromkeys(name for part in parts for name in part):
-        found = [part.get(name) for part in parts]
+        found = [part[name] for part in parts if name in part]
         if name in PER_TOKEN:
             fill = family.tokenizer.pad_token_id if name == "input_ids" else 0
             # A text-only prompt may come without the types of its tokens.
-            found = [torch.zeros_like(part["input_ids"]) if it is None else it for it, part in zip(found, parts)]
+            found = [part.get(name, torch.zeros_like(part["input_ids"])) for part in parts]
             found = [F.pad(it, (longest - it.shape[1], 0), value=fill) for it in found]
-        joined[name] = torch.cat([it for it in found if it is not None])
+        joined[name] = torch.cat(found)
     return joined
 
 
@@ -144,7 +149,10 @@ def make_case(number: int, **fixed: Any) -> BatchCase:
     rng = random.Random(f"batch {number}")
     family = FAMILY_BY_NAME[fixed["family"]] if "family" in fixed else rng.choice(SERVED)
     size = rng.choice([2, 2, 3, 3, 4, 8])
-    max_videos = 1 if family.chains_only != COUNTS_PADDING else 0
+    # Prompts of one length; or, where the target takes no more, one video in the whole batch.
+    videos = [0 if family.chains_only == COUNTS_PADDING else rng.randint(0, 1) for _ in range(size)]
+    if family.max_videos == 1:
+        videos[1:] = [0] * (size - 1)
     levels = rng.randint(0, 6)
     kwargs: dict[str, Any] = {"max_new_tokens": rng.randint(1, 24)} | rng.choice(PROCESSORS)
     kwargs |= rng.choice(SAMPLERS) if rng.random() < 0.25 else {"do_sample": False}
@@ -170,12 +178,12 @@ def make_case(number: int, **fixed: Any) -> BatchCase:
         },
         "prompts": [
             {
-                "videos": rng.randint(0, min(max_videos, family.max_videos)),
+                "videos": of_row,
                 "num_frames": 4,
                 "seed": rng.randint(0, 9),
                 "question": QUESTIONS[0] if family.chains_only == COUNTS_PADDING else rng.choice(QUESTIONS),
             }
-            for _ in range(size)
+            for of_row in videos
         ],
         "generate_kwargs": kwargs,
         "own": rng.choice(["none", "none", "none", *OWN]),
