@@ -208,9 +208,9 @@ def install_seam(
 
     Args:
         is_draft: Whether an `assistant_model` is ours.
-        check_inputs: Called first, as `check_inputs(input_ids, inputs_embeds, cache)` with those of the call; raises
-            for inputs that a draft cannot decode. Later, `check` does not get the inputs, and before `decode` the
-            vision tower has run.
+        check_inputs: Called first, as `check_inputs(target, input_ids, inputs_embeds, cache, attention_mask)` with
+            those of the call; raises for inputs that a draft cannot decode. Later, `check` does not get the inputs,
+            and before `decode` the vision tower has run.
         check: Called before anything is computed, as `check(target, draft, generation_mode, generation_config,
             generation_mode_kwargs)`; raises what cannot be combined with a draft.
         decode: Called in the place of transformers' own loop, as `decode(target, draft, input_ids, logits_processor=,
@@ -233,7 +233,8 @@ def install_seam(
             kwargs["assistant_model"] = draft
             caches = [kwargs[name] for name in (CACHE, "past_key_values") if kwargs.get(name) is not None]
             input_ids = kwargs.get("input_ids") if inputs is None else inputs
-            check_inputs(input_ids, kwargs.get("inputs_embeds"), caches[0] if caches else None)
+            embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+            check_inputs(self, input_ids, embeds, caches[0] if caches else None, mask)
         return stock_generate(self, inputs, *args, **kwargs)
 
     # `wraps`: generate() inspects the signature of the method it is about to call.
@@ -327,6 +328,11 @@ def advance(target: Any, outputs: Any, model_kwargs: dict[str, Any], num_new_tok
     return target._update_model_kwargs_for_generation(
         outputs, model_kwargs, is_encoder_decoder=target.config.is_encoder_decoder, num_new_tokens=num_new_tokens
     )
+
+
+def pad_token(generation_config: Any) -> Tensor | None:
+    """The token that plain decoding gives to finished sequences of a batch."""
+    return generation_config._pad_token_tensor
 
 
 def length_with_cache(generation_config: Any, attention_mask: Tensor | None) -> int:

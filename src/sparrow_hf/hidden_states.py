@@ -5,7 +5,7 @@ hooks here keep only what the draft reads. They are installed once, when a draft
 compiled call never fires), and do nothing unless the running thread has a collector.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -68,6 +68,23 @@ class HiddenStateCollector:
             yield self
         finally:
             _ACTIVE.reset(token)
+
+
+class RowCollectors(HiddenStateCollector):
+    """A collector for each row of a batch, for forwards over all of them: rows keep different positions.
+
+    Args:
+        rows: The collector of each row; it gathers `(1, n, H)`.
+    """
+
+    def __init__(self, rows: Sequence[HiddenStateCollector]):
+        super().__init__({})
+        self.rows = rows
+
+    def collect(self, layer: int, states: Tensor) -> None:
+        """Hands every row its part of `(B, n, H)` states."""
+        for row, collector in enumerate(self.rows):
+            collector.collect(layer, states[row : row + 1])
 
 
 def replay(states: Mapping[int, Tensor]) -> None:

@@ -113,8 +113,8 @@ def test_states_are_put_back_and_accepted_tokens_carried(recurrent: DynamicCache
     held = hold(recurrent)
     addresses = [state.data_ptr() for state in recurrent_states(recurrent)]
     # 7 and 8 of three tokens are accepted, then 9 of two, then both.
-    for tokens, accepted, carried in (((7, 8, 9), 2, [7, 8]), ((9, 5), 1, [7, 8, 9]), ((6, 4), 2, [])):
-        rows = [float(token) for token in (*held.carried, *tokens)]
+    for tokens, accepted, carried in (((7, 8, 9), 2, [[7], [8]]), ((9, 5), 1, [[7], [8], [9]]), ((6, 4), 2, [])):
+        rows = [float(token) for token in (*sum(held.carried, []), *tokens)]
         with held.verifying(chain_of(*tokens)) as path:
             read_rows(recurrent, rows)
             path += range(accepted)
@@ -128,7 +128,7 @@ def test_states_are_put_back_and_accepted_tokens_carried(recurrent: DynamicCache
     with held.verifying(chain_of(1, 2)) as path:
         read_rows(recurrent, [1.0, 2.0])
         path.append(0)
-    assert all_held(recurrent) == (40.0, [6.0, 4.0], [9.0, 6.0, 4.0], 8) and held.carried == [1]
+    assert all_held(recurrent) == (40.0, [6.0, 4.0], [9.0, 6.0, 4.0], 8) and held.carried == [[1]]
 
 
 def test_a_forward_that_raised_is_undone(recurrent: DynamicCache) -> None:
@@ -141,12 +141,12 @@ def test_a_forward_that_raised_is_undone(recurrent: DynamicCache) -> None:
         read_rows(recurrent, [7.0, 8.0])
         raise RuntimeError
     # Plain `generate()` has read the root by then.
-    assert all_held(recurrent) == (6.0, [2.0, 3.0], [1.0, 2.0, 3.0], 3) and held.carried == [7]
+    assert all_held(recurrent) == (6.0, [2.0, 3.0], [1.0, 2.0, 3.0], 3) and held.carried == [[7]]
 
 
 def test_too_many_carried_tokens_are_committed(recurrent: DynamicCache) -> None:
     held = RecurrentCache(recurrent, max_carried=2)
-    held.carried = [7, 8]
+    held.carried = [[7], [8]]
     assert held.spare_slots > 1000
-    held.carried = [7, 8, 9]
+    held.carried = [[7], [8], [9]]
     assert held.spare_slots == 1

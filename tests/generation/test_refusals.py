@@ -12,6 +12,7 @@ from sparrow_hf import SparrowDraftModel
 from sparrow_hf._transformers import CACHE
 from sparrow_hf.errors import UnsupportedGenerationError
 
+from batches import batch_of
 from families import FAMILY_BY_NAME
 
 FAMILIES = ("qwen2_5_vl", "llava_onevision")
@@ -72,14 +73,13 @@ def test_options(setting, kwargs: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("positional", [False, True])
-def test_batches(setting, positional: bool) -> None:
-    target, draft, inputs = setting
-    batch = {
-        name: tensor.repeat_interleave(2, dim=0) for name, tensor in inputs.items() if not name.endswith("grid_thw")
-    }
-    batch |= {name: tensor.repeat(2, 1) for name, tensor in inputs.items() if name.endswith("grid_thw")}
+def test_padded_batches_of_layers_that_count_padding(positional: bool) -> None:
+    family = FAMILY_BY_NAME["minimax_m3_vl-sparse"]
+    target = family.build_target()
+    draft = SparrowDraftModel.from_target(target)
+    batch = batch_of(family, target, [{"videos": 0, "question": question} for question in ("Who?", "Where is it?")])
     first = (batch.pop("input_ids"),) if positional else ()
-    with refused(target, "batch of 2"):
+    with refused(target, "prompts of different lengths in one batch: layers of the kind minimax_m3_sparse"):
         target.generate(*first, **batch, assistant_model=draft, max_new_tokens=4)
 
 

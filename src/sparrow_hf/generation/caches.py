@@ -4,7 +4,7 @@ The loop knows [`HeldCache`] only; [`hold`] decides, once and after the prefill,
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,13 +33,17 @@ class HeldCache:
     root of the next tree.
 
     Attributes:
-        carried: Committed tokens whose rows the cache does not hold; they lead the next forward.
+        carried: Committed tokens whose rows the cache does not hold, each one for every sequence. They lead the next
+            forward.
+        is_ragged: Whether the sequences of a batch may have come to different lengths.
     """
+
+    is_ragged = False
 
     def __init__(self, cache: DynamicCache):
         self._cache = cache
         self._prefilled = self._marked = self.length
-        self.carried: list[int] = []
+        self.carried: list[list[int]] = []
 
     @property
     def length(self) -> int:
@@ -47,9 +51,18 @@ class HeldCache:
         return self._cache.get_seq_length()
 
     @property
-    def rows_since_prefill(self) -> int:
-        """How many of them the prefill did not compute."""
+    def rows_since_prefill(self) -> int | Tensor:
+        """How many of them the prefill did not compute; `(B, 1)` where the sequences of a batch differ."""
         return self.length - self._prefilled
+
+    @property
+    def ends(self) -> int | Tensor:
+        """Rows of prompt (padding included) and text together; `(B, 1)` where they differ."""
+        return self._prefilled + self.rows_since_prefill
+
+    def prefix_mask(self, mask: Tensor) -> Tensor:
+        """`(B, length)`, 1 at the rows that are text, from the `(B, ≥ length)` mask of a plain step."""
+        return mask[:, : self.length]
 
     @property
     def spare_slots(self) -> int:
@@ -114,6 +127,69 @@ class HeldCache:
             drop_newest(layer, max(new_inputs(layer) - len(kept), 0))
 
 
+class RaggedCache(HeldCache):
+    """The cache of a batch whose sequences have come to different lengths; full attention only.
+
+    Every sequence is packed to its own end, so that there are no holes inside of it. What lies behind it is masked.
+
+        prefill      – – a a a a |                        –: padding
+                     b b b b b b |
+        a forward    – – a a a a | a a a                  of which a keeps 3, b keeps 1
+                     b b b b b b | b b b
+        packed       – – a a a a   a a a |
+                     b b b b b b   b · · |                ·: masked
+        the next     – – a a a a   a a a | a a a          of which a keeps 1, b keeps 3
+                     b b b b b b   b · · | b b b
+        packed       – – a a a a   a a a   a |
+                     b b b b b b   b b b   b |
+
+    Args:
+        new_tokens: The tokens of each sequence after its prompt, in lists that grow. Between two rounds, the cache has
+            the rows of all but the newest.
+    """
+
+    is_ragged = True
+
+    def __init__(self, cache: DynamicCache, new_tokens: Sequence[list[int]]):
+        super().__init__(cache)
+        self._new_tokens = new_tokens
+        self._rows = [0] * len(new_tokens)
+
+    @property
+    def rows_since_prefill(self) -> Tensor:
+        return torch.tensor(self._rows, device=cache_tensors(self._cache)[0][0].device)[:, None]
+
+    def prefix_mask(self, mask: Tensor) -> Tensor:
+        behind = torch.arange(self.length - self._prefilled, device=mask.device)
+        is_text = behind < self.rows_since_prefill.to(mask.device)
+        return torch.cat((mask[:, : self._prefilled], is_text.to(mask.dtype)), dim=1)
+
+    def _keep(self, tree: CandidateTree, path: list[int]) -> None:
+        kept = [len(tokens) - 1 - rows for tokens, rows in zip(self._new_tokens, self._rows, strict=True)]
+        pack_rows(self._cache, [self._prefilled + rows for rows in self._rows], kept, len(tree))
+        self._rows = [rows + count for rows, count in zip(self._rows, kept, strict=True)]
+
+
+def pack_rows(cache: DynamicCache, ends: Sequence[int], kept: Sequence[int], num_new: int) -> None:
+    """Moves the first `kept[b]` of the newest `num_new` rows of each sequence b to the end `ends[b]` of its text.
+
+    before   … text · · | r0 r1 r2 |      kept = 2
+    after    … text r0 r1 |               as long as the longest sequence
+
+    Rows are moved together: what a sequence does not keep lands behind its new end, where it is masked.
+    """
+    most = max(kept)
+    start = cache.get_seq_length() - num_new
+    if any(end != start for end in ends):
+        for tensors in cache_tensors(cache):
+            for entries in tensors:
+                to = torch.tensor(ends, device=entries.device)[:, None] + torch.arange(most, device=entries.device)
+                moved = entries[:, :, start : start + most].clone()
+                entries.scatter_(2, to[:, None, :, None].expand_as(moved), moved)
+    longest = max(end + count for end, count in zip(ends, kept, strict=True))
+    drop_newest(cache, start + num_new - longest)
+
+
 class RecurrentCache(HeldCache):
     """A cache with recurrent layers, such as linear attention: they hold one state of all they have read.
 
@@ -147,7 +223,7 @@ class RecurrentCache(HeldCache):
     def _keep(self, tree: CandidateTree, path: list[int]) -> None:
         if len(path) < len(tree):
             self._put_back()
-            self.carried += tree.token_ids[0, path].tolist()
+            self.carried += tree.token_ids[:, path].T.tolist()
         else:
             self._keep_rows(list(range(len(self.carried) + len(tree))))
             self._saved = None
@@ -155,7 +231,7 @@ class RecurrentCache(HeldCache):
 
     def _break_off(self, tree: CandidateTree) -> None:
         if self._every_layer_has_new_rows():
-            self.carried += tree.token_ids[0, :1].tolist()
+            self.carried += tree.token_ids[:, :1].T.tolist()
         self._put_back()
 
     def _put_back(self) -> None:

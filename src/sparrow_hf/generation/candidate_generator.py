@@ -1,6 +1,8 @@
 """`SparrowCandidateGenerator`: drafts for one sequence. Its chains run in transformers' own assisted loop too."""
 
 import warnings
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +30,12 @@ class SparrowCandidateGenerator(CandidateGenerator):
         input_ids: `(1, L)` the prompt, as far as the target's states of it will be given.
         attention_mask: `(1, L)`, 0 on left padding.
         positions: Where to read the prompt; by default all text and the draft's `num_glimpse_tokens`.
+
+    Attributes:
+        cache: What the draft has read.
+        hidden: `(1, 1, H)` its prediction after the newest committed token; `None` before the prompt is read.
+        visual_summary: `(1, 1, H)`, of drafts that make one.
+        next_position_id: RoPE position of the next token.
     """
 
     requires_model_outputs = True
@@ -51,15 +59,19 @@ class SparrowCandidateGenerator(CandidateGenerator):
         )
         self.max_cache_length = 0
         self.failed_drafts = 0
-        self._reduced_head = draft.reduced_head()
         self._prompt_ids = input_ids
-        self._cache = DynamicCache()
-        self._hidden: Tensor | None = None  # (1, 1, H) prediction of the newest committed token
-        self._visual_summary: Tensor | None = None  # (1, 1, H), of drafts that make one
+        self.cache = DynamicCache()
+        self.hidden: Tensor | None = None
+        self.visual_summary: Tensor | None = None
         self._root_token = -1
-        self._next_position_id = 0
+        self.next_position_id = 0
         # transformers' own loop requests the target's hidden states if this is set.
         self.model_kwargs_overrides = {"output_hidden_states": True}
+
+    @cached_property
+    def _reduced_head(self) -> Callable[[Tensor], Tensor] | None:
+        """Cut out once for the call, when the first token is drafted."""
+        return self.draft.reduced_head()
 
     @property
     def layers_to_collect(self) -> dict[int, Tensor]:
@@ -98,11 +110,11 @@ class SparrowCandidateGenerator(CandidateGenerator):
         )
         if inputs.visual_summary is not None:
             # All visual tokens are in the prompt, so every later token has the visual summary of its last token.
-            self._visual_summary = inputs.visual_summary[:, -1:]
+            self.visual_summary = inputs.visual_summary[:, -1:]
         for start in range(0, embeds.shape[1], PREFILL_CHUNK):
             chunk = slice(start, start + PREFILL_CHUNK)
             self._append(embeds[:, chunk], inputs.position_ids[:, chunk])
-        self._next_position_id = kept.next_position_id(config.position_mode)
+        self.next_position_id = kept.next_position_id(config.position_mode)
 
     def extend(self, features: Tensor, next_tokens: list[int]) -> None:
         """Appends committed tokens.
@@ -116,22 +128,22 @@ class SparrowCandidateGenerator(CandidateGenerator):
             return
         token_ids = torch.tensor([next_tokens], device=self.device)
         states = features.to(device=self.device, dtype=self.draft.dtype)
-        embeds = self.draft.embed_next(token_ids, states, self._visual_summary)
-        self._append(embeds, self._next_position_id + torch.arange(len(next_tokens), device=self.device)[None])
-        self._next_position_id += len(next_tokens)
+        embeds = self.draft.embed_next(token_ids, states, self.visual_summary)
+        self._append(embeds, self.next_position_id + torch.arange(len(next_tokens), device=self.device)[None])
+        self.next_position_id += len(next_tokens)
 
     def _append(self, embeds: Tensor, position_ids: Tensor) -> None:
         """Runs committed tokens through the draft, each seeing all up to itself; keeps the last one's output."""
-        past, new = self._cache.get_seq_length(), embeds.shape[1]
+        past, new = self.cache.get_seq_length(), embeds.shape[1]
         mask = None
         if new > 1:
             last = torch.arange(past, past + new, device=embeds.device)
             mask = additive_mask(causal(last, past + new)[None], self.draft.dtype)
-        self._hidden = self._forward(embeds, position_ids, mask)[:, -1:]
+        self.hidden = self._forward(embeds, position_ids, mask)[:, -1:]
 
     def _forward(self, embeds: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
-        hidden = self.draft(embeds, position_ids, mask, self._cache).last_hidden_state
-        self.max_cache_length = max(self.max_cache_length, self._cache.get_seq_length())
+        hidden = self.draft(embeds, position_ids, mask, self.cache).last_hidden_state
+        self.max_cache_length = max(self.max_cache_length, self.cache.get_seq_length())
         return hidden
 
     # -- proposing ----------------------------------------------------------------------------------------------------
@@ -150,20 +162,20 @@ class SparrowCandidateGenerator(CandidateGenerator):
         """
         levels = min(self.shape.num_draft_levels, max_levels)
         pool = CandidatePool(self.shape.beam_width, self.draft.draft_to_target)
-        committed = self._cache.get_seq_length()
-        hidden = self._hidden
+        committed = self.cache.get_seq_length()
+        hidden = self.hidden
         if levels > 0 and hidden is not None:
             tokens, origins = pool.add_level(self._log_probs(hidden))
             # (F, A) bool: which tree nodes in the cache are ancestors of each frontier node
             ancestors = torch.zeros((len(tokens), 0), dtype=torch.bool, device=tokens.device)
             for level in range(1, levels):
                 itself = torch.eye(len(tokens), dtype=torch.bool, device=tokens.device)
-                embeds = self.draft.embed_next(tokens[None], hidden[:, origins], self._visual_summary, level)
+                embeds = self.draft.embed_next(tokens[None], hidden[:, origins], self.visual_summary, level)
                 hidden = self._forward(embeds, *self._level_layout(level, committed, ancestors, itself))
                 tokens, origins = pool.add_level(self._log_probs(hidden))
                 ancestors = torch.cat((ancestors, itself), dim=1)[origins]
-            if self._cache.get_seq_length() > committed:
-                drop_newest(self._cache, self._cache.get_seq_length() - committed)
+            if self.cache.get_seq_length() > committed:
+                drop_newest(self.cache, self.cache.get_seq_length() - committed)
         tree = pool.best_tree(self._root_token, self.shape.num_tree_nodes, self.draft.target.device)
         return self._draft_nothing() if tree is None else tree
 
@@ -180,7 +192,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
         node      all       | its ancestors     | itself
         """
         frontier = len(itself)
-        position_ids = torch.full((1, frontier), self._next_position_id + level - 1, device=itself.device)
+        position_ids = torch.full((1, frontier), self.next_position_id + level - 1, device=itself.device)
         if frontier == 1:
             return position_ids, None
         prefix = itself.new_ones((frontier, committed))
@@ -188,12 +200,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
 
     def _draft_nothing(self) -> CandidateTree:
         self.failed_drafts += 1
-        if self.failed_drafts == 1:
-            warnings.warn(
-                "the draft's scores are not numbers (NaN or infinite states): nothing is drafted in such rounds. "
-                "The output stays the target's own.",
-                stacklevel=2,
-            )
+        warn_of_failed_draft(self.failed_drafts)
         return build_tree([self._root_token], [-1], self.draft.target.device)
 
     # -- the contract of transformers' own assisted loop --------------------------------------------------------------
@@ -222,7 +229,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
             self.draft_chains()
             return input_ids, None
         states = model_outputs.hidden_states
-        if self._hidden is None:
+        if self.hidden is None:
             wanted = self.layers_to_collect
             self.prefill({layer: states[layer][:, at] for layer, at in wanted.items()}, int(input_ids[0, -1]))
         else:
@@ -231,3 +238,13 @@ class SparrowCandidateGenerator(CandidateGenerator):
             self.extend(features, input_ids[0, -new:].tolist())
         tree = self.propose(self.shape.num_draft_levels)
         return torch.cat((input_ids, tree.token_ids[:, 1:].to(input_ids.device)), dim=1), None
+
+
+def warn_of_failed_draft(times: int) -> None:
+    """Warns when it has happened once."""
+    if times == 1:
+        warnings.warn(
+            "the draft's scores are not numbers (NaN or infinite states): nothing is drafted in such rounds. "
+            "The output stays the target's own.",
+            stacklevel=3,
+        )

@@ -18,11 +18,11 @@ from ..targets import TargetView
 from .attention import following_masks
 from .caches import HeldCache, hold
 from .candidate_generator import SparrowCandidateGenerator
-from .emission import TokenEmitter
+from .emission import TokenEmitter, recorded_step
 from .refusals import check_inputs
 from .self_check import how_to_verify
 from .stats import GenerationStats
-from .tree import CandidateTree, build_tree
+from .tree import CandidateTree, build_chains
 from .verification import max_levels_before_border, verification_inputs, walk
 
 
@@ -45,21 +45,16 @@ def speculative_decode(
         UnsupportedGenerationError: An option of the call cannot be combined with a draft; nothing was computed yet.
     """
     # Checked again: `generate()` has made the cache since, and may have got the draft by another argument.
-    check_inputs(input_ids, model_kwargs.get("inputs_embeds"), model_kwargs[CACHE])
+    embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+    check_inputs(target, input_ids, embeds, model_kwargs[CACHE], mask)
     emitter = TokenEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    recorded: dict[str, tuple[Any, ...]] = {}
-    if generation_config.return_dict_in_generate:
-        if generation_config.output_hidden_states:
-            recorded["hidden_states"] = ()
-        if generation_config.output_attentions:
-            recorded["attentions"] = ()
+    recorded = recorded_outputs(generation_config)
     clock = PhaseClock(draft.device)
     stats = GenerationStats(draft.config.tree_shape.num_draft_levels, clock)
     draft.last_generation = stats
 
     # Prefill. Only what is new to the target's cache passes the hooks.
     new = num_new_positions(input_ids, generation_config, model_kwargs)
-    mask = model_kwargs.get("attention_mask")
     with clock.phase("draft"):
         generator = SparrowCandidateGenerator(draft, input_ids[:, -new:], None if mask is None else mask[:, -new:])
     view, ways = draft.target, how_to_verify(draft.target)
@@ -108,7 +103,7 @@ def speculative_decode(
                         accept(tree, outputs.logits, emitter, stats, path)
                     model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
                 for name in recorded:
-                    recorded[name] += tuple(emitter.recorded_step(outputs, name, past_length, lead, path))
+                    recorded[name] += tuple(recorded_step(outputs, name, past_length, lead, path))
                 del outputs
                 if not emitter.finished:
                     with clock.phase("draft"):
@@ -125,6 +120,22 @@ def speculative_decode(
 
     if streamer is not None:
         streamer.end()
+    return returned(emitter, recorded, model_kwargs[CACHE], generation_config)
+
+
+def recorded_outputs(generation_config: GenerationConfig) -> dict[str, tuple[Any, ...]]:
+    """Outputs of every step that the call asks for, none yet."""
+    wanted = {
+        "hidden_states": generation_config.output_hidden_states,
+        "attentions": generation_config.output_attentions,
+    }
+    return {name: () for name, is_wanted in wanted.items() if is_wanted and generation_config.return_dict_in_generate}
+
+
+def returned(
+    emitter: Any, recorded: dict[str, tuple[Any, ...]], cache: Any, generation_config: GenerationConfig
+) -> Any:
+    """What `generate()` returns: the ids, or all that was asked for."""
     if not generation_config.return_dict_in_generate:
         return emitter.input_ids
     return GenerateOutput(
@@ -133,7 +144,7 @@ def speculative_decode(
         logits=emitter.logits,
         attentions=recorded.get("attentions"),
         hidden_states=recorded.get("hidden_states"),
-        **{CACHE: model_kwargs[CACHE]},
+        **{CACHE: cache},
     )
 
 
@@ -162,8 +173,8 @@ def read_carried(
     view: TargetView, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any], by_mask: bool
 ) -> None:
     """Runs the target over the carried tokens alone, so that the cache holds them."""
-    tokens, held.carried = held.carried, []
-    chain = build_tree(tokens, list(range(-1, len(tokens) - 1)), first_position.device)
+    chain = build_chains(torch.tensor(held.carried, device=first_position.device).T)
+    held.carried = []
     with held.verifying(chain) as path, following_masks(by_mask):
         inputs = verification_inputs(view, chain, held, first_position, model_kwargs, own_mask=by_mask)
         view.model(**inputs, return_dict=True)

@@ -72,24 +72,23 @@ class TokenEmitter:
         if self._streamer is not None:
             self._streamer.put(new[0].cpu())
 
-    def recorded_step(
-        self, outputs: Any, name: str, past_length: int, lead: int, path: list[int]
-    ) -> list[tuple[Tensor, ...]]:
-        """What plain `generate()` would have returned as `outputs.<name>` for each committed token of a round.
 
-        hidden states   (1, N, H)              → (1, 1, H)            of the node
-        attentions      (1, heads, N, past+N)  → (1, heads, 1, past + depth + 1)   over prefix and ancestors
+def recorded_step(outputs: Any, name: str, past_length: int, lead: int, path: list[int]) -> list[tuple[Tensor, ...]]:
+    """What plain `generate()` would have returned as `outputs.<name>` for each committed token of a round.
 
-        Args:
-            lead: How many rows of the forward come before the tree: committed text, like the prefix.
-        """
-        steps = []
-        for depth, node in enumerate(path):
-            row = lead + node
-            if name == "hidden_states":
-                steps.append(tuple(layer[:, row : row + 1] for layer in outputs[name]))
-            else:
-                prefix = past_length + lead
-                keys = list(range(prefix)) + [prefix + ancestor for ancestor in path[: depth + 1]]
-                steps.append(tuple(layer[:, :, row : row + 1, keys] for layer in outputs[name]))
-        return steps
+    hidden states   (1, N, H)              → (1, 1, H)            of the node
+    attentions      (1, heads, N, past+N)  → (1, heads, 1, past + depth + 1)   over prefix and ancestors
+
+    Args:
+        lead: How many rows of the forward come before the tree: committed text, like the prefix.
+    """
+    steps = []
+    for depth, node in enumerate(path):
+        row = lead + node
+        if name == "hidden_states":
+            steps.append(tuple(layer[:, row : row + 1] for layer in outputs[name]))
+        else:
+            prefix = past_length + lead
+            keys = list(range(prefix)) + [prefix + ancestor for ancestor in path[: depth + 1]]
+            steps.append(tuple(layer[:, :, row : row + 1, keys] for layer in outputs[name]))
+    return steps

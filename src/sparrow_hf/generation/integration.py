@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._transformers import install_seam
 from ..modeling_sparrow import SparrowDraftModel
+from .batches import decode_batch
 from .decoding import speculative_decode
 from .refusals import check_inputs, check_request
 from .self_check import how_to_verify
@@ -13,7 +15,13 @@ from .self_check import how_to_verify
 
 def install() -> None:
     """Installs the seam. Idempotent; runs when `sparrow_hf` is imported."""
-    install_seam(lambda model: isinstance(model, SparrowDraftModel), check_inputs, check_call, speculative_decode)
+    install_seam(lambda model: isinstance(model, SparrowDraftModel), check_inputs, check_call, decode)
+
+
+def decode(target: Any, draft: SparrowDraftModel, input_ids: Tensor, **call: Any) -> Any:
+    """Runs the loop for one sequence, or the one for several."""
+    loop = speculative_decode if len(input_ids) == 1 else decode_batch
+    return loop(target, draft, input_ids, **call)
 
 
 def check_call(

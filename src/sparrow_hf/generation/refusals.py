@@ -16,24 +16,25 @@ from ..errors import UnsupportedGenerationError
 #: Options of `generate()` for other ways to draft or to decode, which a draft would silently replace.
 _OTHER_WAYS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type", "dola_layers")
 
+#: Kinds of layers that count padding as text.
+_COUNTS_PADDING = frozenset({"minimax_m3_sparse"})
 
-def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Any) -> None:
+
+def check_inputs(
+    target: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Any, attention_mask: Tensor | None
+) -> None:
     """Checks the tensors of a call, as the user passed them or as `generate()` completed them.
 
     Args:
         input_ids: `(B, L)`; `None` if the call has none.
         inputs_embeds: `(B, L, H)`, if the call has them.
         cache: The cache passed to the call, or the one made for it.
+        attention_mask: `(B, L)`, if the call has one.
 
     Raises:
-        UnsupportedGenerationError: There are several sequences, embeddings without ids, or another kind of cache.
+        UnsupportedGenerationError: There are embeddings without ids, another kind of cache, or padding that a layer
+            would read.
     """
-    size = next((len(given) for given in (input_ids, inputs_embeds) if given is not None), 1)
-    if size != 1:
-        raise UnsupportedGenerationError(
-            f"a Sparrow draft serves one sequence per call, found a batch of {size}: call generate() for each, or "
-            "leave assistant_model out"
-        )
     length = 0 if input_ids is None else input_ids.shape[1]
     if inputs_embeds is not None and inputs_embeds.shape[1] != length:
         raise UnsupportedGenerationError(
@@ -44,6 +45,12 @@ def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: 
         raise UnsupportedGenerationError(
             f"a Sparrow draft needs the default dynamic cache, found {type(cache).__name__}: leave "
             f"cache_implementation and {CACHE} at their defaults (use_cache=True)"
+        )
+    is_batch_with_padding = attention_mask is not None and len(attention_mask) > 1 and not attention_mask.all()
+    if is_batch_with_padding and (unfit := sorted(_COUNTS_PADDING.intersection(kinds_of_layers(target)))):
+        raise UnsupportedGenerationError(
+            f"prompts of different lengths in one batch: layers of the kind {', '.join(unfit)} count the padding, and "
+            "give other states for several tokens in one forward than one by one; call generate() for each prompt"
         )
 
 
@@ -82,7 +89,12 @@ def check_request(
 
 def has_windows(target: Any) -> bool:
     """Whether layers of the target drop old rows from their cache."""
-    return bool({"sliding_attention", "chunked_attention"}.intersection(layer_kinds(target.config.get_text_config())))
+    return bool({"sliding_attention", "chunked_attention"}.intersection(kinds_of_layers(target)))
+
+
+def kinds_of_layers(target: Any) -> list[str]:
+    """What each layer of the target's decoder keeps in its cache."""
+    return layer_kinds(target.config.get_text_config())
 
 
 def learns_prompt(target: Any) -> bool:

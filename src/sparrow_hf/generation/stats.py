@@ -15,11 +15,13 @@ class GenerationStats:
         new_tokens: Tokens generated, the first one (which the prefill gives) included.
         accepted: Accepted draft tokens of each round; a round is one target forward after the prefill.
         max_draft_cache_length: Maximum length of the draft's cache (text, glimpse and tree together).
+        num_sequences: Sequences of the call.
         failed_drafts: Rounds in which the draft's scores were not numbers and nothing was drafted.
     """
 
     num_draft_levels: int
     clock: PhaseClock = field(repr=False)
+    num_sequences: int = 1
     new_tokens: int = 0
     accepted: list[int] = field(default_factory=list)
     max_draft_cache_length: int = 0
@@ -38,7 +40,7 @@ class GenerationStats:
     @property
     def tau(self) -> float:
         """Tokens per target forward after the prefill (τ). `k + 1`, except if the last round ends with a draft."""
-        return metrics.tau(self.new_tokens - 1, self.rounds)
+        return metrics.tau(self.new_tokens - self.num_sequences, self.rounds)
 
     @property
     def per_position(self) -> list[float]:

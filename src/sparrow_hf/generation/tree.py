@@ -15,10 +15,10 @@ class CandidateTree:
     """Drafted tokens as a tree whose root is the last committed token. Parents precede their children.
 
     Attributes:
-        token_ids: `(1, N)`; node 0 is the root.
+        token_ids: `(1, N)`; node 0 is the root. Several sequences have chains of the same length, `(B, N)`.
         depths: `(N,)` distance from the root.
         ancestors: `(N, N)` bool, row i true at i and at every ancestor of i.
-        children: Per node, drafted token id → child node.
+        children: Per node, drafted token id → child node. Empty for a batch, whose chains are read off `token_ids`.
         is_chain: Every node is the child of the one before.
     """
 
@@ -54,6 +54,12 @@ def build_tree(token_ids: list[int], parents: list[int], device: torch.device | 
         children=children,
         is_chain=all(parent == node - 1 for node, parent in enumerate(parents)),
     )
+
+
+def build_chains(token_ids: Tensor) -> CandidateTree:
+    """The chains of a batch, from the `(B, N)` tokens of their nodes, the roots first."""
+    order = torch.arange(token_ids.shape[1], device=token_ids.device)
+    return CandidateTree(token_ids, depths=order, ancestors=order <= order[:, None], children=[], is_chain=True)
 
 
 class CandidatePool:

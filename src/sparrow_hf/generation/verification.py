@@ -40,7 +40,8 @@ def verification_inputs(
         own_mask: Give the target a mask of ours. Without, it makes its own of the 2-D mask, as if the rows were one
             text: right for chains, whatever the kinds of its layers.
     """
-    lead = tree.token_ids.new_tensor([held.carried])
+    size = len(tree.token_ids)
+    lead = tree.token_ids.new_tensor(held.carried).reshape(-1, size).T
     num_rows = lead.shape[1] + len(tree)
     positions = _positions(tree, lead.shape[1], first_position + held.rows_since_prefill)
     step = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
@@ -49,7 +50,7 @@ def verification_inputs(
             step[key] = step[key][..., -1:].expand(*step[key].shape[:-1], num_rows)
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
-        mask = pad(mask[:, : held.length], (0, num_rows), value=1)
+        mask = pad(held.prefix_mask(mask), (0, num_rows), value=1)
     inputs = view.model.prepare_inputs_for_generation(
         torch.cat((lead, tree.token_ids), dim=1),
         position_ids=positions,
@@ -59,10 +60,10 @@ def verification_inputs(
     )
     if own_mask:
         inputs["attention_mask"] = tree_attention_masks(view, tree, held, inputs[CACHE], mask)
-    if not tree.is_chain:
+    if not tree.is_chain or held.is_ragged:
         if inputs.get("position_ids") is None:
             # The model counts the rows itself, as if they were one text.
-            start = positions.new_full((1, 1), held.length)
+            start = positions.new_zeros((1, 1)) + held.ends
             inputs["position_ids"] = _positions(tree, lead.shape[1], start) if positions.ndim == 2 else positions
     if "logits_to_keep" in inputs:
         inputs["logits_to_keep"] = len(tree)
@@ -123,7 +124,7 @@ def tree_attention_mask(
     first_row: int = 0,
     window: int | None = None,
 ) -> Tensor:
-    """`(1, 1, N, past − first + N)` additive mask: every node sees the prefix, its ancestors and itself.
+    """`(B, 1, N, past − first + N)` additive mask: every node sees the prefix, its ancestors and itself.
 
     In a window, a node at depth d stands in row past + d, wherever it lies in the tree:
 
@@ -131,19 +132,20 @@ def tree_attention_mask(
     stand in   first … past − 1 | past   past+1   past+1
 
     Args:
-        prefix_mask: `(1, ≥ past)`, 0 on padding; `None` without padding.
+        prefix_mask: `(B, ≥ past)`, 0 on padding; `None` without padding (B is then 1, and holds for any batch).
         first_row: First row of the prefix that the layer still has.
         window: How many rows a node sees, itself included; `None`: all.
     """
-    prefix = tree.ancestors.new_ones((len(tree), past_length - first_row))
+    size = 1 if prefix_mask is None else len(prefix_mask)
+    prefix = tree.ancestors.new_ones((size, len(tree), past_length - first_row))
     if prefix_mask is not None:
-        prefix &= prefix_mask[0, first_row:past_length].to(prefix.device) != 0
-    visible = torch.cat((prefix, tree.ancestors), dim=1)
+        prefix &= prefix_mask[:, None, first_row:past_length].to(prefix.device) != 0
+    visible = torch.cat((prefix, tree.ancestors.expand(size, -1, -1)), dim=2)
     if window is not None:
         rows = torch.arange(first_row, past_length, device=prefix.device)
         stand_in = torch.cat((rows, past_length + tree.depths))
         visible &= stand_in > (past_length + tree.depths - window)[:, None]
-    return additive_mask(visible[None], dtype)
+    return additive_mask(visible, dtype)
 
 
 def tree_position_ids(tree: CandidateTree, root_position: Tensor) -> Tensor:

@@ -1,0 +1,232 @@
+"""Commits the tokens of a batch, column by column, exactly as plain `generate()` does.
+
+Plain decoding makes one column at a time: a token for every sequence, padding for those that are finished. Processors
+and criteria see the whole batch, and a draw takes one number from the generator for all of it.
+
+Sequences accept different numbers of drafted tokens. Two paces follow from that:
+
+* *in step*: a round commits the columns of which every sequence has its token. Everything a call can ask for is then
+  as in plain decoding: draws, processors that look at other sequences or keep a state, scores, the cache.
+* *each at its own pace*: a sequence takes all the tokens it accepts. A column is committed once it is complete, so
+  criteria and streamers still see what they see in plain decoding. Processors see each sequence as long as it is,
+  behind its own padding; only those that treat every sequence by itself are run so.
+
+    round            1         2      3
+    sequence a     a0 a1 a2 | a3   | a4 a5            columns committed: 1, 2, 5
+    sequence b     b0       | b1   | b2 b3 b4
+"""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import BaseStreamer, EosTokenCriteria, logits_process
+
+from .._transformers import pad_token
+
+#: Processors that treat every sequence by itself and keep nothing from one call to the next.
+ROW_BY_ROW = frozenset(
+    {
+        logits_process.ExponentialDecayLengthPenalty,
+        logits_process.ForcedBOSTokenLogitsProcessor,
+        logits_process.ForcedEOSTokenLogitsProcessor,
+        logits_process.InfNanRemoveLogitsProcessor,
+        logits_process.LogitNormalization,
+        logits_process.MinLengthLogitsProcessor,
+        logits_process.MinNewTokensLengthLogitsProcessor,
+        logits_process.NoBadWordsLogitsProcessor,
+        logits_process.NoRepeatNGramLogitsProcessor,
+        logits_process.RepetitionPenaltyLogitsProcessor,
+        logits_process.SequenceBiasLogitsProcessor,
+        logits_process.SuppressTokensAtBeginLogitsProcessor,
+        logits_process.SuppressTokensLogitsProcessor,
+    }
+)
+
+
+class BatchEmitter:
+    """Turns the target's logits into the tokens of B sequences.
+
+    Args:
+        input_ids: `(B, L)` prompts.
+        in_step: Whether all sequences take the same number of tokens in every round.
+
+    Attributes:
+        input_ids: `(B, t)` prompts and committed columns.
+        new_tokens: For each sequence, the tokens chosen so far; they may be ahead of the columns.
+        finished: Whether every sequence is.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: BaseStreamer | None,
+        in_step: bool,
+    ):
+        self.input_ids = input_ids
+        self.new_tokens: list[list[int]] = [[] for _ in input_ids]
+        self.finished = False
+        self._in_step = in_step
+        self._prompts = input_ids
+        self._processor = logits_processor
+        self._criteria = stopping_criteria
+        self._do_sample = generation_config.do_sample
+        self._max_new = generation_config.max_length - input_ids.shape[1]
+        self._streamer = streamer
+        self._is_finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        # Without a token that ends the text, plain decoding goes on with finished sequences until all are.
+        pad = pad_token(generation_config)
+        has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self._pad = int(pad) if has_end and pad is not None else None
+        ends = [each.eos_token_id.tolist() for each in stopping_criteria if type(each) is EosTokenCriteria]
+        self._ends = frozenset(itertools.chain.from_iterable(ends))
+        wants_dict = generation_config.return_dict_in_generate
+        self.scores: tuple[Tensor, ...] | None = () if wants_dict and generation_config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if wants_dict and generation_config.output_logits else None
+
+    @property
+    def open_rows(self) -> list[int]:
+        """Sequences whose next token the target still chooses."""
+        return [row for row in range(len(self.new_tokens)) if not self._is_closed(row)]
+
+    @property
+    def budget(self) -> int:
+        """How many tokens a sequence may still get, at most."""
+        return self._max_new - min(len(self.new_tokens[row]) for row in self.open_rows)
+
+    @property
+    def roots(self) -> Tensor:
+        """`(B,)` the newest token of every sequence."""
+        return self.input_ids.new_tensor([tokens[-1] for tokens in self.new_tokens])
+
+    @property
+    def fill(self) -> Tensor:
+        """`(B,)` what follows in sequences that are not open."""
+        return self.roots if self._pad is None else torch.full_like(self.roots, self._pad)
+
+    def accept(self, logits: Tensor, chains: Tensor, path: list[int]) -> list[list[int]]:
+        """One round: commits what the target chooses along the chains.
+
+        Args:
+            logits: `(B, N, V)` raw logits of the target after every node.
+            chains: `(B, N)` tokens of the nodes.
+            path: Empty; gets the nodes that some sequence keeps, the root first.
+
+        Returns:
+            The new tokens of each sequence.
+        """
+        before = [len(tokens) for tokens in self.new_tokens]
+        # expected   d1 d2 d3 –1        chosen after node 0, 1 …: the walk goes on while it is the drafted token
+        # node        0  1  2  3
+        expected = [[*tokens[1:], -1] for tokens in chains.tolist()]
+        if self._in_step:
+            self._accept_in_step(logits, expected, path)
+        else:
+            self._accept_each(logits, expected)
+            path += range(max(len(tokens) - count for tokens, count in zip(self.new_tokens, before, strict=True)))
+        return [tokens[count:] for tokens, count in zip(self.new_tokens, before, strict=True)]
+
+    def start(self, logits: Tensor) -> list[int]:
+        """Chooses and commits the first column from the `(B, V)` logits of the prefill."""
+        self.accept(logits[:, None], self.input_ids[:, -1:], [])
+        return [tokens[0] for tokens in self.new_tokens]
+
+    # -- in step ------------------------------------------------------------------------------------------------------
+
+    def _accept_in_step(self, logits: Tensor, expected: list[list[int]], path: list[int]) -> None:
+        for node in range(logits.shape[1]):
+            path.append(node)
+            column = self._choose_column(logits[:, node])
+            chosen = column.tolist()
+            for tokens, token in zip(self.new_tokens, chosen, strict=True):
+                tokens.append(token)
+            self._commit(column)
+            if self.finished or any(row[node] != token for row, token in zip(expected, chosen, strict=True)):
+                return
+
+    def _choose_column(self, logits: Tensor) -> Tensor:
+        """`(B,)` tokens after the current columns, from `(B, V)` raw logits."""
+        # A copy, because processors may write in place, and the caller may keep the raw logits.
+        raw = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        scores = self._processor(self.input_ids, raw)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (raw,)
+        if self._do_sample:
+            tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)[:, 0]
+        else:
+            tokens = scores.argmax(dim=-1)
+        return tokens if self._pad is None else tokens.masked_fill(self._is_finished, self._pad)
+
+    # -- each at its own pace -----------------------------------------------------------------------------------------
+
+    def _accept_each(self, logits: Tensor, expected: list[list[int]]) -> None:
+        best = logits.float().argmax(dim=-1).T.tolist() if len(self._processor) == 0 else None
+        walking = self.open_rows
+        for node in range(logits.shape[1]):
+            chosen = best[node] if best is not None else self._choose_alone(walking, logits[:, node])
+            for row in walking:
+                self.new_tokens[row].append(chosen[row])
+            walking = [row for row in walking if expected[row][node] == chosen[row] and not self._is_closed(row)]
+            if not walking:
+                break
+        while not self.finished and (column := self._next_column()) is not None:
+            self._commit(self.input_ids.new_tensor(column))
+
+    def _choose_alone(self, rows: list[int], logits: Tensor) -> list[int]:
+        """The next token of each of `rows` (at other places anything), from `(B, V)` raw logits.
+
+        Processors may count the rows, so they get a whole batch for every length there is. Its rows of other lengths
+        hold the new tokens of a row that has this one.
+        """
+        tokens = [-1] * len(self.new_tokens)
+        by_length = {len(self.new_tokens[row]): row for row in rows}
+        for length, like in by_length.items():
+            new = [own if len(own) == length else self.new_tokens[like] for own in self.new_tokens]
+            ids = torch.cat((self._prompts, self._prompts.new_tensor(new).reshape(len(new), -1)), dim=1)
+            raw = logits.to(copy=True, dtype=torch.float32, device=ids.device)
+            best = self._processor(ids, raw).argmax(dim=-1).tolist()
+            for row in rows:
+                if len(self.new_tokens[row]) == length:
+                    tokens[row] = best[row]
+        return tokens
+
+    def _is_closed(self, row: int) -> bool:
+        tokens = self.new_tokens[row]
+        if self._pad is not None and (bool(self._is_finished[row]) or (len(tokens) > 0 and tokens[-1] in self._ends)):
+            return True
+        return len(tokens) >= self._max_new
+
+    def _next_column(self) -> list[int] | None:
+        """The next column, once every sequence has its token."""
+        at = self.input_ids.shape[1] - self._prompts.shape[1]
+        column = []
+        for tokens, is_finished in zip(self.new_tokens, self._is_finished.tolist(), strict=True):
+            if is_finished and self._pad is not None:
+                column.append(self._pad)
+            elif at < len(tokens):
+                column.append(tokens[at])
+            else:
+                return None
+        return column
+
+    # -- both ---------------------------------------------------------------------------------------------------------
+
+    def _commit(self, column: Tensor) -> None:
+        """Appends the `(B,)` tokens, checks every criterion on all of them, and hands them to the streamer."""
+        self.input_ids = torch.cat((self.input_ids, column[:, None]), dim=1)
+        self._is_finished |= self._criteria(self.input_ids, self.scores)
+        self.finished = bool(self._is_finished.all())
+        if self._streamer is not None:
+            self._streamer.put(column.cpu())
+
+
+def treats_rows_alone(processors: Any) -> bool:
+    """Whether every processor of a list treats every sequence by itself."""
+    return all(type(processor) in ROW_BY_ROW for processor in processors)

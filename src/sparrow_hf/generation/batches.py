@@ -1,0 +1,160 @@
+"""The speculative loop of a `generate()` call with several sequences. Reads like `decoding.py`, which has one.
+
+Every sequence is drafted for with a chain, and one forward verifies the chains of all. `batch_emission.py` tells of
+the two paces at which sequences take what they accept.
+"""
+
+import warnings
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import BaseStreamer
+
+from .. import _transformers
+from .._transformers import CACHE
+from ..clocks import PhaseClock
+from ..hidden_states import HiddenStateCollector, RowCollectors
+from ..modeling_sparrow import SparrowDraftModel
+from ..targets import TargetView
+from .attention import following_masks
+from .batch_drafts import BatchDrafter
+from .batch_emission import BatchEmitter, treats_rows_alone
+from .caches import RaggedCache, hold
+from .candidate_generator import SparrowCandidateGenerator
+from .decoding import num_new_positions, read_carried, recorded_outputs, returned
+from .emission import recorded_step
+from .refusals import check_inputs
+from .self_check import how_to_verify
+from .stats import GenerationStats
+from .tree import build_chains
+from .verification import max_levels_before_border, verification_inputs
+
+
+def decode_batch(
+    target: PreTrainedModel,
+    draft: SparrowDraftModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None,
+    model_kwargs: dict[str, Any],
+) -> Any:
+    """Decodes B sequences with a bound draft; inputs and outputs as those of `speculative_decode`.
+
+    Returns:
+        The `(B, L + new)` ids, or a [`~transformers.generation.GenerateDecoderOnlyOutput`].
+    """
+    embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+    check_inputs(target, input_ids, embeds, model_kwargs[CACHE], mask)
+    view, by_mask = draft.target, how_to_verify(draft.target).chains == "eager"
+    in_step = not may_part(view, logits_processor, generation_config, model_kwargs)
+    emitter = BatchEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer, in_step)
+    recorded = recorded_outputs(generation_config)
+    clock = PhaseClock(draft.device)
+    stats = GenerationStats(draft.config.tree_shape.num_draft_levels, clock, num_sequences=len(input_ids))
+    draft.last_generation = stats
+    if draft.config.beam_width > 1:
+        warnings.warn(
+            f"a batch is verified as chains: the draft proposes chains of {draft.config.num_draft_levels} tokens "
+            "instead of trees",
+            stacklevel=2,
+        )
+
+    # Prefill. Only what is new to the target's cache passes the hooks.
+    new = num_new_positions(input_ids, generation_config, model_kwargs)
+    with clock.phase("draft"):
+        readers = [
+            SparrowCandidateGenerator(draft, ids[None, -new:], None if mask is None else mask[row : row + 1, -new:])
+            for row, ids in enumerate(input_ids)
+        ]
+        reading = RowCollectors([HiddenStateCollector(reader.layers_to_collect) for reader in readers])
+    with clock.phase("prefill"), reading.active():
+        outputs = _transformers.prefill(target, input_ids, generation_config, model_kwargs)
+    model_kwargs.pop("mm_encoder_outputs", None)
+    model_kwargs = _transformers.advance(target, outputs, model_kwargs)
+    first_position = model_kwargs["position_ids"][..., -1:]
+    for name in recorded:
+        recorded[name] += (outputs[name],)
+    first_tokens = emitter.start(outputs.logits[:, -1])
+    stats.new_tokens = len(first_tokens)
+    del outputs
+    if not emitter.finished:
+        with clock.phase("draft"):
+            for reader, states, token in zip(readers, reading.rows, first_tokens, strict=True):
+                reader.prefill({layer: states.take(layer) for layer in reader.layers_to_collect}, token)
+            drafter = BatchDrafter(draft, readers)
+    del reading, readers
+
+    cache = model_kwargs[CACHE]
+    held = hold(cache) if in_step else RaggedCache(cache, emitter.new_tokens)
+    try:
+        with _transformers.decoding(target):
+            while not emitter.finished:
+                with clock.phase("draft"):
+                    drafter.keep(emitter.open_rows)
+                    on_this_side = max_levels_before_border(view, held, first_position)
+                    levels = min(emitter.budget - 1, held.spare_slots - 1, on_this_side)
+                    tree = build_chains(drafter.propose(emitter.roots, emitter.fill, levels))
+                with clock.phase("verify"):
+                    past_length, lead = held.length, len(held.carried)
+                    with held.verifying(tree) as path:
+                        inputs = verification_inputs(view, tree, held, first_position, model_kwargs, own_mask=by_mask)
+                        collector = HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids))
+                        with collector.active(), following_masks(by_mask):
+                            outputs = target(**inputs, return_dict=True)
+                        taken = emitter.accept(outputs.logits[:, -len(tree) :], tree.token_ids, path)
+                    model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
+                count(taken, tree.token_ids.tolist(), drafter.rows, stats)
+                for name in recorded:
+                    recorded[name] += tuple(recorded_step(outputs, name, past_length, lead, path))
+                del outputs
+                if not emitter.finished:
+                    with clock.phase("draft"):
+                        drafter.keep(emitter.open_rows)
+                        rows = [lead + node for node in path]
+                        features = [collector.take(layer)[:, rows] for layer in draft.config.feature_layer_ids]
+                        drafter.extend(torch.cat(features, dim=-1), taken)
+                stats.max_draft_cache_length = drafter.max_cache_length
+                stats.failed_drafts = drafter.failed_drafts
+    finally:
+        with closing(held):
+            if held.carried and _transformers.outlives_call(cache, generation_config):
+                with _transformers.decoding(target), clock.phase("verify"):
+                    read_carried(view, held, first_position, model_kwargs, by_mask)
+
+    if streamer is not None:
+        streamer.end()
+    return returned(emitter, recorded, cache, generation_config)
+
+
+def may_part(
+    view: TargetView,
+    logits_processor: LogitsProcessorList,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> bool:
+    """Whether each sequence may go at its own pace: nothing that is asked for, or remains, ties one to another."""
+    return (
+        # A draw is one for the whole batch.
+        not generation_config.do_sample
+        and treats_rows_alone(logits_processor)
+        # A cache that outlives the call, and returned scores, are those of columns.
+        and not _transformers.outlives_call(model_kwargs[CACHE], generation_config)
+        # Rows behind the end of a sequence are masked, and positions are not those of the rows.
+        and model_kwargs.get("attention_mask") is not None
+        and view.sees_masks_only
+        # The frequencies of a forward follow the longest position in it.
+        and not view.rope_borders
+    )
+
+
+def count(taken: list[list[int]], chains: list[list[int]], rows: list[int], stats: GenerationStats) -> None:
+    """Notes what a round gave to the sequences that were drafted for."""
+    for row in rows:
+        drafted = [token == expected for token, expected in zip(taken[row], chains[row][1:], strict=False)]
+        stats.accepted.append(sum(drafted))
+        stats.new_tokens += len(taken[row])

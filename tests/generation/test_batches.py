@@ -1,0 +1,420 @@
+"""Several prompts in one call: row by row the tokens of plain `generate()`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel, TextStreamer
+
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf._transformers import CACHE, cache_tensors, new_cache
+from sparrow_hf.data.prepare import prepare_inputs
+from sparrow_hf.draft_inputs import DraftPositions
+from sparrow_hf.generation import batch_drafts, batches, caches, candidate_generator
+from sparrow_hf.generation.batch_drafts import BatchDrafter
+from sparrow_hf.generation.batch_emission import BatchEmitter
+from sparrow_hf.generation.caches import RaggedCache
+from sparrow_hf.generation.candidate_generator import SparrowCandidateGenerator
+from sparrow_hf.generation.tree import CandidateTree
+from sparrow_hf.testbed import EVALUATION_SEEDS, load, make_clip
+
+from batches import PER_TOKEN, QUESTIONS, BatchCase, batch_of, drafting_around, make_case, mismatch
+from families import FAMILY_BY_NAME
+from lossless import RecordingStreamer, built_target
+
+NUM_FAST = 24
+NUM_FULL = 700
+
+
+@pytest.mark.parametrize("first", range(0, NUM_FAST, 12))
+def test_random_batches(first: int) -> None:
+    found = {number: mismatch(make_case(number)) for number in range(first, first + 12)}
+    assert not {number: what for number, what in found.items() if what is not None}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("first", range(NUM_FAST, NUM_FULL, 60))
+def test_many_random_batches(first: int) -> None:
+    found = {number: mismatch(make_case(number)) for number in range(first, min(first + 60, NUM_FULL))}
+    assert not {number: what for number, what in found.items() if what is not None}
+
+
+# -- two rows, in detail ----------------------------------------------------------------------------------------------
+
+PROMPTS = [{"videos": 1, "seed": 3}, {"videos": 0, "question": QUESTIONS[2]}, {"videos": 1, "question": "Who?"}]
+
+
+@pytest.fixture(params=["qwen2_5_vl", "gemma4", "qwen3_5"])
+def setting(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, SparrowDraftModel, dict[str, Tensor]]:
+    """Full attention with positions of three axes; windows; recurrent layers."""
+    family, target = FAMILY_BY_NAME[request.param], built_target(request.param, "eager")
+    torch.manual_seed(0)
+    draft = SparrowDraftModel.from_target(target, num_draft_levels=3)
+    return target, draft, batch_of(family, target, PROMPTS)
+
+
+def around(target: PreTrainedModel, inputs: dict[str, Tensor], **kwargs: Any) -> Any:
+    """Drafts that are right for a while."""
+    plain = target.generate(**inputs, **kwargs)
+    return drafting_around(plain[:, inputs["input_ids"].shape[1] :].tolist(), adversarial=True)
+
+
+def test_everything_that_can_be_returned(setting) -> None:
+    target, draft, inputs = setting
+    kwargs = {"max_new_tokens": 9, "eos_token_id": list(range(60, 90))}
+    wanted = {"return_dict_in_generate": True, "output_hidden_states": True, "output_scores": True}
+    # Of layers with a window, attentions are refused.
+    names = ["hidden_states"] if "gemma" in target.config.model_type else ["hidden_states", "attentions"]
+    wanted["output_attentions"] = "attentions" in names
+    plain = target.generate(**inputs, **kwargs, **wanted)
+    with around(target, inputs, **kwargs):
+        ours = target.generate(**inputs, **kwargs, **wanted, assistant_model=draft)
+    assert torch.equal(plain.sequences, ours.sequences)
+    for name in names:
+        for steps in zip(plain[name], ours[name], strict=True):
+            for expected, found in zip(*steps, strict=True):
+                # A layer without attention gives none.
+                assert (expected is None and found is None) or torch.allclose(expected, found, atol=1e-4)
+    assert all(torch.allclose(*scores, atol=1e-4) for scores in zip(plain.scores, ours.scores, strict=True))
+    for expected, found in zip(cache_tensors(plain[CACHE]), cache_tensors(ours[CACHE]), strict=True):
+        assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(expected, found, strict=True))
+
+
+def test_second_turns(setting) -> None:
+    """A batch goes on from the cache that the first turn left, whoever took each turn."""
+    target, draft, inputs = setting
+    said = torch.tensor([[20, 21, 22]]).expand(len(PROMPTS), -1)
+    texts = []
+    for first, second in ((None, None), (draft, draft), (draft, None), (None, draft)):
+        cache = new_cache(target)
+        ids = target.generate(**inputs, max_new_tokens=6, assistant_model=first, **{CACHE: cache}, do_sample=False)
+        mask = pad(inputs["attention_mask"], (0, 9), value=1)
+        turn = {"input_ids": torch.cat((ids, said), dim=1), "attention_mask": mask, CACHE: cache}
+        texts.append(target.generate(**turn, max_new_tokens=6, assistant_model=second, do_sample=False))
+    assert all(torch.equal(text, texts[0]) for text in texts)
+
+
+def test_a_streamer_that_raises(setting) -> None:
+    """The cache of the caller ends as plain `generate()` leaves it."""
+
+    class Breaks(RecordingStreamer):
+        def put(self, value: Tensor) -> None:
+            super().put(value)
+            if len(self.received) == 5:
+                raise KeyboardInterrupt
+
+    target, draft, inputs = setting
+    found = []
+    with around(target, inputs, max_new_tokens=12, do_sample=False):
+        for assistant in (None, draft):
+            cache, streamer = new_cache(target), Breaks()
+            with pytest.raises(KeyboardInterrupt):
+                target.generate(
+                    **inputs, max_new_tokens=12, assistant_model=assistant, streamer=streamer, **{CACHE: cache}
+                )
+            found.append((streamer.received, cache_tensors(cache)))
+    (plain, plain_rows), (ours, our_rows) = found
+    assert plain == ours
+    for expected, got in zip(plain_rows, our_rows, strict=True):
+        # A window may hold older rows than plain's.
+        length = min(expected[0].shape[-2], got[0].shape[-2])
+        assert all(
+            torch.allclose(a[:, :, -length:], b[:, :, -length:], atol=1e-4) for a, b in zip(expected, got, strict=True)
+        )
+
+
+def test_text_streamers_are_refused_as_by_plain_generate(setting) -> None:
+    target, draft, inputs = setting
+    for assistant in (None, draft):
+        streamer = TextStreamer(FAMILY_BY_NAME["qwen2_5_vl"].tokenizer)
+        with pytest.raises(ValueError, match="TextStreamer only supports batch size 1"):
+            target.generate(**inputs, streamer=streamer, assistant_model=assistant, max_new_tokens=4)
+
+
+def test_trees_become_chains(setting) -> None:
+    target, _, inputs = setting
+    draft = SparrowDraftModel.from_target(target, num_draft_levels=3, beam_width=4)
+    plain = target.generate(**inputs, max_new_tokens=6, do_sample=False)
+    with pytest.warns(UserWarning, match="the draft proposes chains of 3 tokens instead of trees"):
+        ours = target.generate(**inputs, max_new_tokens=6, do_sample=False, assistant_model=draft)
+    assert torch.equal(plain, ours)
+
+
+def test_drafts_that_are_no_numbers(setting) -> None:
+    target, draft, inputs = setting
+    with torch.no_grad():
+        draft.fc.weight.fill_(torch.nan)
+    plain = target.generate(**inputs, max_new_tokens=6, do_sample=False)
+    with pytest.warns(UserWarning, match="the draft's scores are not numbers"):
+        ours = target.generate(**inputs, max_new_tokens=6, do_sample=False, assistant_model=draft)
+    assert torch.equal(plain, ours)
+    # The last of five rounds drafts nothing: there is one token left.
+    assert draft.last_generation.failed_drafts == 4
+
+
+# -- each row as if it were alone -------------------------------------------------------------------------------------
+
+NUM_TOKENS = 32
+
+
+def joined(parts: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
+    """Left-padded inputs of prompts of the built-in target."""
+    longest = max(part["input_ids"].shape[1] for part in parts)
+    batch = {}
+    for name in parts[0]:
+        found = [part[name] for part in parts if name in part]
+        if name in PER_TOKEN:
+            fill = pad_token_id if name == "input_ids" else 0
+            found = [pad(each, (longest - each.shape[1], 0), value=fill) for each in found]
+        batch[name] = torch.cat(found)
+    return batch
+
+
+class Clips(NamedTuple):
+    """The built-in models, and four prompts as one batch."""
+
+    target: PreTrainedModel
+    draft: SparrowDraftModel
+    batch: dict[str, Tensor]
+    #: For each prompt alone: what was drafted in every round, what was accepted, and how many tokens there are.
+    drafts: list[list[list[int]]]
+    accepted: list[list[int]]
+    tokens: list[int]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Clips:
+    target, processor, draft = load()
+    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
+    prompts = []
+    for index in range(3):
+        messages = make_clip(path, EVALUATION_SEEDS[index], 40 * (index + 1)).messages
+        prompts.append(prepare_inputs(processor, messages))
+    prompts.append(prepare_inputs(processor, [{"role": "user", "content": [{"type": "text", "text": "What is it?"}]}]))
+    drafts: list[list[list[int]]] = []
+    accepted, tokens = [], []
+    propose = SparrowCandidateGenerator.propose
+
+    def noted(self: SparrowCandidateGenerator, *args: Any, **kwargs: Any) -> CandidateTree:
+        tree = propose(self, *args, **kwargs)
+        drafts[-1].append(tree.token_ids[0].tolist())
+        return tree
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SparrowCandidateGenerator, "propose", noted)
+        for inputs in prompts:
+            drafts.append([])
+            target.generate(**inputs, assistant_model=draft, max_new_tokens=NUM_TOKENS)
+            accepted.append(draft.last_generation.accepted)
+            tokens.append(draft.last_generation.new_tokens)
+    batch = joined([dict(inputs) for inputs in prompts], processor.tokenizer.pad_token_id)
+    return Clips(target, draft, batch, drafts, accepted, tokens)
+
+
+def has_the_drafts_of_rows_alone(clips: Clips) -> bool:
+    """Whether the batch is drafted for like its prompts alone."""
+    drafts: list[list[list[int]]] = [[] for _ in clips.drafts]
+    propose = BatchDrafter.propose
+
+    def noted(self: BatchDrafter, *args: Any) -> Tensor:
+        chains = propose(self, *args)
+        for row in self.rows:
+            drafts[row].append(chains[row].tolist())
+        return chains
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchDrafter, "propose", noted)
+        clips.target.generate(**clips.batch, assistant_model=clips.draft, max_new_tokens=NUM_TOKENS)
+    # Near the end of its text, a prompt alone is drafted for no further than to the end.
+    return all(
+        len(alone) == len(found) and all(long[: len(short)] == short for short, long in zip(alone, found, strict=True))
+        for alone, found in zip(clips.drafts, drafts, strict=True)
+    )
+
+
+def test_every_row_is_drafted_for_as_if_it_were_alone(clips: Clips) -> None:
+    assert has_the_drafts_of_rows_alone(clips)
+    # Rows take what they accept: they need different numbers of rounds.
+    rounds = [len(row) for row in clips.accepted]
+    assert sum(map(sum, clips.accepted)) > 20 and len(set(rounds)) > 1
+    stats = clips.draft.last_generation
+    # Rows that are finished cost no draft, and count no more.
+    assert (stats.rounds, stats.new_tokens) == (sum(rounds), sum(clips.tokens))
+    assert stats.tau == (sum(clips.tokens) - 4) / sum(rounds)
+    # A row alone never drafts its very last token; beside rows that have more to say it does.
+    assert 0 <= sum(stats.accepted) - sum(map(sum, clips.accepted)) <= 4
+    ours = clips.target.generate(**clips.batch, assistant_model=clips.draft, max_new_tokens=NUM_TOKENS)
+    assert torch.equal(ours, clips.target.generate(**clips.batch, max_new_tokens=NUM_TOKENS))
+
+
+# -- planted bugs -----------------------------------------------------------------------------------------------------
+
+
+def draft_reads_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = candidate_generator.draft_positions
+
+    def positions(*args: Any, attention_mask: Any, **kwargs: Any) -> DraftPositions:
+        return stock(*args, attention_mask=None, **kwargs)
+
+    monkeypatch.setattr(candidate_generator, "draft_positions", positions)
+
+
+def draft_sees_behind_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = BatchDrafter._prefix
+    monkeypatch.setattr(BatchDrafter, "_prefix", lambda self: torch.ones_like(stock(self)))
+
+
+def draft_positions_not_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = BatchDrafter.extend
+
+    def extend(self: BatchDrafter, *args: Any) -> None:
+        stock(self, *args)
+        self._next_position_ids[:] = self._next_position_ids.max()
+
+    monkeypatch.setattr(BatchDrafter, "extend", extend)
+
+
+def draft_packs_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a row accepts stays where the forward put it, behind the longest row."""
+    stock = batch_drafts.pack_rows
+
+    def pack(cache: Any, ends: Sequence[int], kept: Sequence[int], num_new: int) -> None:
+        stock(cache, [max(ends)] * len(ends), kept, num_new)
+
+    monkeypatch.setattr(batch_drafts, "pack_rows", pack)
+
+
+def draft_of_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a row is dropped, the first ones stay, whichever it was."""
+    stock = BatchDrafter.keep
+
+    def keep(self: BatchDrafter, rows: Sequence[int]) -> None:
+        kept = [row for row in self.rows if row in rows]
+        stock(self, self.rows[: len(kept)])
+        self.rows = kept
+
+    monkeypatch.setattr(BatchDrafter, "keep", keep)
+
+
+DRAFT_BUGS = (
+    draft_reads_padding,
+    draft_sees_behind_the_end,
+    draft_positions_not_per_row,
+    draft_packs_no_row,
+    draft_of_another_row,
+)
+
+
+@pytest.mark.parametrize("plant", DRAFT_BUGS, ids=lambda plant: plant.__name__)
+def test_planted_bug_of_the_draft_is_found(plant: Callable[[Any], None], clips: Clips, monkeypatch) -> None:
+    plant(monkeypatch)
+    assert not has_the_drafts_of_rows_alone(clips)
+
+
+def target_reads_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding counts as text."""
+    stock = RaggedCache.prefix_mask
+
+    def mask(self: RaggedCache, given: Tensor) -> Tensor:
+        return stock(self, torch.ones_like(given))
+
+    monkeypatch.setattr(RaggedCache, "prefix_mask", mask)
+
+
+def target_sees_behind_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a row has not kept of the longest row's is not masked."""
+    monkeypatch.setattr(
+        RaggedCache,
+        "prefix_mask",
+        lambda self, mask: pad(mask[:, : self._prefilled], (0, self.length - self._prefilled), value=1),
+    )
+
+
+def acceptance_of_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row's acceptance is applied to another."""
+    stock = caches.pack_rows
+
+    def pack(cache: Any, ends: Any, kept: list[int], num_new: int) -> None:
+        stock(cache, ends[1:] + ends[:1], kept, num_new)
+
+    monkeypatch.setattr(caches, "pack_rows", pack)
+
+
+def positions_not_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = RaggedCache.rows_since_prefill.fget
+    # What the mask needs stays right.
+    right = RaggedCache.prefix_mask
+
+    def mask(self: RaggedCache, given: Tensor) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RaggedCache, "rows_since_prefill", property(stock))
+            return right(self, given)
+
+    monkeypatch.setattr(RaggedCache, "prefix_mask", mask)
+    monkeypatch.setattr(
+        RaggedCache, "rows_since_prefill", property(lambda self: torch.full_like(stock(self), int(stock(self).max())))
+    )
+
+
+def finished_rows_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished rows are not padded."""
+    init = BatchEmitter.__init__
+
+    def without_pad(self: BatchEmitter, *args: Any) -> None:
+        init(self, *args)
+        self._pad = None
+
+    monkeypatch.setattr(BatchEmitter, "__init__", without_pad)
+
+
+def columns_before_they_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call ends with the first row that has all its tokens."""
+
+    def column(self: BatchEmitter) -> list[int] | None:
+        at = self.input_ids.shape[1] - self._prompts.shape[1]
+        if all(len(tokens) <= at for tokens in self.new_tokens):
+            return None
+        return [tokens[at] if at < len(tokens) else tokens[-1] for tokens in self.new_tokens]
+
+    monkeypatch.setattr(BatchEmitter, "_next_column", column)
+
+
+def all_at_their_own_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors of any kind are run for each row by itself."""
+    monkeypatch.setattr(batches, "treats_rows_alone", lambda processors: True)
+
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+BUGS: dict[Callable[[pytest.MonkeyPatch], None], dict[str, Any]] = {
+    target_reads_padding: {},
+    target_sees_behind_the_end: {},
+    acceptance_of_another_row: {},
+    positions_not_per_row: {},
+    finished_rows_go_on: {"generate_kwargs": GREEDY | {"eos_token_id": list(range(60, 90))}},
+    columns_before_they_are_complete: {},
+    all_at_their_own_pace: {"own": "keeps a state"},
+}
+
+
+def cases(fixed: dict[str, Any]) -> list[BatchCase]:
+    defaults: dict[str, Any] = {
+        "drafter": "adversary",
+        "draft_fields": {"num_draft_levels": 4},
+        "generate_kwargs": GREEDY,
+        "own": "none",
+        "wants": "ids",
+        "prompts": PROMPTS,
+        "draft_vocab_size": None,
+    }
+    families = ("qwen2_5_vl", "llava_onevision")
+    return [make_case(number, **(defaults | {"family": families[number % 2]} | fixed)) for number in range(2)]
+
+
+@pytest.mark.parametrize("plant", BUGS, ids=lambda plant: plant.__name__)
+def test_planted_bug_is_found(plant: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [mismatch(case) for case in cases(BUGS[plant])] == [None, None]
+    plant(monkeypatch)
+    assert any(mismatch(case) is not None for case in cases(BUGS[plant]))
