@@ -192,7 +192,7 @@ def make_case(number: int, **fixed: Any) -> BatchCase:
         ],
         "generate_kwargs": kwargs,
         "own": rng.choice(["none", "none", "none", *OWN]),
-        "wants": rng.choice(["ids", "ids", "ids", "streamer", "everything", "cache"]),
+        "wants": rng.choice(["ids", "ids", "ids", "streamer", "everything", "cache", "chunks"]),
         "draft_vocab_size": rng.choice([None, None, 40]),
     }
     return BatchCase(number, **(fields | fixed))
@@ -213,6 +213,8 @@ def mismatch(case: BatchCase) -> str | None:
             options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
         elif case.wants == "cache":
             options[CACHE] = new_cache(target)
+        elif case.wants == "chunks" and family.takes_chunks:
+            options["prefill_chunk_size"] = 7 + case.number % 20
         torch.manual_seed(case.number)
         output = target.generate(
             **inputs, **case.generate_kwargs, **options, assistant_model=draft, tokenizer=family.tokenizer
