@@ -3,8 +3,8 @@
     python -m sparrow_research.batches --output research/data/batches.json
 
 Clips have different lengths, so the shorter ones are padded. Every size of batch captions all clips. A figure is the
-fastest of interleaved repetitions, because other programs only slow one down. Memory is that of the target's cache, rows
-of rejected drafts included.
+fastest of interleaved repetitions, because other programs only slow one down. Memory is that of the target's cache,
+rows of rejected drafts included.
 """
 
 from __future__ import annotations
@@ -64,17 +64,25 @@ class CacheWatch:
 def run(target: Any, batches: list[dict[str, Tensor]], end: int, **kwargs: Any) -> dict[str, Any]:
     """Generates for all batches; the new tokens of every clip up to its end, and what they cost."""
     watch = CacheWatch(target)
-    answers, seconds, decode_seconds = [], 0.0, 0.0
+    answers, seconds, decode_seconds, forwards = [], 0.0, 0.0, 0
     for inputs in batches:
         started = now(target.device)
         with StopWatch(target) as clock:
-            ids = target.generate(**inputs, **kwargs, streamer=clock)
+            found = target.generate(**inputs, **kwargs, streamer=clock)
         took = now(target.device) - started
+        forwards += clock.rounds
         seconds, decode_seconds = seconds + took, decode_seconds + took - clock.prefill_seconds
+        ids = found if isinstance(found, Tensor) else found.sequences
         for row in ids[:, inputs["input_ids"].shape[1] :].tolist():
             answers.append(row[: row.index(end) + 1] if end in row else row)
     watch.close()
-    return {"answers": answers, "seconds": seconds, "decode": decode_seconds, "cache_bytes": watch.peak_bytes}
+    return {
+        "answers": answers,
+        "seconds": seconds,
+        "decode": decode_seconds,
+        "forwards": forwards,
+        "cache_bytes": watch.peak_bytes,
+    }
 
 
 def measure(family: str, visual_tokens: int, repeats: int, max_new_tokens: int, device: str) -> dict[str, Any]:
@@ -84,12 +92,18 @@ def measure(family: str, visual_tokens: int, repeats: int, max_new_tokens: int, 
     clips, pad = prompts(target, processor, visual_tokens), processor.tokenizer.pad_token_id
     end = target.generation_config.eos_token_id
     kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    # What is returned with the ids is that of columns, so all rows go in step.
+    arms: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "draft": {"assistant_model": draft},
+        "in step": {"assistant_model": draft, "return_dict_in_generate": True},
+    }
     runs: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
     for repeat in tqdm(range(repeats + 1), desc=family):
         for size in SIZES:
             batches = [left_pad(clips[start : start + size], pad) for start in range(0, NUM_CLIPS, size)]
-            for arm, assistant in (("plain", None), ("draft", draft)):
-                found = run(target, batches, end, assistant_model=assistant, **kwargs)
+            for arm, settings in arms.items():
+                found = run(target, batches, end, **kwargs, **settings)
                 if repeat > 0:
                     runs[size, arm].append(found)
     figures: dict[str, Any] = {}
@@ -101,6 +115,7 @@ def measure(family: str, visual_tokens: int, repeats: int, max_new_tokens: int, 
             "tokens": tokens,
             "tokens_per_second": round(tokens / min(each["seconds"] for each in repeated), 2),
             "decode_tokens_per_second": round(after_first / min(each["decode"] for each in repeated), 2),
+            "forwards_after_prefill": repeated[0]["forwards"],
             "cache_bytes": repeated[0]["cache_bytes"],
             "identical_to_plain": answers == runs[size, "plain"][0]["answers"],
             "identical_to_single_calls": answers == runs[1, "plain"][0]["answers"],
@@ -124,8 +139,8 @@ def main(arguments: list[str] | None = None) -> None:
         name = family.name
         found[name] = measure(name, options.visual_tokens, options.repeats, options.max_new_tokens, options.device)
         for size, arms in found[name].items():
-            plain, draft = arms["plain"], arms["draft"]
-            print(f"{name} B={size}: plain {plain['tokens_per_second']} tokens/s, draft {draft['tokens_per_second']}")
+            speeds = (f"{arm} {figures['tokens_per_second']}" for arm, figures in arms.items())
+            print(f"{name} B={size}, tokens per second: {', '.join(speeds)}")
     target = load()[0].to(options.device)
     write_json(options.output, provenance(target, note=options.note, families=found), indent=2)
 
