@@ -113,19 +113,24 @@ def drafting_around(futures: Sequence[list[int]], *, adversarial: bool, seed: in
 
 
 def batch_of(family: Family, target: PreTrainedModel, prompts: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Left-padded inputs of several prompts, arguments of `Family.build_inputs`; visual inputs one after the other."""
+    """One batch of several prompts, arguments of `Family.build_inputs`."""
     parts = [family.build_inputs(target, **prompt) for prompt in prompts]
-    longest = max(part["input_ids"].shape[1] for part in parts)
-    joined = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
-        found = [part[name] for part in parts if name in part]
+    return joined(parts, family.tokenizer.pad_token_id)
+
+
+def joined(prompts: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
+    """Left-padded inputs of several processed prompts, some of them without a video."""
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    batch = {}
+    for name in dict.fromkeys(name for prompt in prompts for name in prompt):
+        parts = [prompt[name] for prompt in prompts if name in prompt]
         if name in PER_TOKEN:
-            fill = family.tokenizer.pad_token_id if name == "input_ids" else 0
-            # A text-only prompt may come without the types of its tokens.
-            found = [part.get(name, torch.zeros_like(part["input_ids"])) for part in parts]
-            found = [F.pad(it, (longest - it.shape[1], 0), value=fill) for it in found]
-        joined[name] = torch.cat(found)
-    return joined
+            fill = pad_token_id if name == "input_ids" else 0
+            # A prompt without a video may come without the types of its tokens.
+            parts = [prompt.get(name, torch.zeros_like(prompt["input_ids"])) for prompt in prompts]
+            parts = [F.pad(part, (longest - part.shape[1], 0), value=fill) for part in parts]
+        batch[name] = torch.cat(parts)
+    return batch
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def make_case(number: int, **fixed: Any) -> BatchCase:
         ],
         "generate_kwargs": kwargs,
         "own": rng.choice(["none", "none", "none", *OWN]),
-        "wants": rng.choice(["ids", "ids", "ids", "streamer", "everything", "cache"]),
+        "wants": rng.choice(["ids", "ids", "ids", "streamer", "everything", "cache", "chunks"]),
         "draft_vocab_size": rng.choice([None, None, 40]),
     }
     return BatchCase(number, **(fields | fixed))
@@ -208,6 +213,8 @@ def mismatch(case: BatchCase) -> str | None:
             options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
         elif case.wants == "cache":
             options[CACHE] = new_cache(target)
+        elif case.wants == "chunks" and family.takes_chunks:
+            options["prefill_chunk_size"] = 7 + case.number % 20
         torch.manual_seed(case.number)
         output = target.generate(
             **inputs, **case.generate_kwargs, **options, assistant_model=draft, tokenizer=family.tokenizer

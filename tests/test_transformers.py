@@ -27,7 +27,7 @@ SOURCE = Path(sparrow_hf.__file__).parent
 ROOM = SOURCE / "_transformers.py"
 
 #: Private names of other libraries, and one of the standard library that is public.
-OTHERS = {"_asdict", "_forward_hooks", "_forward_pre_hooks", "_actions", "_get_value"}
+OTHERS = {"_asdict", "_exit", "_forward_hooks", "_forward_pre_hooks", "_actions", "_get_value"}
 #: Renamed between versions, or inside a cache, its layers or outputs.
 NAMES_OF_THE_ROOM = {
     "past_key_values",

@@ -384,7 +384,7 @@ def _limits(config: SparrowDraftConfig) -> str:
 
 * Made for targets of {layers} layers, hidden size {hidden} and a vocabulary of {vocabulary}; others are refused.
 * A fine-tune of the target works, with fewer accepted tokens.
-* One sequence per call; no beam search.
+* Several prompts in one call are drafted for with chains, not trees. No beam search.
 * How much time it saves depends on the target, the videos, the hardware and the length of the answers: measure it."""
 
 

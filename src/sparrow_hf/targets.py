@@ -14,18 +14,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ._transformers import (
-    NO_CACHE,
-    attention_of,
-    commit_of,
-    execution_device,
-    layer_kinds,
-    makes_masks,
-    name_of,
-    rope_borders,
-    takes_positions,
-    unwrap,
-)
+from ._transformers import NO_CACHE, commit_of, execution_device, layer_kinds, name_of, rope_borders, unwrap
 from .configuration_sparrow import SparrowDraftConfig, visual_token_ids
 from .errors import BindingError, UnsupportedTargetError
 from .hidden_states import install_hooks
@@ -83,15 +72,6 @@ class TargetView:
     def chain_layers(self) -> list[str]:
         """Kinds of its layers that verify chains, but no trees."""
         return sorted(set(self.layer_kinds) - TREE_LAYERS - {NO_CACHE})
-
-    @property
-    def sees_masks_only(self) -> bool:
-        """Whether a row of its cache that is masked is as good as none, wherever it lies."""
-        return (
-            set(self.layer_kinds) <= {"full_attention", NO_CACHE}
-            and takes_positions(self.model, self.decoder)
-            and makes_masks(attention_of(self.text_config))
-        )
 
     def is_view_of(self, target: PreTrainedModel) -> bool:
         """Whether this is a view of `target` with its current embedding and head."""

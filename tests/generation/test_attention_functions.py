@@ -17,9 +17,11 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import UnsupportedTargetError
-from sparrow_hf.generation import decoding
+from sparrow_hf.generation import batches, decoding
 from sparrow_hf.generation.self_check import Verification, how_to_verify
 
+from batches import batch_of
+from batches import drafting_around as drafting_batches_around
 from families import FAMILY_BY_NAME
 from lossless import left_padded
 from oracles import drafting_around
@@ -171,6 +173,37 @@ def test_flash_attention_of_other_families(register, family: str, shape: str) ->
     inputs = FAMILY_BY_NAME[family].build_inputs(target)
     compared(target, inputs, draft)
     compared(target, left_padded(inputs, 0, 5), draft)
+
+
+@pytest.mark.parametrize(
+    ("function", "mask", "own_pace"),
+    [
+        (ignores_masks, None, False),
+        # The target makes masks, of padding and of what lies behind a row's end, and none is followed.
+        (ignores_masks, sdpa_mask, False),
+        (flash, flash_attention_mask, True),
+        (follows_masks, sdpa_mask, True),
+        (of_its_own_kind, None, False),
+        (sees_the_whole_block, None, False),
+    ],
+)
+def test_batches(register, function, mask, own_pace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, family = build(register(function, mask)), FAMILY_BY_NAME["llava_onevision"]
+    inputs = batch_of(family, target, [{"videos": 0}, {"videos": 1}, {"videos": 0, "question": "Who?"}])
+    draft, held = SparrowDraftModel.from_target(target, num_draft_levels=4), []
+    stock = batches.verification_inputs
+
+    def noted(view: Any, tree: Any, cache: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        held.append(cache)
+        return stock(view, tree, cache, *args, **kwargs)
+
+    monkeypatch.setattr(batches, "verification_inputs", noted)
+    plain = target.generate(**inputs, max_new_tokens=16, do_sample=False)
+    futures = plain[:, inputs["input_ids"].shape[1] :].tolist()
+    with drafting_batches_around(futures, adversarial=True):
+        ours = target.generate(**inputs, max_new_tokens=16, do_sample=False, assistant_model=draft)
+    assert torch.equal(plain, ours)
+    assert {cache.is_ragged for cache in held} == {own_pace}
 
 
 def test_a_mask_that_is_not_followed_is_found(register, monkeypatch: pytest.MonkeyPatch) -> None:

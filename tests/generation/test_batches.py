@@ -21,7 +21,7 @@ from sparrow_hf.generation.candidate_generator import SparrowCandidateGenerator
 from sparrow_hf.generation.tree import CandidateTree
 from sparrow_hf.testbed import EVALUATION_SEEDS, load, make_clip
 
-from batches import PER_TOKEN, QUESTIONS, BatchCase, batch_of, drafting_around, make_case, mismatch
+from batches import QUESTIONS, BatchCase, batch_of, drafting_around, joined, make_case, mismatch
 from families import FAMILY_BY_NAME
 from lossless import RecordingStreamer, built_target
 
@@ -158,19 +158,6 @@ def test_drafts_that_are_no_numbers(setting) -> None:
 # -- each row as if it were alone -------------------------------------------------------------------------------------
 
 NUM_TOKENS = 32
-
-
-def joined(parts: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    """Left-padded inputs of prompts of the built-in target."""
-    longest = max(part["input_ids"].shape[1] for part in parts)
-    batch = {}
-    for name in parts[0]:
-        found = [part[name] for part in parts if name in part]
-        if name in PER_TOKEN:
-            fill = pad_token_id if name == "input_ids" else 0
-            found = [pad(each, (longest - each.shape[1], 0), value=fill) for each in found]
-        batch[name] = torch.cat(found)
-    return batch
 
 
 class Clips(NamedTuple):

@@ -33,13 +33,15 @@ class BatchDrafter:
         self.failed_drafts = 0
         self.max_cache_length = max(reader.max_cache_length for reader in readers)
         self._draft = draft
-        self._num_levels = readers[0].shape.num_draft_levels
+        hidden = [reader.hidden for reader in readers if reader.hidden is not None]
+        # A prompt of which a draft reads nothing leaves it without a state to draft from.
+        self._num_levels = readers[0].shape.num_draft_levels if len(hidden) == len(readers) else 0
         if self._num_levels == 0:
             return
         self._reduced_head = draft.reduced_head()
         self._cache = _joined([reader.cache for reader in readers])
         self._ends = [reader.cache.get_seq_length() for reader in readers]
-        self._hidden = torch.cat([reader.hidden for reader in readers if reader.hidden is not None])
+        self._hidden = torch.cat(hidden)
         summaries = [reader.visual_summary for reader in readers if reader.visual_summary is not None]
         self._visual_summary = torch.cat(summaries) if summaries else None
         self._next_position_ids = torch.tensor([[reader.next_position_id] for reader in readers], device=draft.device)

@@ -78,7 +78,7 @@ class BatchEmitter:
         self._do_sample = generation_config.do_sample
         self._max_new = generation_config.max_length - input_ids.shape[1]
         self._streamer = streamer
-        self._is_finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self._is_finished = [False] * len(input_ids)
         # Without a token that ends the text, plain decoding goes on with finished sequences until all are.
         pad = pad_token(generation_config)
         has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
@@ -162,7 +162,9 @@ class BatchEmitter:
             tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)[:, 0]
         else:
             tokens = scores.argmax(dim=-1)
-        return tokens if self._pad is None else tokens.masked_fill(self._is_finished, self._pad)
+        if self._pad is not None:
+            tokens = tokens.masked_fill(tokens.new_tensor(self._is_finished, dtype=torch.bool), self._pad)
+        return tokens
 
     # -- each at its own pace -----------------------------------------------------------------------------------------
 
@@ -199,7 +201,7 @@ class BatchEmitter:
 
     def _is_closed(self, row: int) -> bool:
         tokens = self.new_tokens[row]
-        if self._pad is not None and (bool(self._is_finished[row]) or (len(tokens) > 0 and tokens[-1] in self._ends)):
+        if self._pad is not None and (self._is_finished[row] or (len(tokens) > 0 and tokens[-1] in self._ends)):
             return True
         return len(tokens) >= self._max_new
 
@@ -207,7 +209,7 @@ class BatchEmitter:
         """The next column, once every sequence has its token."""
         at = self.input_ids.shape[1] - self._prompts.shape[1]
         column = []
-        for tokens, is_finished in zip(self.new_tokens, self._is_finished.tolist(), strict=True):
+        for tokens, is_finished in zip(self.new_tokens, self._is_finished, strict=True):
             if is_finished and self._pad is not None:
                 column.append(self._pad)
             elif at < len(tokens):
@@ -221,8 +223,9 @@ class BatchEmitter:
     def _commit(self, column: Tensor) -> None:
         """Appends the `(B,)` tokens, checks every criterion on all of them, and hands them to the streamer."""
         self.input_ids = torch.cat((self.input_ids, column[:, None]), dim=1)
-        self._is_finished |= self._criteria(self.input_ids, self.scores)
-        self.finished = bool(self._is_finished.all())
+        stops = self._criteria(self.input_ids, self.scores).tolist()
+        self._is_finished = [was or stop for was, stop in zip(self._is_finished, stops, strict=True)]
+        self.finished = all(self._is_finished)
         if self._streamer is not None:
             self._streamer.put(column.cpu())
 

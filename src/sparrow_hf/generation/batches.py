@@ -27,7 +27,7 @@ from .candidate_generator import SparrowCandidateGenerator
 from .decoding import num_new_positions, read_carried, recorded_outputs, returned
 from .emission import recorded_step
 from .refusals import check_inputs
-from .self_check import how_to_verify
+from .self_check import Verification, how_to_verify
 from .stats import GenerationStats
 from .tree import build_chains
 from .verification import max_levels_before_border, verification_inputs
@@ -50,8 +50,9 @@ def decode_batch(
     """
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     check_inputs(target, input_ids, embeds, model_kwargs[CACHE], mask)
-    view, by_mask = draft.target, how_to_verify(draft.target).chains == "eager"
-    in_step = not may_part(view, logits_processor, generation_config, model_kwargs)
+    view, ways = draft.target, how_to_verify(draft.target)
+    by_mask = ways.chains == "eager"
+    in_step = not may_part(view, ways, logits_processor, generation_config, model_kwargs)
     emitter = BatchEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer, in_step)
     recorded = recorded_outputs(generation_config)
     clock = PhaseClock(draft.device)
@@ -133,6 +134,7 @@ def decode_batch(
 
 def may_part(
     view: TargetView,
+    ways: Verification,
     logits_processor: LogitsProcessorList,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
@@ -144,9 +146,12 @@ def may_part(
         and treats_rows_alone(logits_processor)
         # A cache that outlives the call, and returned scores, are those of columns.
         and not _transformers.outlives_call(model_kwargs[CACHE], generation_config)
-        # Rows behind the end of a sequence are masked, and positions are not those of the rows.
+        # Positions are not those of the rows, and rows behind the end of a sequence are masked: a target that verifies
+        # trees takes the ones and follows the others.
+        and ways.trees is not None
+        and _transformers.makes_masks(_transformers.attention_of(view.text_config))
         and model_kwargs.get("attention_mask") is not None
-        and view.sees_masks_only
+        and set(view.layer_kinds) <= {"full_attention", _transformers.NO_CACHE}
         # The frequencies of a forward follow the longest position in it.
         and not view.rope_borders
     )

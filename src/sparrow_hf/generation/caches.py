@@ -181,9 +181,10 @@ def pack_rows(cache: DynamicCache, ends: Sequence[int], kept: Sequence[int], num
     most = max(kept)
     start = cache.get_seq_length() - num_new
     if any(end != start for end in ends):
+        to = torch.tensor(ends)[:, None] + torch.arange(most)
         for tensors in cache_tensors(cache):
             for entries in tensors:
-                to = torch.tensor(ends, device=entries.device)[:, None] + torch.arange(most, device=entries.device)
+                to = to.to(entries.device)
                 moved = entries[:, :, start : start + most].clone()
                 entries.scatter_(2, to[:, None, :, None].expand_as(moved), moved)
     longest = max(end + count for end, count in zip(ends, kept, strict=True))

@@ -12,8 +12,10 @@ class GenerationStats:
 
     Attributes:
         num_draft_levels: Maximum number of tokens that a round of this call could accept.
-        new_tokens: Tokens generated, the first one (which the prefill gives) included.
-        accepted: Accepted draft tokens of each round; a round is one target forward after the prefill.
+        new_tokens: Tokens generated, the first one (which the prefill gives) included; of all sequences together,
+            without the padding of finished ones.
+        accepted: Accepted draft tokens of each round; a round is one target forward after the prefill. In a batch, a
+            forward has one entry for every sequence that was drafted for.
         max_draft_cache_length: Maximum length of the draft's cache (text, glimpse and tree together).
         num_sequences: Sequences of the call.
         failed_drafts: Rounds in which the draft's scores were not numbers and nothing was drafted.
@@ -29,7 +31,7 @@ class GenerationStats:
 
     @property
     def rounds(self) -> int:
-        """Target forwards after the prefill."""
+        """Target forwards after the prefill; in a batch, each counts once for every sequence that was drafted for."""
         return len(self.accepted)
 
     @property
@@ -39,7 +41,10 @@ class GenerationStats:
 
     @property
     def tau(self) -> float:
-        """Tokens per target forward after the prefill (τ). `k + 1`, except if the last round ends with a draft."""
+        """Tokens of a sequence per target forward after the prefill (τ).
+
+        It is `k + 1`, except if a last round ends with a draft.
+        """
         return metrics.tau(self.new_tokens - self.num_sequences, self.rounds)
 
     @property

@@ -68,7 +68,7 @@ def regenerate(
         output_dir: Gets `answers-00000.jsonl`, … and `provenance.json`. Each line is the row with `answer_ids` (the
             tokens as written, end of turn included) and `answer` (their text). Videos and images are named by absolute
             path or URL; those given as bytes are stored in `media/`.
-        draft: A draft of this target that speeds up the writing, one prompt at a time.
+        draft: A draft of this target that speeds up the writing.
         shard_size: Rows per file.
         batch_size: Prompts generated together, padded on the left.
         max_new_tokens: Maximum length of an answer.
@@ -86,8 +86,6 @@ def regenerate(
         TrainingDataError: The folder holds answers made with other settings, the prompts cannot be batched, or a row
             is bad.
     """
-    if draft is not None and batch_size != 1:
-        raise TrainingDataError(f"a draft speeds up one prompt at a time: batch_size must be 1, found {batch_size}")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings = generation_settings | {"max_new_tokens": max_new_tokens}
