@@ -1,23 +1,27 @@
 """`sparrow generate`: its doors, its lines, its endings, and that a stopped run goes on where it was."""
 
+import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from stopping import command_in, full_disk, lines_in, needs_posix, sparrow, stop_after_lines
 from typer.testing import CliRunner, Result
 from untrained import save_models
 
 from sparrow_hf import line_file
 from sparrow_hf.captioning import read_questions
-from sparrow_hf.cli import app
+from sparrow_hf.cli import app, common
 from sparrow_hf.data import prepare_prompt
 from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.loading import load_target, usable_dtype
@@ -120,7 +124,7 @@ def test_a_file_of_something_else_is_never_written_to(
     output = tmp_path / "mine.txt"
     output.write_text(foreign)
     result = run("generate", videos / "a.mp4", *models, *SHORT, "--output", output)
-    assert result.exit_code == 2 and "is not an answer of sparrow generate" in result.output
+    assert result.exit_code == 2 and "is not an answer of sparrow generate: move the file elsewhere" in result.output
     assert output.read_text() == foreign
 
 
@@ -290,6 +294,11 @@ def test_out_of_memory_is_the_error_of_a_row(
         (["rows", "--output", "rows/captions.jsonl"], "write the answers outside of rows"),
         (["c.mp4", "--attention", "nonsense"], "cannot be loaded"),
         (["c.mp4", "--draft", "nowhere"], "draft 'nowhere' cannot be loaded"),
+        ([""], "The name of the video is empty"),
+        # What a shell makes of `videos/*.mp4`.
+        (["videos/1.mp4", "videos/2.mp4"], "videos/2.mp4 is a file, not a question"),
+        (["c.mp4", "--output", "./c.mp4"], "c.mp4 holds what is asked: name another file"),
+        (["rows/1.jsonl", "--output", "rows/1.jsonl"], "rows/1.jsonl holds what is asked: name another file"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_sentence(
@@ -351,3 +360,81 @@ def test_dtypes_that_a_device_computes_in(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, has=has_bfloat16: has)
         assert usable_dtype(torch.bfloat16, gpu) == expected
         assert usable_dtype(torch.float32, gpu) == torch.float32
+
+
+def test_a_video_may_be_asked_about_by_its_address_and_for_one_token(models: tuple[object, ...], videos: Path) -> None:
+    address = (videos / "a.mp4").as_uri()
+    one = run("generate", address, *models, "--max-new-tokens", 1, "--max-frames", 8, "--json", "--compare")
+    line = json.loads(one.stdout)
+    assert (one.exit_code, line["tokens"], line["tau"], line["identical"]) == (0, 1, 0.0, True)
+    whole = run("generate", videos / "a.mp4", *models, *SHORT, "--json")
+    assert json.loads(whole.stdout)["text"].startswith(line["text"])
+
+
+def test_a_json_array_holds_rows(models: tuple[object, ...], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"messages": [{"role": "user", "content": "what is this ?"}]}]))
+    result = run("generate", rows, *models, *SHORT, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["question"] == "what is this ?"
+
+
+@needs_posix
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("error", [SystemError, RuntimeError])
+def test_an_interrupt_is_no_bad_row(
+    error: type[Exception],
+    models: tuple[object, ...],
+    videos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """C code that runs Python code may turn an interrupt into another error."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as stop:
+            raise error("returned a result with an exception set") from stop
+
+    monkeypatch.setattr("sparrow_hf.captioning.caption.measure", interrupted)
+    output = tmp_path / "captions.jsonl"
+    result = run("generate", videos, *models, *SHORT, "--output", output)
+    assert result.exit_code == 130 and "Stopped by Ctrl-C: 0 of 5 answers are kept" in result.stderr
+    assert output.read_bytes() == b""
+
+
+@needs_posix
+@pytest.mark.parametrize("closed", ["stdout", "both"])
+def test_output_that_nobody_reads(closed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `sparrow … | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def write_rows() -> None:
+        print("a line", flush=True)
+
+    with os.fdopen(writer, "w") as pipe, monkeypatch.context() as patches, pytest.raises(typer.Exit) as ended:
+        patches.setattr(sys, "stdout", pipe)
+        if closed == "both":
+            patches.setattr(sys, "stderr", pipe)
+        with common.errors_as_sentences():
+            write_rows()
+    assert ended.value.exit_code == 141
+
+
+def test_a_broken_pipe_of_another_kind_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, common.errors_as_sentences():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert ended.value.exit_code == 2 and capsys.readouterr().err == "Error: [Errno 32] Broken pipe\n"
+
+
+@needs_posix
+@pytest.mark.full
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_output_does_not_matter(
+    closed: str, models: tuple[object, ...], videos: Path, answered: Path, tmp_path: Path
+) -> None:
+    words = ["generate", videos, *models, *SHORT, "--output", tmp_path / "captions.jsonl"]
+    command = shlex.join([sys.executable, "-m", "sparrow_hf.cli", *map(str, words)])
+    assert subprocess.run(f"{command} {closed}", shell=True, timeout=240).returncode == 3
+    assert without_times(tmp_path / "captions.jsonl") == without_times(answered)

@@ -4,16 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
-from stopping import needs_posix
+from stopping import in_process, needs_posix
 from typer.testing import CliRunner
 
 import sparrow_hf
 from sparrow_hf import signals
-from sparrow_hf.cli import app, common
+from sparrow_hf.cli import app, common, main, vocab
 from sparrow_hf.data.messages import naming_row
 
 pytestmark = [needs_posix, pytest.mark.usefixtures("interruptible")]
@@ -132,3 +134,21 @@ def interrupted_import(folder: Path, number: int, started: str, package: str) ->
         text=True,
         timeout=120,
     )
+
+
+def wait_for_ever() -> None:
+    """A verb that is interrupted when its pool has started a thread that it does not know yet."""
+
+    def work() -> NoReturn:
+        threading.Thread(target=threading.Event().wait).start()
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not interrupted")
+
+    vocab.quiet_transformers = work
+    main()
+
+
+@pytest.mark.full
+def test_a_forgotten_thread_does_not_keep_the_process() -> None:
+    ended = in_process("test_signals:wait_for_ever", *VOCAB)
+    assert ended.code == 130 and ended.output.startswith("Stopped by Ctrl-C: nothing new is kept"), ended.output

@@ -95,7 +95,7 @@ def unstopped(work: Path) -> Callable[[str], Unstopped]:
 
     def of(verb: str) -> Unstopped:
         if verb not in found:
-            output = work / "unstopped" / verb
+            output = work / f"unstopped-{verb}"
             ended = sparrow(*command(verb, work, output), watched=output)
             assert ended.code == 0, ended.output
             largest = max(path.stat().st_size for path in output.rglob("*") if path.is_file())
@@ -308,5 +308,5 @@ def test_exit_codes_are_documented_where_they_are_looked_for() -> None:
         told = " ".join(CliRunner().invoke(app, words, env={"COLUMNS": "200"}).output.split())
         assert "Exit codes: 0 done, 1 a text differs" in told
     codes = (0, common.NOT_IDENTICAL, common.BAD_INPUT, common.BAD_ROWS, common.RAN_OUT, common.INTERRUPTED)
-    for code in (*codes, common.TERMINATED):
+    for code in (*codes, common.UNREAD, common.TERMINATED):
         assert f"| {code} |" in page

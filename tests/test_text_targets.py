@@ -1,13 +1,17 @@
 """A language model without a vision tower is a target as well: it is loaded, answers, is recorded and drafted for."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf.cli import app
 from sparrow_hf.data.prepare import prepare_conversation, prepare_prompt
+from sparrow_hf.errors import MessagesError
 from sparrow_hf.loading import load_target
 from sparrow_hf.training.regenerate import read_answers, regenerate
 
@@ -52,3 +56,29 @@ def test_an_answer_in_words_ends_its_turn(folder: Path) -> None:
     row = {"messages": [*PROMPTS[0]["messages"], {"role": "assistant", "content": "water"}]}
     sample = prepare_conversation(tokenizer, row)
     assert tokenizer.decode(sample["input_ids"][0, sample["answer_start"] :]) == "water" + EOS
+
+
+def test_text_in_parts_is_text_and_a_video_is_refused(folder: Path) -> None:
+    _, tokenizer = load_target(str(folder), device="cpu")
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "a river?"}]
+    inputs = prepare_prompt(tokenizer, {"messages": [{"role": "user", "content": parts}]})
+    assert torch.equal(inputs["input_ids"], prepare_prompt(tokenizer, PROMPTS[0])["input_ids"])
+    seen = [{"type": "video", "video": "clip.mp4"}, *parts]
+    with pytest.raises(MessagesError, match="the target reads text alone"):
+        prepare_prompt(tokenizer, {"messages": [{"role": "user", "content": seen}]})
+
+
+def test_generate_answers_rows_of_text(folder: Path, tmp_path: Path) -> None:
+    target, tokenizer = load_target(str(folder), dtype="float32", device="cpu")
+    SparrowDraftModel.from_target(target, copy_last_layer=True).save_pretrained(tmp_path / "draft")
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    rows.write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
+    words = ["generate", rows, "--target", folder, "--draft", tmp_path / "draft", "--device", "cpu", "--compare"]
+    words += ["--max-new-tokens", 8, "--output", output]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    for line, prompt in zip(map(json.loads, output.read_text().splitlines()), PROMPTS, strict=True):
+        inputs = prepare_prompt(tokenizer, prompt)
+        answer = target.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        assert line["text"] == tokenizer.decode(answer, skip_special_tokens=True).strip()
+        assert (line["identical"], line["visual_tokens"], line["error"]) == (True, 0, None)

@@ -125,12 +125,15 @@ def read_whole_lines(path: Path, error: type[SparrowError], kind: str) -> tuple[
         SparrowError: There is something else in the file, or a line is not the one that was written.
     """
     *whole, rest = path.read_bytes().split(b"\n")
-    lines, all_sealed = [], True
+    lines: list[dict[str, Any]] = []
+    all_sealed = True
     for number, text in enumerate(whole, start=1):
         try:
             line, is_sealed = unseal(json.loads(text))
             line["provenance"].keys()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
+            if not lines and b'"provenance"' not in text:
+                raise error(_foreign(path, kind)) from reason
             raise error(
                 f"line {number} of {path} is not {kind} as it was written: delete this line and run the same command "
                 "again, or move the file elsewhere"
@@ -139,7 +142,11 @@ def read_whole_lines(path: Path, error: type[SparrowError], kind: str) -> tuple[
         all_sealed &= is_sealed
     if rest and not lines and not (rest.startswith(b'{"') and not rest.endswith(b"}")):
         # A file that holds nothing of ours may be anything: nothing is cut off from it.
-        raise error(f"{path} is not {kind}: move the file elsewhere, or choose another one")
+        raise error(_foreign(path, kind))
     if not all_sealed:
         warn_without_digest(path)
     return lines, sum(len(text) + 1 for text in whole)
+
+
+def _foreign(path: Path, kind: str) -> str:
+    return f"the first line of {path} is not {kind}: move the file elsewhere, or choose another one"

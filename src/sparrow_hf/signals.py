@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 from .errors import causes
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+#: So long a process that was stopped waits for its threads.
+THREAD_SECONDS = 5.0
 #: By then, whatever Python ignores exceptions in has returned.
 RAISE_AGAIN_SECONDS = 0.05
 
@@ -61,6 +63,16 @@ def end(number: int, _: FrameType | None = None) -> NoReturn:
     if is_first_process():
         os.write(2, f"Stopped by {NAMES[signal.Signals(number)]}.\n".encode())
     os._exit(128 + number)
+
+
+def end_soon(code: int) -> None:
+    """Lets the process end with this code after some seconds, if it has not ended by itself.
+
+    A pool that is interrupted while it starts a thread forgets it, and Python waits for that thread for ever.
+    """
+    last = threading.Timer(THREAD_SECONDS, os._exit, (code,))
+    last.daemon = True
+    last.start()
 
 
 @contextmanager

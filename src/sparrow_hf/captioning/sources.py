@@ -14,13 +14,15 @@ from ..errors import CaptionError, TrainingDataError, VideoError
 from ..testbed import EVALUATION_SEEDS, FAMILIES, make_clip, shipped
 
 QUESTION = "Describe this video in detail."
-#: Endings of files that hold rows.
+#: Endings of files that hold rows. One that is named may also be `.json`, which lies beside many a video.
 ROW_FILES = (".jsonl", ".parquet")
 #: Files that `save_to_disk` writes.
 SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")
 #: Python's own table, which is the same on every system. A file of a type that it does not know may be a video.
 TYPES = MimeTypes(filenames=())
 OTHER_TYPES = ("text/", "image/", "application/")
+#: Pictures that may move. Not every version of Python knows `.webp`.
+MOVING = ("image/gif", "image/webp")
 
 
 @dataclass(frozen=True)
@@ -68,26 +70,36 @@ def read_questions(source: str, question: str | None = None, output: Path | None
 
     Args:
         source: A video file or its URL; a folder of videos, folders in it included; or what
-            [`~sparrow_hf.data.load_rows`] reads: a `.jsonl` or `.parquet` file, or a folder or a data set of rows.
+            [`~sparrow_hf.data.load_rows`] reads: a `.jsonl`, `.json` or `.parquet` file, or a folder or a data set of
+            rows.
         question: What is asked about videos; a description by default. Rows ask their own questions.
         output: The file of answers, which may lie in the folder.
 
     Raises:
         VideoError: There is no such file, or the folder is empty.
         TrainingDataError: The rows cannot be read.
-        CaptionError: There are rows and a question.
+        CaptionError: There are rows and a question, the question is a file, or the output is one of the inputs.
     """
     path, about = Path(source), question or QUESTION
-    if is_url(source) or path.is_file() and path.suffix.lower() not in ROW_FILES:
+    is_rows = path.suffix.lower() in (*ROW_FILES, ".json")
+    if not source.strip():
+        raise VideoError("The name of the video is empty. Name a video, a folder or rows.")
+    if question and os.path.isfile(question):
+        # What a shell makes of `*.mp4`.
+        raise CaptionError(f"{question} is a file, not a question: name one video, or a folder of videos")
+    if output is not None and output.is_file() and path.is_file() and output.samefile(path):
+        raise CaptionError(f"{output} holds what is asked: name another file for the answers")
+    if is_url(source) or source.startswith("file://") or path.is_file() and not is_rows:
         return Questions([_about(source, source, about)], about)
     if path.is_dir() and not any((path / name).exists() for name in SAVED_DATASETS):
         names = sorted(file.relative_to(path).as_posix() for file in _files(path, output))
-        videos = [name for name in names if not _is_other(name)]
+        left_out = tuple(name for name in names if _is_other(path / name))
+        videos = [name for name in names if name not in left_out]
         if videos or not any(name.endswith(ROW_FILES) for name in names):
             if not videos:
                 raise VideoError(f"{source} holds no videos and no rows: name a folder of videos, or one video.")
             asked = [_about(name, str(path / name), about) for name in videos]
-            return Questions(asked, about, tuple(filter(_is_other, names)))
+            return Questions(asked, about, left_out)
     if not path.exists() and TYPES.guess_type(source)[0] is not None:
         raise VideoError(f"There is no video file at {source}. Check the path.")
     if question is not None:
@@ -123,10 +135,24 @@ def _files(folder: Path, output: Path | None) -> Iterator[Path]:
                 yield Path(parent) / name
 
 
-def _is_other(name: str) -> bool:
-    """Whether a file is no video by its name."""
-    kind = TYPES.guess_type(name)[0] or ""
-    return kind.startswith(OTHER_TYPES) or name.lower().endswith(ROW_FILES)
+def _is_other(file: Path) -> bool:
+    """Whether a file is no video by its name; pictures may move."""
+    kind = TYPES.guess_type(file.name)[0] or ""
+    if kind in MOVING or file.suffix.lower() == ".webp":
+        return not _moves(file)
+    return kind.startswith(OTHER_TYPES) or file.name.lower().endswith(ROW_FILES)
+
+
+def _moves(picture: Path) -> bool:
+    """Whether a picture is a video without sound rather than a thumbnail."""
+    from PIL import Image
+
+    try:
+        with Image.open(picture) as opened:
+            return getattr(opened, "is_animated", False)
+    # Pillow's decoders raise many types of errors.
+    except Exception:
+        return False
 
 
 def _about(name: str, video: str, question: str) -> Question:

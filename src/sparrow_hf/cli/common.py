@@ -1,6 +1,7 @@
 """What all verbs share: options, help texts, and how a verb ends: exit codes, and errors printed as sentences."""
 
 import os
+import select
 import shlex
 import sys
 import traceback
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,12 +20,13 @@ from typer.core import TyperCommand
 from .. import signals
 from ..errors import SparrowError, TargetLoadError
 
-NOT_IDENTICAL, BAD_INPUT, BAD_ROWS, RAN_OUT, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
+NOT_IDENTICAL, BAD_INPUT, BAD_ROWS, RAN_OUT, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 3, 4, 130, 141, 143
 """Exit codes besides 0."""
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 a text differs from plain generate(), 2 an input is wrong or missing, 3 done but some rows "
-    "have an error, 4 disk or memory ran out, 130 Ctrl-C, 143 SIGTERM. --debug shows the traceback of an error."
+    "have an error, 4 disk or memory ran out, 130 Ctrl-C, 141 whoever read the output has gone, 143 SIGTERM. "
+    "--debug shows the traceback of an error."
 )
 
 #: A dependency's error may hold whole files.
@@ -84,7 +86,8 @@ MaxNewTokensOption = Annotated[int, typer.Option(min=2, help="Maximum length of 
 DoSampleOption = Annotated[bool, typer.Option("--do-sample", help="Sample the answers instead of decoding greedily.")]
 TEMPERATURE = typer.Option(min=0.01, help="Temperature of --do-sample.")
 TOP_P = typer.Option(min=0.01, max=1.0, help="Nucleus (top-p) of --do-sample.")
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of --do-sample.")]
+#: torch takes no larger ones.
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of --do-sample.")]
 
 
 # -- how a verb ends --------------------------------------------------------------------------------------------------
@@ -168,9 +171,12 @@ def errors_as_sentences(ending: Ending | None = None, debug: bool = False) -> It
 
 def _tell(error: BaseException, ending: Ending | None) -> int:
     """Prints the sentence of an error, and returns its exit code."""
-    if isinstance(error, BrokenPipeError):
-        # Whoever read our output has gone; Python would try to write the rest of it once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+    if isinstance(error, BrokenPipeError) and unread:
+        for stream in unread:
+            # Python would try to write the rest once more, and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return UNREAD
     sentence, code = _sentence(error, ending)
     is_stop = isinstance(error, signals.STOPS)
     if not is_stop or signals.is_first_process():
@@ -178,6 +184,16 @@ def _tell(error: BaseException, ending: Ending | None) -> int:
         with tqdm.external_write_mode(file=sys.stderr):
             Console(stderr=True).print(Text(sentence, style="" if is_stop else "bold red"), soft_wrap=True)
     return code
+
+
+def _is_unread(stream: IO[str]) -> bool:
+    """Whether whoever read our output (`| head`) has gone. Windows cannot tell."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return bool(poll.poll(0))
+    except (AttributeError, OSError):
+        return False
 
 
 def _sentence(error: BaseException, ending: Ending | None) -> tuple[str, int]:

@@ -30,7 +30,6 @@ from .common import (
     FamilyOption,
     FpsOption,
     MaxFramesOption,
-    MaxNewTokensOption,
     ProcessorOption,
     SeedOption,
     built_in_family,
@@ -53,8 +52,8 @@ def generate(
     source: Annotated[
         str | None,
         typer.Argument(
-            help="A video file or its URL, a folder of videos, or rows that hold 'messages': a .jsonl or .parquet "
-            "file or a folder of them. Without it, the built-in models describe a generated clip."
+            help="A video file or its URL, a folder of videos, or rows that hold 'messages': a .jsonl, .json or "
+            ".parquet file or a folder of them. Without it, the built-in models describe a generated clip."
         ),
     ] = None,
     question: Annotated[
@@ -71,7 +70,7 @@ def generate(
         str | None, typer.Option(help="A draft of the target: a folder or a Hub id; none for plain generate().")
     ] = None,
     family: FamilyOption = None,
-    max_new_tokens: MaxNewTokensOption = 320,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 320,
     do_sample: DoSampleOption = False,
     temperature: Annotated[float | None, TEMPERATURE] = None,
     top_p: Annotated[float | None, TOP_P] = None,
@@ -155,7 +154,8 @@ def generate(
             for line in captioning.answer_all(captioner, asked, conditions, answers, streamer):
                 lines.append(line)
                 if line["error"] is not None:
-                    progress.write(f"{line['name']}: {line['error']}", file=sys.stderr)
+                    told = line["error"] if is_single else f"{line['name']}: {line['error']}"
+                    progress.write(told, file=sys.stderr)
                 elif is_single and not as_json and streamer is None:
                     print(line["text"])
                 if as_json and output is None:

@@ -18,7 +18,7 @@ from transformers import BatchFeature, ProcessorMixin
 from ..errors import MessagesError, TrainingDataError, VideoError
 from .dialects import has_turns
 from .media import load_image, load_video, set_sizes
-from .messages import ROW_ERROR, ROW_FOLDER, ROW_INDEX, clean_messages, media_parts, split_answer
+from .messages import ROW_ERROR, ROW_FOLDER, ROW_INDEX, clean_messages, media_parts, split_answer, text_of
 from .parts import VIDEO_SETTINGS, plain_settings
 from .sources import shown
 
@@ -169,6 +169,8 @@ def prepare_inputs(
         MissingDependencyError: PyAV or torchvision is not installed and the messages hold a video.
     """
     messages = clean_messages({"messages": messages})
+    if tokenizer_of(processor) is processor:
+        messages = _of_text_alone(messages)
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     video_parts, image_parts = media_parts(messages, "video"), media_parts(messages, "image")
     _check_places(processor, text, {"video": len(video_parts), "image": len(image_parts)})
@@ -187,7 +189,7 @@ def prepare_inputs(
             sampled["do_resize"] = False
         media |= {"videos": list(media["videos"]), "videos_kwargs": sampled}
     try:
-        return processor(text=[text], **media, return_tensors="pt")
+        return BatchFeature({**processor(text=[text], **media, return_tensors="pt")})
     except ValueError as error:
         shapes = {tuple(frames.shape) for frames in media.get("videos", [])}
         if not shapes or text.count(getattr(processor, "video_token", None) or "") == 0:
@@ -202,6 +204,16 @@ def prepare_inputs(
             f"{type(processor).__name__} cannot take the video ({found}): {str(error).rstrip('.')}. Cut or scale the "
             "video, or read other frames of it."
         ) from error
+
+
+def _of_text_alone(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns whose content is text, as the chat template of a language model expects it."""
+    if media_parts(messages):
+        raise MessagesError(
+            "the messages show a video or image, and the target reads text alone (it has no processor, only a "
+            "tokenizer): leave them out, or choose a video LLM"
+        )
+    return [{**turn, "content": text_of(turn)} for turn in messages]
 
 
 def _check_places(processor: ProcessorMixin, text: str, shown_media: Mapping[str, int]) -> None:
