@@ -49,10 +49,10 @@ GREEDY, SAMPLING = {"do_sample": False}, {"do_sample": True, "temperature": 1.0}
     "tree, sampling",
     [
         ("chain-5", GREEDY),
-        ("48-5-10", SAMPLING),
         *(
             pytest.param(tree, sampling, marks=pytest.mark.full)
             for tree, sampling in (
+                ("48-5-10", SAMPLING),
                 ("chain-5", SAMPLING),
                 ("30-4-8", GREEDY),
                 ("30-4-8", SAMPLING),
