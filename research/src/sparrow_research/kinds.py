@@ -4,7 +4,7 @@
 
 Of each kind a small target (8 layers × 128) learns a few clips of the testbed's world by heart, and a draft learns
 from the target's own greedy texts. Then τ and the cost of a round are measured, on clips of those and on others. A
-kind takes about five minutes on one core; run the command again to go on with the next kind where it was stopped.
+kind takes about six minutes on one core; run the command again to go on with the next kind where it was stopped.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(1)
     results = json.loads(options.output.read_text()) if options.output.exists() else {}
-    print(f"{len(KINDS) - len(results)} of {len(KINDS)} kinds to do, about five minutes each on one core.")
+    print(f"{len(KINDS) - len(results)} of {len(KINDS)} kinds to do, about six minutes each on one core.")
     for kind in KINDS:
         if kind.name not in results:
             results[kind.name] = measure_kind(
