@@ -42,9 +42,12 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Ctrl-C raises, even if the tests were started in the background, where it is ignored."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A signal that what is tested does not handle fails the test, instead of ending them all."""
+
+    def unhandled(number: int, _: object) -> None:
+        raise AssertionError(f"{signal.Signals(number).name} was not handled")
+
+    before = {number: signal.signal(number, unhandled) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -11,6 +11,7 @@ A signal that no Python code sees, in the middle of a write, is that of a limit 
 import faulthandler
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -93,10 +94,10 @@ def in_process(
         ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS)
     except subprocess.TimeoutExpired as hang:
         pytest.fail(f"no end after {SECONDS} s: {' '.join(map(str, words))}\n{(hang.output or b'').decode()}")
-    *output, changes = ended.stdout.decode().rpartition("changes: ")
-    if not output[0]:
-        return Ended(ended.returncode, changes, -1)
-    return Ended(ended.returncode, output[0], int(changes))
+    output = ended.stdout.decode()
+    # A progress bar may be drawn once more after it.
+    counted = re.search(r"^changes: (\d+)$", output, re.MULTILINE)
+    return Ended(ended.returncode, output, int(counted[1]) if counted else -1)
 
 
 @contextmanager
@@ -153,7 +154,7 @@ def _be_the_process(task: dict[str, Any], words: list[str]) -> None:
             function()
     except SystemExit as end:
         code = end.code
-    print(f"changes: {changes}", flush=True)
+    print(f"\nchanges: {changes}", flush=True)
     sys.exit(code)
 
 

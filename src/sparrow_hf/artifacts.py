@@ -143,8 +143,10 @@ def _folder_in(folder: Path) -> Iterator[Path]:
 
 def remove_partial_files(folder: Path) -> None:
     """Removes what a killed process left half written."""
-    for partial in folder.glob("*.partial"):
-        _remove(partial)
+    # safetensors writes to a file of its own first.
+    for pattern in ("*.partial", ".tmp??????"):
+        for partial in folder.glob(pattern):
+            _remove(partial)
 
 
 def _own_suffix() -> str:

@@ -123,7 +123,12 @@ class Ending:
         command = shlex.join([*program(), *words])
         if self._kept is None:
             return f"nothing new is kept; start again with: {command}"
-        return f"{self._kept()}; go on with: {command}"
+        try:
+            kept = self._kept()
+        except Exception as error:
+            # What stopped the verb may have left files that cannot be counted.
+            kept = f"what is kept cannot be counted ({' '.join(str(error).split())})"
+        return f"{kept}; go on with: {command}"
 
 
 class Verb(TyperCommand):
