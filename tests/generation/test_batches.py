@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, TextStreamer
+from transformers.generation import logits_process
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf._transformers import CACHE, cache_tensors, new_cache
@@ -15,15 +16,15 @@ from sparrow_hf.data.prepare import prepare_inputs
 from sparrow_hf.draft_inputs import DraftPositions
 from sparrow_hf.generation import batch_drafts, batches, caches, candidate_generator
 from sparrow_hf.generation.batch_drafts import BatchDrafter
-from sparrow_hf.generation.batch_emission import BatchEmitter
+from sparrow_hf.generation.batch_emission import ROW_BY_ROW, BatchEmitter
 from sparrow_hf.generation.caches import RaggedCache
 from sparrow_hf.generation.candidate_generator import SparrowCandidateGenerator
 from sparrow_hf.generation.tree import CandidateTree
 from sparrow_hf.testbed import EVALUATION_SEEDS, load, make_clip
 
-from batches import QUESTIONS, BatchCase, batch_of, drafting_around, joined, make_case, mismatch
+from batches import QUESTIONS, BatchCase, OtherRowsToken, batch_of, drafting_around, joined, make_case, mismatch
 from families import FAMILY_BY_NAME
-from lossless import RecordingStreamer, built_target
+from lossless import EveryNthToken, RecordingStreamer, built_target
 
 NUM_FAST = 16
 NUM_FULL = 700
@@ -156,6 +157,37 @@ def test_drafts_that_are_no_numbers(setting) -> None:
     assert torch.equal(plain, ours)
     # The last of five rounds drafts nothing: there is one token left.
     assert draft.last_generation.failed_drafts == 4
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "own_pace"),
+    [
+        ({}, True),
+        ({"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 3, "suppress_tokens": [5]}, True),
+        ({"stopping_criteria": [EveryNthToken(9)]}, True),
+        ({"streamer": RecordingStreamer()}, True),
+        ({"logits_processor": [OtherRowsToken()]}, False),
+        ({"prefix_allowed_tokens_fn": lambda row, ids: [20 + row]}, False),
+        ({"do_sample": True}, False),
+        ({"return_dict_in_generate": True}, False),
+    ],
+)
+def test_pace(kwargs: dict[str, Any], own_pace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows go at their own pace where nothing ties one to another, and only there."""
+    family, target = FAMILY_BY_NAME["qwen2_5_vl"], built_target("qwen2_5_vl", "eager")
+    draft, paces, stock = SparrowDraftModel.from_target(target), [], batches.may_part
+
+    def noted(*args: Any) -> bool:
+        paces.append(stock(*args))
+        return paces[-1]
+
+    monkeypatch.setattr(batches, "may_part", noted)
+    target.generate(**batch_of(family, target, PROMPTS), max_new_tokens=4, assistant_model=draft, **kwargs)
+    assert paces == [own_pace]
+
+
+def test_processors_that_treat_rows_alone_exist() -> None:
+    assert all(hasattr(logits_process, name) for name in ROW_BY_ROW)
 
 
 # -- each row as if it were alone -------------------------------------------------------------------------------------

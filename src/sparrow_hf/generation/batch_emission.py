@@ -17,7 +17,6 @@ Sequences accept different numbers of drafted tokens. Two paces follow from that
 """
 
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor
