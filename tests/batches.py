@@ -69,6 +69,7 @@ OWN: dict[str, dict[str, Any]] = {
     "none": {},
     "ties rows": {"logits_processor": lambda: LogitsProcessorList([OtherRowsToken()])},
     "keeps a state": {"logits_processor": lambda: LogitsProcessorList([EveryOtherStep()])},
+    "knows the rows": {"prefix_allowed_tokens_fn": lambda: lambda row, ids: list(range(20 + 9 * row, 60 + 9 * row))},
     "rows stop": {"stopping_criteria": lambda: StoppingCriteriaList([EveryNthToken(9)])},
     "rows stop others": {"stopping_criteria": lambda: StoppingCriteriaList([OtherRowStops(9)])},
 }

@@ -7,8 +7,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from sparrow_hf._transformers import recurrent_states
-from sparrow_hf.generation.caches import RecurrentCache, hold
-from sparrow_hf.generation.tree import CandidateTree, build_tree
+from sparrow_hf.generation.caches import RaggedCache, RecurrentCache, hold
+from sparrow_hf.generation.tree import CandidateTree, build_chains, build_tree
 
 #        0:A
 #      1:B   2:C
@@ -150,3 +150,38 @@ def test_too_many_carried_tokens_are_committed(recurrent: DynamicCache) -> None:
     assert held.spare_slots > 1000
     held.carried = [[7], [8], [9]]
     assert held.spare_slots == 1
+
+
+# -- a batch whose rows part ------------------------------------------------------------------------------------------
+
+
+def test_each_row_is_packed_to_its_own_end() -> None:
+    """The picture in `RaggedCache`: a keeps three, then one; b keeps one, then three."""
+    cache, new_tokens = DynamicCache(), [[5], [5]]
+    padding = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+
+    def add(*rows: list[float]) -> None:
+        keys = torch.tensor(rows)[:, None, :, None]
+        cache.update(keys, -keys, 0)
+
+    def text() -> list[list[float]]:
+        """What each row sees of the cache."""
+        keys, visible = cache.layers[0].keys[:, 0, :, 0], held.prefix_mask(padding).bool()
+        assert torch.equal(cache.layers[0].values[:, 0, :, 0], -keys) and visible.shape == keys.shape
+        return [row[seen].tolist() for row, seen in zip(keys, visible, strict=True)]
+
+    add([0, 0, 1, 2, 3], [1, 2, 3, 4, 5])
+    held = RaggedCache(cache, new_tokens)
+    chains = build_chains(torch.zeros((2, 3), dtype=torch.long))
+    ends = [[1, 2, 3], [1, 2, 3, 4, 5]]
+    for number, kept in enumerate(((3, 1), (1, 3), (2, 0), (3, 3))):
+        rows = [[10.0 * number + 100 * row + node for node in range(3)] for row in (1, 2)]
+        with held.verifying(chains) as path:
+            add(*rows)
+            for tokens, count in zip(new_tokens, kept, strict=True):
+                tokens += [7] * count
+            path += range(max(kept))
+        ends = [end + row[:count] for end, row, count in zip(ends, rows, kept, strict=True)]
+        assert text() == ends
+        assert held.rows_since_prefill.tolist() == [[len(tokens) - 1] for tokens in new_tokens]
+        assert held.length == 5 + max(len(tokens) - 1 for tokens in new_tokens)

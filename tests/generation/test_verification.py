@@ -23,6 +23,13 @@ def test_mask_hides_left_padding() -> None:
     assert (mask[0, 0, :, :3] == 0).int().tolist() == [[0, 1, 1]] * 5
 
 
+def test_every_row_of_a_batch_has_its_own_prefix() -> None:
+    prefixes = torch.tensor([[0, 1, 1], [1, 1, 0]])
+    mask = tree_attention_mask(TREE, 3, torch.float32, prefix_mask=prefixes)
+    expected = [[[*prefix, *row] for row in TREE.ancestors.int().tolist()] for prefix in prefixes.tolist()]
+    assert (mask[:, 0] == 0).int().tolist() == expected
+
+
 def test_positions_are_the_roots_plus_depth_for_both_kinds() -> None:
     assert tree_position_ids(TREE, torch.tensor([[7]])).tolist() == [[7, 8, 8, 9, 9]]
     mrope = torch.tensor([[[20]], [[8]], [[8]], [[8]]])  # (4, 1, 1): text row, then t, h, w

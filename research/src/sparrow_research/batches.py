@@ -2,8 +2,8 @@
 
     python -m sparrow_research.batches --output research/data/batches.json
 
-Clips have different lengths, so the shorter ones are padded. Every size of batch captions all clips. A figure is the
-fastest of interleaved repetitions, because other programs only slow one down. Memory is that of the target's cache,
+Clips have different lengths, so the shorter ones are padded. Every size of batch captions all clips. Of each
+batch the fastest of interleaved repetitions counts, because other programs only slow one down. Memory is that of the target's cache,
 rows of rejected drafts included.
 """
 
@@ -64,14 +64,15 @@ class CacheWatch:
 def run(target: Any, batches: list[dict[str, Tensor]], end: int, **kwargs: Any) -> dict[str, Any]:
     """Generates for all batches; the new tokens of every clip up to its end, and what they cost."""
     watch = CacheWatch(target)
-    answers, seconds, decode_seconds, forwards = [], 0.0, 0.0, 0
+    answers, seconds, decode_seconds, forwards = [], [], [], 0
     for inputs in batches:
         started = now(target.device)
         with StopWatch(target) as clock:
             found = target.generate(**inputs, **kwargs, streamer=clock)
         took = now(target.device) - started
         forwards += clock.rounds
-        seconds, decode_seconds = seconds + took, decode_seconds + took - clock.prefill_seconds
+        seconds.append(took)
+        decode_seconds.append(took - clock.prefill_seconds)
         ids = found if isinstance(found, Tensor) else found.sequences
         for row in ids[:, inputs["input_ids"].shape[1] :].tolist():
             answers.append(row[: row.index(end) + 1] if end in row else row)
@@ -83,6 +84,11 @@ def run(target: Any, batches: list[dict[str, Tensor]], end: int, **kwargs: Any) 
         "forwards": forwards,
         "cache_bytes": watch.peak_bytes,
     }
+
+
+def fastest(runs: list[dict[str, Any]], part: str) -> float:
+    """Seconds for all batches, of each the fastest."""
+    return sum(map(min, zip(*(each[part] for each in runs), strict=True)))
 
 
 def measure(family: str, visual_tokens: int, repeats: int, max_new_tokens: int, device: str) -> dict[str, Any]:
@@ -113,8 +119,8 @@ def measure(family: str, visual_tokens: int, repeats: int, max_new_tokens: int, 
         after_first = tokens - NUM_CLIPS
         figures.setdefault(str(size), {})[arm] = {
             "tokens": tokens,
-            "tokens_per_second": round(tokens / min(each["seconds"] for each in repeated), 2),
-            "decode_tokens_per_second": round(after_first / min(each["decode"] for each in repeated), 2),
+            "tokens_per_second": round(tokens / fastest(repeated, "seconds"), 2),
+            "decode_tokens_per_second": round(after_first / fastest(repeated, "decode"), 2),
             "forwards_after_prefill": repeated[0]["forwards"],
             "cache_bytes": repeated[0]["cache_bytes"],
             "identical_to_plain": answers == runs[size, "plain"][0]["answers"],

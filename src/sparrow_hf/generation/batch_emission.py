@@ -17,31 +17,30 @@ Sequences accept different numbers of drafted tokens. Two paces follow from that
 """
 
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import BaseStreamer, EosTokenCriteria, logits_process
+from transformers.generation import BaseStreamer, EosTokenCriteria
 
 from .._transformers import pad_token
 
-#: Processors that treat every sequence by itself and keep nothing from one call to the next.
+#: Processors of transformers that treat every sequence by itself and keep nothing from one call to the next.
 ROW_BY_ROW = frozenset(
     {
-        logits_process.ExponentialDecayLengthPenalty,
-        logits_process.ForcedBOSTokenLogitsProcessor,
-        logits_process.ForcedEOSTokenLogitsProcessor,
-        logits_process.InfNanRemoveLogitsProcessor,
-        logits_process.LogitNormalization,
-        logits_process.MinLengthLogitsProcessor,
-        logits_process.MinNewTokensLengthLogitsProcessor,
-        logits_process.NoBadWordsLogitsProcessor,
-        logits_process.NoRepeatNGramLogitsProcessor,
-        logits_process.RepetitionPenaltyLogitsProcessor,
-        logits_process.SequenceBiasLogitsProcessor,
-        logits_process.SuppressTokensAtBeginLogitsProcessor,
-        logits_process.SuppressTokensLogitsProcessor,
+        "ExponentialDecayLengthPenalty",
+        "ForcedBOSTokenLogitsProcessor",
+        "ForcedEOSTokenLogitsProcessor",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+        "MinLengthLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "NoBadWordsLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "RepetitionPenaltyLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "SuppressTokensAtBeginLogitsProcessor",
+        "SuppressTokensLogitsProcessor",
     }
 )
 
@@ -230,6 +229,7 @@ class BatchEmitter:
             self._streamer.put(column.cpu())
 
 
-def treats_rows_alone(processors: Any) -> bool:
-    """Whether every processor of a list treats every sequence by itself."""
-    return all(type(processor) in ROW_BY_ROW for processor in processors)
+def treats_rows_alone(processors: LogitsProcessorList) -> bool:
+    """Whether every processor of a list treats every sequence by itself; a subclass may do something else."""
+    kinds = [type(processor) for processor in processors]
+    return all(kind.__name__ in ROW_BY_ROW and kind.__module__.startswith("transformers.") for kind in kinds)
