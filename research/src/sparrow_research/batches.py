@@ -2,9 +2,9 @@
 
     python -m sparrow_research.batches --output research/data/batches.json
 
-Clips have different lengths, so the shorter ones are padded. Every size of batch captions all clips. Of each
-batch the fastest of interleaved repetitions counts, because other programs only slow one down. Memory is that of the target's cache,
-rows of rejected drafts included.
+Clips have different lengths, so the shorter ones are padded. Every size of batch captions all clips. Of each batch the
+fastest of interleaved repetitions counts, because other programs only slow one down. Memory is that of the target's
+cache, rows of rejected drafts included.
 """
 
 from __future__ import annotations
