@@ -167,7 +167,12 @@ def _minimax(name: str, layer_types: list[str], **expected: Any) -> Family:
 
 _CHAINS_ONLY = (
     _minimax("minimax_m3_vl", ["full_attention"] * 4),
-    _minimax("minimax_m3_vl-sparse", ["full_attention", "minimax_m3_sparse"] * 2, chains_only="minimax_m3_sparse"),
+    _minimax(
+        "minimax_m3_vl-sparse",
+        ["full_attention", "minimax_m3_sparse"] * 2,
+        chains_only="minimax_m3_sparse",
+        counts_padding=True,
+    ),
     Family(
         name="lfm3_vl",
         model_class=hf.Lfm3VlForConditionalGeneration,

@@ -126,7 +126,7 @@ def make_case(number: int, **fixed: Any) -> Case:
         "generate_kwargs": rng.choice(SAMPLERS) | rng.choice(PROCESSORS),
         "stop": stop,
         "draft_vocab_size": rng.choice([None, None, 3, 40]),
-        "prompt": rng.choice([way for way in PROMPTS if way != "chunked" or family.takes_chunks]),
+        "prompt": rng.choice([way for way in PROMPTS if family.takes(way)]),
     }
     return Case(number, **(fields | fixed))
 

@@ -39,8 +39,8 @@ DRAFTERS = ("random", "oracle", "adversary")
 def cell(family: Family, name: str) -> str:
     """What a cell of the page says: how many of its cases are identical, of how many."""
     shape, prompt, decoding = CELLS[name]
-    if prompt == "chunked" and not family.takes_chunks:
-        return "–"
+    if not family.takes(prompt):
+        return "refused" if prompt == "padded" else "–"
     results = [
         mismatch(
             make_case(

@@ -49,6 +49,7 @@ class Family:
         mixes_modalities: The processor takes images and videos in one call.
         max_videos: How many videos the processor takes in a prompt.
         takes_chunks: Plain `generate()` can read its prompt in chunks.
+        counts_padding: A padded prompt is refused with a draft.
         videos_kwargs: What the processor must be told about a video beside its frames.
         attentions: Attention implementations that the model class admits.
         refused: What a draft of this family is refused with; `None` if it is accepted.
@@ -66,10 +67,15 @@ class Family:
     mixes_modalities: bool = True
     max_videos: int = 2
     takes_chunks: bool = True
+    counts_padding: bool = False
     videos_kwargs: dict[str, Any] = field(default_factory=dict)
     attentions: tuple[str, ...] = ("sdpa", "eager")
     refused: str | None = None
     chains_only: str | None = None
+
+    def takes(self, prompt: str) -> bool:
+        """Whether a prompt may be given in a way of `lossless.PROMPTS`."""
+        return {"chunked": self.takes_chunks, "padded": not self.counts_padding}.get(prompt, True)
 
     @cached_property
     def tokenizer(self) -> hf.PreTrainedTokenizerFast:

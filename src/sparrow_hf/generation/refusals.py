@@ -46,11 +46,11 @@ def check_inputs(
             f"a Sparrow draft needs the default dynamic cache, found {type(cache).__name__}: leave "
             f"cache_implementation and {CACHE} at their defaults (use_cache=True)"
         )
-    is_batch_with_padding = attention_mask is not None and len(attention_mask) > 1 and not attention_mask.all()
-    if is_batch_with_padding and (unfit := sorted(_COUNTS_PADDING.intersection(kinds_of_layers(target)))):
+    is_padded = attention_mask is not None and not attention_mask.all()
+    if is_padded and (unfit := sorted(_COUNTS_PADDING.intersection(kinds_of_layers(target)))):
         raise UnsupportedGenerationError(
-            f"prompts of different lengths in one batch: layers of the kind {', '.join(unfit)} count the padding, and "
-            "give other states for several tokens in one forward than one by one; call generate() for each prompt"
+            f"the prompt is padded: layers of the kind {', '.join(unfit)} count the padding, and give other states for "
+            "several tokens in one forward than one by one; call generate() for each prompt, without padding"
         )
 
 
