@@ -386,6 +386,38 @@ class TestWhatKilledProcessesLeave:
             draft.save_pretrained(tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == before
 
+    @pytest.mark.parametrize("moved", [0, 1, 2, 3])
+    @pytest.mark.parametrize("then", ["load", "save"])
+    def test_a_save_that_is_cut_off_while_it_replaces_files_is_finished(
+        self, draft: SparrowDraftModel, tmp_path: Path, moved: int, then: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        draft.save_pretrained(tmp_path, max_shard_size="50KB")
+        (tmp_path / "model-00009-of-00009.safetensors").write_bytes(b"of an even older draft")
+        newer, newest = copy.deepcopy(draft), copy.deepcopy(draft)
+        for scale, twin in ((2.0, newer), (3.0, newest)):
+            twin.fc.weight.data.mul_(scale)
+        replace, calls = os.replace, []
+
+        def until_the_end(*names: Any) -> None:
+            if Path(names[0]).parent.suffix == ".switch":
+                if len(calls) == moved:
+                    raise SystemExit
+                calls.append(names)
+            replace(*names)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", until_the_end)
+            with pytest.raises(SystemExit):
+                newer.save_pretrained(tmp_path)
+        if then == "save":
+            newest.save_pretrained(tmp_path)
+        expected = newest if then == "save" else newer
+        loaded = SparrowDraftModel.from_pretrained(tmp_path)
+        assert torch.equal(loaded.fc.weight, expected.fc.weight)
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {"config.json", "model.safetensors", "PROVENANCE.json", "README.md"} & names | {"config.json"}
+        assert "model.safetensors" in names
+
     def test_a_folder_that_is_a_file_is_no_folder_to_save_to(self, draft: SparrowDraftModel, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("mine")
         with pytest.raises(NotADirectoryError, match="is a file: name a folder to save to"):

@@ -32,6 +32,9 @@ LOCK_SECONDS = 30.0
 #: How often files are read again if they are replaced meanwhile.
 READ_ATTEMPTS = 5
 
+#: Ending of a folder whose files are complete and being moved, and the file in it that says what is to be done.
+_SWITCH, _PLAN = ".switch", "plan.json"
+
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
@@ -99,7 +102,8 @@ def atomic_files(folder: Path, last: str, is_kind: Callable[[str], bool]) -> Ite
     """A folder to write files to that belong together; at the end they are moved to `folder`.
 
     After an exception `folder` is unchanged. [`read_together`] reads either the old or the new files. Other writers
-    wait, so that the files of two writers are never mixed.
+    wait, so that the files of two writers are never mixed. If the process is killed while it moves them, whoever reads
+    or writes next moves the rest.
 
     Args:
         folder: Made if it is not there.
@@ -111,12 +115,38 @@ def atomic_files(folder: Path, last: str, is_kind: Callable[[str], bool]) -> Ite
         yield partial
         with locked(folder, exclusive=True):
             new = {path.name for path in partial.iterdir()}
-            for name in sorted(new, key=lambda name: (name == last, name)):
-                os.replace(partial / name, folder / name)
-            if any(map(is_kind, new)):
-                for path in list(folder.iterdir()):
-                    if path.name not in new and is_kind(path.name):
-                        path.unlink(missing_ok=True)
+            replaced = any(map(is_kind, new))
+            plan = {
+                "move": sorted(new, key=lambda name: (name == last, name)),
+                "remove": [
+                    path.name for path in folder.iterdir() if replaced and path.name not in new and is_kind(path.name)
+                ],
+            }
+            (partial / _PLAN).write_text(json.dumps(plan))
+            # From this moment on the new files are those of the folder, wherever each of them is.
+            partial.rename(switch := partial.with_suffix(_SWITCH))
+            _move(switch)
+
+
+def _move(switch: Path) -> None:
+    """Moves the files of a finished writer to its folder, as far as that was not done."""
+    # Where there are no locks, another process may be doing the same.
+    with suppress(FileNotFoundError):
+        plan = json.loads((switch / _PLAN).read_text())
+        for name in plan["move"]:
+            with suppress(FileNotFoundError):
+                os.replace(switch / name, switch.parent / name)
+        for name in plan["remove"]:
+            (switch.parent / name).unlink(missing_ok=True)
+    _remove(switch)
+
+
+def finish_switches(folder: Path) -> None:
+    """Moves what killed processes have written completely and not moved. Does nothing in a read-only folder."""
+    if any(folder.glob(f".*{_SWITCH}")):
+        with suppress(PermissionError), locked(folder, exclusive=True):
+            for switch in sorted(folder.glob(f".*{_SWITCH}")):
+                _move(switch)
 
 
 @contextmanager
@@ -125,6 +155,7 @@ def _folder_in(folder: Path) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: name a folder to save to")
     folder.mkdir(parents=True, exist_ok=True)
+    finish_switches(folder)
     for other in folder.glob(".*.*.partial"):
         if not _is_locked(other):
             _remove(other)
@@ -181,6 +212,7 @@ def read_together(folder: Path, last: str, read: Callable[[], _T], error: type[S
         Exception: Whatever `read` raises on files that stay as they are.
     """
     for _ in range(READ_ATTEMPTS):
+        finish_switches(folder)
         with locked(folder, exclusive=False):
             before, described = _versions(folder), _bytes_in(folder / last)
             try:

@@ -49,8 +49,8 @@ def check_inputs(
     is_padded = attention_mask is not None and not attention_mask.all()
     if is_padded and (unfit := sorted(_COUNTS_PADDING.intersection(kinds_of_layers(target)))):
         raise UnsupportedGenerationError(
-            f"the prompt is padded: layers of the kind {', '.join(unfit)} count the padding, and give other states for "
-            "several tokens in one forward than one by one; call generate() for each prompt, without padding"
+            f"the prompt is padded: layers of the kind {', '.join(unfit)} count the padding, and give other states "
+            "for several tokens in one forward than one by one; call generate() for each prompt, without padding"
         )
 
 
