@@ -82,7 +82,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "generation": (set(), set()),
     "data": (set(), {"video", "train"}),
     "training": ({"train"}, set()),
-    "captioning": (set(), set()),
+    "captioning": (set(), {"video"}),
     "evaluation": ({"cli"}, {"train"}),
     "analysis": ({"cli"}, {"plot"}),
     "testbed": ({"video"}, set()),

@@ -180,7 +180,7 @@ def test_a_folder_of_runs_holds_nothing_else(run: Any, target: PreTrainedModel, 
         Benchmark("exp/1", target, [Arm("plain")], prompts)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "prompts.jsonl").write_text('{"messages": []}\n')
-    with pytest.raises(BenchmarkError, match=r"line 1 of .*prompts\.jsonl is not a measurement"):
+    with pytest.raises(BenchmarkError, match=r"the first line of .*prompts\.jsonl is not a measurement"):
         run(arms=["none"], temperatures=(0.0,))
     # Nothing is lost by it.
     (tmp_path / "runs" / "prompts.jsonl").unlink()
