@@ -114,13 +114,15 @@ class HeldCache:
         after    … committed | r0 r2 r4 |
         """
         is_prefix = kept == list(range(len(kept)))
+        # One copy to the device for all layers on it.
+        rows = torch.tensor(kept)
         for layer, tensors in zip(attention_layers(self._cache), cache_tensors(self._cache), strict=True):
             new = layer.get_seq_length() - self._marked
             if not is_prefix:
                 for entries in tensors:
                     start = entries.shape[-2] - new
-                    source = torch.tensor(kept, device=entries.device) + start
-                    entries[:, :, start : start + len(kept)] = entries[:, :, source]
+                    rows = rows.to(entries.device)
+                    entries[:, :, start : start + len(kept)] = entries[:, :, rows + start]
             drop_newest(layer, new - len(kept))
         for layer in convolution_layers(self._cache):
             # A layer that the forward did not reach has nothing to drop.
