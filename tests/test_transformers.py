@@ -1,4 +1,4 @@
-"""The one file that names what is private or renamed in transformers, and its contract with the installed version."""
+"""The one room that names what is private or renamed in transformers, and its contract with the installed version."""
 
 import ast
 import inspect
@@ -17,14 +17,14 @@ from transformers.generation import GenerationMixin
 
 import sparrow_hf
 from sparrow_hf import SparrowDraftModel, _transformers
-from sparrow_hf._transformers import CACHE, DECODER_LAYERS
+from sparrow_hf._transformers import CACHE, DECODER_LAYERS, contract
 from sparrow_hf.errors import TransformersContractError
 
 from families import FAMILIES
 from tiny_targets import Family
 
 SOURCE = Path(sparrow_hf.__file__).parent
-ROOM = SOURCE / "_transformers.py"
+ROOM = SOURCE / "_transformers"
 
 #: Private names of other libraries, and one of the standard library that is public.
 OTHERS = {"_asdict", "_exit", "_forward_hooks", "_forward_pre_hooks", "_actions", "_get_value"}
@@ -46,7 +46,7 @@ DOCUMENTED_MODULES = {
 }
 
 
-# -- one file knows ---------------------------------------------------------------------------------------------------
+# -- one room knows ---------------------------------------------------------------------------------------------------
 
 
 def own_names(trees: list[ast.AST]) -> set[str]:
@@ -66,7 +66,7 @@ def own_names(trees: list[ast.AST]) -> set[str]:
 
 
 def names_for_the_room(tree: ast.AST, own: set[str]) -> Iterator[str]:
-    """Names in a file that only `_transformers.py` may use, each with its line."""
+    """Names in a file that only `_transformers/` may use, each with its line."""
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     looked_up = {
         id(argument)
@@ -95,8 +95,8 @@ def names_for_the_room(tree: ast.AST, own: set[str]) -> Iterator[str]:
             yield f"line {node.lineno}: {name}"
 
 
-def test_no_other_file_names_what_is_private_or_renamed() -> None:
-    trees = {path: ast.parse(path.read_text()) for path in SOURCE.rglob("*.py") if path != ROOM}
+def test_no_other_room_names_what_is_private_or_renamed() -> None:
+    trees = {path: ast.parse(path.read_text()) for path in SOURCE.rglob("*.py") if ROOM not in path.parents}
     own = own_names(list(trees.values()))
     found = {path.name: list(names_for_the_room(tree, own)) for path, tree in trees.items()}
     assert not {path: names for path, names in found.items() if names}
@@ -140,7 +140,7 @@ def test_the_installed_version_keeps_the_contract(fresh_check: None) -> None:
 
 
 def broken_methods() -> Iterator[Any]:
-    for name, arguments in _transformers._METHODS.items():
+    for name, arguments in contract._METHODS.items():
         yield pytest.param(GenerationMixin, name, None, f"GenerationMixin.{name} is missing", id=f"no-{name}")
         for argument in sorted(arguments):
             message = f"GenerationMixin.{name} takes no {argument}"
@@ -181,7 +181,7 @@ def test_a_cache_that_does_not_step_back_is_found(
 def test_a_cache_that_shows_copies_is_found(monkeypatch: pytest.MonkeyPatch, fresh_check: None) -> None:
     shown = _transformers.cache_tensors
     monkeypatch.setattr(
-        _transformers, "cache_tensors", lambda cache: [(keys.clone(), values) for keys, values in shown(cache)]
+        contract, "cache_tensors", lambda cache: [(keys.clone(), values) for keys, values in shown(cache)]
     )
     assert _transformers.contract_breaches() == ("DynamicCache.crop keeps the wrong positions",)
 

@@ -1,0 +1,64 @@
+"""Everything of transformers that is private, or that its versions name differently. No other room uses these names.
+
+`contract_breaches` checks the installed transformers against all of it. When a new version breaks something, change
+this room; `docs/compatibility.md` explains how.
+"""
+
+from .attention import (
+    attention_function,
+    eager_attention,
+    is_stock_attention,
+    makes_masks,
+    register_attention,
+    rope_borders,
+    takes_flat_masks_only,
+    takes_positions,
+)
+from .caches import (
+    NO_CACHE,
+    attention_layers,
+    cache_tensors,
+    convolution_layers,
+    drop_newest,
+    first_rows_read,
+    layer_kinds,
+    new_cache,
+    new_inputs,
+    outlives_call,
+    record_past,
+    recurrent_states,
+)
+from .contract import SUPPORTED_VERSIONS, TESTED_VERSIONS, check_contract, contract_breaches
+from .models import (
+    attention_of,
+    checkpoint_with_cache,
+    commit_of,
+    execution_device,
+    find_file,
+    name_of,
+    on_device,
+    run_layer,
+    smart_resize,
+    unwrap,
+)
+from .names import (
+    ACTIVATIONS,
+    CACHE,
+    DECODER_LAYERS,
+    DecoderOutput,
+    GenerateOutput,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    missing_names,
+)
+from .seam import install_seam
+from .steps import (
+    advance,
+    decoding,
+    length_with_cache,
+    pad_token,
+    prefill,
+    prompt_position_ids,
+    replaced_candidate_generator,
+    replaced_prefill,
+)

@@ -1,0 +1,93 @@
+"""The wrapped methods of `GenerationMixin`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .contract import check_contract, contract_breaches
+from .models import unwrap
+from .names import CACHE, GenerationMixin, GenerationMode
+
+
+def install_seam(
+    is_draft: Callable[[Any], bool],
+    check_inputs: Callable[..., None],
+    check: Callable[..., None],
+    decode: Callable[..., Any],
+) -> None:
+    """Lets `generate(assistant_model=draft)` dispatch to our loop; calls without a draft pass through untouched.
+
+    transformers has no registry for assisted decoding, so three methods of `GenerationMixin` are wrapped, once and at
+    class level. Where the contract is broken only `generate()` is wrapped, to raise an error for drafts.
+
+    Args:
+        is_draft: Whether an `assistant_model` is ours.
+        check_inputs: Called first, as `check_inputs(target, input_ids, inputs_embeds, cache, attention_mask)` with
+            those of the call; raises for inputs that a draft cannot decode. Later, `check` does not get the inputs,
+            and before `decode` the vision tower has run.
+        check: Called before anything is computed, as `check(target, draft, generation_mode, generation_config,
+            generation_mode_kwargs)`; raises what cannot be combined with a draft.
+        decode: Called in the place of transformers' own loop, as `decode(target, draft, input_ids, logits_processor=,
+            stopping_criteria=, generation_config=, streamer=, model_kwargs=)`.
+    """
+    if GenerationMixin is None or hasattr(GenerationMixin, "_sparrow"):
+        return
+    GenerationMixin._sparrow = True
+    if contract_breaches():
+        _refuse_drafts(is_draft)
+        return
+    stock_generate = GenerationMixin.generate
+    stock_decode = GenerationMixin._assisted_decoding
+    stock_validate = GenerationMixin._validate_generation_mode
+
+    @functools.wraps(stock_generate)
+    def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        draft = unwrap(kwargs.get("assistant_model"))
+        if is_draft(draft):
+            kwargs["assistant_model"] = draft
+            caches = [kwargs[name] for name in (CACHE, "past_key_values") if kwargs.get(name) is not None]
+            input_ids = kwargs.get("input_ids") if inputs is None else inputs
+            embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+            check_inputs(self, input_ids, embeds, caches[0] if caches else None, mask)
+        return stock_generate(self, inputs, *args, **kwargs)
+
+    # `wraps`: generate() inspects the signature of the method it is about to call.
+    @functools.wraps(stock_decode)
+    def assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        draft = kwargs.get("assistant_model")
+        if not is_draft(draft):
+            return stock_decode(self, input_ids, *args, **kwargs)
+        named = ("logits_processor", "stopping_criteria", "generation_config")
+        ours = {name: kwargs.pop(name) for name in named} | {"streamer": kwargs.pop("streamer", None)}
+        for name in ("assistant_model", "synced_gpus", "inputs_tensor", "tokenizer"):
+            kwargs.pop(name, None)
+        return decode(self, draft, input_ids, **ours, model_kwargs=kwargs)
+
+    @functools.wraps(stock_validate)
+    def validate_generation_mode(
+        self: Any, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]
+    ) -> None:
+        draft = generation_mode_kwargs.get("assistant_model")
+        if is_draft(draft):
+            check(self, draft, generation_mode, generation_config, generation_mode_kwargs)
+            # Our loop is plain decoding's counterpart. Assisted decoding would be refused for targets with a state.
+            generation_mode = GenerationMode.SAMPLE if generation_config.do_sample else GenerationMode.GREEDY_SEARCH
+        stock_validate(self, generation_mode, generation_config, generation_mode_kwargs)
+
+    GenerationMixin.generate = generate
+    GenerationMixin._assisted_decoding = assisted_decoding
+    GenerationMixin._validate_generation_mode = validate_generation_mode
+
+
+def _refuse_drafts(is_draft: Callable[[Any], bool]) -> None:
+    stock = GenerationMixin.generate
+
+    @functools.wraps(stock)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_draft(kwargs.get("assistant_model")):
+            check_contract()
+        return stock(self, *args, **kwargs)
+
+    GenerationMixin.generate = generate
