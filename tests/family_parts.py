@@ -34,6 +34,27 @@ QWEN_VISION_SIZES: dict[str, Any] = {
     "patch_size": PATCH_SIZE,
 }
 
+HEAD_SIZE = HIDDEN_SIZE // 4
+MERGED_PATCHES = {"patch_size": PATCH_SIZE, "merge_size": 2}
+VIDEO_PATCHES = MERGED_PATCHES | {"temporal_patch_size": 2}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+INTERLEAVED_MROPE = MROPE | {"mrope_interleaved": True}
+#: Keys and values of different widths, through low ranks.
+LATENT_ATTENTION = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_routed_experts": 4,
+    **EXPERTS,
+}
+QWEN3_VISION_SIZES = QWEN_VISION_SIZES | {"num_position_embeddings": (FRAME_SIZE // PATCH_SIZE) ** 2}
+QWEN3_TEXT = {"head_dim": HEAD_SIZE, "rope_parameters": INTERLEAVED_MROPE}
+
 PLACEHOLDERS = ("image_token", "video_token")
 PAD_TOKENS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
 QWEN_TOKENS = PAD_TOKENS | {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
@@ -56,11 +77,10 @@ def llava_ids(tokens: dict[str, int]) -> dict[str, int]:
 def qwen_processor(
     processor_class: type[hf.ProcessorMixin], video_processor_class: type, video_size: dict[str, int]
 ) -> Callable[[hf.PreTrainedTokenizerFast], hf.ProcessorMixin]:
-    patches = {"patch_size": PATCH_SIZE, "temporal_patch_size": 2, "merge_size": 2}
     return lambda tokenizer: processor_class(
-        image_processor=hf.Qwen2VLImageProcessor(**patches, size=PIXELS),
+        image_processor=hf.Qwen2VLImageProcessor(**VIDEO_PATCHES, size=PIXELS),
         tokenizer=tokenizer,
-        video_processor=video_processor_class(**patches, size=video_size, cap_pixels_per_frame=False),
+        video_processor=video_processor_class(**VIDEO_PATCHES, size=video_size, cap_pixels_per_frame=False),
     )
 
 
@@ -70,3 +90,11 @@ def processor_of(
     return lambda tokenizer: processor_class(
         image_processor=image_processor, tokenizer=tokenizer, video_processor=video_processor, **further
     )
+
+
+QWEN3_REST: dict[str, Any] = {
+    "processor": qwen_processor(hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor, VIDEO_PIXELS),
+    "named_tokens": QWEN_TOKENS,
+    "placeholder_tokens": PLACEHOLDERS,
+    **QWEN_PROMPTS,
+}

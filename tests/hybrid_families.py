@@ -4,26 +4,24 @@ from typing import Any
 
 import transformers as hf
 from family_parts import (
+    EXPERTS,
+    HEAD_SIZE,
+    LATENT_ATTENTION,
+    MERGED_PATCHES,
     MROPE,
     PIXELS,
     PLACEHOLDERS,
+    QWEN3_REST,
+    QWEN3_TEXT,
+    QWEN3_VISION_SIZES,
     QWEN_TOKENS,
     SQUARE,
+    VIDEO_PATCHES,
     VIDEO_PIXELS,
     VISION_SIZES,
     processor_of,
     qwen_ids,
     qwen_processor,
-)
-from more_families import (
-    EXPERTS,
-    HEAD_SIZE,
-    LATENT_ATTENTION,
-    MERGED_PATCHES,
-    QWEN3_REST,
-    QWEN3_TEXT,
-    QWEN3_VISION_SIZES,
-    VIDEO_PATCHES,
 )
 
 from tiny_targets import FRAME_SIZE, HIDDEN_SIZE, PATCH_SIZE, Family

@@ -4,13 +4,21 @@ from typing import Any
 
 import transformers as hf
 from family_parts import (
+    EXPERTS,
+    HEAD_SIZE,
+    LATENT_ATTENTION,
+    MERGED_PATCHES,
     MROPE,
     PIXELS,
     PLACEHOLDERS,
+    QWEN3_REST,
+    QWEN3_TEXT,
+    QWEN3_VISION_SIZES,
     QWEN_PROMPTS,
     QWEN_TOKENS,
     QWEN_VISION_SIZES,
     SQUARE,
+    VIDEO_PATCHES,
     VIDEO_PIXELS,
     VISION_SIZES,
     processor_of,
@@ -21,36 +29,9 @@ from transformers.utils import is_timm_available
 
 from tiny_targets import FRAME_SIZE, HIDDEN_SIZE, PATCH_SIZE, Family
 
-HEAD_SIZE = HIDDEN_SIZE // 4
-MERGED_PATCHES = {"patch_size": PATCH_SIZE, "merge_size": 2}
-VIDEO_PATCHES = MERGED_PATCHES | {"temporal_patch_size": 2}
-EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
-INTERLEAVED_MROPE = MROPE | {"mrope_interleaved": True}
-#: Keys and values of different widths, through low ranks.
-LATENT_ATTENTION = {
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "num_key_value_heads": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "n_routed_experts": 4,
-    **EXPERTS,
-}
-
 # -- Qwen3-VL and its kin ---------------------------------------------------------------------------------------------
 
-QWEN3_VISION_SIZES = QWEN_VISION_SIZES | {"num_position_embeddings": (FRAME_SIZE // PATCH_SIZE) ** 2}
 _DEEPSTACK = QWEN3_VISION_SIZES | {"deepstack_visual_indexes": [0, 1]}
-QWEN3_TEXT = {"head_dim": HEAD_SIZE, "rope_parameters": INTERLEAVED_MROPE}
-QWEN3_REST: dict[str, Any] = {
-    "processor": qwen_processor(hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor, VIDEO_PIXELS),
-    "named_tokens": QWEN_TOKENS,
-    "placeholder_tokens": PLACEHOLDERS,
-    **QWEN_PROMPTS,
-}
 
 _QWEN3_KIN = (
     Family(

@@ -103,6 +103,9 @@ def test_an_unknown_text_model_gets_a_llama_layer() -> None:
         pytest.param({"head_dim": 7}, {"head_dim": 6}, id="a-head-of-odd-size"),
         pytest.param({"hidden_act": "swish_of_its_own"}, {"hidden_act": "silu"}, id="activation"),
         pytest.param({"hidden_act": None}, {"hidden_act": "silu"}, id="no-activation"),
+        pytest.param({"attention_bias": True}, {"attention_bias": True, "mlp_bias": False}, id="attention-bias"),
+        pytest.param({"mlp_bias": True}, {"attention_bias": False, "mlp_bias": True}, id="mlp-bias"),
+        pytest.param({"attention_bias": None}, {"attention_bias": False}, id="no-bias"),
     ],
 )
 def test_fields_of_other_forms(fields: dict[str, object], expected: dict[str, object]) -> None:

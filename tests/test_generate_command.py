@@ -1,6 +1,5 @@
 """`sparrow generate`: its doors, its lines, its endings, and that a stopped run goes on where it was."""
 
-import errno
 import json
 import os
 import re
@@ -14,17 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from stopping import command_in, full_disk, lines_in, needs_posix, sparrow, stop_after_lines
 from typer.testing import CliRunner, Result
 from untrained import save_models
 
-from sparrow_hf import line_file
 from sparrow_hf.captioning import read_questions
-from sparrow_hf.cli import app, common
+from sparrow_hf.cli import app
 from sparrow_hf.data import prepare_prompt
 from sparrow_hf.generation.emission import TokenEmitter
-from sparrow_hf.loading import load_target, usable_dtype
+from sparrow_hf.loading import load_target
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
 
 TIMES = {"sha256", "seconds", "tokens_per_second", "plain_seconds", "speedup"}
@@ -126,22 +123,6 @@ def test_a_file_of_something_else_is_never_written_to(
     result = run("generate", videos / "a.mp4", *models, *SHORT, "--output", output)
     assert result.exit_code == 2 and "is not an answer of sparrow generate: move the file elsewhere" in result.output
     assert output.read_text() == foreign
-
-
-def test_one_file_has_one_writer(tmp_path: Path) -> None:
-    class Taken(line_file.SparrowError):
-        pass
-
-    first = line_file.LineFile(tmp_path / "lines.jsonl", {}, Taken, "a line")
-    with pytest.raises(Taken, match="is being written by another process"):
-        line_file.LineFile(tmp_path / "lines.jsonl", {}, Taken, "a line")
-    first.append({"n": 1, "provenance": {}})
-    first.append({"n": 2, "provenance": {}})
-    first.remove(lambda line: line["n"] == 1)
-    with pytest.raises(Taken, match="is being written by another process"):
-        line_file.LineFile(tmp_path / "lines.jsonl", {}, Taken, "a line")
-    del first
-    assert [line["n"] for line in line_file.LineFile(tmp_path / "lines.jsonl", {}, Taken, "a line").lines] == [2]
 
 
 @needs_posix
@@ -352,16 +333,6 @@ def test_a_terminal_shows_which_tokens_were_accepted(videos: Path, monkeypatch: 
     assert accepted > 12 and accepted + own == line["tokens"] == 24 and own in (rounds, rounds + 1)
 
 
-def test_dtypes_that_a_device_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert usable_dtype(torch.float16, cpu) == torch.float32
-    assert usable_dtype(torch.bfloat16, cpu) == torch.bfloat16
-    for has_bfloat16, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, has=has_bfloat16: has)
-        assert usable_dtype(torch.bfloat16, gpu) == expected
-        assert usable_dtype(torch.float32, gpu) == torch.float32
-
-
 def test_a_video_may_be_asked_about_by_its_address_and_for_one_token(models: tuple[object, ...], videos: Path) -> None:
     address = (videos / "a.mp4").as_uri()
     one = run("generate", address, *models, "--max-new-tokens", 1, "--max-frames", 8, "--json", "--compare")
@@ -401,31 +372,6 @@ def test_an_interrupt_is_no_bad_row(
     result = run("generate", videos, *models, *SHORT, "--output", output)
     assert result.exit_code == 130 and "Stopped by Ctrl-C: 0 of 5 answers are kept" in result.stderr
     assert output.read_bytes() == b""
-
-
-@needs_posix
-@pytest.mark.parametrize("closed", ["stdout", "both"])
-def test_output_that_nobody_reads(closed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in `sparrow … | head`."""
-    reader, writer = os.pipe()
-    os.close(reader)
-
-    def write_rows() -> None:
-        print("a line", flush=True)
-
-    with os.fdopen(writer, "w") as pipe, monkeypatch.context() as patches, pytest.raises(typer.Exit) as ended:
-        patches.setattr(sys, "stdout", pipe)
-        if closed == "both":
-            patches.setattr(sys, "stderr", pipe)
-        with common.errors_as_sentences():
-            write_rows()
-    assert ended.value.exit_code == 141
-
-
-def test_a_broken_pipe_of_another_kind_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as ended, common.errors_as_sentences():
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-    assert ended.value.exit_code == 2 and capsys.readouterr().err == "Error: [Errno 32] Broken pipe\n"
 
 
 @needs_posix

@@ -11,9 +11,10 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, RepoUrl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, PreTrainedModel
 
-from sparrow_hf import SparrowDraftConfig, SparrowDraftModel, hub
+from sparrow_hf import SparrowDraftConfig, SparrowDraftModel
 from sparrow_hf.artifacts import tensor_digest
 from sparrow_hf.errors import DraftLoadError
+from sparrow_hf.model_card import CARD_MARK
 from sparrow_hf.testbed.nano import ASSETS
 
 from families import FAMILY_BY_NAME
@@ -153,7 +154,7 @@ class TestCard:
         draft.provenance["data"] = "Other data."
         draft.save_pretrained(folder)
         assert "Other data." in (folder / "README.md").read_text()
-        mine = (folder / "README.md").read_text().replace(hub.CARD_MARK, "My own words.")
+        mine = (folder / "README.md").read_text().replace(CARD_MARK, "My own words.")
         (folder / "README.md").write_text(mine)
         draft.provenance["data"] = "Still other data."
         draft.save_pretrained(folder)
@@ -264,6 +265,6 @@ class TestPush:
         uploads = Uploads(monkeypatch, published)
         draft.push_to_hub("my-draft")
         assert uploads.files["README.md"] == published.read_bytes()
-        published.write_text(f"{hub.CARD_MARK}\nAn older one of ours.\n")
+        published.write_text(f"{CARD_MARK}\nAn older one of ours.\n")
         draft.push_to_hub("my-draft")
         assert b"# Sparrow draft for org/video-llm" in uploads.files["README.md"]

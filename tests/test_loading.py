@@ -7,7 +7,7 @@ import torch
 
 from sparrow_hf import extras
 from sparrow_hf.errors import BenchmarkError, MissingDependencyError, TargetLoadError
-from sparrow_hf.loading import default_device, load_target, told_if_not_loaded
+from sparrow_hf.loading import default_device, load_target, told_if_not_loaded, usable_dtype
 from sparrow_hf.testbed import shipped
 
 TARGET = str(shipped() / "target")
@@ -51,3 +51,13 @@ def test_the_sentence_is_the_first_line_of_the_error(error: Exception, reason: s
     assert raised.value.__cause__ is error
     with pytest.raises(TypeError), told_if_not_loaded("draft", "mine"):
         raise TypeError("a mistake of ours")
+
+
+def test_dtypes_that_a_device_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert usable_dtype(torch.float16, cpu) == torch.float32
+    assert usable_dtype(torch.bfloat16, cpu) == torch.bfloat16
+    for has_bfloat16, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, has=has_bfloat16: has)
+        assert usable_dtype(torch.bfloat16, gpu) == expected
+        assert usable_dtype(torch.float32, gpu) == torch.float32

@@ -75,10 +75,11 @@ def test_a_lock_names_hashes_and_no_index(lock: str) -> None:
 
 
 #: Room → the extras whose packages its files import at once, and those that they import where they are needed. `""` is
-#: every file that lies in no folder: of these, and of `generation`, the engine is made.
+#: every file that lies in no folder: of these, `_transformers` and `generation`, the engine is made.
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "": (set(), set()),
     "plotting.py": (set(), {"plot"}),
+    "_transformers": (set(), set()),
     "generation": (set(), set()),
     "data": (set(), {"video", "train"}),
     "training": ({"train"}, set()),

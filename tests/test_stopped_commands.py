@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import shutil
 import signal
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from stopping import Ended, in_process, needs_posix, sparrow
@@ -330,3 +332,28 @@ def test_exit_codes_are_documented_where_they_are_looked_for() -> None:
     codes = (0, common.NOT_IDENTICAL, common.BAD_INPUT, common.BAD_ROWS, common.RAN_OUT, common.INTERRUPTED)
     for code in (*codes, common.UNREAD, common.TERMINATED):
         assert f"| {code} |" in page
+
+
+@needs_posix
+@pytest.mark.parametrize("closed", ["stdout", "both"])
+def test_output_that_nobody_reads(closed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `sparrow … | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def write_rows() -> None:
+        print("a line", flush=True)
+
+    with os.fdopen(writer, "w") as pipe, monkeypatch.context() as patches, pytest.raises(typer.Exit) as ended:
+        patches.setattr(sys, "stdout", pipe)
+        if closed == "both":
+            patches.setattr(sys, "stderr", pipe)
+        with common.errors_as_sentences():
+            write_rows()
+    assert ended.value.exit_code == 141
+
+
+def test_a_broken_pipe_of_another_kind_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, common.errors_as_sentences():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert ended.value.exit_code == 2 and capsys.readouterr().err == "Error: [Errno 32] Broken pipe\n"

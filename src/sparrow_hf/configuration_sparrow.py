@@ -10,52 +10,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ._transformers import ACTIVATIONS, CACHE, LlamaRotaryEmbedding, commit_of, name_of
+from ._transformers import CACHE, LlamaRotaryEmbedding
 from .config_fields import check_fields
-from .errors import DraftConfigError, DraftLoadError, UnsupportedTargetError
+from .errors import DraftConfigError, DraftLoadError
+from .target_config import fields_for
 from .tree_shapes import TREE_PRESETS as TREE_PRESETS
 from .tree_shapes import TreeShape, check_tree_shape, parse_tree_shape
-
-#: Text decoder of the target → the plain-text decoder layer of transformers that has its exact shape. Others get a
-#: Llama layer: the draft reads the target's states, so its own layer need not be of the target's kind.
-_BLOCK_OF_TEXT_MODEL: dict[str, str] = {
-    "qwen2": "qwen2",
-    "qwen2_vl_text": "qwen2",
-    "qwen2_5_vl_text": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3_vl_text": "qwen3",
-    "llama": "llama",
-    "mistral": "llama",
-}
-
-#: Names under which the families keep the ids of their visual placeholders.
-_PLACEHOLDER_FIELDS = (
-    "image_token_id",
-    "video_token_id",
-    "image_token_index",
-    "video_token_index",
-    "image_patch_id",
-    "media_placeholder_token_id",
-)
-
-#: Field of a draft's layer → what text decoders call it, the draft's own name first.
-_FIELD_NAMES: dict[str, tuple[str, ...]] = {
-    "intermediate_size": ("dense_intermediate_size", "intermediate_size", "ffn_dim"),
-    "num_attention_heads": ("num_attention_heads",),
-    "num_key_value_heads": ("num_key_value_heads",),
-    "head_dim": ("head_dim",),
-    "hidden_act": ("hidden_act", "hidden_activation"),
-    "rms_norm_eps": ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
-    "max_position_embeddings": ("max_position_embeddings",),
-    "initializer_range": ("initializer_range",),
-    "attention_bias": ("attention_bias",),
-    "mlp_bias": ("mlp_bias",),
-}
-
-#: Kinds of RoPE whose frequencies a draft takes over. Of the others it takes the base alone: some have frequencies for
-#: a part of a head only, some follow the longest position of a forward.
-_FIXED_ROPE_TYPES = ("linear", "llama3", "yarn")
-
 
 #: What transformers raises where a field of its own holds something unexpected.
 _RAISED_BY_BAD_FIELDS = (
@@ -265,32 +225,7 @@ class SparrowDraftConfig(PreTrainedConfig):
             UnsupportedTargetError: The configuration has no text decoder with a depth, a vocabulary and a width.
             DraftConfigError: An override is out of range.
         """
-        text = target_config.get_text_config()
-        sizes = ("num_hidden_layers", "vocab_size", "hidden_size")
-        if missing := [field for field in sizes if not isinstance(getattr(text, field, None), int)]:
-            raise UnsupportedTargetError(
-                f"the text decoder of a {target_config.model_type} says no {', '.join(missing)}; Sparrow needs a "
-                "decoder-only video LLM of transformers"
-            )
-        block_type = _BLOCK_OF_TEXT_MODEL.get(text.model_type, "llama")
-        name = published_name(target_config)
-        fields: dict[str, Any] = {
-            "target_name_or_path": name,
-            "target_revision": None if name is None else commit_of(target_config),
-            "target_model_type": target_config.model_type,
-            "target_num_hidden_layers": text.num_hidden_layers,
-            "visual_token_ids": visual_token_ids(target_config),
-            "block_type": block_type,
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.hidden_size,
-            # Qwen2 attention always has its bias and no field for it.
-            "attention_bias": block_type == "qwen2",
-            **_layer_fields(text),
-        }
-        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            # `pipeline(assistant_model=)` compares these three with the target's text configuration.
-            fields[field] = getattr(text, field, None)
-        return cls(**(fields | overrides))
+        return cls(**(fields_for(target_config) | overrides))
 
     def set_tree_shape(self, shape: TreeShape | tuple[int, int, int] | str) -> None:
         """Sets the three tree fields at once.
@@ -385,50 +320,3 @@ def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor | Sequence[in
             f"visual placeholders are never drafted; the draft vocabulary holds {sorted(forbidden)}"
         )
     return token_ids
-
-
-def _layer_fields(text: PreTrainedConfig) -> dict[str, Any]:
-    """What a draft's layer takes over from a text decoder; a field of another form is left to this class's default."""
-    fields: dict[str, Any] = {}
-    for field, names in _FIELD_NAMES.items():
-        found = (getattr(text, name, None) for name in names)
-        # Some decoders have one value per layer.
-        found = (value[0] if isinstance(value, (list, tuple)) and value else value for value in found)
-        kind = type(getattr(SparrowDraftConfig, field) or 0)
-        value = next((value for value in found if type(value) is kind), None)
-        if value is not None:
-            fields[field] = value
-    heads = fields.setdefault("num_attention_heads", max(text.hidden_size // 64, 1))
-    fields.setdefault("intermediate_size", 4 * text.hidden_size)
-    if heads % fields.setdefault("num_key_value_heads", heads):
-        fields["num_key_value_heads"] = heads
-    # RoPE rotates pairs.
-    fields["head_dim"] = fields.get("head_dim", text.hidden_size // heads) // 2 * 2
-    if fields.get("hidden_act") not in ACTIVATIONS:
-        fields.pop("hidden_act", None)
-    return fields | {"rope_parameters": _rope_parameters(text)}
-
-
-def _rope_parameters(text: PreTrainedConfig) -> dict[str, Any]:
-    """The rotary embedding of a draft: the target's, as far as it holds for one position per text token."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    if any(isinstance(value, dict) for value in rope.values()):
-        # One for each kind of layer.
-        rope = rope.get("full_attention") or next(iter(rope.values()))
-    # Text tokens have one position each, so the multimodal sections of the target's RoPE do not apply.
-    rope = {key: value for key, value in rope.items() if not key.startswith("mrope")}
-    if rope.get("rope_type") in _FIXED_ROPE_TYPES and rope.get("partial_rotary_factor", 1.0) == 1.0:
-        return rope
-    return {"rope_type": "default", "rope_theta": rope.get("rope_theta") or 10000.0}
-
-
-def published_name(target_config: PreTrainedConfig) -> str | None:
-    """Hub id of the target; empty for a folder, because a path of one machine is useless on another."""
-    name = name_of(target_config)
-    return None if not name or os.path.isdir(name) else name
-
-
-def visual_token_ids(target_config: PreTrainedConfig) -> list[int]:
-    """Sorted placeholder ids of images and videos in a target's configuration."""
-    ids = {getattr(target_config, name, None) for name in _PLACEHOLDER_FIELDS}
-    return sorted(token_id for token_id in ids if token_id is not None)

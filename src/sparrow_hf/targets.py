@@ -15,9 +15,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ._transformers import NO_CACHE, commit_of, execution_device, layer_kinds, name_of, rope_borders, unwrap
-from .configuration_sparrow import SparrowDraftConfig, visual_token_ids
+from .configuration_sparrow import SparrowDraftConfig
 from .errors import BindingError, UnsupportedTargetError
 from .hidden_states import install_hooks
+from .target_config import visual_token_ids
 
 #: What decoders call the norm behind their last layer.
 _NORMS = ("norm", "embedding_norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f")

@@ -15,8 +15,8 @@ from sparrow_hf.analysis.answered import (
     process_conversation,
     read_conversations,
 )
-from sparrow_hf.configuration_sparrow import visual_token_ids
 from sparrow_hf.errors import AnalysisError, TrainingDataError
+from sparrow_hf.target_config import visual_token_ids
 from sparrow_hf.testbed.nano import build_processor
 
 

@@ -6,7 +6,7 @@ from subjects import MAX_NEW_TOKENS, ask
 
 from sparrow_hf.analysis.answered import greedy
 from sparrow_hf.analysis.removal import agreement, hidden_visual_rows, layer_grid, predicted_tokens, scores
-from sparrow_hf.configuration_sparrow import visual_token_ids
+from sparrow_hf.target_config import visual_token_ids
 
 
 def logits_of(target, inputs):

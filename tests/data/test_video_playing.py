@@ -6,7 +6,6 @@ The files are written by PyAV. `test_video_files.py` compares many more with wha
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,77 +13,17 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from numbered_videos import HEIGHT, SLOW_THEN_FAST, WIDTH, numbers_of, pictures, write
 from PIL import Image
 from typer.testing import CliRunner
 
 from sparrow_hf.cli import app
-from sparrow_hf.data import files, video_file
+from sparrow_hf.data import files
 from sparrow_hf.errors import VideoError
 from sparrow_hf.testbed.nano import build_processor
 from sparrow_hf.video import prepare_inputs, read_video
 
 from families import FAMILIES
-
-HEIGHT, WIDTH = 48, 64
-STEP = 10
-"""Each frame is by so much brighter than the one before it."""
-
-
-def pictures(count: int) -> np.ndarray:
-    """Gray frames, each brighter, with a white mark in the upper left and a black one in the upper right corner."""
-    frames = np.repeat(np.arange(count, dtype=np.uint8)[:, None, None, None] * STEP, HEIGHT, 1).repeat(WIDTH, 2)
-    frames = frames.repeat(3, 3)
-    frames[:, :16, :16], frames[:, :16, -16:] = 255, 0
-    return frames
-
-
-def numbers_of(frames: np.ndarray) -> list[int]:
-    """Which of `pictures` the frames are, by their middle."""
-    _, height, width, _ = frames.shape
-    middle = frames[:, height // 2 - 4 : height // 2 + 4, width // 2 - 4 : width // 2 + 4]
-    return np.rint(middle.mean(axis=(1, 2, 3)) / STEP).astype(int).tolist()
-
-
-def write(
-    path: Path,
-    codec: str = "libx264",
-    seconds: Sequence[float] = tuple(i / 8 for i in range(24)),
-    pixels: str = "yuv420p",
-    rate: int = 8,
-    matrix: Sequence[int] | None = None,
-    aspect: Fraction | None = None,
-    container_options: dict[str, str] | None = None,
-    first: int = 0,
-    **arguments: Any,
-) -> Path:
-    """A file of `pictures`, frame `i` at `seconds[i]`.
-
-    Args:
-        first: Number of the frame at which a player begins: an edit list hides those before it.
-    """
-    with av.open(str(path), "w", options=container_options or {}, **arguments) as container:
-        stream = container.add_stream(codec, rate=rate, options={"g": "6"})
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pixels
-        stream.codec_context.time_base = Fraction(1, rate if path.suffix == ".avi" else 1000)
-        if aspect is not None:
-            stream.codec_context.sample_aspect_ratio = aspect
-        if matrix is not None:
-            stream.set_display_matrix(matrix)
-
-        def mux(packets: list[av.Packet]) -> None:
-            for packet in packets:
-                shift = round(seconds[first] / packet.time_base)
-                packet.duration = round(1 / rate / packet.time_base)
-                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-                container.mux(packet)
-
-        for second, picture in zip(seconds, pictures(len(seconds)), strict=True):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.time_base = stream.codec_context.time_base
-            frame.pts = round(second / frame.time_base)
-            mux(stream.encode(frame))
-        mux(stream.encode())
-    return path
 
 
 @pytest.mark.parametrize(
@@ -125,10 +64,6 @@ def test_an_animated_webp_is_read(tmp_path: Path) -> None:
     assert numbers_of(frames) == list(range(6))
     assert metadata.timestamps == [0.0, 0.1, 0.2, 0.5, 0.6, 0.7]
     assert numbers_of(read_video(path.read_bytes(), fps=5)[0]) == [0, 2, 2, 4]
-
-
-#: Five seconds at one frame per second, then one second at ten.
-SLOW_THEN_FAST = (*map(float, range(5)), *(5 + i / 10 for i in range(10)))
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
@@ -198,90 +133,6 @@ def test_frames_that_an_edit_list_hides_are_not_read(tmp_path: Path) -> None:
     assert numbers_of(frames) == list(range(13, 24))
     assert (metadata.total_num_frames, metadata.duration) == (11, 1.375)
     assert metadata.timestamps == [i / 8 for i in range(11)]
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Grows by one for every frame that is decoded."""
-    seen: list[Any] = []
-    decode = video_file.VideoFile._decoded
-
-    def counted(self: Any, packets: Any) -> Any:
-        for frame in decode(self, packets):
-            seen.append(frame.pts)
-            yield frame
-
-    monkeypatch.setattr(video_file.VideoFile, "_decoded", counted)
-    return seen
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.flv"])
-def test_a_window_is_decoded_from_the_key_frame_before_it(tmp_path: Path, decoded: list[Any], name: str) -> None:
-    path = write(tmp_path / name)
-    whole, told = read_video(path)
-    times = np.array(told.timestamps)
-    decoded.clear()
-    frames, metadata = read_video(path, start=times[15], end=times[20])
-    assert numbers_of(frames) == [15, 16, 17, 18, 19]
-    assert np.array_equal(frames, whole[15:20])
-    assert metadata.timestamps == pytest.approx(times[15:20])
-    assert (metadata.total_num_frames, metadata.duration) == (5, 0.625)
-    # Key frames lie 5 frames apart.
-    assert len(decoded) <= 3 + 5 + 6
-
-    frames, metadata = read_video(path, 4, start=times[15] - 0.01)
-    assert numbers_of(frames) == [15, 17, 19, 21, 23]
-    assert metadata.sampled_fps == pytest.approx(4, rel=0.15)
-
-
-def test_a_window_inside_a_frame_shows_it(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.mp4", seconds=SLOW_THEN_FAST, rate=10)
-    frames, metadata = read_video(path, start=2.3, end=2.8)
-    assert numbers_of(frames) == [2]
-    frames, metadata = read_video(path, fps=4, start=2.3, end=5.3)
-    assert numbers_of(frames) == [2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5]
-    assert metadata.timestamps == pytest.approx([2.3 + i / 4 for i in range(12)], abs=0.1)
-
-
-def test_a_window_in_which_nothing_is_shown_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.mp4")
-    with pytest.raises(VideoError, match=r"shows nothing after 3 s: it ends at 3\.000 s"):
-        read_video(path, start=3)
-    with pytest.raises(VideoError, match=r"shows nothing between 7 s and 9 s: it ends at 3\.000 s"):
-        read_video(path, start=7, end=9)
-
-
-@pytest.mark.parametrize(
-    "arguments, kept",
-    [
-        ({"num_frames": 4}, [0, 6, 12, 18]),
-        ({"num_frames": 48}, [i // 2 for i in range(48)]),
-        ({"num_frames": 9, "max_frames": 3}, [0, 8, 16]),
-        ({"fps": 1, "min_frames": 4}, [0, 6, 12, 18]),
-        ({"fps": 3}, [0, 2, 5, 8, 10, 13, 16, 18, 21]),
-        ({"fps": 1.9}, [0, 4, 8, 12, 16, 21]),
-        ({"min_frames": 30, "start": 2.5}, [20 + i * 4 // 30 for i in range(30)]),
-    ],
-)
-def test_counts_and_rates_choose_evenly(tmp_path: Path, arguments: dict[str, Any], kept: list[int]) -> None:
-    frames, metadata = read_video(write(tmp_path / "a.webm", "libvpx"), **arguments)
-    assert numbers_of(frames) == kept == metadata.frames_indices
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"fps": 1, "num_frames": 4},
-        {"min_frames": 5, "max_frames": 4},
-        {"num_frames": 0},
-        {"start": -1},
-        {"start": 2, "end": 2},
-        {"fps": float("nan")},
-    ],
-)
-def test_contradictions_are_refused(tmp_path: Path, arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"must be|must not|exclude"):
-        read_video(tmp_path / "a.mp4", **arguments)
 
 
 def test_a_part_of_a_longer_file_is_refused(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .._transformers import prompt_position_ids, unwrap
-from ..configuration_sparrow import visual_token_ids
 from ..data.datasets import load_rows
 from ..data.messages import split_answer
 from ..data.prepare import append_answer, prepare_prompt
 from ..draft_inputs import visual_mask
 from ..errors import AnalysisError
+from ..target_config import visual_token_ids
 
 #: Names of the groups, in the order of every table.
 GROUPS = ("instruction", "visual", "text")

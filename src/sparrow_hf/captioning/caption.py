@@ -10,7 +10,6 @@ from transformers.generation import BaseStreamer
 
 from .._transformers import attention_of, commit_of, unwrap
 from ..artifacts import tensor_digest
-from ..configuration_sparrow import visual_token_ids
 from ..data.messages import naming_row, split_answer, text_of
 from ..data.prepare import prepare_prompt
 from ..draft_inputs import visual_mask
@@ -22,6 +21,7 @@ from ..metrics import Run, pooled_tau
 from ..modeling_sparrow import SparrowDraftModel
 from ..resources import ran_out
 from ..signals import raise_stop_in
+from ..target_config import visual_token_ids
 from ..testbed import shipped
 from .sources import Question
 

@@ -17,7 +17,8 @@ from transformers.video_utils import VideoMetadata
 from ..errors import VideoError
 from ..extras import require
 from .files import find_file
-from .video_file import SMALL_ERROR, FrameTimes, VideoFile
+from .frame_times import SMALL_ERROR, FrameTimes
+from .video_file import VideoFile
 
 #: Seconds by which two times may differ and count as one.
 SAME_TIME = 1e-6

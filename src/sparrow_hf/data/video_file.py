@@ -9,17 +9,18 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from transformers.utils import logging
 
 from ..errors import VideoError
+from .display import FIXED_POINT, display_matrix, turned, with_square_pixels
+from .frame_times import MILLISECOND, FrameTimes
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
@@ -28,73 +29,13 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-MICROSECOND, MILLISECOND = Fraction(1, 1_000_000), Fraction(1, 1000)
-#: One, in the numbers of a display matrix.
-FIXED_POINT = 65536
+MICROSECOND = Fraction(1, 1_000_000)
 #: What PyAV and Pillow raise for a file that is damaged or no video, next to `av.FFmpegError`.
 UNREADABLE = (OSError, ValueError, TypeError, IndexError, ArithmeticError, MemoryError)
 #: Seconds to go back, one after the other, in search of a key frame. Few videos have longer distances in between.
 SEARCH_BACK = (0, 1, 4, 16, 64)
-#: Frames by which a rate must be nearer to the times of all frames than one that the header gives.
-SMALL_ERROR = 0.05
 #: Seconds of decoding after which progress is shown.
 PATIENCE = 5.0
-
-
-@dataclass(frozen=True)
-class FrameTimes:
-    """When frames are on screen, in ticks of presentation time: at tick 0, a player's clock shows 0.
-
-    Args:
-        starts: `(frames,)`, int64, ascending. A frame stays until the next one starts.
-        end: When the last frame is taken off.
-        tick: Seconds of a tick.
-        announced_rates: Frames per second as the header gives them. All may be wrong.
-    """
-
-    starts: np.ndarray
-    end: int
-    tick: Fraction
-    announced_rates: tuple[Fraction, ...] = ()
-
-    @property
-    def seconds(self) -> np.ndarray:
-        """`(frames,)`: when each frame appears."""
-        return self.starts * float(self.tick)
-
-    @property
-    def end_seconds(self) -> float:
-        return self.end * float(self.tick)
-
-    def stays(self) -> np.ndarray:
-        """`(frames,)`: seconds for which each frame is on screen."""
-        return np.diff(self.seconds, append=self.end_seconds)
-
-    def constant_rate(self) -> tuple[float, int] | None:
-        """`(rate, first)`, if each frame `i` appears within half a frame of `(first + i) / rate` seconds."""
-        count, seconds = len(self.starts), self.seconds
-        span = seconds[-1] - seconds[0] if count > 1 else self.end_seconds - seconds[0]
-        measured = float(max(1, count - 1) / span) if span > 0 else 0.0
-        found = None
-        least = 0.5 + SMALL_ERROR
-        for rate in filter(None, (*map(float, self.announced_rates), measured)):
-            places = seconds * rate - np.arange(count)
-            first = round((places.min() + places.max()) / 2)
-            error = np.abs(places - first).max()
-            # A last frame that is held for long is none of a constant rate.
-            if error < least - SMALL_ERROR and self.end_seconds * rate <= first + count + 1:
-                found, least = (rate, first), error
-        return found
-
-    def grid_rate(self) -> float:
-        """Places per second of a regular grid on which all frames lie.
-
-        That is a rate the header gives, if the video is one of this rate without some of its frames, else 1000.
-        """
-        for rate in map(float, self.announced_rates):
-            if np.abs(self.seconds * rate - np.round(self.seconds * rate)).max() <= 2 * SMALL_ERROR:
-                return rate
-        return float(1 / MILLISECOND)
 
 
 class VideoFile:
@@ -155,15 +96,15 @@ class VideoFile:
     def picture(self, frame: VideoFrame) -> np.ndarray:
         """A frame as it is shown: `(height, width, 3)` uint8 RGB with square pixels, turned as the file says."""
         if self._shown_size is None:
-            self._shown_size = _with_square_pixels(frame.width, frame.height, self._pixel_aspect)
+            self._shown_size = with_square_pixels(frame.width, frame.height, self._pixel_aspect)
         # The frames of a stream may change their size; a player keeps its window.
         width, height = self._shown_size
         if (width, height) == (frame.width, frame.height):
             picture = frame.to_ndarray(format="rgb24")
         else:
             picture = frame.to_ndarray(format="rgb24", width=width, height=height)
-        matrix = _display_matrix(frame)
-        return picture if matrix is None else _turned(picture, matrix)
+        matrix = display_matrix(frame)
+        return picture if matrix is None else turned(picture, matrix)
 
     def description(self) -> dict[str, str]:
         """What was found in the file, for people: container, codec and pixels as they are and as they are shown."""
@@ -177,7 +118,7 @@ class VideoFile:
         if frame is None:
             raise VideoError(f"No frame of {self.name} can be decoded. Play it in a video player, or re-encode it.")
         height, width, _ = self.picture(frame).shape
-        matrix = _display_matrix(frame)
+        matrix = display_matrix(frame)
         found["pixels"] = f"{frame.width} × {frame.height}, {frame.format.name}, shown as {width} × {height}"
         if self._pixel_aspect not in (None, 0, 1):
             found["pixels"] += f", each {float(self._pixel_aspect):.3g} times as wide as high"
@@ -419,33 +360,3 @@ def _pictures(file: Path | BinaryIO) -> Iterator[tuple[int, VideoFrame]]:
             image.seek(index)
             yield tick, VideoFrame.from_image(image.convert("RGB"))
             tick += image.info.get("duration") or 100
-
-
-def _with_square_pixels(width: int, height: int, pixel_aspect: Fraction | None) -> tuple[int, int]:
-    """The size at which no row and no column is lost."""
-    # Beyond that, the header is damaged.
-    if not pixel_aspect or not Fraction(1, 10) <= pixel_aspect <= 10:
-        return width, height
-    return (round(width * pixel_aspect), height) if pixel_aspect > 1 else (width, round(height / pixel_aspect))
-
-
-def _display_matrix(frame: VideoFrame) -> np.ndarray | None:
-    """`(9,)`: how a player places the picture, see `_turned`."""
-    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
-    return None if matrix is None else np.frombuffer(bytes(matrix), np.int32)
-
-
-def _turned(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """A picture turned by a multiple of 90 degrees, mirrored or both.
-
-    Args:
-        matrix: `(9,)`, of which a player shows the pixel (x, y) at (a x + c y, b x + d y):
-            a b ·
-            c d ·
-            · · ·
-    """
-    across, down = matrix[0], matrix[4]
-    if abs(matrix[1]) > abs(matrix[0]):
-        # Rows become columns: x comes from y by c, y from x by b.
-        picture, across, down = picture.transpose(1, 0, 2), matrix[3], matrix[1]
-    return picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]

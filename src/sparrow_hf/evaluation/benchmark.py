@@ -14,10 +14,10 @@ from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel
 
 from .._transformers import unwrap
-from ..configuration_sparrow import visual_token_ids
 from ..draft_inputs import EVERY_VISUAL_TOKEN, visual_mask
 from ..errors import BenchmarkError
 from ..measurement import Arm, compare, num_rounds, warm_up
+from ..target_config import visual_token_ids
 from .provenance import provenance
 from .run_file import RunFile
 

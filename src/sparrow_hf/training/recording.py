@@ -38,12 +38,13 @@ from ..artifacts import (
     write_json,
 )
 from ..checksums import Digests, read_json
-from ..configuration_sparrow import SparrowDraftConfig, published_name
+from ..configuration_sparrow import SparrowDraftConfig
 from ..data.datasets import Rows
 from ..data.messages import naming_row
 from ..draft_inputs import draft_positions
 from ..errors import DiskBudgetError, TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
+from ..target_config import published_name
 from .data import SparrowDataCollator, TrainingStates, read_with_target
 
 PROVENANCE_FILE = "recording.json"

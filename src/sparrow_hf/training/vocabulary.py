@@ -19,8 +19,8 @@ from transformers import AutoConfig, GenerationConfig
 
 from ..artifacts import StoredTensors, atomic_path, tensor_digest
 from ..checksums import SEAL, sealed, unseal, warn_without_digest
-from ..configuration_sparrow import visual_token_ids
 from ..errors import TrainingDataError, VocabularyError
+from ..target_config import visual_token_ids
 
 VOCABULARY_FILE = "vocabulary.safetensors"
 

@@ -17,10 +17,10 @@ from transformers.generation import CandidateGenerator
 
 from sparrow_hf._transformers import CACHE, drop_newest, replaced_candidate_generator, unwrap
 from sparrow_hf.analysis.attention import watching_attention
-from sparrow_hf.configuration_sparrow import visual_token_ids
 from sparrow_hf.draft_inputs import visual_mask
 from sparrow_hf.evaluation.arms import Arms
 from sparrow_hf.measurement import Arm
+from sparrow_hf.target_config import visual_token_ids
 from sparrow_hf.targets import TargetView
 
 KEPT_SHARE, KEPT_MASS = 0.1, 0.4
