@@ -14,7 +14,17 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ._transformers import NO_CACHE, commit_of, execution_device, layer_kinds, name_of, rope_borders, unwrap
+from ._transformers import (
+    NO_CACHE,
+    commit_of,
+    execution_device,
+    layer_kinds,
+    name_of,
+    query_groups,
+    rope_borders,
+    takes_positions,
+    unwrap,
+)
 from .configuration_sparrow import SparrowDraftConfig
 from .errors import BindingError, UnsupportedTargetError
 from .hidden_states import install_hooks
@@ -73,6 +83,21 @@ class TargetView:
     def chain_layers(self) -> list[str]:
         """Kinds of its layers that verify chains, but no trees."""
         return sorted(set(self.layer_kinds) - TREE_LAYERS - {NO_CACHE})
+
+    @cached_property
+    def obstacle_to_trees(self) -> str:
+        """What does not let its rows branch: layers that follow no mask, or positions that cannot be given."""
+        if self.chain_layers:
+            return f"{', '.join(self.chain_layers)} layers"
+        return "" if takes_positions(self.model, self.decoder) else "decoder, which takes no positions,"
+
+    @cached_property
+    def query_groups(self) -> dict[str, int]:
+        """Kind of layer → how many query heads share one KV head, for kinds in which it is more than one.
+
+        Without kinds whose attention modules do anything with a mask but give it to the attention function.
+        """
+        return query_groups(self.layers, self.text_config)
 
     def is_view_of(self, target: PreTrainedModel) -> bool:
         """Whether this is a view of `target` with its current embedding and head."""

@@ -5,11 +5,14 @@ this room; `docs/compatibility.md` explains how.
 """
 
 from .attention import (
+    GROUPED_ATTENTION,
     attention_function,
     eager_attention,
     is_stock_attention,
     makes_masks,
+    query_groups,
     register_attention,
+    registered_attention,
     rope_borders,
     takes_flat_masks_only,
     takes_positions,

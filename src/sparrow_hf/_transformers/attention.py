@@ -1,14 +1,21 @@
 """Attention functions, masks and positions: what the layers of a model run on."""
 
+import ast
+import functools
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from .caches import layer_kinds
 from .models import attention_of
 from .names import ATTENTION_FUNCTIONS, MASK_FUNCTIONS, flat_mask
+
+#: The name of the package's own attention implementation: sdpa in which no step expands grouped keys and values.
+GROUPED_ATTENTION = "sdpa_grouped"
 
 
 def attention_function(layers: nn.ModuleList, config: Any) -> Callable[..., Any] | None:
@@ -41,7 +48,7 @@ def is_stock_attention(layers: nn.ModuleList, config: Any) -> bool:
     """Whether decoder layers run on an attention function of transformers that follows 4-D masks."""
     function = attention_function(layers, config)
     is_own = function is not None and function.__module__.startswith("transformers.")
-    return is_own and attention_of(config) in ("eager", "sdpa")
+    return is_own and attention_of(config) in ("eager", "sdpa", GROUPED_ATTENTION)
 
 
 def makes_masks(name: str) -> bool:
@@ -54,9 +61,58 @@ def takes_flat_masks_only(name: str) -> bool:
     return name in MASK_FUNCTIONS and MASK_FUNCTIONS[name] is flat_mask
 
 
-def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Puts an attention function in the place of the one that has this name."""
+def registered_attention(name: str) -> Callable[..., Any] | None:
+    """The attention function that has this name, if it is transformers' own."""
+    function = ATTENTION_FUNCTIONS.get(name)
+    is_own = function is not None and function.__module__.startswith("transformers.")
+    return function if is_own else None
+
+
+def register_attention(name: str, function: Callable[..., Any], masks_of: str | None = None) -> None:
+    """Puts an attention function in the place of the one that has this name.
+
+    Args:
+        masks_of: Name of the one for which models make the same masks; by default the name keeps its own.
+    """
     ATTENTION_FUNCTIONS.register(name, function)
+    if masks_of is not None:
+        MASK_FUNCTIONS.register(name, MASK_FUNCTIONS[masks_of])
+
+
+def query_groups(layers: nn.ModuleList, config: Any) -> dict[str, int]:
+    """Kind of layer → how many query heads share one KV head, if it is more than one and the same in all of the kind.
+
+    Kinds with attention modules that read or change their mask themselves are left out.
+    """
+    # Unlike `layer_kinds`, this names the mask of layers that share the keys and values of another, too.
+    kinds = getattr(config, "layer_types", None) or layer_kinds(config)
+    found: dict[str, set[int]] = {}
+    for kind, layer in zip(kinds, layers, strict=False):
+        modules = [module for module in layer.modules() if hasattr(module, "num_key_value_groups")]
+        groups = [module.num_key_value_groups if _hands_masks_on(type(module)) else 1 for module in modules]
+        found.setdefault(kind, set()).update(groups or [1])
+    return {kind: max(groups) for kind, groups in found.items() if len(groups) == 1 and max(groups) > 1}
+
+
+@functools.cache
+def _hands_masks_on(kind: type) -> bool:
+    """Whether attention modules of a class do nothing with their mask but give it to the attention function.
+
+    It is read off transformers' code, as transformers itself reads off whether attention functions can be chosen.
+    """
+    if not kind.__module__.startswith("transformers.models."):
+        return False
+    try:
+        code = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))  # type: ignore[attr-defined]
+    except (OSError, SyntaxError):
+        return False
+    nodes = list(ast.walk(code))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "attention_interface"]
+    masks = [node for node in nodes if isinstance(node, ast.Name) and node.id == "attention_mask"]
+    if len(calls) != 1 or len(masks) != 1:
+        return False
+    named = {keyword.arg: keyword.value for keyword in calls[0].keywords}
+    return masks[0] in (*calls[0].args, *named.values()) and "position_bias" not in named
 
 
 def takes_positions(target: Any, decoder: nn.Module) -> bool:

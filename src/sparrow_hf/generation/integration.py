@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._transformers import install_seam
+from .._transformers import contract_breaches, install_seam
 from ..modeling_sparrow import SparrowDraftModel
 from .batches import decode_batch
 from .decoding import speculative_decode
+from .grouped_attention import install_grouped_attention
 from .refusals import check_inputs, check_request
 from .self_check import how_to_verify
 
@@ -16,6 +17,8 @@ from .self_check import how_to_verify
 def install() -> None:
     """Installs the seam. Idempotent; runs when `sparrow_hf` is imported."""
     install_seam(lambda model: isinstance(model, SparrowDraftModel), check_inputs, check_call, decode)
+    if not contract_breaches():
+        install_grouped_attention()
 
 
 def decode(target: Any, draft: SparrowDraftModel, input_ids: Tensor, **call: Any) -> Any:

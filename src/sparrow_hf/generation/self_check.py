@@ -112,21 +112,14 @@ def what_cannot_be_read(view: TargetView) -> list[str]:
 
 
 def _known(view: TargetView) -> Verification:
-    obstacle = obstacle_to_trees(view)
+    obstacle = view.obstacle_to_trees
     return Verification("own", None if obstacle else "own", obstacle)
-
-
-def obstacle_to_trees(view: TargetView) -> str:
-    """What of a target does not let rows branch: layers that follow no mask, or positions that cannot be given."""
-    if view.chain_layers:
-        return f"{', '.join(view.chain_layers)} layers"
-    return "" if _transformers.takes_positions(view.model, view.decoder) else "decoder, which takes no positions,"
 
 
 @torch.no_grad()
 def measure(view: TargetView) -> Verification:
     """Tries a chain and a tree against the same tokens one by one."""
-    obstacle = obstacle_to_trees(view)
+    obstacle = view.obstacle_to_trees
     found = Verification(None, None, obstacle, what_cannot_be_read(view))
     name, function = _transformers.attention_of(view.text_config), None
     if not _transformers.is_stock_attention(view.layers, view.text_config):

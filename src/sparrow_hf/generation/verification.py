@@ -15,6 +15,7 @@ from .._transformers import CACHE, attention_of, first_rows_read, makes_masks
 from ..draft_inputs import additive_mask
 from ..targets import TargetView
 from .caches import HeldCache
+from .grouped_attention import fold, groups_of
 from .tree import CandidateTree
 
 #: Per-token inputs that some families' forward takes; new tokens repeat the newest one (text).
@@ -37,12 +38,15 @@ def verification_inputs(
     Args:
         first_position: `(…, 1)` position of the first generated token.
         model_kwargs: Those of a plain step.
-        own_mask: Give the target a mask of ours. Without, it makes its own of the 2-D mask, as if the rows were one
-            text: right for chains, whatever the kinds of its layers.
+        own_mask: Give the target a mask of ours even if none can be folded. Without, it makes its own of the 2-D mask,
+            as if the rows were one text: right for chains, whatever the kinds of its layers.
     """
     size = len(tree.token_ids)
     lead = tree.token_ids.new_tensor(held.carried).reshape(-1, size).T
     num_rows = lead.shape[1] + len(tree)
+    # A single row is a plain step, which folds its heads itself.
+    groups = groups_of(view) if num_rows > 1 else {}
+    own_mask = own_mask or bool(groups)
     positions = _positions(tree, lead.shape[1], first_position + held.rows_since_prefill)
     step = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
     for key in _TOKEN_TYPE_KEYS:
@@ -59,14 +63,15 @@ def verification_inputs(
         **step,
     )
     if own_mask:
-        inputs["attention_mask"] = tree_attention_masks(view, tree, held, inputs[CACHE], mask)
-    if not tree.is_chain or held.is_ragged:
+        inputs["attention_mask"] = tree_attention_masks(view, tree, held, inputs[CACHE], mask, groups)
+    if own_mask or held.is_ragged:
         if inputs.get("position_ids") is None:
             # The model counts the rows itself, as if they were one text.
             start = positions.new_zeros((1, 1)) + held.ends
             inputs["position_ids"] = _positions(tree, lead.shape[1], start) if positions.ndim == 2 else positions
     if "logits_to_keep" in inputs:
-        inputs["logits_to_keep"] = len(tree)
+        # 0: all. A number would cut the masks of Gemma's layers that share keys and values to as many rows.
+        inputs["logits_to_keep"] = len(tree) if held.carried else 0
     return inputs
 
 
@@ -96,20 +101,32 @@ def max_levels_before_border(view: TargetView, held: HeldCache, first_position: 
 
 
 def tree_attention_masks(
-    view: TargetView, tree: CandidateTree, held: HeldCache, cache: Any, prefix_mask: Tensor | None
+    view: TargetView,
+    tree: CandidateTree,
+    held: HeldCache,
+    cache: Any,
+    prefix_mask: Tensor | None,
+    groups: dict[str, int],
 ) -> Tensor | dict[str, Tensor]:
-    """The mask of a tree, or one for each kind of layer. See [`tree_attention_mask`]."""
+    """The mask of a tree, or one for each kind of layer. See [`tree_attention_mask`].
+
+    Args:
+        groups: Kind of layer → how many query heads share one KV head, where masks are to be folded by it.
+    """
     if not makes_masks(attention_of(view.text_config)):
         # The target drops the 2-D mask and sees the padding.
         prefix_mask = None
     masks = {
-        kind: tree_attention_mask(
-            tree,
-            held.length,
-            view.dtype,
-            prefix_mask,
-            first_row,
-            window=view.text_config.sliding_window if kind == "sliding_attention" else None,
+        kind: fold(
+            tree_attention_mask(
+                tree,
+                held.length,
+                view.dtype,
+                prefix_mask,
+                first_row,
+                window=view.text_config.sliding_window if kind == "sliding_attention" else None,
+            ),
+            groups.get(kind, 1),
         )
         for kind, first_row in first_rows_read(cache, view.layer_kinds, len(tree)).items()
     }
