@@ -55,6 +55,7 @@ ACTIVATIONS: Any = _find("transformers.activations", "ACT2FN")
 _attention_functions: Any = _find("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS")
 _mask_functions: Any = _find("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS")
 _flat_mask: Any = _find("transformers.masking_utils", "flash_attention_mask")
+DynamicLayer: Any = _find("transformers.cache_utils", "DynamicLayer")
 _cache_layer_types: Any = _find("transformers.cache_utils", "get_layer_types_and_kwargs")
 LlamaRMSNorm: Any = _find("transformers.models.llama.modeling_llama", "LlamaRMSNorm")
 LlamaRotaryEmbedding: Any = _find("transformers.models.llama.modeling_llama", "LlamaRotaryEmbedding")
@@ -390,6 +391,21 @@ def run_layer(
         is_causal=is_causal,
         **{CACHE: cache},
     )
+
+
+def is_windowed(layer: Any) -> bool:
+    """Whether a layer of a cache belongs to attention that sees a window."""
+    return bool(layer.is_sliding)
+
+
+def compiles(target: Any, cache: Any, generation_config: Any) -> bool:
+    """Whether `generate()` would compile the target's decoding with this cache: where, and unless told otherwise."""
+    return bool(target._valid_auto_compile_criteria({CACHE: cache}, generation_config))
+
+
+def compile_options(target: Any, generation_config: Any) -> dict[str, Any]:
+    """Arguments of `torch.compile` that `generate()` would use."""
+    return (generation_config.compile_config or target._default_compile_config()).to_dict()
 
 
 def attention_layers(cache: Any) -> list[Any]:
