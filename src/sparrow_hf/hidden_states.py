@@ -99,6 +99,28 @@ def replay(states: Mapping[int, Tensor]) -> None:
             collector.collect(layer, of_layer)
 
 
+#: States of the step that torch is tracing at the moment; it cannot trace a `ContextVar`.
+_traced: dict[int, Tensor] | None = None
+
+
+@contextmanager
+def in_step(layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Gathers the states of one forward, also while torch traces it for compilation.
+
+    Yields an empty dict: layer id → `(B, n, H)` states, filled when the context is left.
+    """
+    global _traced
+    states: dict[int, Tensor] = {}
+    if torch.compiler.is_compiling():
+        _traced = states
+        yield states
+        _traced = None
+    else:
+        with HiddenStateCollector(dict.fromkeys(layers)).active() as collector:
+            yield states
+        states.update({layer: collector.take(layer) for layer in layers})
+
+
 class _Hook:
     """A hook that hands states to the thread's collector, if there is one."""
 
@@ -106,6 +128,9 @@ class _Hook:
         self.layer = layer
 
     def hand_over(self, states: Tensor) -> None:
+        if torch.compiler.is_compiling() and _traced is not None:
+            _traced[self.layer] = states
+            return
         collector = _ACTIVE.get()
         if collector is not None:
             collector.collect(self.layer, states)

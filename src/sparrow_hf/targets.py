@@ -78,6 +78,8 @@ class TargetView:
             raise UnsupportedTargetError(f"{name} has no input embedding or no language-model head")
         #: Filled by `generation/self_check.py`: attention function → how drafts are verified with it.
         self.verification: dict[Any, Any] = {}
+        #: Filled by `generation/static_decoding.py`: buffers and compiled steps of earlier calls.
+        self.static_sessions: dict[Any, Any] = {}
 
     @property
     def chain_layers(self) -> list[str]:

@@ -24,6 +24,7 @@ from .caches import (
     convolution_layers,
     drop_newest,
     first_rows_read,
+    is_windowed,
     layer_kinds,
     new_cache,
     new_inputs,
@@ -49,6 +50,7 @@ from .names import (
     CACHE,
     DECODER_LAYERS,
     DecoderOutput,
+    DynamicLayer,
     GenerateOutput,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -57,6 +59,8 @@ from .names import (
 from .seam import install_seam
 from .steps import (
     advance,
+    compile_options,
+    compiles,
     decoding,
     length_with_cache,
     pad_token,

@@ -18,6 +18,11 @@ def layer_kinds(config: Any) -> list[str]:
     return ["cross_attention" if index in reading_images else kind for index, kind in enumerate(kinds)]
 
 
+def is_windowed(layer: Any) -> bool:
+    """Whether a layer of a cache belongs to attention that sees a window."""
+    return bool(layer.is_sliding)
+
+
 def attention_layers(cache: Any) -> list[Any]:
     """Layers of a cache that hold keys and values (one that shares those of another layer holds none)."""
     return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]

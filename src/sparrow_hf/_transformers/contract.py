@@ -42,6 +42,7 @@ _METHODS = {
     "_prefill": {"input_ids", "generation_config", "model_kwargs"},
     "_update_model_kwargs_for_generation": {"outputs", "model_kwargs", "is_encoder_decoder", "num_new_tokens"},
     "_optimize_model_for_decode": {"self"},
+    "_valid_auto_compile_criteria": {"model_kwargs", "generation_config"},
     "_prepare_position_ids_for_generation": {"inputs_tensor", "model_kwargs"},
     "_get_candidate_generator": {"generation_config"},
     "prepare_inputs_for_generation": {"next_sequence_length", "is_first_iteration", CACHE},
@@ -52,7 +53,7 @@ _LAYER_ARGUMENTS = {"hidden_states", "attention_mask", "position_ids", "position
 #: Attributes that are read of configurations and models.
 _ATTRIBUTES = {
     "PreTrainedConfig": ("_name_or_path", "_attn_implementation", "get_text_config"),
-    "PreTrainedModel": ("get_decoder", "get_input_embeddings", "get_output_embeddings"),
+    "PreTrainedModel": ("get_decoder", "get_input_embeddings", "get_output_embeddings", "_default_compile_config"),
 }
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .names import CACHE
+
 
 def prefill(target: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> Any:
     """The target's outputs of what its cache does not hold of the prompt, in chunks if the configuration says so."""
@@ -70,3 +72,13 @@ def length_with_cache(generation_config: Any, attention_mask: Tensor | None) -> 
 def prompt_position_ids(target: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """`(…, 1, L)` positions `generate()` would give a prompt."""
     return target._prepare_position_ids_for_generation(input_ids, dict(inputs))
+
+
+def compiles(target: Any, cache: Any, generation_config: Any) -> bool:
+    """Whether `generate()` would compile the target's decoding with this cache: where, and unless told otherwise."""
+    return bool(target._valid_auto_compile_criteria({CACHE: cache}, generation_config))
+
+
+def compile_options(target: Any, generation_config: Any) -> dict[str, Any]:
+    """Arguments of `torch.compile` that `generate()` would use."""
+    return (generation_config.compile_config or target._default_compile_config()).to_dict()

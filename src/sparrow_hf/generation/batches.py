@@ -24,13 +24,14 @@ from .batch_drafts import BatchDrafter
 from .batch_emission import BatchEmitter, treats_rows_alone
 from .caches import RaggedCache, hold
 from .candidate_generator import SparrowCandidateGenerator
-from .decoding import num_new_positions, read_carried, recorded_outputs, returned
+from .decoding import num_new_positions, recorded_outputs, returned
 from .emission import recorded_step
 from .refusals import check_inputs
 from .self_check import Verification, how_to_verify
 from .stats import GenerationStats
 from .tree import build_chains
 from .verification import max_levels_before_border, verification_inputs
+from .verifiers import read_carried
 
 
 def decode_batch(

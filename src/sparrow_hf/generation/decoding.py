@@ -1,10 +1,8 @@
 """The speculative loop of one `generate()` call: prefill, then rounds of propose, verify, walk, commit."""
 
 import warnings
-from contextlib import closing
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
@@ -14,16 +12,16 @@ from .._transformers import CACHE, GenerateOutput
 from ..clocks import PhaseClock
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
-from ..targets import TargetView
-from .attention import following_masks
-from .caches import HeldCache, hold
 from .candidate_generator import SparrowCandidateGenerator
-from .emission import TokenEmitter, recorded_step
+from .emission import TokenEmitter
 from .refusals import check_inputs
 from .self_check import how_to_verify
 from .stats import GenerationStats
-from .tree import CandidateTree, build_chains
-from .verification import max_levels_before_border, verification_inputs, walk
+from .static_decoding import StaticSession, StaticVerifier, check_fixed_shapes, static_session
+from .static_drafts import StaticCandidateGenerator
+from .tree import CandidateTree
+from .verification import walk
+from .verifiers import TargetVerifier, Verifier
 
 
 def speculative_decode(
@@ -46,24 +44,57 @@ def speculative_decode(
     """
     # Checked again: `generate()` has made the cache since, and may have got the draft by another argument.
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
-    check_inputs(target, input_ids, embeds, model_kwargs[CACHE], mask)
+    is_static = generation_config.cache_implementation == "static"
+    check_inputs(target, input_ids, embeds, None if is_static else model_kwargs[CACHE], mask)
     emitter = TokenEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     recorded = recorded_outputs(generation_config)
+    if not is_static:
+        _decode(target, draft, emitter, recorded, generation_config, model_kwargs, None)
+        cache = model_kwargs[CACHE]
+    else:
+        check_fixed_shapes(draft.target, how_to_verify(draft.target), recorded)
+        compiles = _transformers.compiles(target, model_kwargs[CACHE], generation_config)
+        options = _transformers.compile_options(target, generation_config) if compiles else None
+        with static_session(draft, generation_config.max_length, options) as session:
+            model_kwargs[CACHE] = session.verification.cache
+            _decode(target, draft, emitter, recorded, generation_config, model_kwargs, session)
+            cache = session.copy_of_cache() if generation_config.return_dict_in_generate else None
+    if streamer is not None:
+        streamer.end()
+    return returned(emitter, recorded, cache, generation_config)
+
+
+def _decode(
+    target: PreTrainedModel,
+    draft: SparrowDraftModel,
+    emitter: TokenEmitter,
+    recorded: dict[str, tuple[Any, ...]],
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    session: StaticSession | None,
+) -> None:
+    """Prefill and rounds until the emitter has finished; in fixed shapes with a session."""
+    input_ids, mask = emitter.input_ids, model_kwargs.get("attention_mask")
+    cache = model_kwargs[CACHE]
     clock = PhaseClock(draft.device)
     stats = GenerationStats(draft.config.tree_shape.num_draft_levels, clock)
     draft.last_generation = stats
 
     # Prefill. Only what is new to the target's cache passes the hooks.
     new = num_new_positions(input_ids, generation_config, model_kwargs)
+    prompt = draft, input_ids[:, -new:], None if mask is None else mask[:, -new:]
     with clock.phase("draft"):
-        generator = SparrowCandidateGenerator(draft, input_ids[:, -new:], None if mask is None else mask[:, -new:])
+        if session is None:
+            generator = SparrowCandidateGenerator(*prompt)
+        else:
+            generator = StaticCandidateGenerator(session.drafting, *prompt)
     view, ways = draft.target, how_to_verify(draft.target)
     if generator.shape.beam_width > 1 and ways.trees is None:
         generator.draft_chains()
         warnings.warn(
             f"the target's {ways.why_no_trees} cannot verify trees: the draft proposes chains of "
             f"{generator.shape.num_draft_levels} tokens instead",
-            stacklevel=2,
+            stacklevel=3,
         )
     with clock.phase("prefill"), HiddenStateCollector(generator.layers_to_collect).active() as collector:
         outputs = _transformers.prefill(target, input_ids, generation_config, model_kwargs)
@@ -82,45 +113,28 @@ def speculative_decode(
             generator.prefill({layer: collector.take(layer) for layer in generator.layers_to_collect}, first_token)
     del collector
 
-    held = hold(model_kwargs[CACHE])
+    verifier: Verifier
+    if session is None:
+        verifier = TargetVerifier(view, ways, draft.config.feature_layer_ids, first_position, model_kwargs, recorded)
+    else:
+        verifier = StaticVerifier(session.verification, first_position, model_kwargs)
     try:
         with _transformers.decoding(target):
             while not emitter.finished:
                 # A round commits at most one token more than it drafts.
                 budget = generation_config.max_length - emitter.input_ids.shape[1]
-                on_this_side = max_levels_before_border(view, held, first_position)
                 with clock.phase("draft"):
-                    tree = generator.propose(max_levels=min(budget - 1, held.spare_slots - 1, on_this_side))
-                with clock.phase("verify"):
-                    past_length, lead = held.length, len(held.carried)
-                    with held.verifying(tree) as path:
-                        by_mask = ways.of(tree) == "eager"
-                        own_mask = by_mask or not tree.is_chain
-                        inputs = verification_inputs(view, tree, held, first_position, model_kwargs, own_mask)
-                        collector = HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids))
-                        with collector.active(), following_masks(by_mask):
-                            outputs = target(**inputs, return_dict=True)
-                        accept(tree, outputs.logits, emitter, stats, path)
-                    model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
-                for name in recorded:
-                    recorded[name] += tuple(recorded_step(outputs, name, past_length, lead, path))
-                del outputs
+                    tree = generator.propose(max_levels=min(budget - 1, verifier.max_levels()))
+                with clock.phase("verify"), verifier.verifying(tree) as (logits, path):
+                    accept(tree, logits, emitter, stats, path)
                 if not emitter.finished:
                     with clock.phase("draft"):
-                        rows = [lead + node for node in path]
-                        states = [collector.take(layer)[:, rows] for layer in draft.config.feature_layer_ids]
-                        generator.extend(torch.cat(states, dim=-1), emitter.input_ids[0, -len(path) :].tolist())
+                        generator.extend(verifier.features(path), emitter.input_ids[0, -len(path) :].tolist())
                 stats.max_draft_cache_length = generator.max_cache_length
                 stats.failed_drafts = generator.failed_drafts
     finally:
-        with closing(held):
-            if held.carried and _transformers.outlives_call(model_kwargs[CACHE], generation_config):
-                with _transformers.decoding(target), clock.phase("verify"):
-                    read_carried(view, held, first_position, model_kwargs, ways.chains == "eager")
-
-    if streamer is not None:
-        streamer.end()
-    return returned(emitter, recorded, model_kwargs[CACHE], generation_config)
+        with _transformers.decoding(target), clock.phase("verify"):
+            verifier.close(_transformers.outlives_call(cache, generation_config))
 
 
 def recorded_outputs(generation_config: GenerationConfig) -> dict[str, tuple[Any, ...]]:
@@ -152,7 +166,6 @@ def accept(
     tree: CandidateTree, logits: Tensor, emitter: TokenEmitter, stats: GenerationStats, path: list[int]
 ) -> None:
     """One round: walks the tree with the target's `(1, N, V)` logits, committing tokens; `path` gets their nodes."""
-    logits = logits[:, -len(tree) :]
     argmax = logits[0].float().argmax(dim=-1).tolist() if emitter.takes_argmax else None
 
     def choose(node: int) -> int:
@@ -167,18 +180,6 @@ def accept(
 
     stats.accepted.append(0)
     walk(tree, choose, commit, path)
-
-
-def read_carried(
-    view: TargetView, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any], by_mask: bool
-) -> None:
-    """Runs the target over the carried tokens alone, so that the cache holds them."""
-    chain = build_chains(torch.tensor(held.carried, device=first_position.device).T)
-    held.carried = []
-    with held.verifying(chain) as path, following_masks(by_mask):
-        inputs = verification_inputs(view, chain, held, first_position, model_kwargs, own_mask=by_mask)
-        view.model(**inputs, return_dict=True)
-        path += range(len(chain))
 
 
 def num_new_positions(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:

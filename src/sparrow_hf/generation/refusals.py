@@ -43,8 +43,8 @@ def check_inputs(
         )
     if cache is not None and (type(cache) is not DynamicCache or getattr(cache, "offloading", False)):
         raise UnsupportedGenerationError(
-            f"a Sparrow draft needs the default dynamic cache, found {type(cache).__name__}: leave "
-            f"cache_implementation and {CACHE} at their defaults (use_cache=True)"
+            f"a Sparrow draft needs the default dynamic cache, found {type(cache).__name__}: leave {CACHE} at its "
+            "default (use_cache=True), or pass cache_implementation='static'"
         )
     is_padded = attention_mask is not None and not attention_mask.all()
     if is_padded and (unfit := sorted(_COUNTS_PADDING.intersection(kinds_of_layers(target)))):
@@ -71,7 +71,7 @@ def check_request(
         found.append("assistant_ensemble_weight (it would change the output)")
     if generation_config.use_cache is False:
         found.append("use_cache=False")
-    if generation_config.cache_implementation not in (None, "dynamic"):
+    if generation_config.cache_implementation not in (None, "dynamic", "static"):
         found.append(f"cache_implementation={generation_config.cache_implementation!r}")
     if generation_mode_kwargs.get("synced_gpus"):
         found.append("synced_gpus (ZeRO-3 or FSDP generation)")

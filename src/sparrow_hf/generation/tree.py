@@ -77,9 +77,9 @@ class CandidatePool:
         self._tokens: list[Tensor] = []
         self._parents: list[Tensor] = []
         self._size = 0
-        # Pool index and cumulative log-probability of the frontier the next level grows from; the root is −1.
-        self._frontier = torch.tensor([-1])
-        self._frontier_scores = torch.zeros(1)
+        # Pool index and cumulative log-probability of the frontier the next level grows from.
+        self._frontier: Tensor | None = None
+        self._frontier_scores: Tensor | None = None
 
     def add_level(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         """Adds the best continuations of every frontier node and moves the frontier to the best of them.
@@ -92,18 +92,22 @@ class CandidatePool:
             origins: `(F',)` which node of the old frontier each one continues.
         """
         device = log_probs.device
+        if self._frontier is None or self._frontier_scores is None:
+            # The root is −1.
+            self._frontier = torch.full((1,), -1, device=device)
+            self._frontier_scores = log_probs.new_zeros(1)
         width = min(self._beam, log_probs.shape[-1])
         best, tokens = log_probs.topk(width, dim=-1)
         if self._token_ids is not None:
             tokens = self._token_ids[tokens]
-        scores = (best + self._frontier_scores.to(device)[:, None]).flatten()
+        scores = (best + self._frontier_scores[:, None]).flatten()
         # pool      … | f0c0 f0c1 f1c0 f1c1 |        f = frontier node, c = its continuation
         # origins        0    0    1    1            and first = pool index of f0c0
         first, tokens = self._size, tokens.flatten()
         origins = torch.arange(log_probs.shape[0], device=device).repeat_interleave(width)
         self._scores.append(scores)
         self._tokens.append(tokens)
-        self._parents.append(self._frontier.to(device)[origins])
+        self._parents.append(self._frontier[origins])
         self._size += len(scores)
 
         self._frontier_scores, chosen = scores.topk(min(self._beam, len(scores)))
@@ -111,23 +115,44 @@ class CandidatePool:
         return tokens[chosen], origins[chosen]
 
     def best_tree(self, root_token: int, num_nodes: int, device: torch.device | str) -> CandidateTree | None:
-        """The `num_nodes − 1` most probable candidates under their root, or `None` if a score is not a number.
-
-        A child is never more probable than its parent and comes after it in the pool, so a stable sort never keeps a
-        child without its parent. Impossible tokens (placeholders) are left out.
-        """
+        """The `num_nodes − 1` most probable candidates under their root, or `None` if a score is not a number."""
         if not self._scores:
             return build_tree([root_token], [-1], device)
+        return tree_of_nodes(root_token, self.best(num_nodes).tolist(), device=device)
+
+    def best(self, num_nodes: int) -> Tensor:
+        """The `num_nodes − 1` most probable candidates, in the order of the pool.
+
+        A child is never more probable than its parent and comes after it in the pool, so a stable sort never keeps a
+        child without its parent.
+
+        Returns:
+            `(4, n)` float64, which holds every id exactly: tokens, parents in the pool, places in the pool, scores.
+        """
         scores = torch.cat(self._scores)
         order = torch.sort(scores, descending=True, stable=True).indices[: num_nodes - 1].sort().values
-        picked = torch.stack((torch.cat(self._tokens)[order], torch.cat(self._parents)[order], order)).tolist()
-        picked_scores = scores[order].tolist()
-        if any(math.isnan(score) for score in picked_scores):
+        parts = (torch.cat(self._tokens)[order], torch.cat(self._parents)[order], order, scores[order])
+        return torch.stack([part.double() for part in parts])
+
+
+def tree_of_nodes(
+    root_token: int, nodes: list[list[float]], max_levels: int | None = None, device: torch.device | str = "cpu"
+) -> CandidateTree | None:
+    """The tree of what [`~CandidatePool.best`] returned; impossible tokens (placeholders) are left out.
+
+    Args:
+        max_levels: Deeper nodes are left out as well.
+
+    Returns:
+        `None` if a score is not a number.
+    """
+    tokens, parents, depths, node_of = [root_token], [-1], [0], {-1: 0}
+    for token, parent, index, score in zip(*nodes, strict=True):
+        if math.isnan(score):
             return None
-        tokens, parents, node_of = [root_token], [-1], {-1: 0}
-        for token, parent, index, score in zip(*picked, picked_scores, strict=True):
-            if score > -math.inf:
-                node_of[index] = len(tokens)
-                tokens.append(token)
-                parents.append(node_of[parent])
-        return build_tree(tokens, parents, device)
+        if score > -math.inf and parent in node_of and (max_levels is None or depths[node_of[int(parent)]] < max_levels):
+            node_of[int(index)] = len(tokens)
+            tokens.append(int(token))
+            parents.append(node_of[int(parent)])
+            depths.append(depths[parents[-1]] + 1)
+    return build_tree(tokens, parents, device)

@@ -19,7 +19,7 @@ from .grouped_attention import fold, groups_of
 from .tree import CandidateTree
 
 #: Per-token inputs that some families' forward takes; new tokens repeat the newest one (text).
-_TOKEN_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+TOKEN_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 def verification_inputs(
@@ -49,7 +49,7 @@ def verification_inputs(
     own_mask = own_mask or bool(groups)
     positions = _positions(tree, lead.shape[1], first_position + held.rows_since_prefill)
     step = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
-    for key in _TOKEN_TYPE_KEYS:
+    for key in TOKEN_TYPE_KEYS:
         if step.get(key) is not None:
             step[key] = step[key][..., -1:].expand(*step[key].shape[:-1], num_rows)
     mask = model_kwargs.get("attention_mask")

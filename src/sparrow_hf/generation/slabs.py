@@ -1,0 +1,102 @@
+"""A target's cache in memory of a fixed size: rows are written where they belong, and nothing is copied to grow."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .._transformers import DynamicLayer, is_windowed
+
+
+class SlabLayer(DynamicLayer):
+    """A layer of a dynamic cache whose rows lie at the start of a slab.
+
+        slab     [ r0 r1 r2 … r(n−1) | free … ]
+        keys     [ r0 r1 r2 … r(n−1) ]                a view
+
+    While `at` is set, the layer is one of a fixed step: new rows go to these places of the slab, and attention reads
+    all of it under a mask.
+
+    Args:
+        num_rows: Rows of the slab.
+        is_sliding: The layer's attention sees a window. The slab keeps all rows; the mask knows the window.
+    """
+
+    def __init__(self, num_rows: int, is_sliding: bool = False):
+        super().__init__()
+        self.num_rows = num_rows
+        self.is_sliding = is_sliding
+        self.slab: tuple[Tensor, Tensor] | None = None
+        self.at: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if self.slab is None:
+            # Tensors made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                self.slab = tuple(  # type: ignore[assignment]
+                    states.new_zeros((*states.shape[:2], self.num_rows, states.shape[-1]))
+                    for states in (key_states, value_states)
+                )
+        self.device, self.dtype = key_states.device, key_states.dtype
+        self.hold(0)
+        self.is_initialized = True
+
+    def hold(self, num_rows: int) -> None:
+        """The first `num_rows` rows of the slab are what the layer holds."""
+        if self.slab is not None:
+            self.keys, self.values = (rows[:, :, :num_rows] for rows in self.slab)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.at is not None and self.slab is not None:
+            for rows, states in zip(self.slab, (key_states, value_states), strict=True):
+                rows.index_copy_(2, self.at, states)
+            return self.slab
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.slab is not None
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for rows, states in zip(self.slab, (key_states, value_states), strict=True):
+            rows[:, :, start:end] = states
+        self.hold(end)
+        return self.keys, self.values
+
+
+def slab_cache(config: Any, num_rows: int) -> DynamicCache:
+    """An empty cache of slabs, as `DynamicCache(config=config)` lays out its layers; memory is taken at first use."""
+    cache = DynamicCache(config=config)
+    cache.layers = [
+        SlabLayer(num_rows, is_windowed(layer)) if isinstance(layer, DynamicLayer) else layer for layer in cache.layers
+    ]
+    return cache
+
+
+def slab_layers(cache: DynamicCache) -> list[SlabLayer]:
+    """Its layers that have taken memory."""
+    return [layer for layer in cache.layers if isinstance(layer, SlabLayer) and layer.slab is not None]
+
+
+def empty(cache: DynamicCache) -> None:
+    """Forgets all rows; the memory stays."""
+    for layer in slab_layers(cache):
+        layer.at = None
+        layer.hold(0)
+
+
+def move_rows(layers: Sequence[SlabLayer], sources: Tensor, destinations: Tensor) -> None:
+    """Copies the `(n,)` rows `sources` to `destinations`, in place."""
+    for layer in layers:
+        assert layer.slab is not None
+        for rows in layer.slab:
+            rows.index_copy_(2, destinations, rows.index_select(2, sources))
+
+
+def dynamic_copy(cache: DynamicCache, config: Any) -> DynamicCache:
+    """What a cache of slabs holds, in an ordinary one."""
+    copied = DynamicCache(config=config)
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, SlabLayer) and layer.slab is not None:
+            copied.update(layer.keys.clone(), layer.values.clone(), index)
+    return copied

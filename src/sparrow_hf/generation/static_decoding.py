@@ -1,0 +1,143 @@
+"""Decoding in fixed shapes: which calls can have it, and the buffers and compiled steps kept from call to call."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from .._transformers import CACHE, NO_CACHE, attention_of
+from ..errors import UnsupportedGenerationError
+from ..modeling_sparrow import SparrowDraftModel
+from ..targets import TREE_LAYERS, TargetView
+from .self_check import Verification
+from .slabs import dynamic_copy
+from .static_drafts import StaticDrafting
+from .static_verification import HeldSlabs, StaticVerification
+from .tree import CandidateTree
+
+#: Lengths whose buffers and steps are kept for the next calls of a target and draft.
+_MAX_KEPT = 2
+
+
+class StaticSession:
+    """What one call in fixed shapes works with, and the next call of about the same length uses again.
+
+    Args:
+        num_rows: Prompt and new tokens.
+        compile_config: Arguments of `torch.compile`; `None`: not compiled.
+    """
+
+    def __init__(self, draft: SparrowDraftModel, num_rows: int, compile_config: dict[str, Any] | None):
+        self._view, shape = draft.target, draft.config.tree_shape
+        max_path = shape.num_draft_levels + 1
+        num_nodes = max(shape.num_tree_nodes, 1)
+        layers = draft.config.feature_layer_ids
+        self.verification = StaticVerification(
+            draft.target, bucket(num_rows + num_nodes), num_nodes, max_path, layers, compile_config
+        )
+        drafted = shape.beam_width * shape.num_draft_levels
+        self.drafting = StaticDrafting(draft, bucket(num_rows + max_path + drafted), shape, max_path, compile_config)
+
+    def copy_of_cache(self) -> DynamicCache:
+        """What the target's cache holds, for the caller."""
+        return dynamic_copy(self.verification.cache, self._view.text_config)
+
+
+class StaticVerifier:
+    """The counterpart of `TargetVerifier` in fixed shapes."""
+
+    def __init__(self, verification: StaticVerification, first_position: Tensor, model_kwargs: dict[str, Any]):
+        self._verification = verification
+        self._held = HeldSlabs(model_kwargs[CACHE], self._verification)
+        self._states: list[Tensor] = []
+        self._verification.start(self._held, first_position, model_kwargs)
+
+    def max_levels(self) -> int:
+        """How deep the next tree may be."""
+        return self._verification.num_nodes - 1
+
+    @contextmanager
+    def verifying(self, tree: CandidateTree) -> Iterator[tuple[Tensor, list[int]]]:
+        """One forward over the tree. Yields its `(1, N, V)` logits and the path to keep, empty."""
+        with self._held.verifying(tree) as path:
+            logits, self._states = self._verification.forward(tree, self._held.length)
+            yield logits[:, : len(tree)], path
+
+    def features(self, path: list[int]) -> Tensor:
+        """`(1, n, features · H)` states of the last forward at the nodes of a path."""
+        return torch.cat([states[:, path] for states in self._states], dim=-1)
+
+    def close(self, outlives_call: bool) -> None:
+        """After the last round."""
+        self._held.close()
+
+
+def bucket(length: int) -> int:
+    """The size of the buffers for a length: at most an eighth longer, so that many lengths have the same."""
+    step = max(64, 1 << ((length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+def check_fixed_shapes(view: TargetView, ways: Verification, recorded: Collection[str]) -> None:
+    """Whether a call with `cache_implementation="static"` can have a draft.
+
+    Raises:
+        UnsupportedGenerationError: It cannot; what stands in the way is named.
+    """
+    found = [f"output_{name}" for name in recorded]
+    if unfit := sorted(set(view.layer_kinds) - TREE_LAYERS - {NO_CACHE}):
+        found.append(f"layers of the kind {', '.join(unfit)}")
+    if view.rope_borders:
+        found.append("rotary embeddings whose frequencies follow the length")
+    if ways.trees != "own":
+        found.append(f"the attention function {attention_of(view.text_config)!r}, which follows no mask of a tree")
+    if len({parameter.device for parameter in view.decoder.parameters()}) > 1:
+        found.append("a decoder on several devices")
+    if found:
+        raise UnsupportedGenerationError(
+            f"cache_implementation='static' cannot be combined with a Sparrow draft and {'; '.join(found)}: leave "
+            "cache_implementation at its default, or generate without the draft"
+        )
+
+
+@contextmanager
+def static_session(
+    draft: SparrowDraftModel, num_rows: int, compile_config: dict[str, Any] | None
+) -> Iterator[StaticSession]:
+    """A session for one call, with an empty cache: that of an earlier call where it fits, or else a new one.
+
+    A thread that finds it in use makes its own.
+    """
+    kept = draft.target.static_sessions
+    key = (
+        bucket(num_rows), draft.config.tree_shape, repr(compile_config), attention_of(draft.target.text_config),
+        _state_of(draft.target.model), _state_of(draft),
+    )
+    session = kept.pop(key, None) or StaticSession(draft, num_rows, compile_config)
+    try:
+        yield session
+    finally:
+        session.verification.end()
+        session.drafting.end()
+        kept[key] = session
+        for old in list(kept)[:-_MAX_KEPT]:
+            kept.pop(old, None)
+
+
+def _state_of(model: nn.Module) -> int:
+    """Changes when a model's weights move, its modules change, or an adapter is switched, added or scaled.
+
+    A captured graph holds addresses and numbers, so it would go on with the old ones.
+    """
+    parts: list[Any] = [model.training]
+    for module in model.modules():
+        parts += [id(module), len(module._forward_hooks), len(module._forward_pre_hooks)]
+        parts += [tensor.data_ptr() for tensor in module.parameters(recurse=False)]
+        parts += [tensor.data_ptr() for tensor in module.buffers(recurse=False)]
+        # Adapters of peft.
+        for name in ("active_adapters", "disable_adapters", "merged_adapters", "scaling"):
+            parts.append(repr(getattr(module, name, None)))
+    return hash(tuple(parts))

@@ -1,0 +1,124 @@
+"""What the loop asks of a target in each round: one forward over a tree, and its states at the nodes that stay."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import _transformers
+from .._transformers import CACHE
+from ..hidden_states import HiddenStateCollector
+from ..targets import TargetView
+from .attention import following_masks
+from .caches import HeldCache, hold
+from .emission import recorded_step
+from .self_check import Verification
+from .tree import CandidateTree, build_chains
+from .verification import max_levels_before_border, verification_inputs
+
+
+class Verifier(Protocol):
+    """One call's target, as the loop sees it."""
+
+    def max_levels(self) -> int:
+        """How deep the next tree may be."""
+
+    def verifying(self, tree: CandidateTree) -> AbstractContextManager[tuple[Tensor, list[int]]]:
+        """One forward over the tree. Gives its `(1, N, V)` logits and the path to keep, empty."""
+
+    def features(self, path: list[int]) -> Tensor:
+        """`(1, n, features · H)` states of the last forward at the nodes of a path."""
+
+    def close(self, outlives_call: bool) -> None:
+        """After the last round; the cache may be used by others if it outlives the call."""
+
+
+class TargetVerifier:
+    """Verifies with the target as it is and the cache that `generate()` made.
+
+    Args:
+        ways: With which attention function chains and trees are verified.
+        layer_ids: Layers whose states the draft reads.
+        first_position: `(…, 1)` position of the first generated token.
+        model_kwargs: Those of the next plain step.
+        recorded: Outputs of every step that the call asked for; each round adds those of its tokens.
+    """
+
+    def __init__(
+        self,
+        view: TargetView,
+        ways: Verification,
+        layer_ids: list[int],
+        first_position: Tensor,
+        model_kwargs: dict[str, Any],
+        recorded: dict[str, tuple[Any, ...]],
+    ):
+        self._view = view
+        self._ways = ways
+        self._layer_ids = layer_ids
+        self._first_position = first_position
+        self._model_kwargs = model_kwargs
+        self._recorded = recorded
+        self._held: HeldCache = hold(model_kwargs[CACHE])
+        self._states: list[Tensor] = []
+
+    def max_levels(self) -> int:
+        """How deep the next tree may be."""
+        on_this_side = max_levels_before_border(self._view, self._held, self._first_position)
+        return min(self._held.spare_slots - 1, on_this_side)
+
+    @contextmanager
+    def verifying(self, tree: CandidateTree) -> Iterator[tuple[Tensor, list[int]]]:
+        """One forward over the tree. Yields its `(1, N, V)` logits and the path to keep, empty."""
+        past_length, lead = self._held.length, len(self._held.carried)
+        with self._held.verifying(tree) as path:
+            by_mask = self._ways.of(tree) == "eager"
+            inputs = verification_inputs(
+                self._view,
+                tree,
+                self._held,
+                self._first_position,
+                self._model_kwargs,
+                own_mask=by_mask or not tree.is_chain,
+            )
+            collector = HiddenStateCollector(dict.fromkeys(self._layer_ids))
+            with collector.active(), following_masks(by_mask):
+                outputs = self._view.model(**inputs, return_dict=True)
+            yield outputs.logits[:, -len(tree) :], path
+        self._states = [collector.take(layer)[:, lead:] for layer in self._layer_ids]
+        self._model_kwargs = _transformers.advance(
+            self._view.model, outputs, self._model_kwargs, num_new_tokens=len(path)
+        )
+        for name in self._recorded:
+            self._recorded[name] += tuple(recorded_step(outputs, name, past_length, lead, path))
+
+    def features(self, path: list[int]) -> Tensor:
+        """`(1, n, features · H)` states of the last forward at the nodes of a path."""
+        return torch.cat([states[:, path] for states in self._states], dim=-1)
+
+    def close(self, outlives_call: bool) -> None:
+        """After the last round.
+
+        Args:
+            outlives_call: Somebody will use the cache: it must hold all of the text but its newest token.
+        """
+        try:
+            if self._held.carried and outlives_call:
+                by_mask = self._ways.chains == "eager"
+                read_carried(self._view, self._held, self._first_position, self._model_kwargs, by_mask)
+        finally:
+            self._held.close()
+
+
+def read_carried(
+    view: TargetView, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any], by_mask: bool
+) -> None:
+    """Runs the target over the carried tokens alone, so that the cache holds them."""
+    chain = build_chains(torch.tensor(held.carried, device=first_position.device).T)
+    held.carried = []
+    with held.verifying(chain) as path, following_masks(by_mask):
+        inputs = verification_inputs(view, chain, held, first_position, model_kwargs, own_mask=by_mask)
+        view.model(**inputs, return_dict=True)
+        path += range(len(chain))
