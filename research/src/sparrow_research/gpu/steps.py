@@ -1,0 +1,143 @@
+"""`steps`: the target's forward over the rows of one verification, for several ways to keep the cache and to attend."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from transformers.masking_utils import sdpa_mask
+
+from sparrow_hf._transformers import CACHE, drop_newest
+
+from .session import Part, Session
+from .timing import captured, milliseconds, peak_gigabytes
+
+#: Rows of a static cache behind the prompt.
+_SPARE = 64
+
+
+def folded(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention whose query heads that share a key head are laid out as further rows, so that no key is repeated.
+
+    heads of a group   h0: n0 n1 n2 | h1: n0 n1 n2 | …      one row of queries per key head, the mask once per head
+    """
+    batch, heads, rows, size = query.shape
+    groups = key.shape[1]
+    query = query.reshape(batch, groups, heads // groups * rows, size)
+    if mask is not None:
+        mask = mask.repeat(1, 1, heads // groups, 1)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return output.reshape(batch, heads, rows, size).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("folded", folded)
+AttentionMaskInterface.register("folded", sdpa_mask)
+
+
+def steps(session: Session, part: Part) -> None:
+    """The longest prompts last; of every length first what a plain step and a chain of five cost."""
+    _, middle, long, longest = session.sizes.lengths
+    for length in (middle, longest, session.sizes.lengths[0], long):
+        for name, forwards in _WAYS.items():
+            if name.endswith("graph") and not session.on_cuda:
+                part.header["needs"] = "CUDA for the ways that end in 'graph'"
+                continue
+            with part.cell(prompt=length, way=name):
+                forwards(session, part, length, name)
+
+
+def _dynamic(session: Session, part: Part, length: int, name: str) -> None:
+    cache = _filled(session, length, DynamicCache(config=session.target.config.get_text_config()))
+    for rows in session.sizes.rows:
+        forward = _forward(session, cache, length, rows, total=length + rows)
+
+        def step(forward: Callable[[], Tensor] = forward, rows: int = rows) -> None:
+            forward()
+            drop_newest(cache, rows)
+
+        _add(session, part, length, name, rows, step)
+
+
+def _static(session: Session, part: Part, length: int, name: str) -> None:
+    total = -(-(length + _SPARE) // 64) * 64
+    cache = _filled(session, length, StaticCache(config=session.target.config.get_text_config(), max_cache_len=total))
+    for rows in session.sizes.rows:
+        forward = _forward(session, cache, length, rows, total)
+
+        def step(forward: Callable[[], Tensor] = forward, rows: int = rows) -> Tensor:
+            output = forward()
+            for layer in cache.layers:
+                layer.cumulative_length.sub_(rows)
+            return output
+
+        if name.endswith("graph"):
+            graph, _ = captured(step)
+            _add(session, part, length, name, rows, graph.replay)
+            del graph
+        elif rows in (1, 6, 11):
+            _add(session, part, length, name, rows, step)
+
+
+def _folded(forwards: Callable[[Session, Part, int, str], None]) -> Callable[[Session, Part, int, str], None]:
+    def measured(session: Session, part: Part, length: int, name: str) -> None:
+        config = session.target.config.get_text_config()
+        config._attn_implementation = "folded"
+        try:
+            forwards(session, part, length, name)
+        finally:
+            config._attn_implementation = "sdpa"
+
+    return measured
+
+
+_WAYS: dict[str, Callable[[Session, Part, int, str], None]] = {
+    "dynamic, sdpa": _dynamic,
+    "dynamic, folded": _folded(_dynamic),
+    "static, sdpa": _static,
+    "static, sdpa, graph": _static,
+    "static, folded, graph": _folded(_static),
+}
+
+
+def _filled(session: Session, length: int, cache: Any) -> Any:
+    """The cache of a prompt with random keys and values."""
+    text = session.target.config.get_text_config()
+    shape = (1, text.num_key_value_heads, length, text.hidden_size // text.num_attention_heads)
+    for layer in range(text.num_hidden_layers):
+        states = [torch.randn(shape, dtype=session.dtype, device=session.device) for _ in range(2)]
+        cache.update(*states, layer)
+    return cache
+
+
+def _forward(session: Session, cache: Any, length: int, rows: int, total: int) -> Callable[[], Tensor]:
+    """Decoder and head over `rows` rows, each of which sees the prompt, those before it and itself."""
+    target, device = session.target, session.device
+    embeds = torch.randn((1, rows, session.sizes.text["hidden_size"]), dtype=session.dtype, device=device)
+    positions = (length + torch.arange(rows, device=device)).expand(4, 1, rows)
+    mask = None
+    if rows > 1 or total > length + rows:
+        # A row's last key is itself.
+        hidden = torch.arange(total, device=device) > (length + torch.arange(rows, device=device))[:, None]
+        lowest = torch.finfo(session.dtype).min
+        mask = torch.zeros((rows, total), dtype=session.dtype, device=device).masked_fill_(hidden, lowest)[None, None]
+
+    def forward() -> Tensor:
+        outputs = target.get_decoder()(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            attention_mask={"full_attention": mask},
+            use_cache=True,
+            **{CACHE: cache},
+        )
+        return target.get_output_embeddings()(outputs.last_hidden_state)
+
+    return forward
+
+
+def _add(session: Session, part: Part, length: int, way: str, rows: int, step: Callable[[], Any]) -> None:
+    times = milliseconds(step, session.device, session.sizes.repeats)
+    part.add(prompt=length, way=way, rows=rows, **times, peak_gb=peak_gigabytes(step, session.device))
