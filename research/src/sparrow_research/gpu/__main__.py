@@ -18,8 +18,8 @@ from .syncs import syncs
 
 #: Part → what measures it, and the seconds it may take of the 480 that all may.
 PARTS: dict[str, tuple[Callable[[Session, Part], None], float]] = {
-    "rounds": (rounds, 130),
-    "compiled": (compiled, 170),
+    "rounds": (rounds, 140),
+    "compiled": (compiled, 220),
     "steps": (steps, 60),
     "draft": (drafting, 30),
     "attention": (attention, 50),

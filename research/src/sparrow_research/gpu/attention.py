@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 from .session import Part, Session
 from .timing import kernels, seconds
@@ -54,7 +56,11 @@ def _stock(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     if mask is None:
         return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    batch, heads, length, size = key.shape
+    key, value = (
+        each[:, :, None].expand(batch, heads, groups, length, size).reshape(batch, heads * groups, length, size)
+        for each in (key, value)
+    )
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
@@ -71,8 +77,6 @@ def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
     bias = mask[0, 0]
     return flex_attention(
         query, key, value, score_mod=lambda score, batch, head, row, column: score + bias[row, column], enable_gqa=True
@@ -100,9 +104,7 @@ def _tensors(session: Session, length: int, rows: int, copies: int) -> list[tupl
     return [(random(heads, rows), random(key_heads, total), random(key_heads, total), mask) for _ in range(copies)]
 
 
-def _add(
-    session: Session, part: Part, length: int, rows: int, way: str, attend: Callable[..., Tensor]
-) -> None:
+def _add(session: Session, part: Part, length: int, rows: int, way: str, attend: Callable[..., Tensor]) -> None:
     text = session.sizes.text
     size = text["hidden_size"] // text["num_attention_heads"]
     bytes_each = 2 * text["num_key_value_heads"] * (length + rows) * size * session.dtype.itemsize
@@ -131,7 +133,7 @@ def _new_lengths(session: Session, part: Part, length: int, rows: int, way: str)
     times: list[list[float]] = []
     for each in lengths:
         (inputs,) = _tensors(session, each, rows, 1)
-        times.append([seconds(lambda inputs=inputs: _WAYS[way](*inputs), session.device) * 1000 for _ in range(3)])
+        times.append([seconds(partial(_WAYS[way], *inputs), session.device) * 1000 for _ in range(3)])
     first, _, later = zip(*times, strict=True)
     part.add(
         prompt=length,

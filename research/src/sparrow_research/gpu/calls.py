@@ -2,21 +2,33 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from sparrow_hf._transformers import replaced_prefill
 
+from .planting import planted
 from .session import Part, Session
-from .timing import synchronize
+from .timing import spread, synchronize
 
-#: Tokens of a round that a trained draft of five levels gave on this project's own targets: what ratios are projected
-#: for, since the draft here is random.
-PROJECTED_TAU = 5.4
+#: A cache of fixed size: transformers compiles plain decoding with it on CUDA by itself, or runs it as it is.
+COMPILED: dict[str, Any] = {"cache_implementation": "static"}
+NOT_COMPILED: dict[str, Any] = COMPILED | {"disable_compile": True}
 
-Call = tuple[list[int], float, int]
+
+class Call(NamedTuple):
+    """New ids, seconds after the prefill, and target forwards in them."""
+
+    ids: list[int]
+    seconds: float
+    rounds: int
+
+    @property
+    def tau(self) -> float:
+        """Tokens per forward."""
+        return (len(self.ids) - 1) / self.rounds
 
 
 @contextmanager
@@ -37,13 +49,8 @@ def call(session: Session, inputs: dict[str, Tensor], new_tokens: int, shape: st
 
     Args:
         shape: Of the draft's trees; `None`: plain decoding.
-
-    Returns:
-        The new ids, seconds after the prefill, and target forwards in them.
     """
     target, device = session.target, session.device
-    # A static cache is otherwise as long as the longest one of the calls before.
-    target._previous_max_cache_length = -1
     started = 0.0
 
     def timed(compute: Callable[[], Any], model_kwargs: dict[str, Any]) -> Any:
@@ -53,21 +60,24 @@ def call(session: Session, inputs: dict[str, Tensor], new_tokens: int, shape: st
         started = time.perf_counter()
         return outputs
 
-    options |= {"max_new_tokens": new_tokens, "min_new_tokens": None}
-    if shape is None:
-        with without_hooks(target), replaced_prefill(target, timed):
-            ids = target.generate(**inputs, **options)
-        rounds = new_tokens - 1
-    else:
+    if shape is not None:
         session.draft.config.set_tree_shape(shape)
-        with replaced_prefill(target, timed):
-            ids = target.generate(**inputs, **options, assistant_model=session.draft)
+        options["assistant_model"] = session.draft
+    with replaced_prefill(target, timed), without_hooks(target) if shape is None else nullcontext():
+        ids = target.generate(**inputs, **options, max_new_tokens=new_tokens)
+    synchronize(device)
+    seconds = time.perf_counter() - started
+    rounds = new_tokens - 1
+    if shape is not None:
         stats = session.draft.last_generation
         assert stats is not None
         rounds = stats.rounds
-    synchronize(device)
-    taken = time.perf_counter() - started
-    return ids[0, inputs["input_ids"].shape[1] :].tolist(), taken, rounds
+    return Call(ids[0, inputs["input_ids"].shape[1] :].tolist(), seconds, rounds)
+
+
+def forget_lengths(session: Session) -> None:
+    """The next static cache is as long as its call needs, and not as the longest one of the calls before."""
+    session.target._previous_max_cache_length = -1
 
 
 def measure_arm(
@@ -77,29 +87,28 @@ def measure_arm(
 
     The first call meets every length of the cache for the first time, and compiles where that is asked for. Then a
     round's time is what a call of many tokens takes beyond one of few, over the rounds that it has more: what happens
-    once in a call (the draft's prefill, recording of graphs) is not in it.
+    once in a call (the draft's prefill, recording of graphs) is not in it. Last, with a draft, a token's time with
+    planted drafts, taken in the same way.
     """
     sizes = session.sizes
-    ids, first_seconds, first_rounds = call(session, inputs, sizes.many_tokens, shape, **options)
-    times, whole = [], []
-    for _ in range(repeats):
-        _, few_seconds, few_rounds = call(session, inputs, sizes.few_tokens, shape, **options)
-        _, seconds, rounds = call(session, inputs, sizes.many_tokens, shape, **options)
-        times.append((seconds - few_seconds) * 1000 / max(rounds - few_rounds, 1))
-        whole.append(seconds)
-    best = sorted(times)[len(times) // 2]
-    return part.add(
-        prompt=inputs["input_ids"].shape[1],
-        arm=arm_name(shape, options),
-        round_ms=best,
-        least_ms=min(times),
-        most_ms=max(times),
-        rounds=first_rounds,
-        tau=(len(ids) - 1) / first_rounds,
-        call_seconds=min(whole),
-        first_call_seconds=first_seconds,
-        ids=ids,
-    )
+
+    def few_and_many() -> tuple[Call, Call]:
+        few = call(session, inputs, sizes.few_tokens, shape, **options)
+        return few, call(session, inputs, sizes.many_tokens, shape, **options)
+
+    forget_lengths(session)
+    first = call(session, inputs, sizes.many_tokens, shape, **options)
+    pairs = [few_and_many() for _ in range(repeats)]
+    times = [1000 * (many.seconds - few.seconds) / max(many.rounds - few.rounds, 1) for few, many in pairs]
+    row: dict[str, Any] = {f"round_{name}": value for name, value in spread(times).items()}
+    row |= {"tau": first.tau, "first_call_seconds": first.seconds, "call_seconds": pairs[-1][1].seconds}
+    if shape is not None:
+        with planted(first.ids, sizes.text["vocab_size"]):
+            few, many = few_and_many()
+        row["planted_tau"] = many.tau
+        row["planted_token_ms"] = 1000 * (many.seconds - few.seconds) / (len(many.ids) - len(few.ids))
+    length = inputs["input_ids"].shape[1]
+    return part.add(prompt=length, arm=arm_name(shape, options), **row, ids=first.ids)
 
 
 def arm_name(shape: str | None, options: dict[str, Any]) -> str:
@@ -110,27 +119,7 @@ def arm_name(shape: str | None, options: dict[str, Any]) -> str:
     return f"{shape or 'plain'}, {cache}"
 
 
-def add_ratios(part: Part, rows: list[dict[str, Any]]) -> None:
-    """What the rounds of each prompt cost in plain steps, and what a trained draft's would bring."""
-    for row in rows:
-        plain = {other["arm"]: other for other in rows if other["prompt"] == row["prompt"] and "plain" in other["arm"]}
-        if row["arm"] in plain:
-            continue
-        for name, other in plain.items():
-            steps = row["round_ms"] / other["round_ms"]
-            part.add(
-                prompt=row["prompt"],
-                arm=row["arm"],
-                against=name,
-                steps_per_round=steps,
-                ratio=PROJECTED_TAU / steps,
-                how=f"projected from measured rounds to {PROJECTED_TAU} tokens in each",
-                same_ids=_agree(row["ids"], other["ids"]),
-            )
-
-
-def _agree(ids: list[int], others: list[int]) -> str:
-    """How many of the first ids are the same."""
-    pairs = zip(ids, others, strict=True)
-    same = next((index for index, (one, other) in enumerate(pairs) if one != other), len(ids))
-    return f"{same} of {len(ids)}"
+def first_difference(ids: list[int], others: list[int]) -> int | None:
+    """Index of the first id that is another; `None`: all are the same."""
+    pairs = enumerate(zip(ids, others, strict=True))
+    return next((index for index, (one, other) in pairs if one != other), None)

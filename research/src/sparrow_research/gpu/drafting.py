@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from sparrow_hf import SparrowCandidateGenerator
+from sparrow_hf._transformers import drop_newest
 
 from .models import prompt
 from .session import Part, Session
@@ -69,7 +70,7 @@ def _chain(session: Session, part: Part, inputs: dict[str, Tensor], levels: int,
 
     def extend() -> None:
         generator.extend(features, [1, 2, 3, 4, 5, 6])
-        cache.crop(-6)
+        drop_newest(cache, 6)
         generator.next_position_id = position
 
     if levels == _CHAINS[0]:

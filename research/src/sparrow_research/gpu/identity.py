@@ -4,61 +4,61 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .calls import call
+from .calls import NOT_COMPILED, call, first_difference, forget_lengths
 from .models import prompt
+from .planting import planted
 from .session import Part, Session
 
 _LAYERS = 2
+_STATIC = ("chain-5", NOT_COMPILED)
+#: Dtype → shape and options of the calls that are compared with plain decoding.
+_ARMS: dict[torch.dtype, list[tuple[str | None, dict[str, Any]]]] = {
+    torch.float32: [("chain-5", {}), _STATIC, ("48-5-10", {}), ("48-5-10", NOT_COMPILED), (None, NOT_COMPILED)],
+    torch.bfloat16: [("chain-5", {}), _STATIC, (None, NOT_COMPILED)],
+}
 
 
 def identity(session: Session, part: Part) -> None:
-    """A target of two layers of the same shapes; tf32 is off."""
+    """A target of two layers of the same shapes. Drafts are planted, so that some are accepted; tf32 is off."""
     part.header["layers"] = _LAYERS
     sizes = dataclasses.replace(session.sizes, text=session.sizes.text | {"num_hidden_layers": _LAYERS})
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    static = {"cache_implementation": "static", "disable_compile": True}
     try:
-        for dtype in (torch.float32, torch.bfloat16):
-            # A target of its own: that of the other parts would not hold both.
+        for dtype, arms in _ARMS.items():
             cut = Session(session.folder, session.device, dtype, sizes, session.deadline)
-            for length in (sizes.lengths[0], sizes.lengths[1]):
+            for length in sizes.lengths[:2]:
                 prompts = [prompt(cut.target, sizes, length, seed) for seed in range(sizes.identity_prompts)]
-                plain = [call(cut, inputs, sizes.identity_tokens, None)[0] for inputs in prompts]
-                for shape, options in (
-                    ("chain-5", {}),
-                    ("chain-10", {}),
-                    ("48-5-10", {}),
-                    ("chain-5", static),
-                    (None, static),
-                ):
+                plain = [call(cut, inputs, sizes.identity_tokens, None).ids for inputs in prompts]
+                for shape, options in arms:
                     names = {"dtype": str(dtype), "prompt": length, "shape": shape or "plain", "options": options}
                     with part.cell(**names):
-                        _compare(cut, part, prompts, plain, names, shape, options)
+                        part.add(**names, **_compared(cut, prompts, plain, shape, options))
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 
-def _compare(
+def _compared(
     session: Session,
-    part: Part,
-    prompts: list[dict[str, torch.Tensor]],
+    prompts: list[dict[str, Tensor]],
     plain: list[list[int]],
-    names: dict[str, Any],
     shape: str | None,
     options: dict[str, Any],
-) -> None:
-    tokens = session.sizes.identity_tokens
-    found = [call(session, inputs, tokens, shape, **options)[0] for inputs in prompts]
-    firsts = [
-        next((index for index, (one, other) in enumerate(zip(ids, others, strict=True)) if one != other), None)
-        for ids, others in zip(found, plain, strict=True)
-    ]
-    part.add(
-        **names,
-        prompts=len(prompts),
-        identical=sum(first is None for first in firsts),
-        first_differences=firsts,
-        distinct_tokens=[len(set(ids)) for ids in plain],
-    )
+) -> dict[str, Any]:
+    sizes = session.sizes
+    forget_lengths(session)
+    differences, taus = [], []
+    for inputs, ids in zip(prompts, plain, strict=True):
+        with planted(ids, sizes.text["vocab_size"]):
+            found = call(session, inputs, sizes.identity_tokens, shape, **options)
+        differences.append(first_difference(found.ids, ids))
+        taus.append(found.tau)
+    return {
+        "prompts": len(prompts),
+        "identical": sum(difference is None for difference in differences),
+        "first_differences": differences,
+        "tau": taus,
+        "distinct_tokens": [len(set(ids)) for ids in plain],
+    }

@@ -1,7 +1,6 @@
 """The target and its draft, with random weights made on the device, and prompts for them."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +10,14 @@ from sparrow_hf import SparrowDraftModel
 
 from .sizes import Sizes
 
-#: Text ids lie below it: none of Qwen's special tokens, and all of a draft's reduced vocabulary.
+#: Size of the vocabulary → its first special token; text ids lie below it.
 _FIRST_SPECIAL = {152064: 151643, 512: 500}
 
 
-def random_target(sizes: Sizes, dtype: torch.dtype, device: torch.device, **text_overrides: Any) -> PreTrainedModel:
+def random_target(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A Qwen2.5-VL of these text shapes with a vision tower of no size; greedy text varies and never ends."""
-    text = sizes.text | text_overrides
-    special = _FIRST_SPECIAL[text["vocab_size"]]
+    special = _FIRST_SPECIAL[sizes.text["vocab_size"]]
+    text = sizes.text | {"bos_token_id": None, "eos_token_id": special, "pad_token_id": special}
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     config = Qwen2_5_VLConfig(
         text_config=text,

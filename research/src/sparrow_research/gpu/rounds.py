@@ -2,12 +2,10 @@
 
 from typing import Any
 
-from .calls import add_ratios, measure_arm
+from .calls import COMPILED, NOT_COMPILED, first_difference, measure_arm
 from .models import prompt
+from .planting import expected_tau
 from .session import Part, Session
-
-_STATIC: dict[str, Any] = {"cache_implementation": "static"}
-_NOT_COMPILED = _STATIC | {"disable_compile": True}
 
 Arms = list[tuple[str | None, dict[str, Any]]]
 
@@ -17,42 +15,64 @@ def rounds(session: Session, part: Part) -> None:
     short, middle, _, longest = session.sizes.lengths
     arms: Arms = [
         (None, {}),
+        ("chain-5", NOT_COMPILED),
         ("chain-5", {}),
-        ("chain-5", _NOT_COMPILED),
-        (None, _NOT_COMPILED),
+        ("chain-10", NOT_COMPILED),
+        (None, NOT_COMPILED),
         ("chain-10", {}),
-        ("chain-10", _NOT_COMPILED),
     ]
-    for length in (middle, longest, short):
-        _measure(session, part, length, arms, repeats=2)
+    _measure(session, part, middle, arms, repeats=2)
+    _measure(session, part, longest, arms[:5], repeats=1)
+    _measure(session, part, short, arms[:3], repeats=2)
 
 
 def compiled(session: Session, part: Part) -> None:
-    """What transformers compiles by itself on CUDA, at the middle length; then the same from its files."""
-    middle = session.sizes.lengths[1]
-    if not session.on_cuda:
-        part.header["needs"] = "CUDA: elsewhere transformers compiles nothing by itself"
-    _measure(session, part, middle, [(None, _STATIC), ("chain-5", _STATIC)], repeats=2)
+    """What transformers compiles by itself on CUDA, at the middle length."""
+    _needs_cuda(session, part)
+    _measure(session, part, session.sizes.lengths[1], [(None, COMPILED), ("chain-5", COMPILED)], repeats=2)
 
 
 def compiled_long(session: Session, part: Part) -> None:
-    """The same at the longest; then longer chains, then compiling again, as far as there is time."""
+    """The same at the longest; then compiling again, and longer chains, as far as there is time."""
+    _needs_cuda(session, part)
     _, middle, _, longest = session.sizes.lengths
+    _measure(session, part, longest, [(None, COMPILED), ("chain-5", COMPILED)], repeats=1)
+    # The compiler's files of `compiled` are there: what a second process waits for.
+    _measure(session, part, middle, [(None, COMPILED), ("chain-10", COMPILED)], repeats=1)
+
+
+def _needs_cuda(session: Session, part: Part) -> None:
     if not session.on_cuda:
         part.header["needs"] = "CUDA: elsewhere transformers compiles nothing by itself"
-    _measure(session, part, longest, [(None, _STATIC), ("chain-5", _STATIC)], repeats=2)
-    if session.seconds_left > 90:
-        # The compiler's files of `compiled` are there: how long a second process waits.
-        _measure(session, part, middle, [(None, _STATIC)], repeats=1)
-    if session.seconds_left > 90:
-        _measure(session, part, middle, [("chain-10", _STATIC)], repeats=1)
 
 
 def _measure(session: Session, part: Part, length: int, arms: Arms, repeats: int) -> None:
+    """Rows on the arms, then what each round of a draft costs and gives against each plain step of this run."""
     inputs = prompt(session.target, session.sizes, length)
-    found = []
+    known, found = session.calls.setdefault(length, []), []
     for shape, options in arms:
         with part.cell(prompt=length, shape=shape or "plain", options=options):
             session.forget_compiled()
             found.append(measure_arm(session, part, inputs, shape, repeats, **options))
-    add_ratios(part, found)
+    for row in known + found:
+        for plain in known + found:
+            new = row in found or plain in found
+            if new and not row["arm"].startswith("plain") and plain["arm"].startswith("plain"):
+                _add_ratio(part, row, plain)
+    known += found
+
+
+def _add_ratio(part: Part, row: dict[str, Any], plain: dict[str, Any]) -> None:
+    tau = expected_tau(int(row["arm"].split(",")[0].removeprefix("chain-")))
+    steps = row["round_ms"] / plain["round_ms"]
+    part.add(
+        prompt=row["prompt"],
+        arm=row["arm"],
+        against=plain["arm"],
+        steps_per_round=steps,
+        ratio=tau / steps,
+        how=f"projected from measured rounds to {tau:.1f} tokens in each",
+        planted_ratio=plain["round_ms"] / row["planted_token_ms"],
+        planted_tau=row["planted_tau"],
+        first_difference=first_difference(row["ids"], plain["ids"]),
+    )

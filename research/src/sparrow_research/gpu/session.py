@@ -23,6 +23,9 @@ from sparrow_hf.evaluation.provenance import provenance
 from .models import random_draft, random_target
 from .sizes import Sizes
 
+#: What is written and not printed.
+_NOT_SHOWN = ("traceback", "ids", "least_ms", "most_ms")
+
 
 class OutOfTime(Exception):
     """A part has used the time it was given."""
@@ -40,7 +43,8 @@ class Part:
     def add(self, **row: Any) -> dict[str, Any]:
         """Notes one row."""
         self.rows.append(row)
-        print("  " + "  ".join(f"{name}={_short(value)}" for name, value in row.items()), flush=True)
+        shown = {name: value for name, value in row.items() if name not in _NOT_SHOWN and value is not None}
+        print("  " + "  ".join(f"{name}={_short(value)}" for name, value in shown.items()), flush=True)
         self.write()
         return row
 
@@ -67,6 +71,9 @@ class Session:
 
     Args:
         deadline: `time.monotonic()` at which the last part ends.
+
+    Attributes:
+        calls: Length of a prompt → rows on whole calls with it, of all parts.
     """
 
     folder: Path
@@ -74,6 +81,7 @@ class Session:
     dtype: torch.dtype
     sizes: Sizes
     deadline: float
+    calls: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def on_cuda(self) -> bool:
@@ -152,4 +160,5 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
+    text = " ".join(text.split())
     return text if len(text) <= 160 else text[:157] + "..."

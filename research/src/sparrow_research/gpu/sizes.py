@@ -48,11 +48,11 @@ def full_sizes(layers: int) -> Sizes:
         text_rows=200,
         rows=(1, 6, 8, 11, 16, 32, 48, 64),
         few_tokens=9,
-        many_tokens=41,
+        many_tokens=33,
         repeats=5,
         reduced_vocabulary=32768,
         identity_tokens=64,
-        identity_prompts=4,
+        identity_prompts=3,
     )
 
 
@@ -73,7 +73,7 @@ def small_sizes() -> Sizes:
         text_rows=16,
         rows=(1, 6),
         few_tokens=3,
-        many_tokens=6,
+        many_tokens=7,
         repeats=2,
         reduced_vocabulary=128,
         identity_tokens=8,

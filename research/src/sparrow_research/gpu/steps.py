@@ -1,4 +1,4 @@
-"""`steps`: the target's forward over the rows of one verification, for several ways to keep the cache and to attend."""
+"""`steps`: the target's forward over the rows of one verification, by how the cache is kept and attended to."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,13 +23,10 @@ def folded(
 ) -> tuple[Tensor, None]:
     """Attention whose query heads that share a key head are laid out as further rows, so that no key is repeated.
 
-    heads of a group   h0: n0 n1 n2 | h1: n0 n1 n2 | …      one row of queries per key head, the mask once per head
+    heads of a group   h0: n0 n1 n2 | h1: n0 n1 n2 | …      the mask is given once for each of them
     """
     batch, heads, rows, size = query.shape
-    groups = key.shape[1]
-    query = query.reshape(batch, groups, heads // groups * rows, size)
-    if mask is not None:
-        mask = mask.repeat(1, 1, heads // groups, 1)
+    query = query.reshape(batch, key.shape[1], heads // key.shape[1] * rows, size)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return output.reshape(batch, heads, rows, size).transpose(1, 2).contiguous(), None
 
@@ -116,6 +113,8 @@ def _filled(session: Session, length: int, cache: Any) -> Any:
 def _forward(session: Session, cache: Any, length: int, rows: int, total: int) -> Callable[[], Tensor]:
     """Decoder and head over `rows` rows, each of which sees the prompt, those before it and itself."""
     target, device = session.target, session.device
+    text = target.config.get_text_config()
+    is_folded = text._attn_implementation == "folded"
     embeds = torch.randn((1, rows, session.sizes.text["hidden_size"]), dtype=session.dtype, device=device)
     positions = (length + torch.arange(rows, device=device)).expand(4, 1, rows)
     mask = None
@@ -123,7 +122,9 @@ def _forward(session: Session, cache: Any, length: int, rows: int, total: int) -
         # A row's last key is itself.
         hidden = torch.arange(total, device=device) > (length + torch.arange(rows, device=device))[:, None]
         lowest = torch.finfo(session.dtype).min
-        mask = torch.zeros((rows, total), dtype=session.dtype, device=device).masked_fill_(hidden, lowest)[None, None]
+        mask = torch.zeros((1, 1, rows, total), dtype=session.dtype, device=device).masked_fill_(hidden, lowest)
+        if is_folded:
+            mask = mask.repeat(1, 1, text.num_attention_heads // text.num_key_value_heads, 1)
 
     def forward() -> Tensor:
         outputs = target.get_decoder()(

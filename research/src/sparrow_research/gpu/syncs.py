@@ -2,14 +2,20 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .calls import call
+from .calls import NOT_COMPILED, arm_name, call, forget_lengths
 from .models import prompt
 from .session import Part, Session
 from .timing import kernels
+
+#: Beginnings of what is no kernel: copies and fills.
+_COPIES = ("Memcpy", "Memset")
 
 
 def syncs(session: Session, part: Part) -> None:
@@ -18,43 +24,50 @@ def syncs(session: Session, part: Part) -> None:
     inputs = prompt(session.target, sizes, sizes.lengths[0])
     if not session.on_cuda:
         part.header["needs"] = "CUDA: elsewhere nothing is counted"
-    static = {"cache_implementation": "static", "disable_compile": True}
-    for shape, options in (("chain-5", {}), (None, {}), ("chain-10", {}), ("chain-5", static), (None, static)):
-        names = {"shape": shape or "plain", "cache": options.get("cache_implementation", "dynamic")}
-        with part.cell(**names):
-            found = []
-            for tokens in (sizes.few_tokens, sizes.few_tokens, sizes.few_tokens + 8):
-                rounds, waits = 0, Counter[str]()
-
-                def run(tokens: int = tokens) -> None:
-                    nonlocal rounds
-                    rounds = call(session, inputs, tokens, shape, **options)[2]
-
-                waits = _waits(session, run)
-                found.append((rounds, waits, kernels(run, session.device)))
-            # The first call warms up.
-            (few, few_waits, few_kernels), (many, many_waits, many_kernels) = found[1:]
-            further = max(many - few, 1)
-            many_waits.subtract(few_waits)
-            row: dict[str, Any] = {"rounds": further, "waits": many_waits.total() / further}
-            row["waits_at"] = {place: count / further for place, count in many_waits.most_common(12) if count}
-            if few_kernels is not None and many_kernels is not None:
-                copies = [sum(_counts(each, "Mem")) for each in (few_kernels, many_kernels)]
-                starts = [sum(kernel["count"] for kernel in each.values()) for each in (few_kernels, many_kernels)]
-                row["copies"] = (copies[1] - copies[0]) / further
-                row["kernels"] = (starts[1] - starts[0]) / further - row["copies"]
-            part.add(**names, **row)
+    arms: list[tuple[str | None, dict[str, Any]]] = [
+        ("chain-5", {}),
+        ("chain-5", NOT_COMPILED),
+        (None, {}),
+        (None, NOT_COMPILED),
+        ("chain-10", {}),
+    ]
+    for shape, options in arms:
+        name = arm_name(shape, options)
+        with part.cell(arm=name):
+            forget_lengths(session)
+            most = sizes.few_tokens + 8
+            call(session, inputs, most, shape, **options)
+            few_rounds, few = _counted(session, inputs, sizes.few_tokens, shape, options)
+            many_rounds, many = _counted(session, inputs, most, shape, options)
+            further = max(many_rounds - few_rounds, 1)
+            many.subtract(few)
+            waits = {place: count / further for place, count in many.most_common() if count and ":" in place}
+            row = {"waits": sum(waits.values()), "kernels": many["kernels"] / further}
+            part.add(arm=name, rounds=further, **row, copies=many["copies"] / further, waits_at=waits)
 
 
-def _counts(found: dict[str, dict[str, float]], start: str) -> list[float]:
-    return [kernel["count"] for name, kernel in found.items() if name.startswith(start)]
+def _counted(
+    session: Session, inputs: dict[str, Tensor], tokens: int, shape: str | None, options: dict[str, Any]
+) -> tuple[int, Counter[str]]:
+    """Rounds of a call; its kernels, its copies, and line of code → how often it waited for the device there."""
+    rounds = 0
+
+    def run() -> None:
+        nonlocal rounds
+        rounds = call(session, inputs, tokens, shape, **options).rounds
+
+    counts: Counter[str] = Counter()
+    for name, kernel in (kernels(run, session.device) or {}).items():
+        counts["copies" if name.startswith(_COPIES) else "kernels"] += int(kernel["count"])
+    counts.update(_waits(session, run))
+    return rounds, counts
 
 
-def _waits(session: Session, run: Any) -> Counter[str]:
-    """Line of code → how often the device was waited for there."""
+def _waits(session: Session, run: Callable[[], None]) -> list[str]:
+    """The line of code of every wait for the device."""
     if not session.on_cuda:
         run()
-        return Counter()
+        return []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -62,8 +75,5 @@ def _waits(session: Session, run: Any) -> Counter[str]:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return Counter(
-        f"{'/'.join(warning.filename.split('/')[-2:])}:{warning.lineno}"
-        for warning in caught
-        if "synchroniz" in str(warning.message)
-    )
+    found = [warning for warning in caught if "synchroniz" in str(warning.message)]
+    return [f"{'/'.join(Path(warning.filename).parts[-2:])}:{warning.lineno}" for warning in found]

@@ -42,15 +42,20 @@ def kernels(function: Callable[[], Any], device: torch.device) -> dict[str, dict
     if device.type != "cuda":
         return None
     synchronize(device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         function()
         synchronize(device)
     found = {
         event.key: {"count": event.count, "us": event.self_device_time_total}
         for event in profiler.key_averages()
-        if event.device_type == DeviceType.CUDA and event.self_device_time_total > 0
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation and not _waits(event.key)
     }
     return dict(sorted(found.items(), key=lambda item: -item[1]["us"]))
+
+
+def _waits(name: str) -> bool:
+    """Whether what the profiler shows of the device is no work but a wait."""
+    return name.endswith(("Sync", "Wait Event"))
 
 
 def peak_gigabytes(function: Callable[[], Any], device: torch.device) -> float | None:
