@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
 TESTBED ?= testbed
-GPU ?= gpu
+GPU ?= runs/gpu
 GPU_ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
@@ -104,7 +104,7 @@ recipes: install  ## Compare training recipes on the built-in target: docs/recip
 
 # Needs no environment of its own: torch for CUDA is what the machine has.
 gpu:  ## Time decoding on this machine's CUDA GPU into GPU (8 minutes; needs torch and transformers only)
-	@PYTHONPATH=src:research/src $(PYTHON) -m sparrow_research.gpu $(GPU) $(GPU_ARGS)
+	@PYTHONPATH=src:research/src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m sparrow_research.gpu $(GPU) $(GPU_ARGS)
 
 quality: install  ## Lint, formatting and types, nothing changed
 	@$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from sparrow_research.gpu.sizes import full_sizes, small_sizes
 
 #: What a CPU cannot do is said in rows with an error: backends of sdpa that only CUDA has.
 NOT_ON_A_CPU = {"efficient", "cudnn"}
-TIMES = {"ms", "wall_us", "most_ms", "first_call_seconds", "call_seconds"}
+TIMES = {"ms", "wall_us", "most_ms", "call_seconds"}
 
 
 @pytest.fixture(scope="module")

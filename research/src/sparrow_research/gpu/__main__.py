@@ -24,7 +24,7 @@ PARTS: dict[str, tuple[Callable[[Session, Part], None], float]] = {
     "draft": (drafting, 30),
     "attention": (attention, 50),
     "syncs": (syncs, 30),
-    "identity": (identity, 40),
+    "identity": (identity, 50),
     "compiled_long": (compiled_long, 240),
 }
 _MINUTES = 8.0

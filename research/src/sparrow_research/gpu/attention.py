@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
+from .attending import fold, fold_mask
 from .session import Part, Session
 from .timing import kernels, seconds
 
@@ -68,14 +69,6 @@ def _gqa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tens
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
-def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    batch, heads, rows, size = query.shape
-    group = heads // key.shape[1]
-    query = query.reshape(batch, key.shape[1], group * rows, size)
-    mask = None if mask is None else mask.repeat(1, 1, group, 1)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).reshape(batch, heads, rows, size)
-
-
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     bias = mask[0, 0]
     return flex_attention(
@@ -83,10 +76,10 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     )
 
 
-_WAYS: dict[str, Callable[..., Tensor]] = {"stock": _stock, "gqa": _gqa, "folded": _folded}
+_WAYS: dict[str, Callable[..., Tensor]] = {"stock": _stock, "gqa": _gqa, "folded": fold}
 
 
-def _tensors(session: Session, length: int, rows: int, copies: int) -> list[tuple[Any, ...]]:
+def _tensors(session: Session, length: int, rows: int, way: str, copies: int) -> list[tuple[Any, ...]]:
     """`copies` times query, key, value and mask of a chain; a single row has no mask."""
     text = session.sizes.text
     heads, key_heads = text["num_attention_heads"], text["num_key_value_heads"]
@@ -97,6 +90,9 @@ def _tensors(session: Session, length: int, rows: int, copies: int) -> list[tupl
         hidden = torch.arange(total, device=session.device) > last
         mask = torch.zeros((1, 1, rows, total), dtype=session.dtype, device=session.device)
         mask.masked_fill_(hidden, torch.finfo(session.dtype).min)
+        if way.startswith("folded"):
+            # Made once for all layers.
+            mask = fold_mask(mask, heads, key_heads)
 
     def random(heads: int, length: int) -> Tensor:
         return torch.randn((1, heads, length, size), dtype=session.dtype, device=session.device)
@@ -109,7 +105,7 @@ def _add(session: Session, part: Part, length: int, rows: int, way: str, attend:
     size = text["hidden_size"] // text["num_attention_heads"]
     bytes_each = 2 * text["num_key_value_heads"] * (length + rows) * size * session.dtype.itemsize
     copies = min(math.ceil(_CYCLED / bytes_each), _CALLS) if session.on_cuda else 1
-    inputs = _tensors(session, length, rows, copies)
+    inputs = _tensors(session, length, rows, way, copies)
 
     def calls() -> None:
         for index in range(_CALLS):
@@ -132,7 +128,7 @@ def _new_lengths(session: Session, part: Part, length: int, rows: int, way: str)
     lengths = [length + 101 + 7 * number + 64 * rows for number in range(8)]
     times: list[list[float]] = []
     for each in lengths:
-        (inputs,) = _tensors(session, each, rows, 1)
+        (inputs,) = _tensors(session, each, rows, way, 1)
         times.append([seconds(partial(_WAYS[way], *inputs), session.device) * 1000 for _ in range(3)])
     first, _, later = zip(*times, strict=True)
     part.add(

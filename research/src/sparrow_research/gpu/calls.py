@@ -44,11 +44,23 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
             module._forward_hooks.update(hooks)
 
 
+@contextmanager
+def attention_of(model: Any, name: str) -> Iterator[None]:
+    """The model's decoder attends by the function of this name."""
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def call(session: Session, inputs: dict[str, Tensor], new_tokens: int, shape: str | None, **options: Any) -> Call:
     """One call of `generate()`.
 
     Args:
         shape: Of the draft's trees; `None`: plain decoding.
+        options: Of `generate()`; and `attention`, the target's function for this call (`attending.py`).
     """
     target, device = session.target, session.device
     started = 0.0
@@ -63,7 +75,8 @@ def call(session: Session, inputs: dict[str, Tensor], new_tokens: int, shape: st
     if shape is not None:
         session.draft.config.set_tree_shape(shape)
         options["assistant_model"] = session.draft
-    with replaced_prefill(target, timed), without_hooks(target) if shape is None else nullcontext():
+    attention = attention_of(target, options.pop("attention", "sdpa"))
+    with attention, replaced_prefill(target, timed), without_hooks(target) if shape is None else nullcontext():
         ids = target.generate(**inputs, **options, max_new_tokens=new_tokens)
     synchronize(device)
     seconds = time.perf_counter() - started
@@ -101,12 +114,17 @@ def measure_arm(
     pairs = [few_and_many() for _ in range(repeats)]
     times = [1000 * (many.seconds - few.seconds) / max(many.rounds - few.rounds, 1) for few, many in pairs]
     row: dict[str, Any] = {f"round_{name}": value for name, value in spread(times).items()}
-    row |= {"tau": first.tau, "first_call_seconds": first.seconds, "call_seconds": pairs[-1][1].seconds}
+    later = pairs[-1][1].seconds
+    row |= {"tau": first.tau, "call_seconds": later, "first_call_extra_seconds": first.seconds - later}
     if shape is not None:
-        with planted(first.ids, sizes.text["vocab_size"]):
-            few, many = few_and_many()
-        row["planted_tau"] = many.tau
-        row["planted_token_ms"] = 1000 * (many.seconds - few.seconds) / (len(many.ids) - len(few.ids))
+        try:
+            with planted(first.ids, sizes.text["vocab_size"]):
+                few, many = few_and_many()
+            row["planted_tau"] = many.tau
+            row["planted_token_ms"] = 1000 * (many.seconds - few.seconds) / (len(many.ids) - len(few.ids))
+        except Exception as error:
+            # What was measured without is worth keeping.
+            row["planted_error"] = f"{type(error).__name__}: {error}"[:500]
     length = inputs["input_ids"].shape[1]
     return part.add(prompt=length, arm=arm_name(shape, options), **row, ids=first.ids)
 
@@ -116,7 +134,7 @@ def arm_name(shape: str | None, options: dict[str, Any]) -> str:
     cache = options.get("cache_implementation", "dynamic")
     if cache == "static":
         cache += ", not compiled" if options.get("disable_compile") else ", compiled"
-    return f"{shape or 'plain'}, {cache}"
+    return ", ".join((shape or "plain", cache, *filter(None, [options.get("attention")])))
 
 
 def first_difference(ids: list[int], others: list[int]) -> int | None:

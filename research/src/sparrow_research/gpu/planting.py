@@ -31,13 +31,9 @@ def planted(coming: list[int], vocabulary: int) -> Iterator[None]:
     draws = random.Random(0)
 
     def planting(propose: Any) -> Any:
-        def proposed(generator: Any, max_levels: int) -> CandidateTree:
-            tree = propose(generator, max_levels)
-            # Between two rounds the draft has read the prompt and all new tokens but the newest, which is the root.
-            if not hasattr(generator, "planted_from"):
-                generator.planted_from = generator.cache.get_seq_length()
-            start = 1 + generator.cache.get_seq_length() - generator.planted_from
-            return with_path(tree, coming[start:], vocabulary, draws)
+        def proposed(generator: Any, *args: Any, **kwargs: Any) -> CandidateTree:
+            tree = propose(generator, *args, **kwargs)
+            return with_path(tree, coming[generator.draft.last_generation.new_tokens :], vocabulary, draws)
 
         return proposed
 

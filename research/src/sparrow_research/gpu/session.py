@@ -1,5 +1,6 @@
 """One run of the benchmark: its time, its models, and the files that its parts write row by row."""
 
+import gc
 import json
 import shlex
 import signal
@@ -27,8 +28,8 @@ from .sizes import Sizes
 _NOT_SHOWN = ("traceback", "ids", "least_ms", "most_ms")
 
 
-class OutOfTime(Exception):
-    """A part has used the time it was given."""
+class OutOfTime(BaseException):
+    """A part has used the time it was given. Nothing that only looks out for errors catches it."""
 
 
 @dataclass
@@ -53,8 +54,6 @@ class Part:
         """What goes wrong inside is noted as a row; the part goes on. What the package refuses is no failure."""
         try:
             yield
-        except OutOfTime:
-            raise
         except SparrowError as error:
             self.add(**names, available=False, error=f"{type(error).__name__}: {error}"[:500])
         except Exception as error:
@@ -118,10 +117,11 @@ class Session:
             with interrupted_after(seconds):
                 details = {"weights": "random", "shapes": self.sizes.text, "lengths": self.sizes.lengths}
                 part.header |= provenance(self.target, **details)
+                part.header |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
                 part.header["command"] = shlex.join(["python", "-m", "sparrow_research.gpu", *sys.argv[1:]])
                 with torch.no_grad():
                     measure(self, part)
-        except Exception as error:
+        except (Exception, OutOfTime) as error:
             part.header["error"] = f"{type(error).__name__}: {error}"[:500]
             if not isinstance(error, OutOfTime):
                 part.header["traceback"] = traceback.format_exc()[-3000:]
@@ -134,8 +134,9 @@ class Session:
 
     def forget_compiled(self) -> None:
         """What one way to decode compiled or cached is not the next one's."""
-        torch.compiler.reset()
         if self.on_cuda:
+            torch.compiler.reset()
+            gc.collect()
             torch.cuda.empty_cache()
 
 
@@ -147,7 +148,7 @@ def interrupted_after(seconds: float) -> Iterator[None]:
         raise OutOfTime(f"stopped after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    # Again and again: a compiler may wrap the first one in an error of its own, which counts as that of a cell.
+    # Again and again: the first one may come where Python only prints what is raised (in a `__del__`).
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01), 5)
     try:
         yield

@@ -52,7 +52,7 @@ def full_sizes(layers: int) -> Sizes:
         repeats=5,
         reduced_vocabulary=32768,
         identity_tokens=64,
-        identity_prompts=3,
+        identity_prompts=6,
     )
 
 

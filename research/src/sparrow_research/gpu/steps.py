@@ -4,35 +4,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
-from transformers.masking_utils import sdpa_mask
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
 
 from sparrow_hf._transformers import CACHE, drop_newest
 
+from .attending import fold_mask
+from .calls import attention_of
 from .session import Part, Session
 from .timing import captured, milliseconds, peak_gigabytes
 
 #: Rows of a static cache behind the prompt.
 _SPARE = 64
-
-
-def folded(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
-) -> tuple[Tensor, None]:
-    """Attention whose query heads that share a key head are laid out as further rows, so that no key is repeated.
-
-    heads of a group   h0: n0 n1 n2 | h1: n0 n1 n2 | …      the mask is given once for each of them
-    """
-    batch, heads, rows, size = query.shape
-    query = query.reshape(batch, key.shape[1], heads // key.shape[1] * rows, size)
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return output.reshape(batch, heads, rows, size).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("folded", folded)
-AttentionMaskInterface.register("folded", sdpa_mask)
 
 
 def steps(session: Session, part: Part) -> None:
@@ -81,12 +64,8 @@ def _static(session: Session, part: Part, length: int, name: str) -> None:
 
 def _folded(forwards: Callable[[Session, Part, int, str], None]) -> Callable[[Session, Part, int, str], None]:
     def measured(session: Session, part: Part, length: int, name: str) -> None:
-        config = session.target.config.get_text_config()
-        config._attn_implementation = "folded"
-        try:
+        with attention_of(session.target, "folded"):
             forwards(session, part, length, name)
-        finally:
-            config._attn_implementation = "sdpa"
 
     return measured
 
@@ -124,7 +103,7 @@ def _forward(session: Session, cache: Any, length: int, rows: int, total: int) -
         lowest = torch.finfo(session.dtype).min
         mask = torch.zeros((1, 1, rows, total), dtype=session.dtype, device=device).masked_fill_(hidden, lowest)
         if is_folded:
-            mask = mask.repeat(1, 1, text.num_attention_heads // text.num_key_value_heads, 1)
+            mask = fold_mask(mask, text.num_attention_heads, text.num_key_value_heads)
 
     def forward() -> Tensor:
         outputs = target.get_decoder()(
