@@ -5,6 +5,8 @@ VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
 TESTBED ?= testbed
+GPU ?= runs/gpu
+GPU_ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
 
@@ -18,7 +20,8 @@ CONTRACT_TESTS := tests/test_transformers.py tests/test_generate.py tests/test_f
 	tests/training/test_trainer.py tests/training/test_lora.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-research test-full floor canary lock testbed results recipes support-matrix quality style
+.PHONY: help install demo test test-research test-full floor canary lock testbed results recipes gpu support-matrix \
+	quality style
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -98,6 +101,10 @@ results: install  ## Train the rivals, measure everything, write docs/results.md
 recipes: install  ## Compare training recipes on the built-in target: docs/recipes.md (hours; resumes)
 	@$(BIN)/python -m sparrow_research.recipes --work $(TESTBED)/recipes --processes 2 \
 		--output research/data/recipes.json --report docs/recipes.md
+
+# Needs no environment of its own: torch for CUDA is what the machine has.
+gpu:  ## Time decoding on this machine's CUDA GPU into GPU (8 minutes; needs torch and transformers only)
+	@PYTHONPATH=src:research/src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m sparrow_research.gpu $(GPU) $(GPU_ARGS)
 
 quality: install  ## Lint, formatting and types, nothing changed
 	@$(BIN)/ruff check .
