@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ._transformers import ACTIVATIONS, CACHE, LlamaRotaryEmbedding, commit_of, name_of
+from ._transformers import ACTIVATIONS, CACHE, LlamaRotaryEmbedding, commit_of, first_layer_config, name_of
 from .config_fields import check_fields
 from .errors import DraftConfigError, DraftLoadError, UnsupportedTargetError
 from .tree_shapes import TREE_PRESETS as TREE_PRESETS
@@ -389,9 +389,10 @@ def check_vocabulary(config: SparrowDraftConfig, token_ids: Tensor | Sequence[in
 
 def _layer_fields(text: PreTrainedConfig) -> dict[str, Any]:
     """What a draft's layer takes over from a text decoder; a field of another form is left to this class's default."""
+    layer = first_layer_config(text)
     fields: dict[str, Any] = {}
     for field, names in _FIELD_NAMES.items():
-        found = (getattr(text, name, None) for name in names)
+        found = (getattr(layer, name, None) for name in names)
         # Some decoders have one value per layer.
         found = (value[0] if isinstance(value, (list, tuple)) and value else value for value in found)
         kind = type(getattr(SparrowDraftConfig, field) or 0)
