@@ -28,7 +28,7 @@ from tiny_targets import FRAME_SIZE, HIDDEN_SIZE, PATCH_SIZE, Family
 
 #: Shorter than any prompt, so that every window is full.
 WINDOW = 16
-_WINDOWS_AND_FULL = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
+WINDOWS_AND_FULL = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 # -- windows ----------------------------------------------------------------------------------------------------------
 
@@ -53,7 +53,8 @@ def _gemma_ids(tokens: dict[str, int]) -> dict[str, int]:
     return {f"{name}_id": tokens[name] for name in named} | {"eoa_token_index": tokens["eoa_token"]}
 
 
-def _gemma(name: str, **text_fields: Any) -> Family:
+def gemma(name: str, **text_fields: Any) -> Family:
+    """A Gemma 4 with these fields in its text decoder."""
     return Family(
         name=name,
         model_class=hf.Gemma4ForConditionalGeneration,
@@ -79,16 +80,16 @@ def _gemma(name: str, **text_fields: Any) -> Family:
 
 
 _WINDOWED = (
-    _gemma("gemma4", **_WINDOWS_AND_FULL),
+    gemma("gemma4", **WINDOWS_AND_FULL),
     # Every layer also reads an embedding of its own of the token.
-    _gemma("gemma4-ple", **_WINDOWS_AND_FULL, hidden_size_per_layer_input=8, vocab_size_per_layer_input=160),
-    _gemma("gemma4-full", layer_types=["full_attention"] * 4),
+    gemma("gemma4-ple", **WINDOWS_AND_FULL, hidden_size_per_layer_input=8, vocab_size_per_layer_input=160),
+    gemma("gemma4-full", layer_types=["full_attention"] * 4),
     Family(
         name="gemma4_unified",
         model_class=hf.Gemma4UnifiedForConditionalGeneration,
         config=lambda text, tokens: hf.Gemma4UnifiedConfig(
             text_config=text
-            | _WINDOWS_AND_FULL
+            | WINDOWS_AND_FULL
             | {"per_layer_config": {}, "head_dim": HEAD_SIZE, "tie_word_embeddings": False},
             vision_config={
                 "patch_size": PATCH_SIZE,

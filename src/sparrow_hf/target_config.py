@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ._transformers import ACTIVATIONS, commit_of, name_of
+from ._transformers import ACTIVATIONS, commit_of, first_layer_config, name_of
 from .errors import UnsupportedTargetError
 
 #: Text decoder of the target → the plain-text decoder layer of transformers that has its exact shape. Others get a
@@ -87,7 +87,7 @@ def _layer_fields(text: PreTrainedConfig) -> dict[str, Any]:
     """What a draft's layer takes over from a text decoder; a field of another form is left to the draft's default."""
     fields: dict[str, Any] = {}
     for field, (kind, names) in _LAYER_FIELDS.items():
-        found = (getattr(text, name, None) for name in names)
+        found = (getattr(layer, name, None) for name in names)
         # Some decoders have one value per layer.
         found = (value[0] if isinstance(value, (list, tuple)) and value else value for value in found)
         value = next((value for value in found if type(value) is kind), None)

@@ -23,6 +23,7 @@ from .caches import (
     cache_tensors,
     convolution_layers,
     drop_newest,
+    first_layer_config,
     first_rows_read,
     is_windowed,
     layer_kinds,

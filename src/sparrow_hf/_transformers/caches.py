@@ -18,6 +18,11 @@ def layer_kinds(config: Any) -> list[str]:
     return ["cross_attention" if index in reading_images else kind for index, kind in enumerate(kinds)]
 
 
+def first_layer_config(config: Any) -> Any:
+    """The configuration as the first layer of a text decoder has it: sizes of attention may differ by layer."""
+    return config.per_layer_config[0]
+
+
 def is_windowed(layer: Any) -> bool:
     """Whether a layer of a cache belongs to attention that sees a window."""
     return bool(layer.is_sliding)

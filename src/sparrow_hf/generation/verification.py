@@ -70,8 +70,7 @@ def verification_inputs(
             start = positions.new_zeros((1, 1)) + held.ends
             inputs["position_ids"] = _positions(tree, lead.shape[1], start) if positions.ndim == 2 else positions
     if "logits_to_keep" in inputs:
-        # 0: all. A number would cut the masks of Gemma's layers that share keys and values to as many rows.
-        inputs["logits_to_keep"] = len(tree) if held.carried else 0
+        inputs["logits_to_keep"] = len(tree)
     return inputs
 
 
