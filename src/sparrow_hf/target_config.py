@@ -86,6 +86,7 @@ def fields_for(target_config: PreTrainedConfig) -> dict[str, Any]:
 def _layer_fields(text: PreTrainedConfig) -> dict[str, Any]:
     """What a draft's layer takes over from a text decoder; a field of another form is left to the draft's default."""
     fields: dict[str, Any] = {}
+    layer = first_layer_config(text)
     for field, (kind, names) in _LAYER_FIELDS.items():
         found = (getattr(layer, name, None) for name in names)
         # Some decoders have one value per layer.
