@@ -10,7 +10,7 @@ import torch
 
 from sparrow_hf.generation.tree import build_tree
 from sparrow_research.gpu import __main__ as command
-from sparrow_research.gpu import planting, steps
+from sparrow_research.gpu import calls, planting, steps
 from sparrow_research.gpu.models import prompt, random_draft, random_target
 from sparrow_research.gpu.session import OutOfTime, Part, Session
 from sparrow_research.gpu.sizes import full_sizes, small_sizes
@@ -132,3 +132,15 @@ def test_prompts_are_placeholders_and_text_with_embeddings_of_their_own() -> Non
     visual = inputs["input_ids"] == target.config.video_token_id
     assert visual.sum() == 48 and inputs["inputs_embeds"][visual].unique(dim=0).shape[0] == 48
     assert random_draft(target, "chain-5").config.visual_token_ids == [502 + 2, 502 + 3]
+
+
+def test_plain_decoding_runs_without_the_hooks_of_a_draft() -> None:
+    session = Session(Path(), torch.device("cpu"), torch.float32, small_sizes(), 0.0)
+    seen: list[str] = []
+    norm = session.target.get_decoder().norm
+    norm.register_forward_hook(lambda *_: seen.append("norm"))
+    inputs = prompt(session.target, session.sizes, 32)
+    plain = calls.call(session, inputs, 3, None)
+    assert plain.rounds == 2 and not seen
+    drafted = calls.call(session, inputs, 3, "chain-5")
+    assert drafted.ids == plain.ids and seen
