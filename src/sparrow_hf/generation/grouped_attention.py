@@ -29,6 +29,7 @@ from .._transformers import (
     registered_attention,
 )
 from ..targets import TargetView
+from .split_attention import number_of_splits, split_attention
 
 #: Name → the attention function registered under it that takes folded masks.
 _TAKING_FOLDED_MASKS: dict[str, Callable[..., Any]] = {}
@@ -55,7 +56,11 @@ def grouped_attention(
         # Decoders may keep their norms, of which masks have the dtype, in a higher precision than their heads.
         mask = mask.to(query.dtype)
     folded = query.reshape(batch, kv_heads, heads // kv_heads * rows, width)
-    output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    num_splits = number_of_splits(folded, key, mask) if dropout == 0 else 1
+    if mask is not None and num_splits > 1:
+        output = split_attention(folded, key, value, mask.expand(-1, -1, folded.shape[2], -1), num_splits, scaling)
+    else:
+        output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return output.reshape(batch, heads, rows, value.shape[-1]).transpose(1, 2).contiguous()
 
 
