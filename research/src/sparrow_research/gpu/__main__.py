@@ -55,6 +55,11 @@ def main() -> None:
     for name in names:
         measure, seconds = PARTS[name]
         session.run(name, measure, seconds * options.minutes / _MINUTES)
+    print("\nmilliseconds of a round, and of a token with planted drafts")
+    for length, rows in sorted(session.calls.items()):
+        for row in rows:
+            planted = f"{row['planted_token_ms']:9.2f}" if "planted_token_ms" in row else ""
+            print(f"{length:6}  {row['arm']:40}{row['round_ms']:9.2f}{planted}")
 
 
 if __name__ == "__main__":

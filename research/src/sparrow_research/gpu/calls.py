@@ -120,8 +120,9 @@ def measure_arm(
         try:
             with planted(first.ids, sizes.text["vocab_size"]):
                 few, many = few_and_many()
-            row["planted_tau"] = many.tau
-            row["planted_token_ms"] = 1000 * (many.seconds - few.seconds) / (len(many.ids) - len(few.ids))
+            further = len(many.ids) - len(few.ids)
+            row["planted_tau"] = further / max(many.rounds - few.rounds, 1)
+            row["planted_token_ms"] = 1000 * (many.seconds - few.seconds) / further
         except Exception as error:
             # What was measured without is worth keeping.
             row["planted_error"] = f"{type(error).__name__}: {error}"[:500]

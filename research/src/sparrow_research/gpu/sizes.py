@@ -73,7 +73,7 @@ def small_sizes() -> Sizes:
         text_rows=16,
         rows=(1, 6),
         few_tokens=3,
-        many_tokens=7,
+        many_tokens=13,
         repeats=2,
         reduced_vocabulary=128,
         identity_tokens=8,
