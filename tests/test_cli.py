@@ -184,7 +184,7 @@ def test_ctrl_c_ends_quietly(models: tuple[object, ...], clip: Path, monkeypatch
 def test_demo_of_the_testbed_that_ships(tmp_path: Path):
     threads = torch.get_num_threads()
     file = tmp_path / "verdict.json"
-    result = run("demo", "--visual-tokens", 64, "--json", file)
+    result = run("demo", "--visual-tokens", 64, "--max-new-tokens", 48, "--json", file)
     torch.set_num_threads(threads)
     assert result.exit_code == 0, result.output
     verdict = json.loads(file.read_text())

@@ -1,6 +1,7 @@
 """All steps of a user on the command line: prompts about videos → answers → recording → draft → generate."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def short_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out prompts are decoded for 12 tokens: the untrained target would go on for all 256."""
+    monkeypatch.setattr("sparrow_hf.training.run.DecodingCallback", partial(DecodingCallback, max_new_tokens=12))
+
+
 def train(work: Path, output: Path, *options: object, rows: str = "prompts_answers") -> Result:
     return run("train", "--target", work / "target", "--train", work / rows, "--output", output, *TRAINING, *options)
 
@@ -121,7 +128,7 @@ def test_held_out_rows_are_decoded_as_training_reads_them(work: Path, tmp_path: 
                 yield prompt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparrow_hf.training.run.DecodingCallback", Watched)
+        patch.setattr("sparrow_hf.training.run.DecodingCallback", partial(Watched, max_new_tokens=12))
         result = train(work, tmp_path / "draft", *SMALL, "--held-out", held_out)
     assert result.exit_code == 0, result.output
     part["video"] = str(work / part["video"])

@@ -191,6 +191,7 @@ options.parse_options(["--target", "a", "--train", "b", "--output", "c", "--use-
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.full
 def test_the_command_has_its_verbs_with_the_extra_cli() -> None:
     """Its help names them all, and a verb that needs more says what."""
     program = """

@@ -74,6 +74,13 @@ def test_a_lock_names_hashes_and_no_index(lock: str) -> None:
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), entry
 
 
+def test_the_hooks_check_as_make_quality_does() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.findall(r"ruff-pre-commit\n.*\n *rev: v(\S+)", hooks) == [str(each) for each in pins("dev")["ruff"]]
+    (checked,) = re.findall(r"/mypy (.+)", (ROOT / "Makefile").read_text())
+    assert re.findall(r"/mypy (.+)", hooks) == [checked]
+
+
 #: Room → the extras whose packages its files import at once, and those that they import where they are needed. `""` is
 #: every file that lies in no folder: of these, `_transformers` and `generation`, the engine is made.
 ROOMS: dict[str, tuple[set[str], set[str]]] = {

@@ -3,13 +3,16 @@
 import copy
 import errno
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
@@ -319,28 +322,27 @@ class TestWhatKilledProcessesLeave:
         assert (tmp_path / "file").read_text() == "mine"
 
 
-WRITER = """
-import pathlib, sys, time
-from sparrow_hf.artifacts import atomic_files
-with atomic_files(pathlib.Path(sys.argv[1]), "config.json", lambda name: False) as partial:
-    (partial / "model.safetensors").write_bytes(b"half")
-    print(partial, flush=True)
-    time.sleep(600)
-"""
+def write_half(folder: Path, told: Connection) -> None:
+    with atomic_files(folder, "config.json", lambda name: False) as partial:
+        (partial / "model.safetensors").write_bytes(b"half")
+        told.send(partial)
+        time.sleep(600)
 
 
 @contextmanager
 def writing_elsewhere(folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     """Another process in the middle of saving to a folder: where, and how it is killed."""
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], stdout=PIPE)
-    assert process.stdout is not None
+    # A fork need not import torch once more.
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=write_half, args=(folder, theirs), daemon=True)
+    process.start()
 
     def kill() -> None:
         process.kill()
-        process.wait()
+        process.join()
 
     try:
-        yield Path(process.stdout.readline().decode().strip()), kill
+        yield ours.recv(), kill
     finally:
         kill()
-        process.stdout.close()

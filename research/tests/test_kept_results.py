@@ -9,7 +9,7 @@ from sparrow_hf.testbed.families import LLAVA_ONEVISION, QWEN2_5_VL, Family
 from sparrow_research.results import __main__ as command
 from sparrow_research.results import analyses, draft_steps
 from sparrow_research.results.cells import CELLS
-from sparrow_research.results.contenders import folders_of, is_finished
+from sparrow_research.results.drafts import folders_of, is_finished
 
 KEPT = Path(__file__).parents[1] / "data" / "results"
 

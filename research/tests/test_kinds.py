@@ -8,7 +8,7 @@ from sparrow_hf.metrics import Run
 from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.testbed.world import TRAIN_SEEDS
 from sparrow_research.kind_targets import KINDS, Kind
-from sparrow_research.kinds import Contender, prompts_of, summary
+from sparrow_research.kinds import CarryingArm, prompts_of, summary
 
 
 def _run(tokens: int, rounds: int, seconds: float, verify_seconds: float | None = None) -> Run:
@@ -34,7 +34,7 @@ def test_times_are_ratios_to_the_plain_call_next_to_each() -> None:
 
 def test_what_is_carried_is_as_before_afterwards() -> None:
     before = caches.MAX_CARRIED
-    with pytest.raises(KeyError), Contender(Arm("plain"), max_carried=0).carrying():
+    with pytest.raises(KeyError), CarryingArm(Arm("plain"), max_carried=0).carrying():
         assert caches.MAX_CARRIED == 0
         raise KeyError
     assert caches.MAX_CARRIED == before

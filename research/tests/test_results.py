@@ -1,4 +1,4 @@
-"""The evidence from end to end, on an untrained target: contenders, cells, analysis, report; resumed; judged."""
+"""The evidence from end to end, on an untrained target: drafts, cells, analysis, report; resumed; judged."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from sparrow_hf.training import ALL_VISUAL_ROWS
 from sparrow_research import processes, retrain
 from sparrow_research.pretrain import export
 from sparrow_research.results import __main__ as command
-from sparrow_research.results import analyses, cells, contenders, draft_steps
+from sparrow_research.results import analyses, cells, draft_steps, drafts
 from sparrow_research.results.arms import ARMS, CURVES, Role, arms_of
 from sparrow_research.results.cells import CELLS, Cell
 from sparrow_research.results.claims import OURS, PAPERS, paragraph
@@ -45,9 +45,9 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     draft = retrain.build_draft(loaded)
     draft.save_pretrained(tmp_path / "shipped" / "draft")
     (tmp_path / "shipped" / "draft" / "PROVENANCE.json").write_text(json.dumps({"steps": 2}))
-    for module in (contenders, analyses, command):
+    for module in (drafts, analyses, command):
         monkeypatch.setattr(module, "SHIPPED", {QWEN2_5_VL.name: tmp_path / "shipped", "llava-onevision": tmp_path})
-    monkeypatch.setattr(contenders, "CLIPS", 2)
+    monkeypatch.setattr(drafts, "CLIPS", 2)
     monkeypatch.setattr(retrain, "SHORT_CLIPS", (16, 24))
     monkeypatch.setattr(retrain, "LONG_SHARE", 0.0)
     monkeypatch.setattr(retrain, "MAX_CAPTION_TOKENS", 8)
@@ -88,7 +88,7 @@ def place_sibling(work: Path) -> None:
 def test_from_models_to_the_report(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, report = shipped / "results.json", shipped / "docs" / "results.md"
     arguments = ["--work", str(shipped / "work"), "--output", str(output), "--report", str(report)]
-    arguments += ["--families", "qwen2.5-vl", "--contenders", "msd", "text-only"]
+    arguments += ["--families", "qwen2.5-vl", "--drafts", "msd", "text-only"]
     command.main([*arguments, "--note", "On a shared machine."])
     found = Results.read(output)
     assert found.note in report.read_text()
@@ -145,12 +145,12 @@ def test_from_models_to_the_report(shipped: Path, monkeypatch: pytest.MonkeyPatc
 def test_every_contender_can_be_built_and_reads_what_it_learned_from(shipped: Path) -> None:
     target, _ = retrain.load_target(shipped / "shipped" / "target")
     layers = {}
-    for name, contender in contenders.CONTENDERS.items():
-        draft = retrain.build_draft(target, 0, name == "text-only", contender.draft_class, **contender.draft)
-        assert isinstance(draft, SparrowDraftModel) and name in contenders.MEANINGS
+    for name, recipe in drafts.DRAFTS.items():
+        draft = retrain.build_draft(target, 0, name == "text-only", recipe.draft_class, **recipe.draft)
+        assert isinstance(draft, SparrowDraftModel) and name in drafts.MEANINGS
         layers[name] = draft.config.visual_bridge_layer
         # No draft is shown visual rows in use that it never saw, nor asked to do without what it was promised.
-        glimpse, most = draft.config.num_glimpse_tokens, contender.training.get("num_visual_rows_max", 64)
+        glimpse, most = draft.config.num_glimpse_tokens, recipe.training.get("num_visual_rows_max", 64)
         if name not in ("paper", "no-bridge", "no-mtp", "text-only"):
             assert (glimpse, most) in {(64, 64), (0, 0), (EVERY_VISUAL_TOKEN, ALL_VISUAL_ROWS)}, name
         else:

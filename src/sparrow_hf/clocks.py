@@ -43,7 +43,6 @@ class StopWatch(BaseStreamer):
         self._target = unwrap(target)
         self._streamer = streamer
         self._saw_prompt = False
-        self._forwards = 0
         self._start = self._first_token = 0.0
 
     def __enter__(self) -> "StopWatch":
@@ -56,7 +55,6 @@ class StopWatch(BaseStreamer):
         self._hook.remove()
 
     def _count(self, *args: object) -> None:
-        self._forwards += 1
         # A round counts when its forward begins; the forwards before the first token are the prefill.
         self.rounds += bool(self.chunks)
 

@@ -58,7 +58,7 @@ class SparrowDraftConfig(PreTrainedConfig):
         feature_layers (`list[int]`): Target layers whose text states the draft reads, in the `hidden_states`
             convention: k = output after k layers, −1 = post-norm. Several are fused by one more linear map.
         visual_bridge_layer (`int`): Layer m whose visual states serve as the bridge (IVSB) and the glimpse; the paper
-            takes half of the depth. 0: the projected visual features, as they enter the target's decoder.
+            takes half of the layers. 0: the projected visual features, as they enter the target's decoder.
         num_glimpse_tokens (`int`): Visual tokens (evenly strided) kept in the draft's window at inference; 0 = the
             paper's VATA.
         num_mtp_steps (`int`): Passes of the draft over a training row (MTP); 2 in the paper.
@@ -222,7 +222,7 @@ class SparrowDraftConfig(PreTrainedConfig):
             overrides: Any field of this class.
 
         Raises:
-            UnsupportedTargetError: The configuration has no text decoder with a depth, a vocabulary and a width.
+            UnsupportedTargetError: The text decoder has no number of layers, no vocabulary or no width.
             DraftConfigError: An override is out of range.
         """
         return cls(**(fields_for(target_config) | overrides))
@@ -266,13 +266,13 @@ class SparrowDraftConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raises [`DraftConfigError`] if a field is wrong or two contradict each other; runs on construction."""
         check_fields(vars(self))
-        depth = self.target_num_hidden_layers
+        layers = self.target_num_hidden_layers
         for layer in self.feature_layer_ids:
-            if not 1 <= layer <= depth:
-                raise DraftConfigError(f"feature_layers holds {layer}, but the target has layers 1 … {depth} (or −1)")
-        if not 0 <= self.bridge_layer_id <= depth:
+            if not 1 <= layer <= layers:
+                raise DraftConfigError(f"feature_layers holds {layer}, but the target has layers 1 … {layers} (or −1)")
+        if not 0 <= self.bridge_layer_id <= layers:
             raise DraftConfigError(
-                f"visual_bridge_layer is {self.visual_bridge_layer}, but the target has layers 1 … {depth} (0: what "
+                f"visual_bridge_layer is {self.visual_bridge_layer}, but the target has layers 1 … {layers} (0: what "
                 "enters the first)"
             )
         if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:

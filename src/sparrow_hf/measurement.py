@@ -1,4 +1,4 @@
-"""Measures several arms (methods) on the same inputs in the same process, with the same clock.
+"""Measures several arms (ways of generating) on the same inputs in the same process, with the same clock.
 
 Benchmarks, the demo and the decoded evaluation of a training all measure here. The clock is a streamer:
 `generate()` passes it the prompt, then tokens as they are committed. The time before the first token counts as prefill

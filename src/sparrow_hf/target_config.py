@@ -53,7 +53,7 @@ def fields_for(target_config: PreTrainedConfig) -> dict[str, Any]:
     """Fields of the [`SparrowDraftConfig`] of a draft that fits a target with this configuration.
 
     Raises:
-        UnsupportedTargetError: The configuration has no text decoder with a depth, a vocabulary and a width.
+        UnsupportedTargetError: The text decoder has no number of layers, no vocabulary or no width.
     """
     text = target_config.get_text_config()
     sizes = ("num_hidden_layers", "vocab_size", "hidden_size")

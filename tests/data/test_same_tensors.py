@@ -182,7 +182,7 @@ ROWS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(form=ROWS, own=SAMPLING, default=SAMPLING)
 def test_every_reader_of_a_row_sees_the_same_tensors(world: World, form: Any, own: Any, default: Any) -> None:
     assert_one_road(world, world.row(**form) | own, **default)

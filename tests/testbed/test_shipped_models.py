@@ -39,7 +39,7 @@ def clips(
 
 def generate(target: Any, inputs: dict[str, Any], **kwargs: Any) -> list[int]:
     torch.manual_seed(0)
-    return target.generate(**inputs, max_new_tokens=160, **kwargs)[0, inputs["input_ids"].shape[1] :].tolist()
+    return target.generate(**inputs, max_new_tokens=96, **kwargs)[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 GREEDY, SAMPLING = {"do_sample": False}, {"do_sample": True, "temperature": 1.0}

@@ -44,7 +44,8 @@ def test_reentrant_checkpointing_is_refused(tmp_path, name) -> None:
         SparrowTrainingArguments(str(tmp_path), **{name: {"use_reentrant": True}})
 
 
-@pytest.mark.parametrize("attention", ["exact", pytest.param("reinput", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("attention", ["exact", "reinput"])
 def test_a_compiled_training(target, make_draft, samples, tmp_path, attention) -> None:
     torch._dynamo.reset()
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}

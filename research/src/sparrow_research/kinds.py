@@ -108,7 +108,7 @@ def train_draft(target: Any, processor: Any, steps: int) -> SparrowDraftModel:
 
 
 @dataclass
-class Contender:
+class CarryingArm:
     """What is measured: an arm, and how many tokens recurrent layers may carry."""
 
     arm: Arm
@@ -124,17 +124,17 @@ class Contender:
             caches.MAX_CARRIED = before
 
 
-def contenders_of(kind: Kind, draft: SparrowDraftModel) -> list[Contender]:
+def arms_of(kind: Kind, draft: SparrowDraftModel) -> list[CarryingArm]:
     """Plain decoding, the chain, and the tree; without trees, the chain that reads accepted tokens again at once."""
     chain = TREE_PRESETS["chain-5"]
-    contenders = [Contender(Arm("plain")), Contender(Arm("chain-5", draft, chain))]
+    arms = [CarryingArm(Arm("plain")), CarryingArm(Arm("chain-5", draft, chain))]
     if kind.grows_trees:
-        return [*contenders, Contender(Arm("30-4-8", draft, TREE_PRESETS["30-4-8"]))]
-    return [*contenders, Contender(Arm("chain-5, read again at once", draft, chain), max_carried=0)]
+        return [*arms, CarryingArm(Arm("30-4-8", draft, TREE_PRESETS["30-4-8"]))]
+    return [*arms, CarryingArm(Arm("chain-5, read again at once", draft, chain), max_carried=0)]
 
 
 def summary(plain: Sequence[Run], runs: Sequence[Run]) -> dict[str, float]:
-    """Figures of one contender; `plain` has the call next to each of its calls. Times are ratios to these.
+    """Figures of one arm; `plain` has the call next to each of its calls. Times are ratios to these.
 
     Returns:
         `tau`; `round`: a verification, in plain steps; `speed`: tokens per plain step's time, and `speed_of_rounds`
@@ -153,19 +153,19 @@ def summary(plain: Sequence[Run], runs: Sequence[Run]) -> dict[str, float]:
 
 
 def measure_clips(
-    target: Any, contenders: Sequence[Contender], prompts: Sequence[dict[str, Any]], repeats: int
+    target: Any, arms: Sequence[CarryingArm], prompts: Sequence[dict[str, Any]], repeats: int
 ) -> dict[str, Any]:
-    """Every contender on every clip, in turns."""
+    """Every arm on every clip, in turns."""
     settings = {"max_new_tokens": MAX_CAPTION_TOKENS, "do_sample": False}
-    runs: dict[str, list[Run]] = {each.arm.name: [] for each in contenders}
+    runs: dict[str, list[Run]] = {each.arm.name: [] for each in arms}
     calls = identical = 0
     for prompt in tqdm(prompts, desc="measuring"):
         for _ in range(repeats):
             texts = []
-            for contender in contenders:
-                with contender.carrying():
-                    run, text = measure(target, contender.arm, prompt, settings)
-                runs[contender.arm.name].append(run)
+            for each in arms:
+                with each.carrying():
+                    run, text = measure(target, each.arm, prompt, settings)
+                runs[each.arm.name].append(run)
                 texts.append(text)
             calls += len(texts) - 1
             identical += sum(text == texts[0] for text in texts[1:])
@@ -184,12 +184,12 @@ def measure_kind(kind: Kind, target_steps: int, draft_steps: int, clips: int, re
     loss = learn_by_heart(target, processor, target_steps)
     draft = train_draft(target, processor, draft_steps)
     trained = time.monotonic()
-    contenders = contenders_of(kind, draft)
+    arms = arms_of(kind, draft)
     # The first calls of a process are slow.
-    measure_clips(target, contenders, prompts_of(processor, LEARNED[:1]), 1)
+    measure_clips(target, arms, prompts_of(processor, LEARNED[:1]), 1)
     sets = {"learned": LEARNED[:clips], "unseen": EVALUATION_SEEDS[:clips]}
     figures = {
-        name: measure_clips(target, contenders, prompts_of(processor, seeds), repeats) for name, seeds in sets.items()
+        name: measure_clips(target, arms, prompts_of(processor, seeds), repeats) for name, seeds in sets.items()
     }
     seconds = {"training": round(trained - started), "measuring": round(time.monotonic() - trained)}
     size = sum(parameter.numel() for parameter in target.parameters())

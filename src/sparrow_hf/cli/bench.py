@@ -1,4 +1,4 @@
-"""`sparrow bench`: several arms (methods) on the same prompts, and their conditions written beside every figure."""
+"""`sparrow bench`: several arms on the same prompts, and their conditions written beside every figure."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,9 +50,9 @@ def bench(
     arms: Annotated[
         list[str] | None,
         typer.Option(
-            help="An arm (method) to measure beside plain generate(): none, prompt-lookup[-N], assistant:ID, "
-            r"draft[:ID]\[@TREE]\[/glimpse=M], or METHOD:TEXT for a method of another package. Repeat the option for "
-            "several arms."
+            help="An arm, a way of generating to measure beside plain generate(): none, prompt-lookup[-N], "
+            r"assistant:ID, draft[:ID]\[@TREE]\[/glimpse=M], or METHOD:TEXT for a method of another package. Repeat "
+            "the option for several arms."
         ),
     ] = None,
     visual_tokens: Annotated[
@@ -105,7 +105,7 @@ def bench(
     dtype: DtypeOption = Dtype.auto,
     device: OneDeviceOption = None,
 ) -> None:
-    """Measures arms (methods) against plain generate() on the same prompts, in one process.
+    """Measures arms (ways of generating) against plain generate() on the same prompts, in one process.
 
     Prints the number of calls before it starts.
     The same command continues a stopped run.
@@ -178,7 +178,7 @@ def bench(
     todo = benchmark.calls_per_prompt * sum(len(settings) for _, settings in benchmark.missing(measured))
     console.print(
         f"{len(chosen)} prompts × {len(benchmark.settings)} temperatures and seeds × {len(benchmark.arms)} arms"
-        + (f" × {repeats} rounds; " if repeats > 1 else "; ")
+        + (f" × {repeats} repeats; " if repeats > 1 else "; ")
         + f"to do: {todo} calls of up to {max_new_tokens} tokens"
     )
     context.obj.keeps(lambda: f"{len(measured.lines)} measured prompts are kept in {measured.path}")

@@ -1,4 +1,4 @@
-"""Benchmarks: several arms (methods) on the same inputs, and the figures computed from them."""
+"""Benchmarks: several arms on the same inputs, and the figures computed from them."""
 
 from ..clocks import StopWatch
 from ..configuration_sparrow import parse_tree_shape as parse_tree

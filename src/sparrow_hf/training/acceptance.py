@@ -22,12 +22,12 @@ def count_acceptance(batch: DraftBatch, matches: Sequence[Tensor]) -> Tensor:
         `(1, 3·D + 1)` for D passes: matching losses and all losses of each pass, rounds that accepted at least 1 … D
         tokens, and all rounds.
     """
-    depth = len(matches)
+    passes = len(matches)
     agreed = [(match & batch.has_loss(step)).sum() for step, match in enumerate(matches)]
-    rows = [batch.has_loss(step).sum() for step in range(depth)]
+    losses = [batch.has_loss(step).sum() for step in range(passes)]
     accepted = simulate_rounds(batch, matches)
-    reaching = metrics.count_reaching(accepted, depth)
-    return torch.cat((torch.stack((*agreed, *rows)), agreed[0].new_tensor([*reaching, len(accepted)])))[None]
+    reaching = metrics.count_reaching(accepted, passes)
+    return torch.cat((torch.stack((*agreed, *losses)), agreed[0].new_tensor([*reaching, len(accepted)])))[None]
 
 
 def simulate_rounds(batch: DraftBatch, matches: Sequence[Tensor]) -> list[int]:
@@ -60,22 +60,22 @@ def acceptance_metrics(prediction: EvalPrediction) -> dict[str, float]:
         `agreement_s`, the share of all losses of pass s (from 1) whose token is the target's.
     """
     *counts, rounds = np.asarray(prediction.predictions).sum(axis=0).tolist()
-    depth = len(counts) // 3
-    agreed, rows, reaching = counts[:depth], counts[depth : 2 * depth], counts[2 * depth :]
+    passes = len(counts) // 3
+    agreed, losses, reaching = counts[:passes], counts[passes : 2 * passes], counts[2 * passes :]
     # A round of k tokens was counted k times: as one of at least 1, of at least 2, … of at least k.
     accepted = sum(reaching)
     shares = metrics.per_position(reaching, rounds)
-    return summarize(agreed, rows) | {
+    return summarize(agreed, losses) | {
         "k": metrics.accepted_per_round(accepted, rounds),
         "tau": metrics.tau(accepted + rounds, rounds),
         **{f"accepted_{step}": share for step, share in enumerate(shares, start=1)},
     }
 
 
-def summarize(agreed: Sequence[float], rows: Sequence[float]) -> dict[str, float]:
+def summarize(agreed: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
     """`agreement_s` per pass, from counts; passes that had no loss are left out."""
     return {
         f"agreement_{step}": float(match / total)
-        for step, (match, total) in enumerate(zip(agreed, rows, strict=True), start=1)
+        for step, (match, total) in enumerate(zip(agreed, losses, strict=True), start=1)
         if total
     }

@@ -2,7 +2,7 @@
 
     python -m sparrow_research.results --work DIR --output research/data/results.json --report docs/results.md
 
-For each family: the contenders are trained on the target's own captions, every cell is measured, the target is
+For each family: the drafts are trained on the target's own captions, every cell is measured, the target is
 analysed. Run the command again to go on where it was stopped. Families share nothing, so two processes may work on one
 each (`--families`); whoever writes the results takes all there are. What belongs to a target lies in a folder that has
 its digest in the name: another target starts anew.
@@ -28,21 +28,21 @@ from ..processes import run_in_processes
 from ..retrain import CLIPS
 from .analyses import ANALYSIS_FILE, DRAFT, analyse
 from .cells import CELLS, benchmark, pool_cells, pool_shared
-from .contenders import (
-    CONTENDERS,
+from .draft_steps import measure_draft_steps, pool_draft_steps
+from .drafts import (
+    DRAFTS,
     SHIPPED_DRAFT,
     folders_of,
     is_finished,
     record_clips,
     shipped_steps,
-    train_contender,
+    train_draft,
     train_sibling,
 )
-from .draft_steps import measure_draft_steps, pool_draft_steps
 from .report import write_report
 
 PARTS = ("train", "measure", "analyse")
-TRAINED = [name for name in CONTENDERS if name != SHIPPED_DRAFT]
+TRAINED = [name for name in DRAFTS if name != SHIPPED_DRAFT]
 
 
 def work_of(family: Family, work: Path) -> Path:
@@ -52,14 +52,14 @@ def work_of(family: Family, work: Path) -> Path:
 
 
 def train_all(family: Family, work: Path, names: Sequence[str], processes: int) -> None:
-    """Trains the contenders that are not there yet, several at a time."""
+    """Trains the drafts that are not there yet, several at a time."""
     train_sibling(family, work)
     todo = [name for name in names if not is_finished(folders_of(family, work)[name])]
     if not todo:
         return
     record_clips(family, work)
     calls = [(family, work, name) for name in todo]
-    for _ in run_in_processes(train_contender, calls, processes, f"{family.name} drafts"):
+    for _ in run_in_processes(train_draft, calls, processes, f"{family.name} drafts"):
         pass
 
 
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--families", nargs="+", choices=SHIPPED, default=list(SHIPPED), help="which families")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what to do before writing")
     parser.add_argument(
-        "--contenders",
+        "--drafts",
         nargs="+",
         choices=TRAINED,
         default=TRAINED,
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         cells = [CELLS[name] for name in options.cells]
         answers = sum((1 + len(cell.arms)) * cell.prompts * cell.repeats for cell in cells)
         print(
-            f"Per family: {CLIPS} captions, a small target, {len(options.contenders)} drafts × "
+            f"Per family: {CLIPS} captions, a small target, {len(options.drafts)} drafts × "
             f"{shipped_steps(families[0])} steps, {answers} answers and an analysis: two to four hours on one core "
             "of a server CPU, half a GB of recordings. What is there already is not made again.",
             flush=True,
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     for family in families:
         work = work_of(family, options.work)
         if "train" in options.parts:
-            train_all(family, work, options.contenders, options.processes)
+            train_all(family, work, options.drafts, options.processes)
         if "measure" in options.parts:
             measure_all(family, work, options.cells)
         if "analyse" in options.parts:

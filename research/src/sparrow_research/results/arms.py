@@ -1,6 +1,6 @@
 """Every arm of the evidence: what it is called, what it is there for, and where it stands in a table.
 
-An arm's key is its name in `sparrow bench`; `draft:NAME` is a contender (see `contenders.py`).
+An arm's key is its name in `sparrow bench`; `draft:NAME` is one of `drafts.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from enum import Enum, auto
 
 from sparrow_hf.measurement import NO_DRAFT
 
-from .contenders import SIBLING
+from .drafts import SIBLING
 
 DEFAULT, PAPER = "draft:sparrow@chain-5", "draft:paper@chain-5"
 MSD, MSD_BLIND, ALL_ROWS = "draft:msd@chain-5", "draft:msd@chain-5/glimpse=0", "draft:all-rows@chain-5"

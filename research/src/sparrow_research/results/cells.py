@@ -20,7 +20,7 @@ from sparrow_hf.testbed.benchmark_prompts import clip_prompts, says_what_it_show
 from sparrow_hf.testbed.captions import STYLES
 
 from .arms import ARMS, BLIND, MSD, PAPER, PROMPT_LOOKUP, VISPEC, Role, arms_of
-from .contenders import SHIPPED_DRAFT, is_finished
+from .drafts import SHIPPED_DRAFT, is_finished
 from .prompts import picture_prompts, text_prompts
 
 MAX_NEW_TOKENS = 320
@@ -80,18 +80,18 @@ def command(name: str) -> str:
 
 
 def is_ready(arm: str, folders: Mapping[str, Path]) -> bool:
-    """Whether the contender that an arm names, if it names one, is finished."""
+    """Whether the draft that an arm names, if it names one, is finished."""
     named = re.match(r"(?:draft|assistant|specvlm):([\w-]+)", arm)
     return named is None or is_finished(folders[named[1]])
 
 
 def benchmark(name: str, target: Any, processor: Any, folders: Mapping[str, Path]) -> Benchmark:
-    """A cell, ready to be measured. Arms whose contender is not finished are left out.
+    """A cell, ready to be measured. Arms whose draft is not finished are left out.
 
     Args:
         name: Of the cell.
         target, processor: In fp32; brought to the cell's dtype.
-        folders: Short name → folder of every contender.
+        folders: Short name → folder of every draft.
     """
     cell = CELLS[name]
     # Before the cell's dtype makes another digest of the same target.

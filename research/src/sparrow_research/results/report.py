@@ -15,7 +15,7 @@ from .analyses import COMMAND
 from .arms import ARMS, DEFAULT
 from .cells import GLIMPSE, VIDEO, command
 from .claims import OURS, PAPERS, paragraph
-from .contenders import MEANINGS
+from .drafts import MEANINGS
 from .figures import draw_all
 from .table import NAMES, Results
 
@@ -39,7 +39,7 @@ The claims and pictures are named after what they answer in the paper: its Figur
 methods, lengths, temperatures, parts left out, tasks and prefill shares. One cell of the tables alone:
 `{cell}`; the analyses alone: `{analysis}`.
 
-| contender | what it is |
+| draft | what it is |
 | --- | --- |
 {meanings}
 """
@@ -125,14 +125,14 @@ def write_report(data: Path, report: Path) -> None:
 
 
 def repeats(results: Results) -> str:
-    """Which cells had several rounds, as a sentence; nothing if none had."""
-    rounds = {row["benchmark"]: row["provenance"].get("repeats") for row in results.rows}
-    cells = {name: count for name, count in rounds.items() if count is not None}
+    """Which cells were measured several times, as a sentence; nothing if none was."""
+    repeats = {row["benchmark"]: row["provenance"].get("repeats") for row in results.rows}
+    cells = {name: count for name, count in repeats.items() if count is not None}
     if not cells:
         return ""
     named = ", ".join(f"{name} ({count})" for name, count in cells.items())
     return (
-        f" In some cells every arm answered each prompt in several rounds, and its median call counts: {named}. "
+        f" In some cells every arm answered each prompt several times, and its median call counts: {named}. "
         "There, arms of transformers' own loop, which cannot start from the shared prefill, answered once."
     )
 

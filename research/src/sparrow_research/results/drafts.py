@@ -28,13 +28,13 @@ SEED = 0
 SHIPPED_DRAFT, TEXT_ONLY = "sparrow", "text-only"
 SIBLING = "sibling"
 FINISHED_FILE = "finished.json"
-"""Written last: where it lies, the contender is whole."""
+"""Written last: where it lies, the draft is whole."""
 
 _PAPER = RECIPES["paper"]
 _NO_VISUAL_ROWS = {"num_visual_rows_min": 0, "num_visual_rows_max": 0}
 
 #: Short name → what tells the draft from the testbed's default, which is `sparrow`.
-CONTENDERS: dict[str, Baseline] = {
+DRAFTS: dict[str, Baseline] = {
     SHIPPED_DRAFT: Baseline(),
     "paper": Baseline(draft=_PAPER.draft, training=_PAPER.training),
     "no-bridge": Baseline(draft=_PAPER.draft, training=_PAPER.training | _NO_VISUAL_ROWS),
@@ -60,7 +60,7 @@ MEANINGS = {
 
 
 def shipped_steps(family: Family) -> int:
-    """Optimizer steps of the draft that ships: what every contender gets."""
+    """Optimizer steps of the draft that ships: what every draft gets."""
     return json.loads((SHIPPED[family.name] / "draft" / "PROVENANCE.json").read_text())["steps"]
 
 
@@ -80,33 +80,33 @@ def train_sibling(family: Family, work: Path) -> None:
 
 
 def folders_of(family: Family, work: Path) -> dict[str, Path]:
-    """Folder of every contender, and of the sibling."""
-    drafts = work / f"drafts-{shipped_steps(family)}"
-    return {name: drafts / name for name in CONTENDERS} | {
+    """Folder of every draft, and of the sibling."""
+    folder = work / f"drafts-{shipped_steps(family)}"
+    return {name: folder / name for name in DRAFTS} | {
         SHIPPED_DRAFT: SHIPPED[family.name] / "draft",
         SIBLING: work / SIBLING,
     }
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a contender's training came to its end. What ships did."""
+    """Whether a draft's training came to its end. What ships did."""
     return (folder / FINISHED_FILE).exists() or any(folder == shipped / "draft" for shipped in SHIPPED.values())
 
 
-def train_contender(family: Family, work: Path, name: str) -> None:
-    """Trains one contender on one thread, from its last checkpoint if there is one, and saves it."""
+def train_draft(family: Family, work: Path, name: str) -> None:
+    """Trains one draft on one thread, from its last checkpoint if there is one, and saves it."""
     torch.set_num_threads(1)
-    contender, folder, steps = CONTENDERS[name], folders_of(family, work)[name], shipped_steps(family)
+    recipe, folder, steps = DRAFTS[name], folders_of(family, work)[name], shipped_steps(family)
     target, _ = load_target(SHIPPED[family.name] / "target")
-    draft = build_draft(target, SEED, name == TEXT_ONLY, contender.draft_class, **contender.draft)
+    draft = build_draft(target, SEED, name == TEXT_ONLY, recipe.draft_class, **recipe.draft)
     recording = work / "recording" / ("projected" if draft.config.visual_bridge_layer == 0 else "train")
     rows = RecordedDataset(recording, draft)
     trainer = build_trainer(
-        draft, rows, None, folder, max_steps=steps, seed=SEED, disable_tqdm=True, **contender.training
+        draft, rows, None, folder, max_steps=steps, seed=SEED, disable_tqdm=True, **recipe.training
     )
     train(trainer)
     draft.save_pretrained(folder)
-    _finish(folder, steps=steps, clips=CLIPS, seed=SEED, draft=contender.draft, training=contender.training)
+    _finish(folder, steps=steps, clips=CLIPS, seed=SEED, draft=recipe.draft, training=recipe.training)
 
 
 def _finish(folder: Path, **details: Any) -> None:
