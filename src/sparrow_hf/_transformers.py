@@ -543,14 +543,14 @@ def query_groups(layers: nn.ModuleList, config: Any) -> dict[str, int]:
     kinds = getattr(config, "layer_types", None) or layer_kinds(config)
     found: dict[str, set[int]] = {}
     for kind, layer in zip(kinds, layers, strict=False):
-        modules = [module for module in layer.modules() if hasattr(module, "num_key_value_groups")]
-        groups = [module.num_key_value_groups if _hands_masks_on(type(module)) else 1 for module in modules]
-        found.setdefault(kind, set()).update(groups or [1])
+        modules: list[Any] = [module for module in layer.modules() if hasattr(module, "num_key_value_groups")]
+        groups = {int(module.num_key_value_groups) if _hands_masks_on(type(module)) else 1 for module in modules}
+        found.setdefault(kind, set()).update(groups or {1})
     return {kind: max(groups) for kind, groups in found.items() if len(groups) == 1 and max(groups) > 1}
 
 
 @functools.cache
-def _hands_masks_on(kind: type) -> bool:
+def _hands_masks_on(kind: type[nn.Module]) -> bool:
     """Whether attention modules of a class do nothing with their mask but give it to the attention function.
 
     It is read off transformers' code, as transformers itself reads off whether attention functions can be chosen.
@@ -558,7 +558,7 @@ def _hands_masks_on(kind: type) -> bool:
     if not kind.__module__.startswith("transformers.models."):
         return False
     try:
-        code = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))  # type: ignore[attr-defined]
+        code = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
     except (OSError, SyntaxError):
         return False
     nodes = list(ast.walk(code))
