@@ -544,21 +544,21 @@ def query_groups(layers: nn.ModuleList, config: Any) -> dict[str, int]:
     found: dict[str, set[int]] = {}
     for kind, layer in zip(kinds, layers, strict=False):
         modules: list[Any] = [module for module in layer.modules() if hasattr(module, "num_key_value_groups")]
-        groups = {int(module.num_key_value_groups) if _hands_masks_on(type(module)) else 1 for module in modules}
+        groups = {int(module.num_key_value_groups) if _hands_masks_on(type(module).forward) else 1 for module in modules}
         found.setdefault(kind, set()).update(groups or {1})
     return {kind: max(groups) for kind, groups in found.items() if len(groups) == 1 and max(groups) > 1}
 
 
 @functools.cache
-def _hands_masks_on(kind: type[nn.Module]) -> bool:
-    """Whether attention modules of a class do nothing with their mask but give it to the attention function.
+def _hands_masks_on(forward: Callable[..., Any]) -> bool:
+    """Whether the forward of attention modules does nothing with the mask but give it to the attention function.
 
     It is read off transformers' code, as transformers itself reads off whether attention functions can be chosen.
     """
-    if not kind.__module__.startswith("transformers.models."):
+    if not forward.__module__.startswith("transformers.models."):
         return False
     try:
-        code = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+        code = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, SyntaxError):
         return False
     nodes = list(ast.walk(code))
