@@ -544,8 +544,8 @@ def query_groups(layers: nn.ModuleList, config: Any) -> dict[str, int]:
     found: dict[str, set[int]] = {}
     for kind, layer in zip(kinds, layers, strict=False):
         modules: list[Any] = [module for module in layer.modules() if hasattr(module, "num_key_value_groups")]
-        groups = {int(module.num_key_value_groups) if _hands_masks_on(type(module).forward) else 1 for module in modules}
-        found.setdefault(kind, set()).update(groups or {1})
+        of_layer = {each.num_key_value_groups if _hands_masks_on(type(each).forward) else 1 for each in modules}
+        found.setdefault(kind, set()).update(of_layer or {1})
     return {kind: max(groups) for kind, groups in found.items() if len(groups) == 1 and max(groups) > 1}
 
 
