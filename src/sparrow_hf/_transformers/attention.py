@@ -88,22 +88,22 @@ def query_groups(layers: nn.ModuleList, config: Any) -> dict[str, int]:
     kinds = getattr(config, "layer_types", None) or layer_kinds(config)
     found: dict[str, set[int]] = {}
     for kind, layer in zip(kinds, layers, strict=False):
-        modules = [module for module in layer.modules() if hasattr(module, "num_key_value_groups")]
-        groups = [module.num_key_value_groups if _hands_masks_on(type(module)) else 1 for module in modules]
-        found.setdefault(kind, set()).update(groups or [1])
+        modules: list[Any] = [module for module in layer.modules() if hasattr(module, "num_key_value_groups")]
+        of_layer = {each.num_key_value_groups if _hands_masks_on(type(each).forward) else 1 for each in modules}
+        found.setdefault(kind, set()).update(of_layer or {1})
     return {kind: max(groups) for kind, groups in found.items() if len(groups) == 1 and max(groups) > 1}
 
 
 @functools.cache
-def _hands_masks_on(kind: type) -> bool:
-    """Whether attention modules of a class do nothing with their mask but give it to the attention function.
+def _hands_masks_on(forward: Callable[..., Any]) -> bool:
+    """Whether the forward of attention modules does nothing with the mask but give it to the attention function.
 
     It is read off transformers' code, as transformers itself reads off whether attention functions can be chosen.
     """
-    if not kind.__module__.startswith("transformers.models."):
+    if not forward.__module__.startswith("transformers.models."):
         return False
     try:
-        code = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))  # type: ignore[attr-defined]
+        code = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, SyntaxError):
         return False
     nodes = list(ast.walk(code))
