@@ -4,7 +4,6 @@ import warnings
 from contextlib import closing
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
@@ -12,6 +11,7 @@ from transformers.generation import BaseStreamer
 from .. import _transformers
 from .._transformers import CACHE, GenerateOutput
 from ..clocks import PhaseClock
+from ..devices import on_device
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
 from ..targets import TargetView
@@ -23,7 +23,7 @@ from .refusals import check_inputs
 from .self_check import how_to_verify
 from .stats import GenerationStats
 from .tree import CandidateTree, build_chains
-from .verification import max_levels_before_border, verification_inputs, walk
+from .verification import advance_in_place, max_levels_before_border, verification_inputs, walk
 
 
 def speculative_decode(
@@ -87,7 +87,7 @@ def speculative_decode(
         with _transformers.decoding(target):
             while not emitter.finished:
                 # A round commits at most one token more than it drafts.
-                budget = generation_config.max_length - emitter.input_ids.shape[1]
+                budget = generation_config.max_length - emitter.length
                 on_this_side = max_levels_before_border(view, held, first_position)
                 with clock.phase("draft"):
                     tree = generator.propose(max_levels=min(budget - 1, held.spare_slots - 1, on_this_side))
@@ -101,15 +101,14 @@ def speculative_decode(
                         with collector.active(), following_masks(by_mask):
                             outputs = target(**inputs, return_dict=True)
                         accept(tree, outputs.logits, emitter, stats, path)
-                    model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
+                    model_kwargs = advance_in_place(target, outputs, model_kwargs, len(path))
                 for name in recorded:
                     recorded[name] += tuple(recorded_step(outputs, name, past_length, lead, path))
                 del outputs
                 if not emitter.finished:
                     with clock.phase("draft"):
-                        rows = [lead + node for node in path]
-                        states = [collector.take(layer)[:, rows] for layer in draft.config.feature_layer_ids]
-                        generator.extend(torch.cat(states, dim=-1), emitter.input_ids[0, -len(path) :].tolist())
+                        features = collector.take_rows([lead + node for node in path])
+                        generator.extend(features, emitter.new_tokens[-len(path) :])
                 stats.max_draft_cache_length = generator.max_cache_length
                 stats.failed_drafts = generator.failed_drafts
     finally:
@@ -153,10 +152,11 @@ def accept(
 ) -> None:
     """One round: walks the tree with the target's `(1, N, V)` logits, committing tokens; `path` gets their nodes."""
     logits = logits[:, -len(tree) :]
-    argmax = logits[0].float().argmax(dim=-1).tolist() if emitter.takes_argmax else None
+    # Read from the device at once.
+    argmax = logits[0].argmax(dim=-1).tolist() if emitter.takes_argmax else None
 
     def choose(node: int) -> int:
-        return emitter.choose(logits[:, node], None if argmax is None else argmax[node])
+        return emitter.choose(logits[:, node]) if argmax is None else argmax[node]
 
     def commit(token: int, drafted: bool) -> bool:
         # Counted before the token is streamed, so that a streamer can distinguish drafted tokens from others.
@@ -173,7 +173,7 @@ def read_carried(
     view: TargetView, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any], by_mask: bool
 ) -> None:
     """Runs the target over the carried tokens alone, so that the cache holds them."""
-    chain = build_chains(torch.tensor(held.carried, device=first_position.device).T)
+    chain = build_chains(on_device(held.carried, first_position.device).T)
     held.carried = []
     with held.verifying(chain) as path, following_masks(by_mask):
         inputs = verification_inputs(view, chain, held, first_position, model_kwargs, own_mask=by_mask)
