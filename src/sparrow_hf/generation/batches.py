@@ -99,6 +99,7 @@ def decode_batch(
                     on_this_side = max_levels_before_border(view, held, first_position)
                     levels = min(emitter.budget - 1, held.spare_slots - 1, on_this_side)
                     tree = build_chains(drafter.propose(emitter.roots, emitter.fill, levels))
+                    chains = tree.token_ids.tolist()
                 with clock.phase("verify"):
                     past_length, lead = held.length, len(held.carried)
                     with held.verifying(tree) as path:
@@ -106,9 +107,9 @@ def decode_batch(
                         collector = HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids))
                         with collector.active(), following_masks(by_mask):
                             outputs = target(**inputs, return_dict=True)
-                        taken = emitter.accept(outputs.logits[:, -len(tree) :], tree.token_ids, path)
+                        taken = emitter.accept(outputs.logits[:, -len(tree) :], chains, path)
                     model_kwargs = advance_in_place(target, outputs, model_kwargs, len(path))
-                count(taken, tree.token_ids.tolist(), drafter.rows, stats)
+                count(taken, chains, drafter.rows, stats)
                 for name in recorded:
                     recorded[name] += tuple(recorded_step(outputs, name, past_length, lead, path))
                 del outputs
