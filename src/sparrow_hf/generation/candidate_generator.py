@@ -136,16 +136,16 @@ class SparrowCandidateGenerator(CandidateGenerator):
         token_ids = on_device([next_tokens], self.device)
         states = features.to(device=self.device, dtype=self.draft.dtype)
         embeds = self.draft.embed_next(token_ids, states, self.visual_summary)
-        self._append(embeds, self._positions(self.next_position_id, len(next_tokens)))
+        self._append(embeds, self._positions(embeds, self.next_position_id, len(next_tokens)))
         self.next_position_id += len(next_tokens)
 
-    def _positions(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+    def _positions(self, embeds: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
         """RoPE of consecutive positions, `(1, count, head_dim)` each, cut from that of many positions."""
         offset = start - self._first_position
         if offset + count > self._rotary[0].shape[1]:
             self._first_position, offset = start, 0
             ids = torch.arange(start, start + max(count, ROTARY_ROWS), device=self.device)
-            self._rotary = self.draft.rotary_emb(self.draft.fc.weight, ids[None])
+            self._rotary = self.draft.rotary_emb(embeds, ids[None])
         cos, sin = self._rotary
         return cos[:, offset : offset + count], sin[:, offset : offset + count]
 
@@ -198,7 +198,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
         for level in range(levels):
             if level > 0:
                 embeds = self.draft.embed_next(tokens[-1], hidden, self.visual_summary, level)
-                hidden = self._forward(embeds, self._level_positions(level), None)
+                hidden = self._forward(embeds, self._level_positions(embeds, level), None)
             score, best = self._logits(hidden).max(dim=-1)
             tokens.append(best if self.draft.draft_to_target is None else self.draft.draft_to_target[best])
             scores.append(score)
@@ -214,33 +214,28 @@ class SparrowCandidateGenerator(CandidateGenerator):
         """The most probable candidates of all levels."""
         pool = CandidatePool(self.shape.beam_width, self.draft.draft_to_target)
         tokens, origins = pool.add_level(self._logits(hidden)[0].log_softmax(-1))
-        # (F, A) bool: which tree nodes in the cache are ancestors of each frontier node
-        ancestors = torch.zeros((len(tokens), 0), dtype=torch.bool, device=tokens.device)
+        # keys      committed | earlier frontiers | this frontier
+        # node      all       | its ancestors     | itself
+        beam = self.shape.beam_width
+        itself = additive_mask(torch.eye(beam, dtype=torch.bool, device=hidden.device)[None], self.draft.dtype)[0, 0]
+        mask = itself.new_zeros(()).expand(1, committed)
         for level in range(1, levels):
-            itself = torch.eye(len(tokens), dtype=torch.bool, device=tokens.device)
+            frontier = len(tokens)
             embeds = self.draft.embed_next(tokens[None], hidden[:, origins], self.visual_summary, level)
-            mask = self._level_mask(committed, ancestors, itself)
-            hidden = self._forward(embeds, self._level_positions(level), mask)
+            # What the parents see, and the nodes themselves.
+            mask = torch.cat((mask.expand(frontier, -1), itself[:frontier, :frontier]), dim=1)
+            hidden = self._forward(embeds, self._level_positions(embeds, level), mask[None, None])
             tokens, origins = pool.add_level(self._logits(hidden)[0].log_softmax(-1))
-            ancestors = torch.cat((ancestors, itself), dim=1)[origins]
+            mask = mask[origins]
         return pool.best_tree(self._root_token, self.shape.num_tree_nodes, self.draft.target.device)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """`(1, F, H)` states of the frontier → `(1, F, D)` logits of its children."""
         return self.draft.compute_logits(hidden, reduced_head=self._reduced_head)
 
-    def _level_positions(self, level: int) -> tuple[Tensor, Tensor]:
+    def _level_positions(self, embeds: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """RoPE of one level, one position for its whole frontier."""
-        return self._positions(self.next_position_id + level - 1, 1)
-
-    def _level_mask(self, committed: int, ancestors: Tensor, itself: Tensor) -> Tensor:
-        """Mask of one level's frontier.
-
-        keys      committed | earlier frontiers | this frontier
-        node      all       | its ancestors     | itself
-        """
-        prefix = itself.new_ones((len(itself), committed))
-        return additive_mask(torch.cat((prefix, ancestors, itself), dim=1)[None], self.draft.dtype)
+        return self._positions(embeds, self.next_position_id + level - 1, 1)
 
     def _root_alone(self) -> CandidateTree:
         return build_chain(torch.full((1, 1), self._root_token, device=self.draft.target.device), [])
