@@ -55,9 +55,9 @@ def unprocessed_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processors are left out."""
     choose = TokenEmitter.choose
 
-    def without_processor(self: TokenEmitter, logits: Tensor) -> int:
+    def without_processor(self: TokenEmitter, logits: Tensor, argmax: int | None = None) -> int:
         self._processor = LogitsProcessorList()
-        return choose(self, logits)
+        return choose(self, logits, argmax)
 
     monkeypatch.setattr(TokenEmitter, "choose", without_processor)
 
@@ -66,9 +66,9 @@ def two_draws_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """The global generator is advanced twice for each token."""
     choose = TokenEmitter.choose
 
-    def choose_twice(self: TokenEmitter, logits: Tensor) -> int:
+    def choose_twice(self: TokenEmitter, logits: Tensor, argmax: int | None = None) -> int:
         torch.rand(1)
-        return choose(self, logits)
+        return choose(self, logits, argmax)
 
     monkeypatch.setattr(TokenEmitter, "choose", choose_twice)
 

@@ -156,7 +156,7 @@ def accept(
     argmax = logits[0].argmax(dim=-1).tolist() if emitter.takes_argmax else None
 
     def choose(node: int) -> int:
-        return emitter.choose(logits[:, node]) if argmax is None else argmax[node]
+        return emitter.choose(logits[:, node], None if argmax is None else argmax[node])
 
     def commit(token: int, drafted: bool) -> bool:
         # Counted before the token is streamed, so that a streamer can distinguish drafted tokens from others.

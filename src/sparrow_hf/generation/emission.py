@@ -69,8 +69,15 @@ class TokenEmitter:
         plain = not self._do_sample and len(self._processor) == 0
         return plain and self.scores is None and self.logits is None
 
-    def choose(self, logits: Tensor) -> int:
-        """The token after the current sequence, from the target's `(1, V)` raw logits in any float dtype."""
+    def choose(self, logits: Tensor, argmax: int | None = None) -> int:
+        """The token after the current sequence.
+
+        Args:
+            logits: `(1, V)` raw logits of the target, any float dtype.
+            argmax: Their argmax, if it is known and [`~TokenEmitter.takes_argmax`] holds.
+        """
+        if argmax is not None:
+            return argmax
         # A copy, because processors may write in place, and the caller may keep the raw logits.
         raw = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
         scores = self._processor(self.input_ids, raw)
