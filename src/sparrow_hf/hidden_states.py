@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .devices import index_of
 from .errors import HiddenStateCaptureError
 
 _ACTIVE: "ContextVar[HiddenStateCollector | None]" = ContextVar("sparrow_hidden_states", default=None)
@@ -58,7 +59,15 @@ class HiddenStateCollector:
                 f"layer {layer}: {self._seen[layer]} states passed the hook, fewer than the prompt has. Was the "
                 "target compiled or copied before the draft was bound? Call draft.bind(target) first."
             )
-        return torch.cat(self._parts[layer], dim=1)
+        parts = self._parts[layer]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def take_rows(self, rows: list[int]) -> Tensor:
+        """`(B, len(rows), F·H)` states of all F layers side by side, at some rows of what was gathered."""
+        states = [self.take(layer) for layer in self._positions]
+        at = index_of(rows, states[0].device)
+        chosen = [of_layer[:, at] for of_layer in states]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
     @contextmanager
     def active(self) -> Iterator["HiddenStateCollector"]:

@@ -87,10 +87,12 @@ class SparrowDraftModel(SavedDraft):
         # `nn.Module.__setattr__` would register the target's modules as the draft's own.
         object.__setattr__(self, "_target", target)
         object.__setattr__(self, "_thread", threading.local())
+        self._placeholder_index: tuple[Any, Tensor] = (None, torch.empty(0))
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and worker processes start unbound: the draft does not own its target. Thread state is dropped.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_target", "_thread")}
+        unregistered = ("_target", "_thread", "_placeholder_index")
+        return {key: value for key, value in self.__dict__.items() if key not in unregistered}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -144,10 +146,11 @@ class SparrowDraftModel(SavedDraft):
     def forward(
         self,
         inputs_embeds: Tensor,
-        position_ids: Tensor,
+        position_ids: Tensor | None,
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         is_causal: bool = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
         """Runs the draft's decoder layers.
 
@@ -158,12 +161,14 @@ class SparrowDraftModel(SavedDraft):
             cache: Cache of the draft, extended in place.
             is_causal: Without a mask and with an empty cache, every position sees those up to itself (training: no
                 R × R mask is ever built). Not understood by the eager attention.
+            position_embeddings: What `rotary_emb` gives for the positions, if it is known; these may then be `None`.
 
         Returns:
             A [`~transformers.modeling_outputs.BaseModelOutputWithPast`]; its `last_hidden_state` `(B, R, H)` predicts
             the target's post-norm states.
         """
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        if position_embeddings is None:
+            position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = run_layer(
@@ -261,10 +266,19 @@ class SparrowDraftModel(SavedDraft):
         if not full_vocabulary and (reduced_head := reduced_head or self.reduced_head()) is not None:
             return reduced_head(hidden_states).float()
         logits = self.target.head(hidden_states).float()
-        for token_id in self.config.visual_token_ids or []:
-            # The target would read a drafted placeholder as visual input. Some lie behind the head's vocabulary.
-            logits[..., token_id : token_id + 1] = float("-inf")
-        return logits
+        # The target would read a drafted placeholder as visual input.
+        return logits.index_fill_(-1, self._placeholders(logits), float("-inf"))
+
+    def _placeholders(self, logits: Tensor) -> Tensor:
+        """Placeholder ids that are columns of such logits, on their device; some lie behind the head's vocabulary."""
+        size, device, token_ids = logits.shape[-1], logits.device, tuple(self.config.visual_token_ids or [])
+        known, index = self._placeholder_index
+        if known != (size, device, token_ids):
+            # A tensor made in inference mode could not be used in training.
+            with torch.inference_mode(False):
+                index = torch.tensor([token for token in token_ids if token < size], dtype=torch.long, device=device)
+            self._placeholder_index = (size, device, token_ids), index
+        return index
 
     def set_vocabulary(self, token_ids: Tensor | Sequence[int]) -> None:
         """Lets the draft propose these tokens only; `config.draft_vocab_size` follows.

@@ -27,7 +27,7 @@ def run_layer(
     layer: nn.Module,
     hidden_states: Tensor,
     attention_mask: Tensor | None,
-    position_ids: Tensor,
+    position_ids: Tensor | None,
     cache: Any,
     position_embeddings: tuple[Tensor, Tensor],
     is_causal: bool,

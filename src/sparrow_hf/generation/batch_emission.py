@@ -24,6 +24,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import BaseStreamer, EosTokenCriteria
 
 from .._transformers import pad_token
+from ..devices import on_device
+from .stop_rules import stop_rules
 
 #: Processors of transformers that treat every sequence by itself and keep nothing from one call to the next.
 ROW_BY_ROW = frozenset(
@@ -53,7 +55,6 @@ class BatchEmitter:
         in_step: Whether all sequences take the same number of tokens in every round.
 
     Attributes:
-        input_ids: `(B, t)` prompts and committed columns.
         new_tokens: For each sequence, the tokens chosen so far; they may be ahead of the columns.
         finished: Whether every sequence is.
     """
@@ -67,13 +68,14 @@ class BatchEmitter:
         streamer: BaseStreamer | None,
         in_step: bool,
     ):
-        self.input_ids = input_ids
         self.new_tokens: list[list[int]] = [[] for _ in input_ids]
         self.finished = False
         self._in_step = in_step
-        self._prompts = input_ids
+        self._prompts = self._input_ids = input_ids
+        self._columns: list[list[int]] = []
         self._processor = logits_processor
         self._criteria = stopping_criteria
+        self._rules = stop_rules(stopping_criteria)
         self._do_sample = generation_config.do_sample
         self._max_new = generation_config.max_length - input_ids.shape[1]
         self._streamer = streamer
@@ -89,6 +91,15 @@ class BatchEmitter:
         self.logits: tuple[Tensor, ...] | None = () if wants_dict and generation_config.output_logits else None
 
     @property
+    def input_ids(self) -> Tensor:
+        """`(B, t)` prompts and committed columns, put together when somebody reads them; new for every length."""
+        unread = self._columns[self._input_ids.shape[1] - self._prompts.shape[1] :]
+        if unread:
+            new = on_device(unread, self._prompts.device).T.to(self._prompts.dtype)
+            self._input_ids = torch.cat((self._input_ids, new), dim=1)
+        return self._input_ids
+
+    @property
     def open_rows(self) -> list[int]:
         """Sequences whose next token the target still chooses."""
         return [row for row in range(len(self.new_tokens)) if not self._is_closed(row)]
@@ -101,19 +112,25 @@ class BatchEmitter:
     @property
     def roots(self) -> Tensor:
         """`(B,)` the newest token of every sequence."""
-        return self.input_ids.new_tensor([tokens[-1] for tokens in self.new_tokens])
+        return on_device([tokens[-1] for tokens in self.new_tokens], self._prompts.device)
+
+    @property
+    def _takes_argmax(self) -> bool:
+        """Whether tokens are the argmax of the raw logits, which nobody wants to see."""
+        plain = not self._do_sample and len(self._processor) == 0
+        return plain and self.scores is None and self.logits is None
 
     @property
     def fill(self) -> Tensor:
         """`(B,)` what follows in sequences that are not open."""
         return self.roots if self._pad is None else torch.full_like(self.roots, self._pad)
 
-    def accept(self, logits: Tensor, chains: Tensor, path: list[int]) -> list[list[int]]:
+    def accept(self, logits: Tensor, chains: list[list[int]], path: list[int]) -> list[list[int]]:
         """One round: commits what the target chooses along the chains.
 
         Args:
             logits: `(B, N, V)` raw logits of the target after every node.
-            chains: `(B, N)` tokens of the nodes.
+            chains: Tokens of the N nodes of each sequence.
             path: Empty; gets the nodes that some sequence keeps, the root first.
 
         Returns:
@@ -122,34 +139,39 @@ class BatchEmitter:
         before = [len(tokens) for tokens in self.new_tokens]
         # expected   d1 d2 d3 –1        chosen after node 0, 1 …: the walk goes on while it is the drafted token
         # node        0  1  2  3
-        expected = [[*tokens[1:], -1] for tokens in chains.tolist()]
+        expected = [[*tokens[1:], -1] for tokens in chains]
+        # Read from the device at once, node by node.
+        best = logits.argmax(dim=-1).T.tolist() if self._takes_argmax else None
         if self._in_step:
-            self._accept_in_step(logits, expected, path)
+            self._accept_in_step(logits, best, expected, path)
         else:
-            self._accept_each(logits, expected)
+            self._accept_each(logits, best, expected)
             path += range(max(len(tokens) - count for tokens, count in zip(self.new_tokens, before, strict=True)))
         return [tokens[count:] for tokens, count in zip(self.new_tokens, before, strict=True)]
 
     def start(self, logits: Tensor) -> list[int]:
         """Chooses and commits the first column from the `(B, V)` logits of the prefill."""
-        self.accept(logits[:, None], self.input_ids[:, -1:], [])
+        self.accept(logits[:, None], [[-1] for _ in self.new_tokens], [])
         return [tokens[0] for tokens in self.new_tokens]
 
     # -- in step ------------------------------------------------------------------------------------------------------
 
-    def _accept_in_step(self, logits: Tensor, expected: list[list[int]], path: list[int]) -> None:
+    def _accept_in_step(
+        self, logits: Tensor, best: list[list[int]] | None, expected: list[list[int]], path: list[int]
+    ) -> None:
         for node in range(logits.shape[1]):
             path.append(node)
-            column = self._choose_column(logits[:, node])
-            chosen = column.tolist()
+            chosen = self._choose_column(logits[:, node]) if best is None else best[node]
+            if self._pad is not None:
+                chosen = [self._pad if was else token for token, was in zip(chosen, self._is_finished, strict=True)]
             for tokens, token in zip(self.new_tokens, chosen, strict=True):
                 tokens.append(token)
-            self._commit(column)
+            self._commit(chosen)
             if self.finished or any(row[node] != token for row, token in zip(expected, chosen, strict=True)):
                 return
 
-    def _choose_column(self, logits: Tensor) -> Tensor:
-        """`(B,)` tokens after the current columns, from `(B, V)` raw logits."""
+    def _choose_column(self, logits: Tensor) -> list[int]:
+        """The B tokens after the current columns, from `(B, V)` raw logits."""
         # A copy, because processors may write in place, and the caller may keep the raw logits.
         raw = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
         scores = self._processor(self.input_ids, raw)
@@ -158,17 +180,12 @@ class BatchEmitter:
         if self.logits is not None:
             self.logits += (raw,)
         if self._do_sample:
-            tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)[:, 0]
-        else:
-            tokens = scores.argmax(dim=-1)
-        if self._pad is not None:
-            tokens = tokens.masked_fill(tokens.new_tensor(self._is_finished, dtype=torch.bool), self._pad)
-        return tokens
+            return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)[:, 0].tolist()
+        return scores.argmax(dim=-1).tolist()
 
     # -- each at its own pace -----------------------------------------------------------------------------------------
 
-    def _accept_each(self, logits: Tensor, expected: list[list[int]]) -> None:
-        best = logits.float().argmax(dim=-1).T.tolist() if len(self._processor) == 0 else None
+    def _accept_each(self, logits: Tensor, best: list[list[int]] | None, expected: list[list[int]]) -> None:
         walking = self.open_rows
         for node in range(logits.shape[1]):
             chosen = best[node] if best is not None else self._choose_alone(walking, logits[:, node])
@@ -178,7 +195,7 @@ class BatchEmitter:
             if not walking:
                 break
         while not self.finished and (column := self._next_column()) is not None:
-            self._commit(self.input_ids.new_tensor(column))
+            self._commit(column)
 
     def _choose_alone(self, rows: list[int], logits: Tensor) -> list[int]:
         """The next token of each of `rows` (at other places anything), from `(B, V)` raw logits.
@@ -206,8 +223,7 @@ class BatchEmitter:
 
     def _next_column(self) -> list[int] | None:
         """The next column, once every sequence has its token."""
-        at = self.input_ids.shape[1] - self._prompts.shape[1]
-        column = []
+        at, column = len(self._columns), []
         for tokens, is_finished in zip(self.new_tokens, self._is_finished, strict=True):
             if is_finished and self._pad is not None:
                 column.append(self._pad)
@@ -219,14 +235,18 @@ class BatchEmitter:
 
     # -- both ---------------------------------------------------------------------------------------------------------
 
-    def _commit(self, column: Tensor) -> None:
-        """Appends the `(B,)` tokens, checks every criterion on all of them, and hands them to the streamer."""
-        self.input_ids = torch.cat((self.input_ids, column[:, None]), dim=1)
-        stops = self._criteria(self.input_ids, self.scores).tolist()
+    def _commit(self, column: list[int]) -> None:
+        """Appends a token to every sequence, checks every criterion on all of them, and hands them to the streamer."""
+        self._columns.append(column)
+        if self._rules is None:
+            stops = self._criteria(self.input_ids, self.scores).tolist()
+        else:
+            length = self._prompts.shape[1] + len(self._columns)
+            stops = [self._rules.stop(token, length) for token in column]
         self._is_finished = [was or stop for was, stop in zip(self._is_finished, stops, strict=True)]
         self.finished = all(self._is_finished)
         if self._streamer is not None:
-            self._streamer.put(column.cpu())
+            self._streamer.put(torch.tensor(column, dtype=self._prompts.dtype))
 
 
 def treats_rows_alone(processors: LogitsProcessorList) -> bool:

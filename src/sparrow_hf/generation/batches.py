@@ -8,7 +8,6 @@ import warnings
 from contextlib import closing
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
@@ -30,7 +29,7 @@ from .refusals import check_inputs
 from .self_check import Verification, how_to_verify
 from .stats import GenerationStats
 from .tree import build_chains
-from .verification import max_levels_before_border, verification_inputs
+from .verification import advance_in_place, max_levels_before_border, verification_inputs
 from .verifiers import read_carried
 
 
@@ -101,6 +100,7 @@ def decode_batch(
                     on_this_side = max_levels_before_border(view, held, first_position)
                     levels = min(emitter.budget - 1, held.spare_slots - 1, on_this_side)
                     tree = build_chains(drafter.propose(emitter.roots, emitter.fill, levels))
+                    chains = tree.token_ids.tolist()
                 with clock.phase("verify"):
                     past_length, lead = held.length, len(held.carried)
                     with held.verifying(tree) as path:
@@ -108,18 +108,16 @@ def decode_batch(
                         collector = HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids))
                         with collector.active(), following_masks(by_mask):
                             outputs = target(**inputs, return_dict=True)
-                        taken = emitter.accept(outputs.logits[:, -len(tree) :], tree.token_ids, path)
-                    model_kwargs = _transformers.advance(target, outputs, model_kwargs, num_new_tokens=len(path))
-                count(taken, tree.token_ids.tolist(), drafter.rows, stats)
+                        taken = emitter.accept(outputs.logits[:, -len(tree) :], chains, path)
+                    model_kwargs = advance_in_place(target, outputs, model_kwargs, len(path))
+                count(taken, chains, drafter.rows, stats)
                 for name in recorded:
                     recorded[name] += tuple(recorded_step(outputs, name, past_length, lead, path))
                 del outputs
                 if not emitter.finished:
                     with clock.phase("draft"):
                         drafter.keep(emitter.open_rows)
-                        rows = [lead + node for node in path]
-                        features = [collector.take(layer)[:, rows] for layer in draft.config.feature_layer_ids]
-                        drafter.extend(torch.cat(features, dim=-1), taken)
+                        drafter.extend(collector.take_rows([lead + node for node in path]), taken)
                 stats.max_draft_cache_length = drafter.max_cache_length
                 stats.failed_drafts = drafter.failed_drafts
     finally:

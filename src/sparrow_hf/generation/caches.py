@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from .._transformers import (
@@ -20,10 +21,14 @@ from .._transformers import (
     record_past,
     recurrent_states,
 )
+from ..devices import on_device
 from .tree import CandidateTree
 
 #: Tokens that recurrent layers may leave to the next forward.
 MAX_CARRIED = 16
+
+#: Columns that a mask is made longer than it must be.
+MASK_ROOM = 512
 
 
 class HeldCache:
@@ -42,6 +47,7 @@ class HeldCache:
 
     def __init__(self, cache: DynamicCache):
         self._cache = cache
+        self._mask = torch.empty((1, 0))
         self._prefilled = self._marked = self.length
         self.carried: list[list[int]] = []
 
@@ -60,9 +66,18 @@ class HeldCache:
         """Rows of prompt (padding included) and text together; `(B, 1)` where they differ."""
         return self._prefilled + self.rows_since_prefill
 
-    def prefix_mask(self, mask: Tensor) -> Tensor:
-        """`(B, length)`, 1 at the rows that are text, from the `(B, ≥ length)` mask of a plain step."""
-        return mask[:, : self.length]
+    def step_mask(self, mask: Tensor, num_new: int) -> Tensor:
+        """`(B, length + num_new)`, 1 at the rows that are text, of a forward over `num_new` rows.
+
+        Cut from a longer one, which is made anew only when it has become too short: masks of prompts are long.
+
+        Args:
+            mask: The mask of the first plain step.
+        """
+        end = self.length + num_new
+        if self._mask.shape[1] < end:
+            self._mask = pad(mask, (0, end + MASK_ROOM - mask.shape[1]), value=1)
+        return self._mask[:, :end]
 
     @property
     def spare_slots(self) -> int:
@@ -113,16 +128,18 @@ class HeldCache:
         before   … committed | r0 r1 r2 r3 r4 |      kept = [0, 2, 4]
         after    … committed | r0 r2 r4 |
         """
-        is_prefix = kept == list(range(len(kept)))
-        # One copy to the device for all layers on it.
-        rows = torch.tensor(kept)
+        moved = [(to, row) for to, row in enumerate(kept) if to != row]
+        # One copy to the device for all layers on it that hold as many rows.
+        indices: dict[tuple[torch.device, int], tuple[Tensor, ...]] = {}
         for layer, tensors in zip(attention_layers(self._cache), cache_tensors(self._cache), strict=True):
             new = layer.get_seq_length() - self._marked
-            if not is_prefix:
-                for entries in tensors:
-                    start = entries.shape[-2] - new
-                    rows = rows.to(entries.device)
-                    entries[:, :, start : start + len(kept)] = entries[:, :, rows + start]
+            for entries in tensors if moved else ():
+                start = entries.shape[-2] - new
+                if (entries.device, start) not in indices:
+                    columns = [[start + row for row in rows] for rows in zip(*moved, strict=True)]
+                    indices[entries.device, start] = on_device(columns, entries.device).unbind()
+                to, source = indices[entries.device, start]
+                entries.index_copy_(2, to, entries.index_select(2, source))
             drop_newest(layer, new - len(kept))
         for layer in convolution_layers(self._cache):
             # A layer that the forward did not reach has nothing to drop.
@@ -161,7 +178,11 @@ class RaggedCache(HeldCache):
     def rows_since_prefill(self) -> Tensor:
         return torch.tensor(self._rows, device=cache_tensors(self._cache)[0][0].device)[:, None]
 
+    def step_mask(self, mask: Tensor, num_new: int) -> Tensor:
+        return pad(self.prefix_mask(mask), (0, num_new), value=1)
+
     def prefix_mask(self, mask: Tensor) -> Tensor:
+        """`(B, length)`, 1 at the rows that are text, from the mask of the first plain step."""
         behind = torch.arange(self.length - self._prefilled, device=mask.device)
         is_text = behind < self.rows_since_prefill.to(mask.device)
         return torch.cat((mask[:, : self._prefilled], is_text.to(mask.dtype)), dim=1)

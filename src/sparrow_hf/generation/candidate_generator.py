@@ -1,5 +1,6 @@
 """`SparrowCandidateGenerator`: drafts for one sequence. Its chains run in transformers' own assisted loop too."""
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import cached_property
@@ -12,12 +13,16 @@ from transformers.generation import CandidateGenerator
 
 from .._transformers import drop_newest
 from ..configuration_sparrow import TreeShape
-from ..draft_inputs import DraftInputs, DraftPositions, additive_mask, causal, draft_positions
+from ..devices import on_device
+from ..draft_inputs import DraftInputs, DraftPositions, additive_mask, draft_positions
 from ..modeling_sparrow import SparrowDraftModel
-from .tree import CandidatePool, CandidateTree, build_tree
+from .tree import CandidatePool, CandidateTree, build_chain
 
 #: Positions of a long prompt enter the draft this many at a time, so that no mask grows with the square of its length.
 PREFILL_CHUNK = 1024
+
+#: RoPE is computed for this many positions at a time.
+ROTARY_ROWS = 512
 
 
 class SparrowCandidateGenerator(CandidateGenerator):
@@ -65,6 +70,8 @@ class SparrowCandidateGenerator(CandidateGenerator):
         self.visual_summary: Tensor | None = None
         self._root_token = -1
         self.next_position_id = 0
+        self._first_position = 0
+        self._rotary = (torch.empty((1, 0, 0)), torch.empty((1, 0, 0)))
         # transformers' own loop requests the target's hidden states if this is set.
         self.model_kwargs_overrides = {"output_hidden_states": True}
 
@@ -113,7 +120,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
             self.visual_summary = inputs.visual_summary[:, -1:]
         for start in range(0, embeds.shape[1], PREFILL_CHUNK):
             chunk = slice(start, start + PREFILL_CHUNK)
-            self._append(embeds[:, chunk], inputs.position_ids[:, chunk])
+            self._append(embeds[:, chunk], draft.rotary_emb(embeds, inputs.position_ids[:, chunk]))
         self.next_position_id = kept.next_position_id(config.position_mode)
 
     def extend(self, features: Tensor, next_tokens: list[int]) -> None:
@@ -126,23 +133,34 @@ class SparrowCandidateGenerator(CandidateGenerator):
         self._root_token = next_tokens[-1]
         if self.shape.num_draft_levels == 0:
             return
-        token_ids = torch.tensor([next_tokens], device=self.device)
+        token_ids = on_device([next_tokens], self.device)
         states = features.to(device=self.device, dtype=self.draft.dtype)
         embeds = self.draft.embed_next(token_ids, states, self.visual_summary)
-        self._append(embeds, self.next_position_id + torch.arange(len(next_tokens), device=self.device)[None])
+        self._append(embeds, self._positions(embeds, self.next_position_id, len(next_tokens)))
         self.next_position_id += len(next_tokens)
 
-    def _append(self, embeds: Tensor, position_ids: Tensor) -> None:
+    def _positions(self, embeds: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """RoPE of consecutive positions, `(1, count, head_dim)` each, cut from that of many positions."""
+        offset = start - self._first_position
+        if offset + count > self._rotary[0].shape[1]:
+            self._first_position, offset = start, 0
+            ids = torch.arange(start, start + max(count, ROTARY_ROWS), device=self.device)
+            self._rotary = self.draft.rotary_emb(embeds, ids[None])
+        cos, sin = self._rotary
+        return cos[:, offset : offset + count], sin[:, offset : offset + count]
+
+    def _append(self, embeds: Tensor, positions: tuple[Tensor, Tensor]) -> None:
         """Runs committed tokens through the draft, each seeing all up to itself; keeps the last one's output."""
         past, new = self.cache.get_seq_length(), embeds.shape[1]
         mask = None
         if new > 1:
-            last = torch.arange(past, past + new, device=embeds.device)
-            mask = additive_mask(causal(last, past + new)[None], self.draft.dtype)
-        self.hidden = self._forward(embeds, position_ids, mask)[:, -1:]
+            lowest = torch.finfo(self.draft.dtype).min
+            hidden_keys = torch.full((1, 1, new, past + new), lowest, dtype=self.draft.dtype, device=embeds.device)
+            mask = hidden_keys.triu_(past + 1)
+        self.hidden = self._forward(embeds, positions, mask)[:, -1:]
 
-    def _forward(self, embeds: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
-        hidden = self.draft(embeds, position_ids, mask, self.cache).last_hidden_state
+    def _forward(self, embeds: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        hidden = self.draft(embeds, None, mask, self.cache, position_embeddings=positions).last_hidden_state
         self.max_cache_length = max(self.max_cache_length, self.cache.get_seq_length())
         return hidden
 
@@ -161,47 +179,66 @@ class SparrowCandidateGenerator(CandidateGenerator):
             max_levels: No path gets longer than this, whatever the configured number of levels.
         """
         levels = min(self.shape.num_draft_levels, max_levels)
-        pool = CandidatePool(self.shape.beam_width, self.draft.draft_to_target)
+        if levels <= 0 or self.hidden is None:
+            return self._root_alone()
         committed = self.cache.get_seq_length()
-        hidden = self.hidden
-        if levels > 0 and hidden is not None:
-            tokens, origins = pool.add_level(self._log_probs(hidden))
-            # (F, A) bool: which tree nodes in the cache are ancestors of each frontier node
-            ancestors = torch.zeros((len(tokens), 0), dtype=torch.bool, device=tokens.device)
-            for level in range(1, levels):
-                itself = torch.eye(len(tokens), dtype=torch.bool, device=tokens.device)
-                embeds = self.draft.embed_next(tokens[None], hidden[:, origins], self.visual_summary, level)
-                hidden = self._forward(embeds, *self._level_layout(level, committed, ancestors, itself))
-                tokens, origins = pool.add_level(self._log_probs(hidden))
-                ancestors = torch.cat((ancestors, itself), dim=1)[origins]
-            if self.cache.get_seq_length() > committed:
-                drop_newest(self.cache, self.cache.get_seq_length() - committed)
-        tree = pool.best_tree(self._root_token, self.shape.num_tree_nodes, self.draft.target.device)
-        return self._draft_nothing() if tree is None else tree
+        grow = self._grow_chain if self.shape.beam_width == 1 else self._grow_tree
+        tree = grow(levels, self.hidden, committed)
+        drop_newest(self.cache, self.cache.get_seq_length() - committed)
+        if tree is None:
+            self.failed_drafts += 1
+            warn_of_failed_draft(self.failed_drafts)
+            return self._root_alone()
+        return tree
 
-    def _log_probs(self, hidden: Tensor) -> Tensor:
-        """`(1, F, H)` states of the frontier → `(F, D)` log-probabilities of its children."""
-        return self.draft.compute_logits(hidden, reduced_head=self._reduced_head)[0].log_softmax(-1)
+    def _grow_chain(self, levels: int, hidden: Tensor, committed: int) -> CandidateTree | None:
+        """The best token of every level. The tokens stay on the device until all are drafted, and are read at once."""
+        tokens = [torch.full((1, 1), self._root_token, device=hidden.device)]
+        scores: list[Tensor] = []
+        for level in range(levels):
+            if level > 0:
+                embeds = self.draft.embed_next(tokens[-1], hidden, self.visual_summary, level)
+                hidden = self._forward(embeds, self._level_positions(embeds, level), None)
+            score, best = self._logits(hidden).max(dim=-1)
+            tokens.append(best if self.draft.draft_to_target is None else self.draft.draft_to_target[best])
+            scores.append(score)
+        token_ids = torch.cat(tokens, dim=1)
+        # Scores are in fp32, which holds whole numbers below 2^24 exactly.
+        found = torch.cat((token_ids, *scores), dim=1)[0].tolist()
+        drafted, best_scores = found[1 : levels + 1], found[levels + 1 :]
+        if not all(map(math.isfinite, best_scores)):
+            return None
+        return build_chain(token_ids.to(self.draft.target.device), list(map(int, drafted)))
 
-    def _level_layout(
-        self, level: int, committed: int, ancestors: Tensor, itself: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """RoPE positions and mask of one level's frontier.
+    def _grow_tree(self, levels: int, hidden: Tensor, committed: int) -> CandidateTree | None:
+        """The most probable candidates of all levels."""
+        pool = CandidatePool(self.shape.beam_width, self.draft.draft_to_target)
+        tokens, origins = pool.add_level(self._logits(hidden)[0].log_softmax(-1))
+        # keys      committed | earlier frontiers | this frontier
+        # node      all       | its ancestors     | itself
+        beam = self.shape.beam_width
+        itself = additive_mask(torch.eye(beam, dtype=torch.bool, device=hidden.device)[None], self.draft.dtype)[0, 0]
+        mask = itself.new_zeros(()).expand(1, committed)
+        for level in range(1, levels):
+            frontier = len(tokens)
+            embeds = self.draft.embed_next(tokens[None], hidden[:, origins], self.visual_summary, level)
+            # What the parents see, and the nodes themselves.
+            mask = torch.cat((mask.expand(frontier, -1), itself[:frontier, :frontier]), dim=1)
+            hidden = self._forward(embeds, self._level_positions(embeds, level), mask[None, None])
+            tokens, origins = pool.add_level(self._logits(hidden)[0].log_softmax(-1))
+            mask = mask[origins]
+        return pool.best_tree(self._root_token, self.shape.num_tree_nodes, self.draft.target.device)
 
-        keys      committed | earlier frontiers | this frontier
-        node      all       | its ancestors     | itself
-        """
-        frontier = len(itself)
-        position_ids = torch.full((1, frontier), self.next_position_id + level - 1, device=itself.device)
-        if frontier == 1:
-            return position_ids, None
-        prefix = itself.new_ones((frontier, committed))
-        return position_ids, additive_mask(torch.cat((prefix, ancestors, itself), dim=1)[None], self.draft.dtype)
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """`(1, F, H)` states of the frontier → `(1, F, D)` logits of its children."""
+        return self.draft.compute_logits(hidden, reduced_head=self._reduced_head)
 
-    def _draft_nothing(self) -> CandidateTree:
-        self.failed_drafts += 1
-        warn_of_failed_draft(self.failed_drafts)
-        return build_tree([self._root_token], [-1], self.draft.target.device)
+    def _level_positions(self, embeds: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """RoPE of one level, one position for its whole frontier."""
+        return self._positions(embeds, self.next_position_id + level - 1, 1)
+
+    def _root_alone(self) -> CandidateTree:
+        return build_chain(torch.full((1, 1), self._root_token, device=self.draft.target.device), [])
 
     # -- the contract of transformers' own assisted loop --------------------------------------------------------------
 

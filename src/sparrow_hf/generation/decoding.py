@@ -122,14 +122,14 @@ def _decode(
         with _transformers.decoding(target):
             while not emitter.finished:
                 # A round commits at most one token more than it drafts.
-                budget = generation_config.max_length - emitter.input_ids.shape[1]
+                budget = generation_config.max_length - emitter.length
                 with clock.phase("draft"):
                     tree = generator.propose(max_levels=min(budget - 1, verifier.max_levels()))
                 with clock.phase("verify"), verifier.verifying(tree) as (logits, path):
                     accept(tree, logits, emitter, stats, path)
                 if not emitter.finished:
                     with clock.phase("draft"):
-                        generator.extend(verifier.features(path), emitter.input_ids[0, -len(path) :].tolist())
+                        generator.extend(verifier.features(path), emitter.new_tokens[-len(path) :])
                 stats.max_draft_cache_length = generator.max_cache_length
                 stats.failed_drafts = generator.failed_drafts
     finally:
@@ -166,7 +166,8 @@ def accept(
     tree: CandidateTree, logits: Tensor, emitter: TokenEmitter, stats: GenerationStats, path: list[int]
 ) -> None:
     """One round: walks the tree with the target's `(1, N, V)` logits, committing tokens; `path` gets their nodes."""
-    argmax = logits[0].float().argmax(dim=-1).tolist() if emitter.takes_argmax else None
+    # Read from the device at once.
+    argmax = logits[0].argmax(dim=-1).tolist() if emitter.takes_argmax else None
 
     def choose(node: int) -> int:
         return emitter.choose(logits[:, node], None if argmax is None else argmax[node])

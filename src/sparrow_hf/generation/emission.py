@@ -7,6 +7,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
+from ..devices import on_device
+from .stop_rules import stop_rules
+
 
 class TokenEmitter:
     """Turns the target's logits into committed tokens.
@@ -16,6 +19,9 @@ class TokenEmitter:
 
     Args:
         input_ids: `(1, L)` prompt.
+
+    Attributes:
+        new_tokens: The committed tokens.
     """
 
     def __init__(
@@ -26,10 +32,13 @@ class TokenEmitter:
         generation_config: GenerationConfig,
         streamer: BaseStreamer | None,
     ):
-        self.input_ids = input_ids
+        self.new_tokens: list[int] = []
         self.finished = False
+        self._prompt_length = input_ids.shape[1]
+        self._input_ids = input_ids
         self._processor = logits_processor
         self._criteria = stopping_criteria
+        self._rules = stop_rules(stopping_criteria)
         self._do_sample = generation_config.do_sample
         self._streamer = streamer
         wants_dict = generation_config.return_dict_in_generate
@@ -37,9 +46,28 @@ class TokenEmitter:
         self.logits: tuple[Tensor, ...] | None = () if wants_dict and generation_config.output_logits else None
 
     @property
+    def length(self) -> int:
+        """Tokens of prompt and text together."""
+        return self._prompt_length + len(self.new_tokens)
+
+    @property
+    def input_ids(self) -> Tensor:
+        """`(1, t)` prompt and committed tokens, put together when somebody reads them.
+
+        A new tensor for every length, as in plain decoding: processors and criteria may keep what they are given.
+        """
+        if self._input_ids.shape[1] < self.length:
+            unread = self.new_tokens[self._input_ids.shape[1] - self.length :]
+            new = on_device([unread], self._input_ids.device).to(self._input_ids.dtype)
+            self._input_ids = torch.cat((self._input_ids, new), dim=-1)
+        return self._input_ids
+
+    @property
     def takes_argmax(self) -> bool:
-        """Whether a token is simply the argmax of the raw logits, so that a whole tree can be read at once."""
-        return not self._do_sample and len(self._processor) == 0
+        """Whether a token is simply the argmax of the raw logits, and nobody wants to see these: then the tokens after
+        all nodes of a tree can be read at once."""
+        plain = not self._do_sample and len(self._processor) == 0
+        return plain and self.scores is None and self.logits is None
 
     def choose(self, logits: Tensor, argmax: int | None = None) -> int:
         """The token after the current sequence.
@@ -48,7 +76,7 @@ class TokenEmitter:
             logits: `(1, V)` raw logits of the target, any float dtype.
             argmax: Their argmax, if it is known and [`~TokenEmitter.takes_argmax`] holds.
         """
-        if argmax is not None and self.scores is None and self.logits is None:
+        if argmax is not None:
             return argmax
         # A copy, because processors may write in place, and the caller may keep the raw logits.
         raw = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
@@ -66,11 +94,13 @@ class TokenEmitter:
 
         The criteria are those that `generate()` made of its arguments: length, EOS, `stop_strings`, the caller's own.
         """
-        new = self.input_ids.new_full((1, 1), token)
-        self.input_ids = torch.cat((self.input_ids, new), dim=-1)
-        self.finished = bool(self._criteria(self.input_ids, self.scores).all())
+        self.new_tokens.append(token)
+        if self._rules is None:
+            self.finished = bool(self._criteria(self.input_ids, self.scores).all())
+        else:
+            self.finished = self._rules.stop(token, self.length)
         if self._streamer is not None:
-            self._streamer.put(new[0].cpu())
+            self._streamer.put(torch.tensor([token], dtype=self._input_ids.dtype))
 
 
 def recorded_step(outputs: Any, name: str, past_length: int, lead: int, path: list[int]) -> list[tuple[Tensor, ...]]:

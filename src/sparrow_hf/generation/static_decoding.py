@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .._transformers import CACHE, NO_CACHE, attention_of
+from ..devices import index_of
 from ..errors import UnsupportedGenerationError
 from ..modeling_sparrow import SparrowDraftModel
 from ..targets import TREE_LAYERS, TargetView
@@ -68,7 +69,8 @@ class StaticVerifier:
 
     def features(self, path: list[int]) -> Tensor:
         """`(1, n, features · H)` states of the last forward at the nodes of a path."""
-        return torch.cat([states[:, path] for states in self._states], dim=-1)
+        at = index_of(path, self._states[0].device)
+        return torch.cat([states[:, at] for states in self._states], dim=-1)
 
     def close(self, outlives_call: bool) -> None:
         """After the last round."""

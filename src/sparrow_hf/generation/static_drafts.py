@@ -8,7 +8,7 @@ from torch import Tensor
 from ..configuration_sparrow import TreeShape
 from ..draft_inputs import additive_mask
 from ..modeling_sparrow import SparrowDraftModel
-from .candidate_generator import SparrowCandidateGenerator
+from .candidate_generator import SparrowCandidateGenerator, warn_of_failed_draft
 from .fixed_steps import FixedStep
 from .slabs import empty, slab_cache, slab_layers
 from .tree import CandidatePool, CandidateTree, build_tree, tree_of_nodes
@@ -98,12 +98,11 @@ class StaticDrafting:
         return outputs
 
     def propose(self, committed: int, position_id: int) -> list[list[float]]:
-        """Tokens, parents, order and scores of the best nodes, each a row; parents as in the pool of candidates."""
+        """Tokens, parents, places and scores of the best nodes, each a row, as [`~CandidatePool.best`] gives them."""
         self._state[-2:].copy_(torch.tensor([committed, position_id]), non_blocking=True)
         return self._propose().tolist()
 
     def _proposed(self) -> Tensor:
-        """`(4, n)` float64 (which holds every id exactly), so that the host fetches all of it at once."""
         return self._chain() if self.shape.beam_width == 1 else self._tree()
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
@@ -128,7 +127,7 @@ class StaticDrafting:
                 row = committed + level
                 hidden = self._run(embeds, position_id + level, row, self._columns <= row[:, None])
         order = torch.arange(len(tokens), device=self._columns.device)
-        return torch.stack([part.double() for part in (torch.cat(tokens), order - 1, order, torch.cat(scores))])
+        return torch.cat((torch.cat(tokens), order - 1, order, torch.cat(scores))).reshape(4, -1)
 
     def _tree(self) -> Tensor:
         committed, position_id = self._state[-2:].split(1)
@@ -191,7 +190,11 @@ class StaticCandidateGenerator(SparrowCandidateGenerator):
         drafted = self.shape.beam_width * (self.shape.num_draft_levels - 1)
         self.max_cache_length = max(self.max_cache_length, self._committed + drafted)
         tree = tree_of_nodes(self._root_token, picked, max_levels)
-        return self._draft_nothing() if tree is None else tree
+        if tree is None:
+            self.failed_drafts += 1
+            warn_of_failed_draft(self.failed_drafts)
+            return build_tree([self._root_token], [-1])
+        return tree
 
     def close(self) -> None:
         """Gives the buffers back."""

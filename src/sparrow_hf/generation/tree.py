@@ -1,13 +1,16 @@
 """The dynamic draft tree of EAGLE-2 (paper, section 3.6): grown level by level, reranked, laid out for one forward.
 
-Pure functions over tensors; imports torch only.
+Pure functions over tensors.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..devices import on_device
 
 
 @dataclass(frozen=True)
@@ -41,25 +44,39 @@ def build_tree(token_ids: list[int], parents: list[int], device: torch.device | 
     """
     depths = [0] * len(token_ids)
     children: list[dict[int, int]] = [{} for _ in token_ids]
-    ancestors = torch.eye(len(token_ids), dtype=torch.bool)
+    ancestors: list[list[int]] = []
     for node, parent in enumerate(parents):
+        ancestors.append([0] * len(token_ids) if parent < 0 else ancestors[parent].copy())
+        ancestors[node][node] = 1
         if parent >= 0:
             depths[node] = depths[parent] + 1
             children[parent][token_ids[node]] = node
-            ancestors[node] |= ancestors[parent]
+    # One copy to the device.
+    rows = on_device([token_ids, depths, *ancestors], device)
     return CandidateTree(
-        token_ids=torch.tensor([token_ids], device=device),
-        depths=torch.tensor(depths, device=device),
-        ancestors=ancestors.to(device),
+        token_ids=rows[:1],
+        depths=rows[1],
+        ancestors=rows[2:] != 0,
         children=children,
         is_chain=all(parent == node - 1 for node, parent in enumerate(parents)),
     )
 
 
-def build_chains(token_ids: Tensor) -> CandidateTree:
+def build_chain(token_ids: Tensor, tokens: list[int]) -> CandidateTree:
+    """The chain of one sequence.
+
+    Args:
+        token_ids: `(1, N)` tokens of its nodes, the root first.
+        tokens: The same without the root, read from the device.
+    """
+    children = [{token: node} for node, token in enumerate(tokens, start=1)]
+    return build_chains(token_ids, [*children, {}])
+
+
+def build_chains(token_ids: Tensor, children: Sequence[dict[int, int]] = ()) -> CandidateTree:
     """The chains of a batch, from the `(B, N)` tokens of their nodes, the roots first."""
     order = torch.arange(token_ids.shape[1], device=token_ids.device)
-    return CandidateTree(token_ids, depths=order, ancestors=order <= order[:, None], children=[], is_chain=True)
+    return CandidateTree(token_ids, order, ancestors=order <= order[:, None], children=[*children], is_chain=True)
 
 
 class CandidatePool:
@@ -77,7 +94,7 @@ class CandidatePool:
         self._tokens: list[Tensor] = []
         self._parents: list[Tensor] = []
         self._size = 0
-        # Pool index and cumulative log-probability of the frontier the next level grows from.
+        # Pool index and cumulative log-probability of the frontier the next level grows from; at first the root.
         self._frontier: Tensor | None = None
         self._frontier_scores: Tensor | None = None
 
@@ -91,33 +108,31 @@ class CandidatePool:
             tokens: `(F',)` ids of the new frontier, F' = `beam_width` at most.
             origins: `(F',)` which node of the old frontier each one continues.
         """
-        device = log_probs.device
-        if self._frontier is None or self._frontier_scores is None:
-            # The root is −1.
-            self._frontier = torch.full((1,), -1, device=device)
-            self._frontier_scores = log_probs.new_zeros(1)
         width = min(self._beam, log_probs.shape[-1])
-        best, tokens = log_probs.topk(width, dim=-1)
+        scores, tokens = log_probs.topk(width, dim=-1)
         if self._token_ids is not None:
             tokens = self._token_ids[tokens]
-        scores = (best + self._frontier_scores[:, None]).flatten()
+        if self._frontier is None or self._frontier_scores is None:
+            parents = torch.full_like(tokens, -1)
+        else:
+            scores = scores + self._frontier_scores[:, None]
+            parents = self._frontier[:, None].expand(-1, width)
         # pool      … | f0c0 f0c1 f1c0 f1c1 |        f = frontier node, c = its continuation
         # origins        0    0    1    1            and first = pool index of f0c0
-        first, tokens = self._size, tokens.flatten()
-        origins = torch.arange(log_probs.shape[0], device=device).repeat_interleave(width)
+        first, scores, tokens = self._size, scores.flatten(), tokens.flatten()
         self._scores.append(scores)
         self._tokens.append(tokens)
-        self._parents.append(self._frontier[origins])
+        self._parents.append(parents.flatten())
         self._size += len(scores)
 
         self._frontier_scores, chosen = scores.topk(min(self._beam, len(scores)))
-        self._frontier = first + chosen
-        return tokens[chosen], origins[chosen]
+        self._frontier = chosen + first
+        return tokens[chosen], chosen // width
 
     def best_tree(self, root_token: int, num_nodes: int, device: torch.device | str) -> CandidateTree | None:
         """The `num_nodes − 1` most probable candidates under their root, or `None` if a score is not a number."""
         if not self._scores:
-            return build_tree([root_token], [-1], device)
+            return build_chain(torch.full((1, 1), root_token, device=device), [])
         return tree_of_nodes(root_token, self.best(num_nodes).tolist(), device=device)
 
     def best(self, num_nodes: int) -> Tensor:
@@ -127,12 +142,13 @@ class CandidatePool:
         child without its parent.
 
         Returns:
-            `(4, n)` float64, which holds every id exactly: tokens, parents in the pool, places in the pool, scores.
+            `(4, n)` tokens, parents and places in the pool, scores: all in fp32, which holds whole numbers below 2^24
+            exactly, so that they are read from the device at once.
         """
         scores = torch.cat(self._scores)
         order = torch.sort(scores, descending=True, stable=True).indices[: num_nodes - 1].sort().values
-        parts = (torch.cat(self._tokens)[order], torch.cat(self._parents)[order], order, scores[order])
-        return torch.stack([part.double() for part in parts])
+        columns = (torch.cat(self._tokens)[order], torch.cat(self._parents)[order], order, scores[order])
+        return torch.cat(columns).reshape(len(columns), -1)
 
 
 def tree_of_nodes(
@@ -146,13 +162,17 @@ def tree_of_nodes(
     Returns:
         `None` if a score is not a number.
     """
-    tokens, parents, depths, node_of = [root_token], [-1], [0], {-1: 0}
+    if any(math.isnan(score) for score in nodes[-1]):
+        return None
+    # In the pool: −1 is the root.
+    node_of = {-1: 0}
+    tokens, parents, depths = [root_token], [-1], [0]
     for token, parent, index, score in zip(*nodes, strict=True):
-        if math.isnan(score):
-            return None
-        if score > -math.inf and parent in node_of and (max_levels is None or depths[node_of[int(parent)]] < max_levels):
-            node_of[int(index)] = len(tokens)
-            tokens.append(int(token))
-            parents.append(node_of[int(parent)])
-            depths.append(depths[parents[-1]] + 1)
+        node = node_of.get(int(parent))
+        if score == -math.inf or node is None or depths[node] == max_levels:
+            continue
+        node_of[int(index)] = len(tokens)
+        tokens.append(int(token))
+        parents.append(node)
+        depths.append(depths[node] + 1)
     return build_tree(tokens, parents, device)

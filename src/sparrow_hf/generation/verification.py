@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from .._transformers import CACHE, attention_of, first_rows_read, makes_masks
+from .._transformers import CACHE, advance, attention_of, first_rows_read, makes_masks
+from ..devices import on_device
 from ..draft_inputs import additive_mask
 from ..targets import TargetView
 from .caches import HeldCache
@@ -20,6 +20,9 @@ from .tree import CandidateTree
 
 #: Per-token inputs that some families' forward takes; new tokens repeat the newest one (text).
 TOKEN_TYPE_KEYS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+
+#: What plain decoding lengthens with every token.
+_PER_TOKEN_KEYS = ("attention_mask", "position_ids", *TOKEN_TYPE_KEYS)
 
 
 def verification_inputs(
@@ -37,26 +40,28 @@ def verification_inputs(
 
     Args:
         first_position: `(…, 1)` position of the first generated token.
-        model_kwargs: Those of a plain step.
+        model_kwargs: Those of the first plain step; what has an entry per token need not follow the text.
         own_mask: Give the target a mask of ours even if none can be folded. Without, it makes its own of the 2-D mask,
             as if the rows were one text: right for chains, whatever the kinds of its layers.
     """
-    size = len(tree.token_ids)
-    lead = tree.token_ids.new_tensor(held.carried).reshape(-1, size).T
-    num_rows = lead.shape[1] + len(tree)
+    num_carried = len(held.carried)
+    num_rows = num_carried + len(tree)
     # A single row is a plain step, which folds its heads itself.
     groups = groups_of(view) if num_rows > 1 else {}
     own_mask = own_mask or bool(groups)
-    positions = _positions(tree, lead.shape[1], first_position + held.rows_since_prefill)
+    token_ids = tree.token_ids
+    if num_carried:
+        token_ids = torch.cat((on_device(held.carried, token_ids.device).T, token_ids), dim=1)
+    positions = _positions(tree, num_carried, first_position + held.rows_since_prefill)
     step = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
     for key in TOKEN_TYPE_KEYS:
         if step.get(key) is not None:
             step[key] = step[key][..., -1:].expand(*step[key].shape[:-1], num_rows)
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
-        mask = pad(held.prefix_mask(mask), (0, num_rows), value=1)
+        mask = held.step_mask(mask, num_rows)
     inputs = view.model.prepare_inputs_for_generation(
-        torch.cat((lead, tree.token_ids), dim=1),
+        token_ids,
         position_ids=positions,
         attention_mask=None if own_mask else mask,
         is_first_iteration=False,
@@ -68,14 +73,26 @@ def verification_inputs(
         if inputs.get("position_ids") is None:
             # The model counts the rows itself, as if they were one text.
             start = positions.new_zeros((1, 1)) + held.ends
-            inputs["position_ids"] = _positions(tree, lead.shape[1], start) if positions.ndim == 2 else positions
+            inputs["position_ids"] = _positions(tree, num_carried, start) if positions.ndim == 2 else positions
     if "logits_to_keep" in inputs:
         inputs["logits_to_keep"] = len(tree)
     return inputs
 
 
+def advance_in_place(target: Any, outputs: Any, model_kwargs: dict[str, Any], num_new_tokens: int) -> dict[str, Any]:
+    """`model_kwargs` after a round, without what has an entry per token: it stays as [`verification_inputs`] reads it.
+
+    Plain decoding copies the ids, positions and masks of the whole text once more for every token.
+    """
+    unchanged = {key: model_kwargs[key] for key in _PER_TOKEN_KEYS if key in model_kwargs}
+    others = {key: value for key, value in model_kwargs.items() if key not in unchanged}
+    return advance(target, outputs, others, num_new_tokens) | unchanged
+
+
 def _positions(tree: CandidateTree, num_carried: int, start: Tensor) -> Tensor:
     """`(…, n)` positions of carried tokens and nodes, the first of them at the `(…, 1)` start."""
+    if num_carried == 0:
+        return tree_position_ids(tree, start)
     carried = start + torch.arange(num_carried, device=start.device)
     return torch.cat((carried, tree_position_ids(tree, start + num_carried)), dim=-1)
 

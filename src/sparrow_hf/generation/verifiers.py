@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from .. import _transformers
 from .._transformers import CACHE
+from ..devices import on_device
 from ..hidden_states import HiddenStateCollector
 from ..targets import TargetView
 from .attention import following_masks
@@ -16,7 +15,7 @@ from .caches import HeldCache, hold
 from .emission import recorded_step
 from .self_check import Verification
 from .tree import CandidateTree, build_chains
-from .verification import max_levels_before_border, verification_inputs
+from .verification import advance_in_place, max_levels_before_border, verification_inputs
 
 
 class Verifier(Protocol):
@@ -62,7 +61,8 @@ class TargetVerifier:
         self._model_kwargs = model_kwargs
         self._recorded = recorded
         self._held: HeldCache = hold(model_kwargs[CACHE])
-        self._states: list[Tensor] = []
+        self._collector = HiddenStateCollector({})
+        self._lead = 0
 
     def max_levels(self) -> int:
         """How deep the next tree may be."""
@@ -72,7 +72,7 @@ class TargetVerifier:
     @contextmanager
     def verifying(self, tree: CandidateTree) -> Iterator[tuple[Tensor, list[int]]]:
         """One forward over the tree. Yields its `(1, N, V)` logits and the path to keep, empty."""
-        past_length, lead = self._held.length, len(self._held.carried)
+        past_length, self._lead = self._held.length, len(self._held.carried)
         with self._held.verifying(tree) as path:
             by_mask = self._ways.of(tree) == "eager"
             inputs = verification_inputs(
@@ -83,20 +83,17 @@ class TargetVerifier:
                 self._model_kwargs,
                 own_mask=by_mask or not tree.is_chain,
             )
-            collector = HiddenStateCollector(dict.fromkeys(self._layer_ids))
-            with collector.active(), following_masks(by_mask):
+            self._collector = HiddenStateCollector(dict.fromkeys(self._layer_ids))
+            with self._collector.active(), following_masks(by_mask):
                 outputs = self._view.model(**inputs, return_dict=True)
             yield outputs.logits[:, -len(tree) :], path
-        self._states = [collector.take(layer)[:, lead:] for layer in self._layer_ids]
-        self._model_kwargs = _transformers.advance(
-            self._view.model, outputs, self._model_kwargs, num_new_tokens=len(path)
-        )
+        self._model_kwargs = advance_in_place(self._view.model, outputs, self._model_kwargs, len(path))
         for name in self._recorded:
-            self._recorded[name] += tuple(recorded_step(outputs, name, past_length, lead, path))
+            self._recorded[name] += tuple(recorded_step(outputs, name, past_length, self._lead, path))
 
     def features(self, path: list[int]) -> Tensor:
         """`(1, n, features · H)` states of the last forward at the nodes of a path."""
-        return torch.cat([states[:, path] for states in self._states], dim=-1)
+        return self._collector.take_rows([self._lead + node for node in path])
 
     def close(self, outlives_call: bool) -> None:
         """After the last round.
@@ -116,7 +113,7 @@ def read_carried(
     view: TargetView, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any], by_mask: bool
 ) -> None:
     """Runs the target over the carried tokens alone, so that the cache holds them."""
-    chain = build_chains(torch.tensor(held.carried, device=first_position.device).T)
+    chain = build_chains(on_device(held.carried, first_position.device).T)
     held.carried = []
     with held.verifying(chain) as path, following_masks(by_mask):
         inputs = verification_inputs(view, chain, held, first_position, model_kwargs, own_mask=by_mask)

@@ -1,0 +1,134 @@
+"""Committing tokens: what criteria, processors and streamers are given, and rules that are read without the device."""
+
+from typing import Any
+
+import pytest
+import torch
+from greedy import greedy
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import BaseStreamer, EosTokenCriteria, LogitsProcessor, MaxTimeCriteria, StoppingCriteria
+
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf.generation.emission import TokenEmitter
+from sparrow_hf.generation.stop_rules import stop_rules
+
+from families import FAMILY_BY_NAME
+from oracles import drafting_around
+
+
+@given(
+    tokens=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    max_length=st.integers(1, 12),
+    ends=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3), max_size=2),
+)
+def test_rules_say_what_the_criteria_say(tokens: list[int], max_length: int, ends: list[list[int]]) -> None:
+    criteria = StoppingCriteriaList([MaxLengthCriteria(max_length), *map(EosTokenCriteria, ends)])
+    rules = stop_rules(criteria)
+    assert rules is not None
+    for length in range(1, len(tokens) + 1):
+        expected = bool(criteria(torch.tensor([tokens[:length]]), None).all())
+        assert rules.stop(tokens[length - 1], length) == expected
+
+
+class Never(MaxLengthCriteria):
+    """A subclass may do anything."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class AnyList(StoppingCriteriaList):
+    """So may a list."""
+
+
+@pytest.mark.parametrize(
+    "criteria",
+    [
+        StoppingCriteriaList([MaxLengthCriteria(9), MaxTimeCriteria(1.0)]),
+        StoppingCriteriaList([Never(9)]),
+        AnyList([MaxLengthCriteria(9)]),
+        # Warns once the text is longer.
+        StoppingCriteriaList([MaxLengthCriteria(9, max_position_embeddings=8)]),
+    ],
+)
+def test_other_criteria_are_asked_themselves(criteria: StoppingCriteriaList) -> None:
+    assert stop_rules(criteria) is None
+
+
+def test_rules_of_several_criteria_are_the_strictest() -> None:
+    criteria = [MaxLengthCriteria(9, max_position_embeddings=9), MaxLengthCriteria(7), EosTokenCriteria(3)]
+    rules = stop_rules(StoppingCriteriaList(criteria))
+    assert rules is not None and (rules.max_length, rules.ends) == (7, {3})
+    assert not rules.stop(4, 6) and rules.stop(4, 7) and rules.stop(3, 6)
+
+
+def test_ids_are_put_together_when_they_are_read() -> None:
+    prompt = torch.tensor([[5, 6]], dtype=torch.int32)
+    emitter = TokenEmitter(prompt, LogitsProcessorList(), StoppingCriteriaList([]), GenerationConfig(), None)
+    assert emitter.input_ids is prompt
+    emitter.commit(7)
+    emitter.commit(8)
+    first = emitter.input_ids
+    assert first.tolist() == [[5, 6, 7, 8]] and first.dtype == torch.int32 and emitter.input_ids is first
+    emitter.commit(9)
+    assert (emitter.length, emitter.new_tokens) == (5, [7, 8, 9])
+    assert emitter.input_ids.tolist() == [[5, 6, 7, 8, 9]] and first.tolist() == [[5, 6, 7, 8]]
+
+
+class Keeps:
+    """Keeps every tensor of ids that it is given."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+
+class KeepingProcessor(Keeps, LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.kept.append(input_ids)
+        return scores
+
+
+class KeepingCriterion(Keeps, StoppingCriteria):
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.kept.append(input_ids)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class KeepingStreamer(Keeps, BaseStreamer):
+    def put(self, value: Tensor) -> None:
+        self.kept.append(value)
+
+    def end(self) -> None:
+        self.kept.append(torch.tensor(-1))
+
+
+def test_what_is_given_away_stays_what_it_was() -> None:
+    family = FAMILY_BY_NAME["qwen2_5_vl"]
+    target = family.build_target()
+    inputs, text = family.build_inputs(target), []
+    draft = SparrowDraftModel.from_target(target, num_tree_nodes=12, num_draft_levels=3, beam_width=3)
+
+    def kept(draft: SparrowDraftModel | None) -> list[list[tuple[torch.Size, torch.dtype, torch.device, Any]]]:
+        processor, criterion, streamer = KeepingProcessor(), KeepingCriterion(), KeepingStreamer()
+        output = target.generate(
+            **inputs,
+            **greedy(12),
+            assistant_model=draft,
+            logits_processor=LogitsProcessorList([processor]),
+            stopping_criteria=StoppingCriteriaList([criterion]),
+            streamer=streamer,
+        )
+        text[:] = output[0, inputs["input_ids"].shape[1] :].tolist()
+        return [
+            [(ids.shape, ids.dtype, ids.device, ids.tolist()) for ids in each.kept]
+            for each in (processor, criterion, streamer)
+        ]
+
+    plain = kept(None)
+    assert list(map(len, plain)) == [12, 12, 1 + 12 + 1]
+    with drafting_around(text.copy(), adversarial=True, seed=1):
+        assert kept(draft) == plain
+    assert max(draft.last_generation.accepted) > 1
