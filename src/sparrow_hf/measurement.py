@@ -156,6 +156,7 @@ def compare(
     *,
     repeats: int = 1,
     shared_prefill: bool = False,
+    prefill: PrefillSnapshot | None = None,
     is_content: Callable[[int], bool] | None = None,
 ) -> dict[str, Run]:
     """Measures every arm on one prompt.
@@ -168,16 +169,18 @@ def compare(
             an even number, the faster of the two in the middle). An arm differs from the reference if any of its
             calls does. [`num_rounds`] says how often each arm takes part.
         shared_prefill: Compute the prompt once, and let every arm start from a copy (see [`PrefillSnapshot`]).
+        prefill: Such a prefill, if it was computed before.
         is_content: Whether a token id belongs to a content word; fills [`Run`]'s `asked` for arms with a draft.
 
     Returns:
         Arm name → measurement.
     """
-    prefill = _prefill_once(target, arms, inputs, settings) if shared_prefill else None
+    if prefill is None and shared_prefill:
+        prefill = prefill_once(target, arms, inputs, settings)
     calls: dict[str, list[tuple[Run, list[int]]]] = {arm.name: [] for arm in arms}
     for round_ in range(repeats):
         for arm in random.Random(turn * repeats + round_).sample(arms, len(arms)):
-            if round_ < num_rounds(arm, repeats, shared_prefill):
+            if round_ < num_rounds(arm, repeats, prefill is not None):
                 calls[arm.name].append(measure(target, arm, inputs, settings, seed, prefill))
     reference = _median_call(calls[arms[0].name])[1]
     runs = {}
@@ -228,12 +231,12 @@ def warm_up(
         shared_prefill: As in [`compare`].
     """
     settings = {**settings, "max_new_tokens": WARM_UP_TOKENS}
-    prefill = _prefill_once(target, arms, inputs, settings) if shared_prefill else None
+    prefill = prefill_once(target, arms, inputs, settings) if shared_prefill else None
     for arm in arms:
         measure(target, arm, inputs, settings, prefill=prefill)
 
 
-def _prefill_once(
+def prefill_once(
     target: PreTrainedModel, arms: Sequence[Arm], inputs: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> PrefillSnapshot:
     """A prefill that holds what all arms need."""
