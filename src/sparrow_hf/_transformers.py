@@ -330,6 +330,13 @@ def advance(target: Any, outputs: Any, model_kwargs: dict[str, Any], num_new_tok
     )
 
 
+def compile_config() -> Any:
+    """How `generate()` compiles a model with a static cache; on every device, where by itself it leaves out CPUs."""
+    config = transformers.generation.CompileConfig()
+    config._compile_all_devices = True
+    return config
+
+
 def pad_token(generation_config: Any) -> Tensor | None:
     """The token that plain decoding gives to finished sequences of a batch."""
     return generation_config._pad_token_tensor
