@@ -32,7 +32,7 @@ from .tree_shapes import TreeShape, chain, parse_tree_shape, tree_name
 #: Depths of the chains whose rounds are measured; those in between are predicted.
 DEPTHS = (2, 5, 8, 12, MAX_DEPTH)
 TREES = ("24-8-4",)
-#: How many of the predicted shapes decode again. Depths that differ by one are no two candidates.
+#: How many of the predicted shapes decode again. Depths that differ by less than a quarter are no two candidates.
 NUM_VERIFIED = 3
 
 Read = Callable[[], Mapping[str, Tensor]]
@@ -273,11 +273,15 @@ def _cost_runs(
 
 
 def _apart(speeds: Mapping[TreeShape, float], count: int) -> list[TreeShape]:
-    """The fastest shapes, fastest first, leaving out chains one level deeper or shallower than a faster one."""
+    """The fastest shapes, fastest first, leaving out chains that are almost as deep as a faster one."""
+
+    def are_alike(one: TreeShape, other: TreeShape) -> bool:
+        depths = sorted((one.num_draft_levels, other.num_draft_levels))
+        return one.beam_width == other.beam_width == 1 and 4 * (depths[1] - depths[0]) < depths[1]
+
     found: list[TreeShape] = []
     for shape in speeds:
-        chains = [other.num_draft_levels for other in found if other.beam_width == shape.beam_width == 1]
-        if len(found) < count and all(abs(shape.num_draft_levels - depth) > 1 for depth in chains):
+        if len(found) < count and not any(are_alike(shape, other) for other in found):
             found.append(shape)
     return found
 

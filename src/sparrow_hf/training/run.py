@@ -17,6 +17,7 @@ from .arguments import SparrowTrainingArguments
 from .callbacks import DecodingCallback
 from .checkpoints import check_settings, describe_training, digest_of_rows, last_checkpoint
 from .curves import plot_curves
+from .depth import write_depth
 from .leakage import refuse_shared_media
 from .lora import add_lora, merge_lora
 from .options import TrainingOptions
@@ -42,6 +43,8 @@ class TrainingRun:
         adapters: peft's view of its draft, if adapters are trained.
         checkpoint: The checkpoint to go on from, if any.
         output: Folder of the finished draft.
+        decoding: What decodes the held-out rows, if they can be decoded.
+        chooses_depth: Choose the depth of the draft's chains at the end (see [`write_depth`]).
         notes: What there is to say about the finished training, one sentence each.
     """
 
@@ -49,13 +52,17 @@ class TrainingRun:
     adapters: Any | None
     checkpoint: str | None
     output: Path
+    decoding: DecodingCallback | None = None
+    chooses_depth: bool = False
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> SparrowDraftModel:
-        """Trains to the end and leaves the finished draft, its card and its curves in the output folder."""
+        """Trains to the end and leaves the finished draft, its card and its curves in the output folder.
+
+        With held-out rows, the depth of the draft's chains is chosen last, unless it was given.
+        """
         self.trainer.train(resume_from_checkpoint=self.checkpoint)
-        if self.trainer.eval_dataset is not None:
-            self.trainer.evaluate()
+        metrics = {} if self.trainer.eval_dataset is None else self.trainer.evaluate()
         draft = self.trainer.draft if self.adapters is None else merge_lora(self.adapters)
         if self.trainer.is_world_process_zero():
             draft.save_pretrained(self.output)
@@ -69,6 +76,8 @@ class TrainingRun:
                     f"There are no curves: nothing was logged in {self.trainer.state.global_step} steps "
                     f"(--logging-steps {self.trainer.args.logging_steps:g})."
                 )
+            if self.chooses_depth:
+                self.notes.append(write_depth(draft, self.output, self.decoding, metrics))
         return draft
 
 
@@ -159,9 +168,11 @@ def prepare_training(
         eval_dataset=held_out,
         processing_class=processor,
     )
+    decoding = None
     if held_out is not None and not isinstance(held_out, RecordedDataset):
         decoded = [held_out[index] for index in range(min(DECODED_ROWS, len(held_out)))]
-        trainer.add_callback(DecodingCallback(trainer, decoded))
+        decoding = DecodingCallback(trainer, decoded)
+        trainer.add_callback(decoding)
     settings = describe_training(
         trainer,
         target,
@@ -179,4 +190,7 @@ def prepare_training(
                 stacklevel=2,
             )
     trainer.seal.settings = settings
-    return TrainingRun(trainer, adapters, checkpoint, Path(options.output))
+    # An existing draft keeps its configuration.
+    is_shape_given = options.num_draft_levels is not None or options.warm_start is not None
+    chooses_depth = held_out is not None and not is_shape_given
+    return TrainingRun(trainer, adapters, checkpoint, Path(options.output), decoding, chooses_depth)
