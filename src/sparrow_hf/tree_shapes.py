@@ -15,8 +15,8 @@ class TreeShape(NamedTuple):
     beam_width: int
 
 
-#: The trees of the paper (written there as nodes-levels-beam), this project's default chain, and a root alone: the
-#: same loop without drafting, which measures the cost of the loop itself.
+#: The trees of the paper (written there as nodes-levels-beam), the chain that docs/results.md compares drafts with,
+#: and a root alone: the same loop without drafting, which measures the cost of the loop itself.
 TREE_PRESETS: dict[str, TreeShape] = {
     "none": TreeShape(1, 0, 1),
     "chain-5": TreeShape(6, 5, 1),

@@ -23,7 +23,7 @@ from .common import (
     quiet_transformers,
 )
 
-DEFAULT_ARMS = ["none", "prompt-lookup", "draft@chain-5", "draft@48-5-10"]
+DEFAULT_ARMS = ["none", "prompt-lookup", "draft", "draft@48-5-10"]
 
 
 def bench(

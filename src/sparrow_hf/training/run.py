@@ -23,12 +23,15 @@ from .lora import add_lora, merge_lora
 from .options import TrainingOptions
 from .recording import PROVENANCE_FILE, RecordedDataset
 from .trainer import SparrowTrainer
-from .vocabulary import load_vocabulary
+from .vocabulary import REDUCED_SIZE, TargetTokens, default_vocabulary, load_vocabulary
 
 #: Configuration of `accelerate launch` for the GPUs of one machine.
 DDP_CONFIG = Path(__file__).parent / "accelerate" / "ddp.yaml"
 
 DRAFT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: `--vocabulary` for a draft that proposes every token of its target.
+FULL_VOCABULARY = "full"
 
 #: Number of held-out rows that are decoded at every evaluation; all of them are evaluated teacher-forced.
 DECODED_ROWS = 8
@@ -45,6 +48,7 @@ class TrainingRun:
         output: Folder of the finished draft.
         decoding: What decodes the held-out rows, if they can be decoded.
         chooses_depth: Choose the depth of the draft's chains at the end (see [`write_depth`]).
+        choices: What was chosen where nothing was asked for, one sentence each.
         notes: What there is to say about the finished training, one sentence each.
     """
 
@@ -54,6 +58,7 @@ class TrainingRun:
     output: Path
     decoding: DecodingCallback | None = None
     chooses_depth: bool = False
+    choices: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> SparrowDraftModel:
@@ -115,7 +120,7 @@ def build_draft(options: TrainingOptions, target: PreTrainedModel) -> SparrowDra
         draft.to(draft.target.device)
     else:
         draft = SparrowDraftModel.from_target(target, copy_last_layer=options.copy_last_layer, **options.draft_fields)
-        if options.vocabulary is not None:
+        if options.vocabulary not in (None, FULL_VOCABULARY):
             draft.set_vocabulary(load_vocabulary(options.vocabulary, draft.config.vocab_size))
     return draft.to(dtype)
 
@@ -160,6 +165,17 @@ def prepare_training(
         if arguments.eval_strategy == "no":
             # With held-out rows, evaluation is on by default.
             arguments.eval_strategy, arguments.eval_steps = arguments.save_strategy, arguments.save_steps
+    choices = []
+    if options.vocabulary is None and options.warm_start is None and draft.config.vocab_size >= REDUCED_SIZE:
+        # Neither a recording nor a stream can be counted before it is read.
+        countable = [
+            None if options.streaming or isinstance(rows, RecordedDataset) else rows for rows in (train, held_out)
+        ]
+        tokens = TargetTokens.from_configs(draft.target.model.config, draft.target.model.generation_config)
+        chosen, sentence = default_vocabulary(tokens, *countable)
+        choices.append(sentence)
+        if chosen is not None:
+            draft.set_vocabulary(chosen)
     trainer = SparrowTrainer(
         draft,
         target,
@@ -193,4 +209,4 @@ def prepare_training(
     # An existing draft keeps its configuration.
     is_shape_given = options.num_draft_levels is not None or options.warm_start is not None
     chooses_depth = held_out is not None and not is_shape_given
-    return TrainingRun(trainer, adapters, checkpoint, Path(options.output), decoding, chooses_depth)
+    return TrainingRun(trainer, adapters, checkpoint, Path(options.output), decoding, chooses_depth, choices)
