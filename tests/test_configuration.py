@@ -143,7 +143,8 @@ def test_a_model_without_a_text_decoder_is_refused_by_name() -> None:
 
 def test_tree_presets_are_the_papers() -> None:
     config = SparrowDraftConfig()
-    assert config.tree_shape == TreeShape(num_tree_nodes=6, num_draft_levels=5, beam_width=1)
+    # No preset, but what pays at the acceptance of a good draft.
+    assert config.tree_shape == TreeShape(num_tree_nodes=8, num_draft_levels=7, beam_width=1)
     config.set_tree_shape("48-5-10")
     assert config.tree_shape == (48, 5, 10) == TREE_PRESETS["48-5-10"]
     config.set_tree_shape((3, 2, 1))

@@ -174,7 +174,8 @@ def test_chain_in_the_stock_loop(name: str, shape: str, monkeypatch: pytest.Monk
 def test_statistics_of_a_call_add_up() -> None:
     family = FAMILY_BY_NAME["qwen2_5_vl"]
     target = family.build_target()
-    draft, inputs = SparrowDraftModel.from_target(target), family.build_inputs(target, num_frames=8)
+    draft = SparrowDraftModel.from_target(target, num_draft_levels=5)
+    inputs = family.build_inputs(target, num_frames=8)
     plain = target.generate(**inputs, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :].tolist()
     calls = []
     hook = target.get_decoder().register_forward_hook(lambda *_: calls.append(1))

@@ -67,7 +67,8 @@ class SparrowDraftConfig(PreTrainedConfig):
         input_norm, output_norm, fc_bias, project_visual (`bool`): Layer 0 keeps its input norm; the draft ends with a
             norm; FC has a bias; visual states go through FC's hidden-state half instead of entering raw (paper: raw).
         num_tree_nodes, num_draft_levels, beam_width (`int`): Shape of the tree (see [`TreeShape`]). `beam_width=1` is
-            a chain of `num_draft_levels` tokens. Without `num_tree_nodes`, one root plus a beam per level.
+            a chain of `num_draft_levels` tokens. Without `num_tree_nodes`, one root plus a beam per level. The
+            default, a chain of 7, pays where 85 % of the drafted tokens are accepted; `sparrow tune` measures.
         draft_vocab_size (`int`, *optional*): The draft proposes only so many tokens of the target's vocabulary; which
             ones, `SparrowDraftModel.draft_to_target` says. `None`: all. `vocab_size` stays the target's.
         tensors_sha256 (`str`, *optional*): Digest of the tensors saved beside this file, checked when they are loaded.
@@ -122,7 +123,7 @@ class SparrowDraftConfig(PreTrainedConfig):
     project_visual: bool = False
 
     num_tree_nodes: int | None = None
-    num_draft_levels: int = 5
+    num_draft_levels: int = 7
     beam_width: int = 1
     draft_vocab_size: int | None = None
 

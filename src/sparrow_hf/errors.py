@@ -82,6 +82,10 @@ class BenchmarkError(SparrowError, ValueError):
     """A benchmark cannot be run or continued: an unknown arm, no prompts, measurements under other conditions."""
 
 
+class UnavailableArmError(BenchmarkError):
+    """An arm of a benchmark is understood, but the target or what is installed cannot run it."""
+
+
 class TrainingDataError(SparrowError, ValueError):
     """A training row cannot be trained on: no answer, placeholders without pixels, or a field of the wrong type."""
 

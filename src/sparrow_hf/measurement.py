@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import BaseStreamer
 
+from ._transformers import attention_of, compile_config
 from .clocks import StopWatch
 from .configuration_sparrow import TreeShape
 from .metrics import Run, count_asked
@@ -42,6 +43,8 @@ class Arm:
         num_glimpse_tokens: Visual tokens that the draft reads; its configured number by default.
         prompt_lookup_num_tokens: Maximum number of tokens per round that transformers' prompt lookup copies.
         assistant: A small model of the target's own kind, run by transformers' assisted generation.
+        attention: Attention implementation that the target's decoder runs on meanwhile; its own by default.
+        is_compiled: Decode with a static cache and compiled forwards: `cache_implementation="static"`.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Arm:
     num_glimpse_tokens: int | None = None
     prompt_lookup_num_tokens: int | None = None
     assistant: PreTrainedModel | None = None
+    attention: str | None = None
+    is_compiled: bool = False
 
     @property
     def num_draft_levels(self) -> int:
@@ -66,9 +71,36 @@ class Arm:
         return self.prompt_lookup_num_tokens is not None or self.assistant is not None
 
     @property
+    def runs_own_prefill(self) -> bool:
+        """Whether it cannot start from a shared prefill, whose cache is a dynamic one of plain `generate()`."""
+        return self.runs_stock_loop or self.is_compiled
+
+    @property
     def layers_read(self) -> set[int]:
         """Layers of the target whose states the draft reads from the prefill."""
         return set() if self.draft is None else self.draft.config.layer_ids_read
+
+    @contextmanager
+    def prepared(self, target: PreTrainedModel) -> Iterator[dict[str, Any]]:
+        """How the target runs in this arm: its attention inside, and the arguments of `generate()` that compile it.
+
+        Raises:
+            ValueError: The target cannot run on such an attention.
+        """
+        arguments: dict[str, Any] = {}
+        if self.is_compiled:
+            arguments = {"cache_implementation": "static", "compile_config": compile_config()}
+        if self.attention is None:
+            yield arguments
+            return
+        # The video encoder keeps its own.
+        decoder = target.get_decoder()
+        own = attention_of(decoder.config)
+        decoder.set_attn_implementation(self.attention)
+        try:
+            yield arguments
+        finally:
+            decoder.set_attn_implementation(own)
 
     @contextmanager
     def options(self, target: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -108,17 +140,17 @@ def measure(
         settings: Further arguments of `generate()`, the same for every arm.
         seed: Seed of torch's global generator, for sampling.
         prefill: The prefill of these inputs, computed before. The call starts from a copy, and the time of that
-            prefill is added to its own. Arms that run transformers' own loop run their own prefill.
+            prefill is added to its own. Arms that run transformers' own loop, or are compiled, run their own prefill.
         streamer: Shows the text while it is written; what it does counts as time of the call.
 
     Returns:
         The measurement, and the generated tokens.
     """
     torch.manual_seed(seed)
-    is_replayed = prefill is not None and not arm.runs_stock_loop
+    is_replayed = prefill is not None and not arm.runs_own_prefill
     memory_before = _start_counting_memory(target)
     with ExitStack() as stack:
-        options = stack.enter_context(arm.options(target, inputs))
+        options = stack.enter_context(arm.prepared(target)) | stack.enter_context(arm.options(target, inputs))
         if prefill is not None and is_replayed:
             inputs = stack.enter_context(prefill.replayed())
         watch = stack.enter_context(StopWatch(target, streamer))
@@ -156,9 +188,12 @@ def compare(
     *,
     repeats: int = 1,
     shared_prefill: bool = False,
+    prefill: PrefillSnapshot | None = None,
     is_content: Callable[[int], bool] | None = None,
 ) -> dict[str, Run]:
     """Measures every arm on one prompt.
+
+    A compiled arm makes an untimed call first, since every length may have to be compiled.
 
     Args:
         arms: The first one is the reference whose tokens all others must give.
@@ -168,16 +203,21 @@ def compare(
             an even number, the faster of the two in the middle). An arm differs from the reference if any of its
             calls does. [`num_rounds`] says how often each arm takes part.
         shared_prefill: Compute the prompt once, and let every arm start from a copy (see [`PrefillSnapshot`]).
+        prefill: Such a prefill, if it was computed before.
         is_content: Whether a token id belongs to a content word; fills [`Run`]'s `asked` for arms with a draft.
 
     Returns:
         Arm name → measurement.
     """
-    prefill = _prefill_once(target, arms, inputs, settings) if shared_prefill else None
+    if prefill is None and shared_prefill:
+        prefill = prefill_once(target, arms, inputs, settings)
+    first_seconds = {
+        arm.name: measure(target, arm, inputs, settings, seed)[0].seconds for arm in arms if arm.is_compiled
+    }
     calls: dict[str, list[tuple[Run, list[int]]]] = {arm.name: [] for arm in arms}
     for round_ in range(repeats):
         for arm in random.Random(turn * repeats + round_).sample(arms, len(arms)):
-            if round_ < num_rounds(arm, repeats, shared_prefill):
+            if round_ < num_rounds(arm, repeats, prefill is not None):
                 calls[arm.name].append(measure(target, arm, inputs, settings, seed, prefill))
     reference = _median_call(calls[arms[0].name])[1]
     runs = {}
@@ -188,7 +228,9 @@ def compare(
         if is_content is not None and arm.draft is not None:
             asked = count_asked(tokens, run.accepted, run.num_draft_levels, settings["max_new_tokens"], is_content)
         differs_at = min((index for index in differences if index is not None), default=None)
-        runs[arm.name] = dataclasses.replace(run, differs_at=differs_at, asked=asked)
+        runs[arm.name] = dataclasses.replace(
+            run, differs_at=differs_at, asked=asked, first_call_seconds=first_seconds.get(arm.name)
+        )
     return runs
 
 
@@ -198,7 +240,7 @@ def num_rounds(arm: Arm, repeats: int, shared_prefill: bool) -> int:
     An arm that cannot start from a shared prefill takes part in the first only, because at 25,000 visual tokens its
     prefill takes longer than ten other arms.
     """
-    return 1 if shared_prefill and arm.runs_stock_loop else repeats
+    return 1 if shared_prefill and arm.runs_own_prefill else repeats
 
 
 def _median_call(calls: Sequence[tuple[Run, list[int]]]) -> tuple[Run, list[int]]:
@@ -224,16 +266,19 @@ def warm_up(
 ) -> None:
     """Runs every arm for a few tokens, so that no measurement includes work that is done only once.
 
+    Compiled arms are left out: what is compiled depends on the length, and [`compare`] sees to it.
+
     Args:
         shared_prefill: As in [`compare`].
     """
     settings = {**settings, "max_new_tokens": WARM_UP_TOKENS}
-    prefill = _prefill_once(target, arms, inputs, settings) if shared_prefill else None
+    prefill = prefill_once(target, arms, inputs, settings) if shared_prefill else None
     for arm in arms:
-        measure(target, arm, inputs, settings, prefill=prefill)
+        if not arm.is_compiled:
+            measure(target, arm, inputs, settings, prefill=prefill)
 
 
-def _prefill_once(
+def prefill_once(
     target: PreTrainedModel, arms: Sequence[Arm], inputs: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> PrefillSnapshot:
     """A prefill that holds what all arms need."""

@@ -43,6 +43,7 @@ class Run:
         peak_bytes: Peak memory of the call beyond what was allocated before; `None` on a CPU.
         asked: Class of words → number of its tokens that were requested of the draft, and number that were accepted
             (see [`count_asked`]); `None` without classes.
+        first_call_seconds: Of the untimed call before, in which a compiled arm may compile; `None` in others.
     """
 
     new_tokens: int
@@ -58,6 +59,7 @@ class Run:
     draft_cache_rows: int | None = None
     peak_bytes: int | None = None
     asked: dict[str, list[int]] | None = None
+    first_call_seconds: float | None = None
 
     @property
     def seconds(self) -> float:

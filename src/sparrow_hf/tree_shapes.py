@@ -15,8 +15,8 @@ class TreeShape(NamedTuple):
     beam_width: int
 
 
-#: The trees of the paper (written there as nodes-levels-beam), this project's default chain, and a root alone: the
-#: same loop without drafting, which measures the cost of the loop itself.
+#: The trees of the paper (written there as nodes-levels-beam), the chain that docs/results.md compares drafts with,
+#: and a root alone: the same loop without drafting, which measures the cost of the loop itself.
 TREE_PRESETS: dict[str, TreeShape] = {
     "none": TreeShape(1, 0, 1),
     "chain-5": TreeShape(6, 5, 1),
@@ -36,8 +36,8 @@ def parse_tree_shape(text: str) -> TreeShape:
     """
     if text == "none":
         shape = TREE_PRESETS["none"]
-    elif chain := _CHAIN.fullmatch(text):
-        shape = TreeShape(int(chain[1]) + 1, int(chain[1]), 1)
+    elif levels := _CHAIN.fullmatch(text):
+        shape = chain(int(levels[1]))
     elif sizes := _TREE.fullmatch(text):
         shape = TreeShape(*map(int, sizes.groups()))
     else:
@@ -47,6 +47,19 @@ def parse_tree_shape(text: str) -> TreeShape:
         )
     check_tree_shape(shape)
     return shape
+
+
+def chain(num_levels: int) -> TreeShape:
+    """The chain of so many tokens; of none, the root alone."""
+    return TreeShape(num_levels + 1, num_levels, 1)
+
+
+def tree_name(shape: TreeShape) -> str:
+    """The text that [`parse_tree_shape`] reads as this shape."""
+    nodes, levels, beam = shape
+    if beam > 1:
+        return f"{nodes}-{levels}-{beam}"
+    return f"chain-{levels}" if levels else "none"
 
 
 def check_tree_shape(shape: TreeShape) -> None:

@@ -60,6 +60,7 @@ from .names import (
 from .seam import install_seam
 from .steps import (
     advance,
+    compile_config,
     compile_options,
     compiles,
     decoding,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import transformers
 from torch import Tensor
 
 from .names import CACHE
@@ -82,3 +83,10 @@ def compiles(target: Any, cache: Any, generation_config: Any) -> bool:
 def compile_options(target: Any, generation_config: Any) -> dict[str, Any]:
     """Arguments of `torch.compile` that `generate()` would use."""
     return (generation_config.compile_config or target._default_compile_config()).to_dict()
+
+
+def compile_config() -> Any:
+    """How `generate()` compiles a model with a static cache; on every device, where by itself it leaves out CPUs."""
+    config = transformers.generation.CompileConfig()
+    config._compile_all_devices = True
+    return config

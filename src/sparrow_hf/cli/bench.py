@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import BenchmarkError
 from .common import (
@@ -22,7 +23,7 @@ from .common import (
     quiet_transformers,
 )
 
-DEFAULT_ARMS = ["none", "prompt-lookup", "draft@chain-5", "draft@48-5-10"]
+DEFAULT_ARMS = ["none", "prompt-lookup", "draft", "draft@48-5-10"]
 
 
 def bench(
@@ -51,10 +52,18 @@ def bench(
         list[str] | None,
         typer.Option(
             help="An arm, a way of generating to measure beside plain generate(): none, prompt-lookup[-N], "
-            r"assistant:ID, draft[:ID]\[@TREE]\[/glimpse=M], or METHOD:TEXT for a method of another package. Repeat "
-            "the option for several arms."
+            r"assistant:ID, draft[:ID]\[@TREE]\[/glimpse=M]\[/compiled], plain-grouped, plain-compiled, or METHOD:TEXT "
+            "for a method of another package. Repeat the option for several arms."
         ),
     ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines",
+            help="Add what transformers can do without a draft (grouped attention, compiled, both, prompt lookup) "
+            "and the draft compiled. What cannot run here is left out, with the reason.",
+        ),
+    ] = False,
     visual_tokens: Annotated[
         list[int] | None,
         typer.Option(
@@ -115,11 +124,11 @@ def bench(
     import torch
 
     from ..artifacts import tensor_digest
-    from ..evaluation.arms import Arms
+    from ..evaluation.arms import BASELINES, Arms
     from ..evaluation.benchmark import Benchmark
     from ..evaluation.prompts import conversation_prompts, read_conversations
     from ..evaluation.report import write_report
-    from ..evaluation.results import write_results
+    from ..evaluation.results import is_plain, write_results
     from ..loading import load_target
     from ..testbed import shipped
     from ..testbed.benchmark_prompts import clip_prompts, knows_the_world, says_what_it_shows
@@ -153,10 +162,17 @@ def bench(
             console.print(f"[yellow]left out {len(missing)} questions without their video, such as {missing[0]}[/]")
         chosen = conversation_prompts(its_processor, conversations.rows, max_frames or [], fps)
     parser = Arms(model, draft)
+    chosen_arms = parser.parse(DEFAULT_ARMS if arms is None else arms)
+    if baselines:
+        names = [*BASELINES, *(["draft/compiled"] if draft is not None else [])]
+        found, left_out = parser.parse_available([name for name in names if name not in (arms or DEFAULT_ARMS)])
+        chosen_arms += found
+        for reason in left_out:
+            console.print(Text(f"left out: {reason}", style="yellow"), soft_wrap=True)
     benchmark = Benchmark(
         name,
         model,
-        parser.parse(DEFAULT_ARMS if arms is None else arms),
+        chosen_arms,
         chosen,
         temperatures or [0.0],
         seeds or [0],
@@ -189,7 +205,9 @@ def bench(
         write_report(output, report)
     console.print(results_table(rows))
     console.print(f"results in {output}" + (f", tables in {report}" if report else ""))
-    if any(row["first_differences"] and row["provenance"]["dtype"] == "float32" for row in rows):
+    # Compiled or grouped, the target itself rounds differently.
+    ours = [row for row in rows if not is_plain(row["arm"])]
+    if any(row["first_differences"] and row["provenance"]["dtype"] == "float32" for row in ours):
         raise typer.Exit(NOT_IDENTICAL)
 
 
@@ -199,10 +217,10 @@ def results_table(rows: list[dict[str, Any]]) -> Table:
 
     table = Table("benchmark", "visual tokens", "T", "seed", box=None)
     table.add_column("arm", overflow="fold")
-    for name in ("identical", "τ", "k", "DSR", "ESR"):
+    for name in ("identical", "τ", "k", "DSR", "over best", "ESR"):
         table.add_column(name, no_wrap=True)
     for row in rows:
-        measured = [optional(row.get(name), ".2f") for name in ("tau", "k", "dsr", "esr")]
+        measured = [optional(row.get(name), ".2f") for name in ("tau", "k", "dsr", "dsr_over_best", "esr")]
         table.add_row(
             row["benchmark"],
             str(row["visual_tokens"]),

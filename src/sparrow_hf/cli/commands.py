@@ -16,6 +16,7 @@ from .generate import generate
 from .record import record
 from .regenerate import regenerate
 from .train import train
+from .tune import tune
 from .vocab import vocab
 
 app = typer.Typer(
@@ -55,4 +56,5 @@ add(vocab)
 add(convert)
 add(analyze)
 add(bench)
+add(tune)
 add(doctor)

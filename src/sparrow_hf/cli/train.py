@@ -62,6 +62,8 @@ def train(context: typer.Context) -> None:
     )
     run = prepare_training(options, arguments, target, processor)
     trainer = run.trainer
+    for choice in run.choices:
+        console.print(choice, soft_wrap=True)
     if options.inspect is not None:
         sample = sample_of(trainer, options.inspect)
         show_preview(console, preview_sample(trainer, sample, tokenizer_of(processor)))

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, GenerationConfig, PreTrainedModel
 
+from .._transformers import GenerationMode
 from ..artifacts import tensor_digest
 from ..configuration_sparrow import TREE_PRESETS, parse_tree_shape
 from ..draft_inputs import EVERY_VISUAL_TOKEN
-from ..errors import BenchmarkError
+from ..errors import BenchmarkError, UnavailableArmError
 from ..generation.integration import follow
+from ..generation.refusals import check_request
 from ..loading import load_model, told_if_not_loaded
 from ..measurement import NO_DRAFT, PLAIN, Arm
 from ..modeling_sparrow import SparrowDraftModel
@@ -21,7 +23,15 @@ PROMPT_LOOKUP_TOKENS = 5
 METHODS_GROUP = "sparrow_hf.methods"
 """Entry points by which other packages add methods: name → a [`Method`] (docs/benchmark.md)."""
 
-_DRAFT = re.compile(r"draft(?::(?P<source>.+?))?(?:@(?P<tree>[^/@]+))?(?:/glimpse=(?P<glimpse>\d+|all))?")
+GROUPED_ATTENTION = "sdpa_grouped"
+
+BASELINES = ("plain-grouped", "plain-compiled", "plain-grouped-compiled", "prompt-lookup")
+"""What transformers can do without a draft of this package, beside plain eager `generate()`."""
+
+_PLAIN = re.compile(r"plain(?P<grouped>-grouped)?(?P<compiled>-compiled)?")
+_DRAFT = re.compile(
+    r"draft(?::(?P<source>.+?))?(?:@(?P<tree>[^/@]+))?(?:/glimpse=(?P<glimpse>\d+|all))?(?P<compiled>/compiled)?"
+)
 _LOOKUP = re.compile(r"prompt-lookup(?:-(?P<tokens>[1-9]\d*))?")
 
 Method = Callable[[str, str, "Arms"], Arm]
@@ -49,10 +59,13 @@ class Arms:
     | name | arm |
     |---|---|
     | `plain` | `generate()` as it is |
+    | `plain-grouped` | the same, with an attention that does not repeat the keys and values of grouped heads |
+    | `plain-compiled`, `plain-grouped-compiled` | with a static cache and compiled forwards |
     | `none` | our loop without a draft: the part of a speed-up that is not due to the draft |
     | `prompt-lookup[-N]` | transformers copies up to N tokens per round from the context |
     | `assistant:ID` | transformers' assisted generation with a small model |
-    | `draft[:ID][@TREE][/glimpse=M]` | a draft, `ID` a folder or Hub id, with a tree and M (or `all`) visual tokens |
+    | `draft[:ID][@TREE][/glimpse=M][/compiled]` | a draft, `ID` a folder or Hub id, with a tree and M (or `all`) \
+        visual tokens |
     | `METHOD:TEXT` | what another package adds (see [`load_methods`]) |
 
     Args:
@@ -81,15 +94,28 @@ class Arms:
         """The arms of these names, plain `generate()` first whether it is named or not.
 
         Raises:
+            UnavailableArmError: The target, or what is installed, cannot run an arm.
             BenchmarkError: A name is not understood, or its draft or assistant cannot be loaded.
             BindingError: A draft was made for another target.
         """
         return [self.arm(name) for name in dict.fromkeys((PLAIN, *names))]
 
+    def parse_available(self, names: Iterable[str]) -> tuple[list[Arm], list[str]]:
+        """The arms of these names that can run here, and of the others the reasons why not; raises as [`parse`] does
+        for other reasons."""
+        arms, reasons = [], []
+        for name in names:
+            try:
+                arms.append(self.arm(name))
+            except UnavailableArmError as error:
+                reasons.append(str(error))
+        return arms, reasons
+
     def arm(self, name: str) -> Arm:
         """The arm of one name; raises as [`parse`] does."""
-        if name == PLAIN:
-            return Arm(name)
+        if found := _PLAIN.fullmatch(name):
+            attention = GROUPED_ATTENTION if found["grouped"] else None
+            return self._able(Arm(name, attention=attention, is_compiled=bool(found["compiled"])))
         if name == NO_DRAFT:
             return Arm(name, self._bound_draft(name, None), TREE_PRESETS["none"])
         if found := _LOOKUP.fullmatch(name):
@@ -100,20 +126,40 @@ class Arms:
         if found := _DRAFT.fullmatch(name):
             draft = self._bound_draft(name, found["source"])
             glimpse = found["glimpse"]
-            return Arm(
-                name,
-                draft,
-                parse_tree_shape(found["tree"]) if found["tree"] else draft.config.tree_shape,
-                EVERY_VISUAL_TOKEN if glimpse == "all" else int(glimpse or draft.config.num_glimpse_tokens),
+            return self._able(
+                Arm(
+                    name,
+                    draft,
+                    parse_tree_shape(found["tree"]) if found["tree"] else draft.config.tree_shape,
+                    EVERY_VISUAL_TOKEN if glimpse == "all" else int(glimpse or draft.config.num_glimpse_tokens),
+                    is_compiled=bool(found["compiled"]),
+                )
             )
         if method in self._methods and text:
             return self._methods[method](name, text, self)
         added = "".join(f", {method}:TEXT" for method in sorted(self._methods))
         raise BenchmarkError(
-            f"unknown arm {name!r}: give plain, none, prompt-lookup[-N], assistant:ID{added} or "
-            "draft[:ID][@TREE][/glimpse=M], such as draft@48-5-10/glimpse=0. Other packages add methods: see "
-            "docs/benchmark.md"
+            f"unknown arm {name!r}: give plain, none, plain[-grouped][-compiled], prompt-lookup[-N], assistant:ID"
+            f"{added} or "
+            "draft[:ID][@TREE][/glimpse=M][/compiled], such as draft@48-5-10/glimpse=0. Other packages add methods: "
+            "see docs/benchmark.md"
         )
+
+    def _able(self, arm: Arm) -> Arm:
+        """The arm, if the target can run it here.
+
+        Raises:
+            UnavailableArmError: It cannot.
+        """
+        try:
+            with arm.prepared(self.target) as arguments:
+                if arm.draft is not None:
+                    check_request(GenerationMode.ASSISTED_GENERATION, GenerationConfig(**arguments), {}, self.target)
+        except (ValueError, ImportError) as error:
+            # transformers goes on with a list of all it knows.
+            reason = str(error).split(". ")[0]
+            raise UnavailableArmError(f"arm {arm.name!r} cannot run here: {reason}") from error
+        return arm
 
     def _bound_draft(self, name: str, source: str | None) -> SparrowDraftModel:
         source = source or self._draft

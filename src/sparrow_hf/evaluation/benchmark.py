@@ -196,9 +196,15 @@ def _key(prompt: Prompt, setting: Setting) -> dict[str, Any]:
 
 
 def describe(arm: Arm) -> dict[str, Any]:
-    """The tree `[nodes, levels, beam]` of an arm and its glimpse; `None` where it has none."""
+    """The tree `[nodes, levels, beam]` of an arm and its glimpse (`None`: it has none), and how the target runs."""
     glimpse = arm.num_glimpse_tokens
-    return {"tree": arm.tree, "glimpse": "all" if glimpse == EVERY_VISUAL_TOKEN else glimpse}
+    told = {"tree": arm.tree, "glimpse": "all" if glimpse == EVERY_VISUAL_TOKEN else glimpse}
+    # Named where they are not plain `generate()`'s only: files of earlier versions do not know them.
+    if arm.attention is not None:
+        told["attention"] = arm.attention
+    if arm.is_compiled:
+        told["compiled"] = True
+    return told
 
 
 def count_visual_tokens(target: PreTrainedModel, input_ids: Tensor) -> int:

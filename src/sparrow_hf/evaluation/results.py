@@ -34,8 +34,18 @@ def pool_runs(runs: Path) -> list[dict[str, Any]]:
         for line in read_lines(path):
             tables.setdefault(tuple(line[name] for name in KEY), []).append(line)
         for lines in tables.values():
-            rows += [result_row(arm, lines) for arm in lines[0]["runs"]]
+            rows += beside_best_baseline([result_row(arm, lines) for arm in lines[0]["runs"]])
     return rows
+
+
+def beside_best_baseline(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one table, each with its DSR over that of the fastest arm that needs no draft of this package."""
+    baselines = {row["arm"]: row["dsr"] for row in rows if row["tree"] is None and "dsr" in row}
+    if not baselines:
+        return list(rows)
+    best = max(baselines, key=baselines.__getitem__)
+    told = {"best_baseline": best}
+    return [row | told | {"dsr_over_best": row["dsr"] / baselines[best]} if "dsr" in row else row for row in rows]
 
 
 def result_row(arm: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -46,7 +56,7 @@ def result_row(arm: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     transformers' own assisted loop draws other random numbers than plain `generate()`: its sampled texts are others,
     so `identical`, `first_differences` and the `esr` of whole calls are `None`. And it prefills for itself where the
-    others share a prefill: `peak_extra_mb` is `None` there.
+    others share a prefill, as compiled arms do: `peak_extra_mb` is `None` there.
     """
     pairs = [(Run(**line["runs"][PLAIN]), Run(**line["runs"][arm])) for line in lines]
     decoded = [all(run["decode_tokens"] for run in line["runs"].values()) for line in lines]
@@ -67,17 +77,25 @@ def result_row(arm: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if runs:
         row |= figures(plain, runs) | phases(runs) | memory(plain, runs)
         row |= {f"{name}_acceptance": share for name, share in asked_acceptance(runs).items()}
-    if runs_stock_loop(arm, [run for _, run in pairs]):
-        if row["temperature"] > 0:
-            row |= dict.fromkeys(("identical", "first_differences", "esr", "esr_quartiles", "esr_from_dsr"))
-        if lines[0]["provenance"]["shared_prefill"]:
-            row["peak_extra_mb"] = None
+    is_stock = runs_stock_loop(arm, [run for _, run in pairs])
+    is_compiled = bool(lines[0]["arms"][arm].get("compiled"))
+    if is_stock and row["temperature"] > 0:
+        row |= dict.fromkeys(("identical", "first_differences", "esr", "esr_quartiles", "esr_from_dsr"))
+    if (is_stock or is_compiled) and lines[0]["provenance"]["shared_prefill"]:
+        row["peak_extra_mb"] = None
+    if is_compiled:
+        row["compile_seconds"] = sum(max((run.first_call_seconds or 0.0) - run.seconds, 0.0) for _, run in pairs)
     return row | {"provenance": merge(line["provenance"] for line in lines)}
+
+
+def is_plain(arm: str) -> bool:
+    """Whether an arm is plain `generate()`, however the target runs: its attention is grouped, or it is compiled."""
+    return arm.partition("-")[0] == PLAIN
 
 
 def runs_stock_loop(arm: str, runs: Sequence[Run]) -> bool:
     """Whether transformers' own assisted loop decoded: all but it and plain `generate()` time their phases."""
-    return arm != PLAIN and all(run.verify_seconds is None for run in runs)
+    return not is_plain(arm) and all(run.verify_seconds is None for run in runs)
 
 
 def figures(plain: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:

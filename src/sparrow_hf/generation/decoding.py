@@ -16,9 +16,9 @@ from .candidate_generator import SparrowCandidateGenerator
 from .emission import TokenEmitter
 from .refusals import check_inputs
 from .self_check import how_to_verify
-from .stats import GenerationStats
 from .static_decoding import StaticSession, StaticVerifier, check_fixed_shapes, static_session
 from .static_drafts import StaticCandidateGenerator
+from .stats import GenerationStats
 from .tree import CandidateTree
 from .verification import walk
 from .verifiers import TargetVerifier, Verifier

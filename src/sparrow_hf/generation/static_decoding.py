@@ -115,8 +115,12 @@ def static_session(
     """
     kept = draft.target.static_sessions
     key = (
-        bucket(num_rows), draft.config.tree_shape, repr(compile_config), attention_of(draft.target.text_config),
-        _state_of(draft.target.model), _state_of(draft),
+        bucket(num_rows),
+        draft.config.tree_shape,
+        repr(compile_config),
+        attention_of(draft.target.text_config),
+        _state_of(draft.target.model),
+        _state_of(draft),
     )
     session = kept.pop(key, None) or StaticSession(draft, num_rows, compile_config)
     try:

@@ -82,6 +82,10 @@ class DecodingCallback(TrainerCallback):
         metrics.update(named)
         self.trainer.log(named)
 
+    def prompts(self) -> Iterator[Mapping[str, Tensor]]:
+        """The held-out prompts, prepared as they are when they are decoded."""
+        return self._prompts(self.rows)
+
     def _prompts(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Tensor]]:
         """Prepares rows as training does: the same folder, frames and treatment of bad rows."""
         collator = collator_of(self.trainer)

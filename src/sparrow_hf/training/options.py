@@ -71,7 +71,11 @@ class TrainingOptions:
         metadata={"help": "Rank of LoRA adapters to train on --warm-start, instead of training the whole draft."},
     )
     vocabulary: str | None = field(
-        default=None, metadata={"help": "File of `sparrow vocab`; the draft proposes only the tokens in it."}
+        default=None,
+        metadata={
+            "help": "File of `sparrow vocab`; the draft proposes only the tokens in it. 'full': all tokens. By "
+            "default, of targets with 32,768 tokens or more, the most frequent ones of the training answers."
+        },
     )
     copy_last_layer: bool = field(
         default=False, metadata={"help": "Initialise the draft's layers as copies of the target's last ones."}

@@ -17,17 +17,21 @@ from .arguments import SparrowTrainingArguments
 from .callbacks import DecodingCallback
 from .checkpoints import check_settings, describe_training, digest_of_rows, last_checkpoint
 from .curves import plot_curves
+from .depth import write_depth
 from .leakage import refuse_shared_media
 from .lora import add_lora, merge_lora
 from .options import TrainingOptions
 from .recording import PROVENANCE_FILE, RecordedDataset
 from .trainer import SparrowTrainer
-from .vocabulary import load_vocabulary
+from .vocabulary import REDUCED_SIZE, TargetTokens, default_vocabulary, load_vocabulary
 
 #: Configuration of `accelerate launch` for the GPUs of one machine.
 DDP_CONFIG = Path(__file__).parent / "accelerate" / "ddp.yaml"
 
 DRAFT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: `--vocabulary` for a draft that proposes every token of its target.
+FULL_VOCABULARY = "full"
 
 #: Number of held-out rows that are decoded at every evaluation; all of them are evaluated teacher-forced.
 DECODED_ROWS = 8
@@ -42,6 +46,9 @@ class TrainingRun:
         adapters: peft's view of its draft, if adapters are trained.
         checkpoint: The checkpoint to go on from, if any.
         output: Folder of the finished draft.
+        decoding: What decodes the held-out rows, if they can be decoded.
+        chooses_depth: Choose the depth of the draft's chains at the end (see [`write_depth`]).
+        choices: What was chosen where nothing was asked for, one sentence each.
         notes: What there is to say about the finished training, one sentence each.
     """
 
@@ -49,13 +56,18 @@ class TrainingRun:
     adapters: Any | None
     checkpoint: str | None
     output: Path
+    decoding: DecodingCallback | None = None
+    chooses_depth: bool = False
+    choices: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> SparrowDraftModel:
-        """Trains to the end and leaves the finished draft, its card and its curves in the output folder."""
+        """Trains to the end and leaves the finished draft, its card and its curves in the output folder.
+
+        With held-out rows, the depth of the draft's chains is chosen last, unless it was given.
+        """
         self.trainer.train(resume_from_checkpoint=self.checkpoint)
-        if self.trainer.eval_dataset is not None:
-            self.trainer.evaluate()
+        metrics = {} if self.trainer.eval_dataset is None else self.trainer.evaluate()
         draft = self.trainer.draft if self.adapters is None else merge_lora(self.adapters)
         if self.trainer.is_world_process_zero():
             draft.save_pretrained(self.output)
@@ -69,6 +81,8 @@ class TrainingRun:
                     f"There are no curves: nothing was logged in {self.trainer.state.global_step} steps "
                     f"(--logging-steps {self.trainer.args.logging_steps:g})."
                 )
+            if self.chooses_depth:
+                self.notes.append(write_depth(draft, self.output, self.decoding, metrics))
         return draft
 
 
@@ -106,7 +120,7 @@ def build_draft(options: TrainingOptions, target: PreTrainedModel) -> SparrowDra
         draft.to(draft.target.device)
     else:
         draft = SparrowDraftModel.from_target(target, copy_last_layer=options.copy_last_layer, **options.draft_fields)
-        if options.vocabulary is not None:
+        if options.vocabulary not in (None, FULL_VOCABULARY):
             draft.set_vocabulary(load_vocabulary(options.vocabulary, draft.config.vocab_size))
     return draft.to(dtype)
 
@@ -151,6 +165,17 @@ def prepare_training(
         if arguments.eval_strategy == "no":
             # With held-out rows, evaluation is on by default.
             arguments.eval_strategy, arguments.eval_steps = arguments.save_strategy, arguments.save_steps
+    choices = []
+    if options.vocabulary is None and options.warm_start is None and draft.config.vocab_size >= REDUCED_SIZE:
+        # Neither a recording nor a stream can be counted before it is read.
+        countable = [
+            None if options.streaming or isinstance(rows, RecordedDataset) else rows for rows in (train, held_out)
+        ]
+        tokens = TargetTokens.from_configs(draft.target.model.config, draft.target.model.generation_config)
+        chosen, sentence = default_vocabulary(tokens, *countable)
+        choices.append(sentence)
+        if chosen is not None:
+            draft.set_vocabulary(chosen)
     trainer = SparrowTrainer(
         draft,
         target,
@@ -159,9 +184,11 @@ def prepare_training(
         eval_dataset=held_out,
         processing_class=processor,
     )
+    decoding = None
     if held_out is not None and not isinstance(held_out, RecordedDataset):
         decoded = [held_out[index] for index in range(min(DECODED_ROWS, len(held_out)))]
-        trainer.add_callback(DecodingCallback(trainer, decoded))
+        decoding = DecodingCallback(trainer, decoded)
+        trainer.add_callback(decoding)
     settings = describe_training(
         trainer,
         target,
@@ -179,4 +206,7 @@ def prepare_training(
                 stacklevel=2,
             )
     trainer.seal.settings = settings
-    return TrainingRun(trainer, adapters, checkpoint, Path(options.output))
+    # An existing draft keeps its configuration.
+    is_shape_given = options.num_draft_levels is not None or options.warm_start is not None
+    chooses_depth = held_out is not None and not is_shape_given
+    return TrainingRun(trainer, adapters, checkpoint, Path(options.output), decoding, chooses_depth, choices)

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from ..artifacts import StoredTensors, atomic_path, tensor_digest
 from ..checksums import SEAL, sealed, unseal, warn_without_digest
@@ -23,6 +24,11 @@ from ..errors import TrainingDataError, VocabularyError
 from ..target_config import visual_token_ids
 
 VOCABULARY_FILE = "vocabulary.safetensors"
+
+#: Targets with so many tokens get a reduced draft vocabulary by default: of half of them, at most so many.
+REDUCED_SIZE = 32_768
+#: Share of the answers' tokens that a vocabulary which nobody asked for must cover.
+MIN_COVERAGE = 0.995
 
 
 @dataclass(frozen=True)
@@ -46,14 +52,18 @@ class TargetTokens:
         Raises:
             OSError: There is no such target.
         """
-        config = AutoConfig.from_pretrained(target)
-        text = config.get_text_config()
-        ends = [text.eos_token_id]
         try:
-            ends.append(GenerationConfig.from_pretrained(target).eos_token_id)
+            generation_config = GenerationConfig.from_pretrained(target)
         except OSError:
             # A target without one ends where its configuration says.
-            pass
+            generation_config = None
+        return cls.from_configs(AutoConfig.from_pretrained(target), generation_config)
+
+    @classmethod
+    def from_configs(cls, config: PreTrainedConfig, generation_config: GenerationConfig | None) -> "TargetTokens":
+        """From the configurations of a loaded target."""
+        text = config.get_text_config()
+        ends = [text.eos_token_id, getattr(generation_config, "eos_token_id", None)]
         flat = [token for end in ends for token in (end if isinstance(end, list) else [end]) if token is not None]
         return cls(text.vocab_size, frozenset(flat), frozenset(visual_token_ids(config)))
 
@@ -116,6 +126,48 @@ def choose_vocabulary(counts: Tensor, size: int, tokens: TargetTokens) -> Tensor
     rank[sorted(tokens.end_ids)] = torch.iinfo(torch.int64).max
     rank[sorted(tokens.visual_ids)] = -1
     return rank.sort(descending=True, stable=True).indices[:size].sort().values
+
+
+def default_vocabulary(
+    tokens: TargetTokens, train: Iterable[Mapping[str, Any]] | None, held_out: Iterable[Mapping[str, Any]] | None
+) -> tuple[Tensor | None, str]:
+    """The vocabulary of a draft for which none was named: a reduced one where the head takes most of a draft step.
+
+    It holds the most frequent tokens of the training answers, of those rows that have `answer_ids`, and must cover
+    [`MIN_COVERAGE`] of the tokens in the held-out answers (in the training ones, if no held-out row has `answer_ids`).
+
+    Args:
+        tokens: Of the target, with [`REDUCED_SIZE`] tokens or more.
+        train, held_out: The rows; `None` if they cannot be counted.
+
+    Returns:
+        `draft_to_target`, or `None` for all tokens; and a sentence that says what was chosen and why.
+
+    Raises:
+        TrainingDataError: A row has ids that the target does not have.
+    """
+    counts = _counts_of(train, tokens.vocab_size)
+    if counts is None:
+        return (
+            None,
+            "The draft proposes the whole vocabulary: the training rows hold no answer_ids that can be counted.",
+        )
+    chosen = choose_vocabulary(counts, min(REDUCED_SIZE, tokens.vocab_size // 2), tokens)
+    measured, name = _counts_of(held_out, tokens.vocab_size), "held-out"
+    if measured is None:
+        measured, name = counts, "training"
+    share = coverage(measured, chosen)
+    told = f"{len(chosen):,} of {tokens.vocab_size:,} tokens, which cover {share:.3%} of the {name} answers"
+    if share < MIN_COVERAGE:
+        return None, f"The draft proposes the whole vocabulary: {told}, and {MIN_COVERAGE:.1%} are needed."
+    return chosen, f"The draft proposes {told}; --vocabulary full keeps all."
+
+
+def _counts_of(rows: Iterable[Mapping[str, Any]] | None, vocab_size: int) -> Tensor | None:
+    """The counts of those rows whose answers are known token by token; `None` if there are none."""
+    known = (row for row in rows or () if row.get("answer_ids") is not None)
+    first = next(known, None)
+    return None if first is None else count_tokens(chain([first], known), vocab_size)
 
 
 def coverage(counts: Tensor, draft_to_target: Tensor) -> float:
