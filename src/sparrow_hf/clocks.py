@@ -20,7 +20,7 @@ def now(device: torch.device) -> float:
 
 
 class StopWatch(BaseStreamer):
-    """Times one `generate()` call, in the same way for every arm, and counts the target's forwards.
+    """Times one `generate()` call, in the same way for every arm.
 
     A streamer and a context manager: `with StopWatch(target) as watch: target.generate(..., streamer=watch)`.
 
@@ -31,14 +31,12 @@ class StopWatch(BaseStreamer):
     Attributes:
         tokens: Generated tokens.
         chunks: Tokens handed over at once; the first chunk is what the prefill gave.
-        rounds: Target forwards after the first chunk.
         prefill_seconds, decode_seconds: Until the first chunk, and from there to the end of the `with` block.
     """
 
     def __init__(self, target: PreTrainedModel, streamer: BaseStreamer | None = None):
         self.tokens: list[int] = []
         self.chunks: list[int] = []
-        self.rounds = 0
         self.prefill_seconds = self.decode_seconds = 0.0
         self._target = unwrap(target)
         self._streamer = streamer
@@ -46,7 +44,6 @@ class StopWatch(BaseStreamer):
         self._start = self._first_token = 0.0
 
     def __enter__(self) -> "StopWatch":
-        self._hook = self._target.register_forward_pre_hook(self._count)
         self._start = self._first_token = now(self._target.device)
         return self
 

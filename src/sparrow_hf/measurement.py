@@ -158,7 +158,8 @@ def measure(
     run = Run(
         new_tokens=len(watch.tokens),
         decode_tokens=sum(watch.chunks[1:]),
-        rounds=watch.rounds,
+        # Plain decoding streams every token, transformers' assisted loop every round.
+        rounds=len(watch.chunks[1:]),
         # transformers' own loop streams a whole round at once, which shows how many tokens were accepted.
         accepted=[chunk - 1 for chunk in watch.chunks[1:]],
         num_draft_levels=arm.num_draft_levels,
@@ -170,6 +171,7 @@ def measure(
     if stats is not None:
         run = dataclasses.replace(
             run,
+            rounds=stats.rounds,
             accepted=list(stats.accepted),
             draft_seconds=stats.draft_seconds,
             verify_seconds=stats.verify_seconds,

@@ -52,8 +52,8 @@ def bench(
         list[str] | None,
         typer.Option(
             help="An arm, a way of generating to measure beside plain generate(): none, prompt-lookup[-N], "
-            r"assistant:ID, draft[:ID]\[@TREE]\[/glimpse=M]\[/compiled], plain-grouped, plain-compiled, or METHOD:TEXT "
-            "for a method of another package. Repeat the option for several arms."
+            r"assistant:ID, draft[:ID]\[@TREE]\[/glimpse=M]\[/compiled], plain-grouped, plain-compiled, or METHOD:TEXT"
+            " for a method of another package. Repeat the option for several arms."
         ),
     ] = None,
     baselines: Annotated[

@@ -13,10 +13,10 @@ _WARM_UPS = 2
 
 
 class FixedStep:
-    """Runs `function`, which takes nothing, reads buffers that stay where they are and returns tensors.
+    """Runs `function`, which takes nothing, reads buffers that stay in place and returns tensors.
 
-    Running it again must be harmless, whatever it wrote: it is run several times before it is captured. What it returns
-    holds until it runs again.
+    Running it again must be harmless, whatever it wrote: it is run several times before it is captured. What it
+    returns holds until it runs again.
 
     Args:
         function: Reads and writes buffers of fixed shapes and makes no decision on their values.

@@ -1,8 +1,8 @@
 """Attention of few rows to many keys on a GPU: the keys are split, so that all of the device has work.
 
-A fused kernel gives each KV head and block of rows to one multiprocessor, which then reads all keys alone: 4 of the 132
-of an H100, for a target with 4 KV heads. Here each split of the keys is a head of its own, and the outputs are brought
-together by the sums of their softmax.
+A fused kernel gives each KV head and block of rows to one multiprocessor, which then reads all keys alone: 4 of the
+132 of an H100, for a target with 4 KV heads. Here each split of the keys is a head of its own, and the outputs are
+brought together by the sums of their softmax.
 
     keys       0 … c−1 | c … 2c−1 | … | (S−1)·c … S·c−1
     outputs    o₀, l₀  | o₁, l₁   | … | o(S−1), l(S−1)          l: log-sum-exp of the scores

@@ -129,7 +129,8 @@ class StaticVerification:
         inputs["attention_mask"] = masks[self._kinds[0]] if inputs.pop("is_one_mask") else masks
         inputs["position_ids"] = inputs["position_ids"] + past + depths
         with hidden_states.in_step(self._layer_ids) as states:
-            outputs = self._view.model(input_ids=ids, **inputs, return_dict=True)
+            # Without the hooks of the model as a whole, which torch would trace and a graph would not run.
+            outputs = self._view.model.forward(input_ids=ids, **inputs, return_dict=True)
         return outputs.logits[:, -size:], [states[layer] for layer in self._layer_ids]
 
     def _mask(self, kind: str, past: Tensor, depths: Tensor, ancestors: Tensor) -> Tensor:
