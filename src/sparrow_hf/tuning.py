@@ -22,9 +22,10 @@ from .checksums import read_json
 from .errors import BenchmarkError, DraftLoadError
 from .generation.integration import follow
 from .generation.self_check import how_to_verify
-from .hub import AGAIN, PROVENANCE_FILE, read_provenance
+from .hub import AGAIN
 from .measurement import PLAIN, Arm, compare, measure, prefill_once, warm_up
 from .metrics import Run, acceptance, conditional, pooled_tau
+from .model_card import PROVENANCE_FILE, read_provenance
 from .modeling_sparrow import SparrowDraftModel
 from .tree_costs import MAX_DEPTH, ROOT_ALONE, Costs, Pace, Rounds, candidates, choose, speed_up
 from .tree_shapes import TreeShape, chain, parse_tree_shape, tree_name

@@ -6,8 +6,8 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMode
 
-from .._transformers import GenerationMode
 from ..artifacts import tensor_digest
 from ..configuration_sparrow import TREE_PRESETS, parse_tree_shape
 from ..draft_inputs import EVERY_VISUAL_TOKEN

@@ -63,7 +63,7 @@ def compiled(function: Callable[[], Any], compile_config: dict[str, Any]) -> Cal
     """
     options = compile_config | {"fullgraph": True, "dynamic": False}
     modes = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
-    options["mode"] = modes.get(options.get("mode"), options.get("mode"))
+    options["mode"] = modes.get(options.get("mode", "default"), options.get("mode"))
     translated = torch.compile(function, **options)
     is_first = True
 

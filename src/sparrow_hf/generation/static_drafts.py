@@ -115,7 +115,9 @@ class StaticDrafting:
 
     def _chain(self) -> Tensor:
         committed, position_id = self._state[-2:].split(1)
-        hidden, tokens, scores = self.hidden, [], []
+        hidden = self.hidden
+        tokens: list[Tensor] = []
+        scores: list[Tensor] = []
         for level in range(self.shape.num_draft_levels):
             score, token = self._log_probs(hidden).max(dim=-1)
             if self._draft.draft_to_target is not None:

@@ -9,7 +9,7 @@ Rows behind the tree's own nodes are fill: they see the prefix and themselves, a
 in the step from `past` and the tree, so it cannot be out of date.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,7 +46,7 @@ class StaticVerification:
         num_rows: int,
         num_nodes: int,
         max_path: int,
-        layer_ids: list[int],
+        layer_ids: Sequence[int],
         compile_config: dict[str, Any] | None,
     ):
         self.num_nodes = num_nodes

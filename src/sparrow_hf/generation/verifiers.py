@@ -1,6 +1,6 @@
 """What the loop asks of a target in each round: one forward over a tree, and its states at the nodes that stay."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -49,7 +49,7 @@ class TargetVerifier:
         self,
         view: TargetView,
         ways: Verification,
-        layer_ids: list[int],
+        layer_ids: Sequence[int],
         first_position: Tensor,
         model_kwargs: dict[str, Any],
         recorded: dict[str, tuple[Any, ...]],
