@@ -1,7 +1,7 @@
 """Random cases of one promise: `generate(assistant_model=draft)` gives the tokens plain `generate()` gives.
 
-A case is a function of its number: family, attention, draft, tree shape, processors, stop rule, and whether the prompt
-is padded, read in chunks, or the second turn of a conversation.
+A case is a function of its number: family, attention, draft, tree shape, processors, stop rule, whether the prompt is
+padded, read in chunks, or the second turn of a conversation, and whether the draft decodes in fixed shapes.
 """
 
 import copy
@@ -86,6 +86,7 @@ class Case:
     stop: dict[str, Any]
     draft_vocab_size: int | None
     prompt: str
+    cache: str
 
     def __str__(self) -> str:
         return f"{self.number}-{self.family}-{self.drafter}"
@@ -128,6 +129,9 @@ def make_case(number: int, **fixed: Any) -> Case:
         "draft_vocab_size": rng.choice([None, None, 3, 40]),
         "prompt": rng.choice([way for way in PROMPTS if family.takes(way)]),
     }
+    # A second turn brings a cache of its own.
+    fits = family.chains_only is None and fields["prompt"] != "second turn"
+    fields["cache"] = rng.choice(["dynamic", "static"]) if fits else "dynamic"
     return Case(number, **(fields | fixed))
 
 
@@ -152,7 +156,9 @@ def mismatch(case: Case) -> str | None:
 
     def run(draft: SparrowDraftModel | None) -> tuple[Any, list[list[int]]]:
         streamer = RecordingStreamer()
-        options = {"prefill_chunk_size": 7 + case.number % 20} if case.prompt == "chunked" else {}
+        options: dict[str, Any] = {"prefill_chunk_size": 7 + case.number % 20} if case.prompt == "chunked" else {}
+        if draft is not None and case.cache == "static":
+            options["cache_implementation"] = "static"
         if case.prompt == "second turn":
             options[CACHE] = copy.deepcopy(first[CACHE])
         stop = dict(case.stop)

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from sparrow_hf import SparrowCandidateGenerator, TreeShape
 from sparrow_hf.generation import decoding
+from sparrow_hf.generation.static_drafts import StaticCandidateGenerator
 from sparrow_hf.generation.tree import CandidateTree, build_tree
 
 
-class OracleGenerator(SparrowCandidateGenerator):
-    """Proposes trees grown around a known text.
+class _Knowing:
+    """Of a candidate generator: proposes trees grown around a known text.
 
     Args:
         future: All tokens plain `generate()` emitted.
@@ -63,6 +64,14 @@ class OracleGenerator(SparrowCandidateGenerator):
         # No drafter may propose a placeholder, not even where the target generates one.
         depth = next((index for index, token in enumerate(truth[:depth]) if token in forbidden), depth)
         return grow_tree(self._random, self._root, truth, depth, shape, allowed)
+
+
+class OracleGenerator(_Knowing, SparrowCandidateGenerator):
+    """In place of the one that drafts as texts grow."""
+
+
+class StaticOracleGenerator(_Knowing, StaticCandidateGenerator):
+    """In place of the one that drafts in fixed shapes."""
 
 
 def grow_tree(
@@ -104,6 +113,9 @@ def grow_tree(
 @contextmanager
 def drafting_around(future: list[int], *, adversarial: bool, seed: int = 0) -> Iterator[None]:
     """Lets every `generate()` call inside draft around `future` (the new tokens of a plain run)."""
-    generator = functools.partial(OracleGenerator, future=future, adversarial=adversarial, seed=seed)
-    with mock.patch.object(decoding, "SparrowCandidateGenerator", generator):
+    knowing = {"future": future, "adversarial": adversarial, "seed": seed}
+    with (
+        mock.patch.object(decoding, "SparrowCandidateGenerator", functools.partial(OracleGenerator, **knowing)),
+        mock.patch.object(decoding, "StaticCandidateGenerator", functools.partial(StaticOracleGenerator, **knowing)),
+    ):
         yield

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._transformers import contract_breaches, install_seam
+from ..errors import UnsupportedGenerationError
 from ..modeling_sparrow import SparrowDraftModel
 from .batches import decode_batch
 from .decoding import speculative_decode
@@ -23,6 +24,11 @@ def install() -> None:
 
 def decode(target: Any, draft: SparrowDraftModel, input_ids: Tensor, **call: Any) -> Any:
     """Runs the loop for one sequence, or the one for several."""
+    if len(input_ids) > 1 and call["generation_config"].cache_implementation == "static":
+        raise UnsupportedGenerationError(
+            f"cache_implementation='static' with a Sparrow draft decodes one sequence, found {len(input_ids)} "
+            "sequences: call generate() for each, or leave cache_implementation at its default"
+        )
     loop = speculative_decode if len(input_ids) == 1 else decode_batch
     return loop(target, draft, input_ids, **call)
 

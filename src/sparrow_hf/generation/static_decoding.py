@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .._transformers import CACHE, NO_CACHE, attention_of
+from ..configuration_sparrow import TreeShape
 from ..devices import index_of
 from ..errors import UnsupportedGenerationError
 from ..modeling_sparrow import SparrowDraftModel
@@ -27,20 +28,17 @@ class StaticSession:
     """What one call in fixed shapes works with, and the next call of about the same length uses again.
 
     Args:
-        num_rows: Prompt and new tokens.
+        num_rows: Rows of the target's and of the draft's slabs, from [`rows_needed`].
         compile_config: Arguments of `torch.compile`; `None`: not compiled.
     """
 
-    def __init__(self, draft: SparrowDraftModel, num_rows: int, compile_config: dict[str, Any] | None):
+    def __init__(self, draft: SparrowDraftModel, num_rows: tuple[int, int], compile_config: dict[str, Any] | None):
         self._view, shape = draft.target, draft.config.tree_shape
         max_path = shape.num_draft_levels + 1
         num_nodes = max(shape.num_tree_nodes, 1)
         layers = draft.config.feature_layer_ids
-        self.verification = StaticVerification(
-            draft.target, bucket(num_rows + num_nodes), num_nodes, max_path, layers, compile_config
-        )
-        drafted = shape.beam_width * shape.num_draft_levels
-        self.drafting = StaticDrafting(draft, bucket(num_rows + max_path + drafted), shape, max_path, compile_config)
+        self.verification = StaticVerification(draft.target, num_rows[0], num_nodes, max_path, layers, compile_config)
+        self.drafting = StaticDrafting(draft, num_rows[1], shape, max_path, compile_config)
 
     def copy_of_cache(self) -> DynamicCache:
         """What the target's cache holds, for the caller."""
@@ -78,9 +76,18 @@ class StaticVerifier:
 
 
 def bucket(length: int) -> int:
-    """The size of the buffers for a length: at most an eighth longer, so that many lengths have the same."""
-    step = max(64, 1 << ((length - 1).bit_length() - 3))
+    """The size of the buffers for a length: at most a quarter longer, so that many lengths have the same."""
+    step = max(64, 1 << length.bit_length() - 3) if length > 64 else 64
     return -(-length // step) * step
+
+
+def rows_needed(shape: TreeShape, max_length: int) -> tuple[int, int]:
+    """Rows of the target's and of the draft's slabs: for `max_length` tokens, and what is drafted behind them."""
+    newest = shape.num_draft_levels + 1
+    return (
+        bucket(max_length + max(shape.num_tree_nodes, 1)),
+        bucket(max_length + newest + shape.beam_width * shape.num_draft_levels),
+    )
 
 
 def check_fixed_shapes(view: TargetView, ways: Verification, recorded: Collection[str]) -> None:
@@ -107,15 +114,16 @@ def check_fixed_shapes(view: TargetView, ways: Verification, recorded: Collectio
 
 @contextmanager
 def static_session(
-    draft: SparrowDraftModel, num_rows: int, compile_config: dict[str, Any] | None
+    draft: SparrowDraftModel, max_length: int, compile_config: dict[str, Any] | None
 ) -> Iterator[StaticSession]:
     """A session for one call, with an empty cache: that of an earlier call where it fits, or else a new one.
 
     A thread that finds it in use makes its own.
     """
     kept = draft.target.static_sessions
+    num_rows = rows_needed(draft.config.tree_shape, max_length)
     key = (
-        bucket(num_rows),
+        num_rows,
         draft.config.tree_shape,
         repr(compile_config),
         attention_of(draft.target.text_config),

@@ -105,9 +105,10 @@ class StaticDrafting:
     def _proposed(self) -> Tensor:
         return self._chain() if self.shape.beam_width == 1 else self._tree()
 
-    def _log_probs(self, hidden: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """`(1, F, H)` states of the frontier → `(F, D)` logits of its children."""
         head = None if self._head_rows is None else self._reduced_head
-        return self._draft.compute_logits(hidden, reduced_head=head)[0].log_softmax(-1)
+        return self._draft.compute_logits(hidden, reduced_head=head)[0]
 
     def _reduced_head(self, states: Tensor) -> Tensor:
         assert self._head_rows is not None
@@ -119,11 +120,11 @@ class StaticDrafting:
         tokens: list[Tensor] = []
         scores: list[Tensor] = []
         for level in range(self.shape.num_draft_levels):
-            score, token = self._log_probs(hidden).max(dim=-1)
+            score, token = self._logits(hidden).max(dim=-1)
             if self._draft.draft_to_target is not None:
                 token = self._draft.draft_to_target[token]
             tokens.append(token)
-            scores.append(score if level == 0 else score + scores[-1])
+            scores.append(score)
             if level + 1 < self.shape.num_draft_levels:
                 embeds = self._draft.embed_next(token[None], hidden, self.visual_summary, level + 1)
                 row = committed + level
@@ -135,7 +136,7 @@ class StaticDrafting:
         committed, position_id = self._state[-2:].split(1)
         pool = CandidatePool(self.shape.beam_width, self._draft.draft_to_target)
         hidden = self.hidden
-        tokens, origins = pool.add_level(self._log_probs(hidden))
+        tokens, origins = pool.add_level(self._logits(hidden).log_softmax(-1))
         # (F, A) bool: which nodes in the cache are ancestors of each frontier node
         ancestors = torch.zeros((len(tokens), 0), dtype=torch.bool, device=tokens.device)
         for level in range(1, self.shape.num_draft_levels):
@@ -150,7 +151,7 @@ class StaticDrafting:
             visible = (self._columns < committed) | (is_node & seen[:, node])
             positions = (position_id + level - 1).expand(frontier)
             hidden = self._run(embeds, positions, rows, visible)
-            tokens, origins = pool.add_level(self._log_probs(hidden))
+            tokens, origins = pool.add_level(self._logits(hidden).log_softmax(-1))
             ancestors = seen[origins]
         return pool.best(self.shape.num_tree_nodes)
 

@@ -1,0 +1,232 @@
+"""Decoding with `cache_implementation="static"`: the same ids, one graph for each step, nothing left of earlier calls.
+
+That the ids are plain `generate()`'s, over all families, processors and stop rules, is in `test_lossless.py`: half of
+its cases decode in fixed shapes.
+"""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, PreTrainedModel
+
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf._transformers import CACHE
+from sparrow_hf.errors import UnsupportedGenerationError
+from sparrow_hf.generation import static_decoding, static_verification
+from sparrow_hf.generation.static_decoding import bucket
+
+from families import ALL_FAMILIES, FAMILY_BY_NAME
+from oracles import drafting_around
+
+NEW = 24
+CHAIN = {"num_tree_nodes": 6, "num_draft_levels": 5, "beam_width": 1}
+TREE = {"num_tree_nodes": 12, "num_draft_levels": 4, "beam_width": 3}
+
+
+def a_target(family: str = "qwen2_5_vl") -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    target = FAMILY_BY_NAME[family].build_target()
+    return target, FAMILY_BY_NAME[family].build_inputs(target, videos=1, num_frames=2, seed=0)
+
+
+def a_draft(target: PreTrainedModel, **shape: int) -> SparrowDraftModel:
+    torch.manual_seed(0)
+    return SparrowDraftModel.from_target(target, **shape)
+
+
+def new_ids(target: PreTrainedModel, inputs: dict[str, Tensor], count: int = NEW, **options: Any) -> list[int]:
+    ids = target.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, **options)
+    return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def compile_with(backend: str) -> dict[str, Any]:
+    """Arguments of `generate()` with which a CPU compiles too."""
+    config = CompileConfig(backend=backend)
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
+def test_steps_are_traced_once_for_all_rounds_calls_and_lengths_of_a_bucket(shape: dict[str, int]) -> None:
+    target, inputs = a_target()
+    draft = a_draft(target, **shape)
+    plain = new_ids(target, inputs)
+    torch.compiler.reset()
+    counters.clear()
+    with drafting_around(plain, adversarial=False):
+        # The oracle proposes; extending and verifying are traced all the same.
+        assert new_ids(target, inputs, assistant_model=draft, **compile_with("eager")) == plain
+    assert new_ids(target, inputs, assistant_model=draft, **compile_with("eager")) == plain
+    traced = counters["stats"]["unique_graphs"]
+    # Extending, proposing, verifying.
+    assert traced == 3
+    for count in (NEW - 3, NEW - 1):
+        assert new_ids(target, inputs, count, assistant_model=draft, **compile_with("eager")) == plain[:count]
+    assert counters["stats"]["unique_graphs"] == traced
+    assert not counters["graph_break"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma4"])
+def test_compiled_steps_give_the_same_ids(family: str, shape: dict[str, int]) -> None:
+    target, inputs = a_target(family)
+    draft, plain = a_draft(target, **shape), new_ids(target, inputs)
+    for adversarial in (False, True):
+        with drafting_around(plain, adversarial=adversarial):
+            assert new_ids(target, inputs, assistant_model=draft, **compile_with("inductor")) == plain
+
+
+@pytest.mark.parametrize("family", [family.name for family in ALL_FAMILIES if family.chains_only])
+def test_layers_that_follow_no_mask_are_refused(family: str) -> None:
+    target, inputs = a_target(family)
+    draft, plain = a_draft(target, **CHAIN), new_ids(target, inputs)
+    with pytest.raises(UnsupportedGenerationError, match="cache_implementation='static' .* layers of the kind"):
+        new_ids(target, inputs, assistant_model=draft, cache_implementation="static")
+    assert new_ids(target, inputs) == plain
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_outputs_of_every_step_are_refused(name: str) -> None:
+    target, inputs = a_target()
+    draft = a_draft(target, **CHAIN)
+    options = {"return_dict_in_generate": True, name: True, "cache_implementation": "static"}
+    with pytest.raises(UnsupportedGenerationError, match=name):
+        target.generate(**inputs, assistant_model=draft, max_new_tokens=4, **options)
+
+
+def test_several_sequences_are_refused() -> None:
+    target, inputs = a_target()
+    draft = a_draft(target, **CHAIN)
+    two = {name: torch.cat((value, value)) for name, value in inputs.items()}
+    with pytest.raises(UnsupportedGenerationError, match="2 sequences"):
+        target.generate(**two, assistant_model=draft, max_new_tokens=4, cache_implementation="static")
+
+
+def test_a_returned_cache_goes_on() -> None:
+    target, inputs = a_target()
+    draft, plain = a_draft(target, **TREE), new_ids(target, inputs)
+    first = target.generate(
+        **inputs,
+        assistant_model=draft,
+        max_new_tokens=NEW // 2,
+        do_sample=False,
+        cache_implementation="static",
+        return_dict_in_generate=True,
+    )
+    rows = first.sequences.shape[1] - 1
+    cache = first[CACHE]
+    assert cache.get_seq_length() == rows
+    # Of its own: the next call in the same slabs does not change it.
+    before = cache.layers[0].keys.clone()
+    new_ids(target, inputs, assistant_model=draft, cache_implementation="static")
+    assert torch.equal(cache.layers[0].keys, before)
+    said = {"input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
+    rest = target.generate(**said, **{CACHE: cache}, max_new_tokens=NEW - NEW // 2, do_sample=False)
+    assert rest[0, inputs["input_ids"].shape[1] :].tolist() == plain
+
+
+def test_an_earlier_call_leaves_nothing_behind() -> None:
+    target, inputs = a_target()
+    others = FAMILY_BY_NAME["qwen2_5_vl"].build_inputs(target, videos=1, num_frames=4, seed=3)
+    draft = a_draft(target, **TREE)
+    for each in (inputs, others, inputs):
+        assert new_ids(target, each, assistant_model=draft, cache_implementation="static") == new_ids(target, each)
+    assert len(draft.target.static_sessions) <= 2
+
+
+def test_an_adapter_that_is_switched_is_seen() -> None:
+    """Addresses and numbers of the old state would be in a captured graph."""
+    peft = pytest.importorskip("peft")
+    LoraLayer = pytest.importorskip("peft.tuners.lora").LoraLayer
+    target, inputs = a_target()
+    draft = a_draft(target, **CHAIN)
+    model = peft.get_peft_model(target, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, r=2))
+    states = []
+    for scale in (1.0, 7.0):
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.scaling["default"] = scale
+        states.append(static_decoding._state_of(target))
+        ids = new_ids(model, inputs, assistant_model=draft, cache_implementation="static")
+        assert ids == new_ids(model, inputs)
+    with model.disable_adapter():
+        states.append(static_decoding._state_of(target))
+        ids = new_ids(model, inputs, assistant_model=draft, cache_implementation="static")
+        assert ids == new_ids(model, inputs)
+    assert len(set(states)) == 3
+
+
+def test_threads_do_not_share_a_session() -> None:
+    target, inputs = a_target()
+    draft, plain = a_draft(target, **TREE), new_ids(target, inputs)
+    found: list[list[int]] = []
+
+    def call() -> None:
+        for _ in range(3):
+            found.append(new_ids(target, inputs, assistant_model=draft, cache_implementation="static"))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [plain] * 12
+
+
+def test_inference_mode_and_ordinary_calls_share_buffers() -> None:
+    target, inputs = a_target()
+    draft, plain = a_draft(target, **CHAIN), new_ids(target, inputs)
+    with torch.inference_mode():
+        assert new_ids(target, inputs, assistant_model=draft, cache_implementation="static") == plain
+    assert new_ids(target, inputs, assistant_model=draft, cache_implementation="static") == plain
+
+
+def test_a_longer_call_of_the_same_bucket_fits() -> None:
+    """Nodes of the last round lie behind the longest text."""
+    target, inputs = a_target()
+    draft, prompt = a_draft(target, **CHAIN), inputs["input_ids"].shape[1]
+    plain = new_ids(target, inputs, 80)
+    with drafting_around(plain, adversarial=False):
+        for length in range(120, 129):
+            ids = new_ids(target, inputs, length - prompt, assistant_model=draft, cache_implementation="static")
+            assert ids == plain[: length - prompt] if length - prompt <= 80 else True
+
+
+@pytest.mark.parametrize(("length", "size"), [(1, 64), (64, 64), (65, 128), (448, 448), (449, 512), (25000, 28672)])
+def test_bucket(length: int, size: int) -> None:
+    assert bucket(length) == size
+    assert bucket(size) == size
+
+
+def mask_with_a_stale_row(self: Any, kind: str, past: Tensor, depths: Tensor, ancestors: Tensor) -> Tensor:
+    return REAL_MASK(self, kind, past + 1, depths, ancestors)
+
+
+def mask_of_interleaved_heads(self: Any, kind: str, past: Tensor, depths: Tensor, ancestors: Tensor) -> Tensor:
+    mask = REAL_MASK(self, kind, past, depths, ancestors)
+    groups = mask.shape[2] // self.num_nodes
+    return mask[:, :, : self.num_nodes].repeat_interleave(groups, dim=2)
+
+
+def no_rows_moved(self: Any, past: int, path: list[int]) -> None:
+    pass
+
+
+REAL_MASK = static_verification.StaticVerification._mask
+
+
+@pytest.mark.parametrize(
+    ("name", "bug"),
+    [("_mask", mask_with_a_stale_row), ("_mask", mask_of_interleaved_heads), ("move", no_rows_moved)],
+    ids=["stale row", "interleaved heads", "rows stay where they were"],
+)
+def test_planted_bugs_are_found(name: str, bug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, inputs = a_target()
+    draft, plain = a_draft(target, **TREE), new_ids(target, inputs)
+    monkeypatch.setattr(static_verification.StaticVerification, name, bug)
+    with drafting_around(plain, adversarial=False, seed=1):
+        assert new_ids(target, inputs, assistant_model=draft, cache_implementation="static") != plain
