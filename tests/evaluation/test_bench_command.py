@@ -55,7 +55,7 @@ def test_clips_of_the_testbed(models: list[Any], tmp_path: Path):
     assert "to do: 0 calls" in again.output
     thrice = bench(tmp_path, *options, *arms, "--arms", "prompt-lookup", "--repeats", 3, "--name", "thrice")
     # Prompt lookup cannot start from the shared prefill: once for each prompt.
-    assert "2 prompts × 1 temperatures and seeds × 4 arms × 3 rounds; to do: 20 calls" in thrice.output
+    assert "2 prompts × 1 temperatures and seeds × 4 arms × 3 repeats; to do: 20 calls" in thrice.output
     assert {row["provenance"]["repeats"] for row in read_rows(tmp_path) if row["benchmark"] == "thrice"} == {3}
     other = bench(tmp_path, *options, "--arms", "none")
     assert other.exit_code == 2 and "made differently (arms." in " ".join(other.output.split())
