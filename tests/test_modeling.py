@@ -190,3 +190,22 @@ class TestDamagedCheckpoints:
         (tmp_path / "other" / "config.json").write_text(text)
         with pytest.raises((DraftLoadError, RuntimeError)):
             SparrowDraftModel.from_pretrained(tmp_path / "other")
+
+
+def test_placeholders_are_never_drafted_and_those_behind_the_head_are_ignored(target: PreTrainedModel) -> None:
+    draft = SparrowDraftModel.from_target(target)
+    hidden = torch.randn(2, 3, draft.config.hidden_size, requires_grad=True)
+    logits = target.get_output_embeddings()(hidden)
+    # The ids of a configuration may change between two calls.
+    for token_ids in ([3, 7], [5], [], [4, 10**6]):
+        draft.config.visual_token_ids = token_ids
+        with torch.inference_mode():
+            first = draft.compute_logits(hidden)
+        found = draft.compute_logits(hidden)
+        for token in range(logits.shape[-1]):
+            expected = torch.full_like(logits[..., token], float("-inf")) if token in token_ids else logits[..., token]
+            assert torch.equal(found[..., token], expected) and torch.equal(first[..., token], expected)
+        (gradient,) = torch.autograd.grad(found[found.isfinite()].sum(), hidden)
+        kept = [token for token in range(logits.shape[-1]) if token not in token_ids]
+        weights = target.get_output_embeddings().weight[kept].sum(dim=0)
+        assert torch.allclose(gradient, weights.expand_as(gradient), atol=1e-4)

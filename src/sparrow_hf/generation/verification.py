@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .._transformers import CACHE, advance, attention_of, first_rows_read, makes_masks
 from ..devices import on_device
-from ..draft_inputs import additive_mask
 from ..targets import TargetView
 from .caches import HeldCache
 from .grouped_attention import fold, groups_of
@@ -169,16 +168,19 @@ def tree_attention_mask(
         first_row: First row of the prefix that the layer still has.
         window: How many rows a node sees, itself included; `None`: all.
     """
-    size = 1 if prefix_mask is None else len(prefix_mask)
-    prefix = tree.ancestors.new_ones((size, len(tree), past_length - first_row))
+    size, num_nodes, device = 1 if prefix_mask is None else len(prefix_mask), len(tree), tree.ancestors.device
+    lowest = torch.finfo(dtype).min
+    # One tensor as long as the text; what is hidden is written into it.
+    mask = torch.zeros((size, 1, num_nodes, past_length - first_row + num_nodes), dtype=dtype, device=device)
+    mask[..., -num_nodes:].masked_fill_(~tree.ancestors, lowest)
     if prefix_mask is not None:
-        prefix &= prefix_mask[:, None, first_row:past_length].to(prefix.device) != 0
-    visible = torch.cat((prefix, tree.ancestors.expand(size, -1, -1)), dim=2)
+        is_padding = prefix_mask[:, None, None, first_row:past_length].to(device) == 0
+        mask[..., :-num_nodes].masked_fill_(is_padding, lowest)
     if window is not None:
-        rows = torch.arange(first_row, past_length, device=prefix.device)
+        rows = torch.arange(first_row, past_length, device=device)
         stand_in = torch.cat((rows, past_length + tree.depths))
-        visible &= stand_in > (past_length + tree.depths - window)[:, None]
-    return additive_mask(visible, dtype)
+        mask.masked_fill_(stand_in <= (past_length + tree.depths - window)[:, None], lowest)
+    return mask
 
 
 def tree_position_ids(tree: CandidateTree, root_position: Tensor) -> Tensor:
