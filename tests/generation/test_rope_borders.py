@@ -98,7 +98,7 @@ def test_a_border_that_is_forgotten_is_found(rope: dict[str, Any], monkeypatch: 
 
 def test_text_before_the_border_is_drafted_as_deep_as_ever() -> None:
     target = target_with(DYNAMIC, 4096)
-    draft = SparrowDraftModel.from_target(target)
+    draft = SparrowDraftModel.from_target(target, num_draft_levels=5)
     inputs = FAMILY_BY_NAME["llava_onevision"].build_inputs(target)
     plain = ids(target, inputs, None, max_new_tokens=20)
     with drafting_around(plain, adversarial=False):

@@ -91,6 +91,7 @@ def fine_tune(
 def compare(target: Qwen2_5_VLForConditionalGeneration, recording: Path, work: Path) -> dict[str, dict[str, Any]]:
     """τ of a chain of 5 on validation captions, and the steps and seconds it took, of each draft."""
     shipped = SparrowDraftModel.from_pretrained(ASSETS / "draft")
+    shipped.config.set_tree_shape("chain-5")
     shipped.bind(target)
     results: dict[str, dict[str, Any]] = {}
 

@@ -95,6 +95,7 @@ def measure(family: str, visual_tokens: int, repeats: int, max_new_tokens: int, 
     """The figures of one built-in target: size of the batch → arm → figures."""
     target, processor, draft = load(family)
     target, draft = target.to(device), draft.to(device)
+    draft.config.set_tree_shape("chain-5")
     clips, pad = prompts(target, processor, visual_tokens), processor.tokenizer.pad_token_id
     end = target.generation_config.eos_token_id
     kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
