@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
+from .._transformers import GROUPED_ATTENTION
 from ..artifacts import tensor_digest
 from ..configuration_sparrow import TREE_PRESETS, parse_tree_shape
 from ..draft_inputs import EVERY_VISUAL_TOKEN
@@ -22,8 +23,6 @@ PROMPT_LOOKUP_TOKENS = 5
 
 METHODS_GROUP = "sparrow_hf.methods"
 """Entry points by which other packages add methods: name → a [`Method`] (docs/benchmark.md)."""
-
-GROUPED_ATTENTION = "sdpa_grouped"
 
 BASELINES = ("plain-grouped", "plain-compiled", "plain-grouped-compiled", "prompt-lookup")
 """What transformers can do without a draft of this package, beside plain eager `generate()`."""
