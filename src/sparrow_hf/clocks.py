@@ -49,11 +49,6 @@ class StopWatch(BaseStreamer):
 
     def __exit__(self, *exception: object) -> None:
         self.decode_seconds = now(self._target.device) - self._first_token
-        self._hook.remove()
-
-    def _count(self, *args: object) -> None:
-        # A round counts when its forward begins; the forwards before the first token are the prefill.
-        self.rounds += bool(self.chunks)
 
     def put(self, value: Tensor) -> None:
         if self._saw_prompt:

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -20,6 +22,7 @@ from sparrow_hf._transformers import query_groups
 from sparrow_hf.generation import grouped_attention, verification
 from sparrow_hf.generation.grouped_attention import fold, groups_of
 from sparrow_hf.generation.self_check import how_to_verify, what_cannot_be_read
+from sparrow_hf.generation.split_attention import split_attention
 from sparrow_hf.generation.tree import build_tree
 from sparrow_hf.generation.verification import tree_attention_mask
 from sparrow_hf.targets import TargetView
@@ -427,3 +430,29 @@ def test_nothing_is_tried_and_the_choice_of_attention_may_change() -> None:
         assert groups_of(view) == groups
         found = how_to_verify(view)
         assert (found.chains, found.trees, found.differences) == ("own", "own", {})
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 7, 8])
+@pytest.mark.parametrize("rows", [1, 6, 48])
+def test_split_keys_give_what_all_keys_give(rows: int, num_splits: int) -> None:
+    """On a GPU the keys are split; the sums are brought together in the same way everywhere."""
+    torch.manual_seed(rows)
+    query, key, value = (torch.randn(1, 4, length, 16) for length in (rows * 7, 448, 448))
+    mask = torch.zeros(1, 1, rows * 7, 448)
+    mask.masked_fill_(torch.rand(mask.shape) < 0.3, torch.finfo(mask.dtype).min)
+    # A split of which nothing is seen.
+    mask[..., 300:] = torch.finfo(mask.dtype).min
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
+    found = split_attention(query, key, value, mask, num_splits, 0.3)
+    assert torch.allclose(found, expected, atol=1e-6)
+    # Planted: splits that count alike, whatever of them is seen.
+    with mock.patch.object(Tensor, "softmax", lambda self, dim: torch.full_like(self, 1 / num_splits)):
+        alike = split_attention(query, key, value, mask, num_splits, 0.3)
+    assert num_splits == 1 or not torch.allclose(alike, expected, atol=1e-3)
+
+
+def test_a_folded_mask_is_aligned() -> None:
+    mask = torch.rand(1, 1, 3, 13)
+    folded = fold(mask, 4)
+    assert torch.equal(folded, mask.repeat(1, 1, 4, 1))
+    assert folded.stride(2) % 8 == 0

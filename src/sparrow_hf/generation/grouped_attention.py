@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .._transformers import (
     GROUPED_ATTENTION,
@@ -29,7 +29,7 @@ from .._transformers import (
     registered_attention,
 )
 from ..targets import TargetView
-from .split_attention import number_of_splits, split_attention
+from .split_attention import ALIGNMENT, number_of_splits, split_attention
 
 #: Name → the attention function registered under it that takes folded masks.
 _TAKING_FOLDED_MASKS: dict[str, Callable[..., Any]] = {}
@@ -56,9 +56,9 @@ def grouped_attention(
         # Decoders may keep their norms, of which masks have the dtype, in a higher precision than their heads.
         mask = mask.to(query.dtype)
     folded = query.reshape(batch, kv_heads, heads // kv_heads * rows, width)
-    num_splits = number_of_splits(folded, key, mask) if dropout == 0 else 1
-    if mask is not None and num_splits > 1:
-        output = split_attention(folded, key, value, mask.expand(-1, -1, folded.shape[2], -1), num_splits, scaling)
+    num_splits = None if mask is None or dropout > 0 else number_of_splits(folded, key, mask)
+    if mask is not None and num_splits is not None:
+        output = split_attention(folded, key, value, mask, num_splits, scaling)
     else:
         output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return output.reshape(batch, heads, rows, value.shape[-1]).transpose(1, 2).contiguous()
@@ -66,7 +66,10 @@ def grouped_attention(
 
 def fold(mask: Tensor, groups: int) -> Tensor:
     """`(B, 1, n, R)` mask → `(B, 1, groups · n, R)`: repeated for each of the query heads that share one KV head."""
-    return mask.repeat(1, 1, groups, 1) if groups > 1 else mask
+    if groups == 1:
+        return mask
+    room = -mask.shape[-1] % ALIGNMENT
+    return pad(mask, (0, room)).repeat(1, 1, groups, 1)[..., : mask.shape[-1]]
 
 
 def groups_of(view: TargetView) -> dict[str, int]:

@@ -18,23 +18,28 @@ _FEWEST_KEYS = 256
 _NUM_BLOCKS = 128
 #: Query rows (those of all heads of a group) of a call at most; with more, a device has work without splits.
 _MOST_ROWS = 512
-#: Kernels want the masks of a split to begin at multiples of this.
-_ALIGNMENT = 8
+#: The kernel wants rows and splits of a mask to begin at multiples of this.
+ALIGNMENT = 8
 
 
-def number_of_splits(query: Tensor, key: Tensor, mask: Tensor | None) -> int:
-    """Into how many splits the keys of a call are best cut; 1: none.
+def number_of_splits(query: Tensor, key: Tensor, mask: Tensor) -> int | None:
+    """Into how many splits the keys of a call are best cut; `None`: the call is not one for [`split_attention`].
+
+    Without splits too, its kernel has an advantage over the one that torch would choose for a mask: it makes no plan
+    for every new number of keys.
 
     Args:
-        query: `(1, KV, rows, d)`, the heads of a group among the rows.
-        key: `(1, KV, R, d)`.
-        mask: `(1, 1, rows, R)`, additive.
+        query: `(B, KV, rows, d)`, the heads of a group among the rows.
+        key: `(B, KV, R, d)`.
+        mask: `(B | 1, 1, rows, R)`, additive.
     """
     batch, heads, rows, _ = query.shape
-    if query.device.type != "cuda" or torch.version.cuda is None or batch != 1 or rows > _MOST_ROWS or mask is None:
-        return 1
+    on_cuda = query.device.type == "cuda" and torch.version.cuda is not None
+    is_aligned = mask.shape[2] == rows and mask.stride(2) % ALIGNMENT == 0 and mask.dtype == query.dtype
+    if not on_cuda or not is_aligned or batch != 1 or rows > _MOST_ROWS:
+        return None
     most = min(_NUM_BLOCKS // heads, key.shape[2] // _FEWEST_KEYS)
-    fits = (number for number in range(most, 1, -1) if key.shape[2] % (number * _ALIGNMENT) == 0)
+    fits = (number for number in range(most, 1, -1) if key.shape[2] % (number * ALIGNMENT) == 0)
     return next(fits, 1)
 
 
