@@ -56,7 +56,7 @@ def speculative_decode(
         compiles = _transformers.compiles(target, model_kwargs[CACHE], generation_config)
         options = _transformers.compile_options(target, generation_config) if compiles else None
         with static_session(draft, generation_config.max_length, options) as session:
-            model_kwargs[CACHE] = session.verification.cache
+            model_kwargs[CACHE] = session.verification.empty_cache()
             _decode(target, draft, emitter, recorded, generation_config, model_kwargs, session)
             cache = session.copy_of_cache() if generation_config.return_dict_in_generate else None
     if streamer is not None:

@@ -78,6 +78,30 @@ def slab_layers(cache: DynamicCache) -> list[SlabLayer]:
     return [layer for layer in cache.layers if isinstance(layer, SlabLayer) and layer.slab is not None]
 
 
+def has_windows(cache: DynamicCache) -> bool:
+    """Whether a layer's attention sees a window."""
+    return any(isinstance(layer, SlabLayer) and layer.is_sliding for layer in cache.layers)
+
+
+def take_rows(slabs: DynamicCache, cache: DynamicCache) -> None:
+    """Moves the rows of an ordinary cache into slabs, layer by layer. Where it dropped old rows, their places stay free.
+
+    cache     r2 r3 r4              a window that has dropped r0 and r1
+    slab    [ –  –  r2 r3 r4 | free … ]
+    """
+    length = cache.get_seq_length()
+    for layer, source in zip(slabs.layers, cache.layers, strict=True):
+        if not isinstance(layer, SlabLayer) or source.keys is None:
+            continue
+        if not layer.is_initialized:
+            layer.lazy_initialization(source.keys, source.values)
+        assert layer.slab is not None
+        for rows, states in zip(layer.slab, (source.keys, source.values), strict=True):
+            rows[:, :, length - states.shape[-2] : length] = states
+        layer.hold(length)
+        source.reset()
+
+
 def empty(cache: DynamicCache) -> None:
     """Forgets all rows; the memory stays."""
     for layer in slab_layers(cache):

@@ -17,7 +17,7 @@ from ..targets import TREE_LAYERS, TargetView
 from .self_check import Verification
 from .slabs import dynamic_copy
 from .static_drafts import StaticDrafting
-from .static_verification import HeldSlabs, StaticVerification
+from .static_verification import StaticVerification
 from .tree import CandidateTree
 
 #: Lengths whose buffers and steps are kept for the next calls of a target and draft.
@@ -50,7 +50,7 @@ class StaticVerifier:
 
     def __init__(self, verification: StaticVerification, first_position: Tensor, model_kwargs: dict[str, Any]):
         self._verification = verification
-        self._held = HeldSlabs(model_kwargs[CACHE], self._verification)
+        self._held = self._verification.take(model_kwargs[CACHE])
         self._states: list[Tensor] = []
         self._verification.start(self._held, first_position, model_kwargs)
 

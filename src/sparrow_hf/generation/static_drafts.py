@@ -49,6 +49,8 @@ class StaticDrafting:
             self.visual_summary: Tensor | None = None
             self._columns = torch.arange(num_rows, device=draft.device)
             self._head_rows = self._copy_of_head_rows()
+            # What the draft looks up once and keeps must not be looked up in a step.
+            self._logits(self.hidden)
         self._extend = FixedStep(self._extended, draft.device, compile_config)
         self._propose = FixedStep(self._proposed, draft.device, compile_config)
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .. import hidden_states
-from .._transformers import CACHE
+from .._transformers import CACHE, NO_CACHE
 from ..draft_inputs import additive_mask
 from ..targets import TargetView
 from .caches import HeldCache
 from .fixed_steps import FixedStep
 from .grouped_attention import fold, groups_of
-from .slabs import empty, move_rows, slab_cache, slab_layers
+from .slabs import empty, has_windows, move_rows, slab_cache, slab_layers, take_rows
 from .tree import CandidateTree
 from .verification import TOKEN_TYPE_KEYS, verification_inputs
 
@@ -55,7 +55,12 @@ class StaticVerification:
         self._num_rows = num_rows
         self._max_path = max_path
         self._layer_ids = layer_ids
+        # What of a forward's inputs stays the same for a call; tensors stay where they are for all calls.
         self._inputs: dict[str, Any] = {}
+        # Kinds of layers that have a mask of their own; one mask for all is that of the only kind.
+        self._kinds: list[str] = []
+        self._has_one_mask = True
+        self._groups: dict[str, int] = {}
         with torch.inference_mode(False):
             # ids | depths | ancestors, row by row | past
             self._tree = torch.zeros(2 * num_nodes + num_nodes**2 + 1, dtype=torch.long, device=view.device)
@@ -68,9 +73,23 @@ class StaticVerification:
         self._verify = FixedStep(self._forward, view.device, compile_config)
         self._move = FixedStep(self._move_path, view.device)
 
+    def empty_cache(self) -> DynamicCache:
+        """For the prefill: the slabs, or an ordinary cache.
+
+        Layers with windows prefill in chunks by the rows they still have, so what they compute depends on the cache.
+        """
+        return DynamicCache(config=self._view.text_config) if has_windows(self.cache) else self.cache
+
+    def take(self, prefilled: DynamicCache) -> "HeldSlabs":
+        """The cache after the prefill, in the slabs."""
+        if prefilled is not self.cache:
+            take_rows(self.cache, prefilled)
+        return HeldSlabs(self.cache, self)
+
     def start(self, held: "HeldSlabs", first_position: Tensor, model_kwargs: dict[str, Any]) -> None:
         """After the prefill: takes over what of a forward's inputs stays the same for the whole call."""
         view, size = self._view, self.num_nodes
+        model_kwargs = model_kwargs | {CACHE: self.cache}
         mask = model_kwargs.get("attention_mask")
         self._is_text.fill_(True)
         if mask is not None:
@@ -84,27 +103,21 @@ class StaticVerification:
             is_chain=False,
         )
         inputs = verification_inputs(view, roots, held, first_position, model_kwargs, own_mask=True)
-        layout = inputs["attention_mask"]
-        kinds = list(layout) if isinstance(layout, dict) else [view.layer_kinds[0]]
-        fixed = {
-            name: value
-            for name, value in inputs.items()
-            if not isinstance(value, Tensor) or name in (*TOKEN_TYPE_KEYS, "position_ids")
-        }
-        fixed |= {"attention_mask": None, CACHE: self.cache, "is_one_mask": not isinstance(layout, dict)}
-        # Position of the root when the cache ends at row 0.
-        fixed["position_ids"] = inputs["position_ids"] - held.length
-        if self._inputs:
-            for name, value in fixed.items():
-                if isinstance(value, Tensor):
-                    self._inputs[name].copy_(value)
-        else:
-            with torch.inference_mode(False):
-                self._inputs = {
-                    name: value.clone() if isinstance(value, Tensor) else value for name, value in fixed.items()
-                }
-        self._kinds = kinds
+        masks = inputs["attention_mask"]
+        self._has_one_mask = not isinstance(masks, dict)
+        self._kinds = list(masks) if isinstance(masks, dict) else [k for k in view.layer_kinds if k != NO_CACHE][:1]
         self._groups = groups_of(view)
+        # Position of the root if the cache ended at row 0.
+        tensors = {"position_ids": inputs["position_ids"] - held.length}
+        tensors |= {name: inputs[name] for name in TOKEN_TYPE_KEYS if inputs.get(name) is not None}
+        others = {name: value for name, value in inputs.items() if not isinstance(value, Tensor | dict)}
+        with torch.inference_mode(False):
+            for name, value in tensors.items():
+                if name in self._inputs:
+                    self._inputs[name].copy_(value)
+                else:
+                    self._inputs[name] = value.clone()
+        self._inputs |= others | {CACHE: self.cache}
         for layer in slab_layers(self.cache):
             layer.at = self._at
 
@@ -124,13 +137,15 @@ class StaticVerification:
         ids, depths, past = self._tree[None, :size], self._tree[size : 2 * size], self._tree[-1]
         ancestors = self._tree[2 * size : -1].view(size, size) != 0
         self._at.copy_(self._nodes + past)
-        inputs = dict(self._inputs)
         masks = {kind: self._mask(kind, past, depths, ancestors) for kind in self._kinds}
-        inputs["attention_mask"] = masks[self._kinds[0]] if inputs.pop("is_one_mask") else masks
-        inputs["position_ids"] = inputs["position_ids"] + past + depths
+        inputs = self._inputs | {
+            "input_ids": ids,
+            "attention_mask": masks[self._kinds[0]] if self._has_one_mask else masks,
+            "position_ids": self._inputs["position_ids"] + past + depths,
+        }
         with hidden_states.in_step(self._layer_ids) as states:
             # Without the hooks of the model as a whole, which torch would trace and a graph would not run.
-            outputs = self._view.model.forward(input_ids=ids, **inputs, return_dict=True)
+            outputs = self._view.model.forward(**inputs, return_dict=True)
         return outputs.logits[:, -size:], [states[layer] for layer in self._layer_ids]
 
     def _mask(self, kind: str, past: Tensor, depths: Tensor, ancestors: Tensor) -> Tensor:
