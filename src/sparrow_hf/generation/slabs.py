@@ -84,7 +84,7 @@ def has_windows(cache: DynamicCache) -> bool:
 
 
 def take_rows(slabs: DynamicCache, cache: DynamicCache) -> None:
-    """Moves the rows of an ordinary cache into slabs, layer by layer. Where it dropped old rows, their places stay free.
+    """Moves the rows of an ordinary cache into slabs, layer by layer. What it has dropped stays free.
 
     cache     r2 r3 r4              a window that has dropped r0 and r1
     slab    [ –  –  r2 r3 r4 | free … ]
