@@ -129,10 +129,10 @@ def make_case(number: int, **fixed: Any) -> Case:
         "draft_vocab_size": rng.choice([None, None, 3, 40]),
         "prompt": rng.choice([way for way in PROMPTS if family.takes(way)]),
     }
+    fields |= fixed
     # A second turn brings a cache of its own.
-    fits = family.chains_only is None and fields["prompt"] != "second turn"
-    fields["cache"] = rng.choice(["dynamic", "static"]) if fits else "dynamic"
-    return Case(number, **(fields | fixed))
+    fits = FAMILY_BY_NAME[fields["family"]].chains_only is None and fields["prompt"] != "second turn"
+    return Case(number, **({"cache": rng.choice(["dynamic", "static"]) if fits else "dynamic"} | fields))
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from sparrow_hf._transformers import CACHE
-from sparrow_hf.generation import decoding, verification
+from sparrow_hf.generation import decoding, verification, verifiers
 from sparrow_hf.generation.caches import HeldCache
 from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.generation.tree import CandidateTree, build_tree
@@ -80,7 +80,7 @@ def position_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def missing_mrope_delta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions count tokens, as if visual tokens had one position each."""
-    inputs = decoding.verification_inputs
+    inputs = verifiers.verification_inputs
 
     def without_delta(target: Any, tree: CandidateTree, *args: Any) -> dict[str, Any]:
         result = inputs(target, tree, *args)
@@ -88,7 +88,7 @@ def missing_mrope_delta(monkeypatch: pytest.MonkeyPatch) -> None:
         result["position_ids"] = (past + tree.depths).expand_as(result["position_ids"])
         return result
 
-    monkeypatch.setattr(decoding, "verification_inputs", without_delta)
+    monkeypatch.setattr(verifiers, "verification_inputs", without_delta)
 
 
 def boolean_mask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparrow_hf.generation import caches, decoding, verification
+from sparrow_hf.generation import caches, decoding, verification, verifiers
 from sparrow_hf.generation.self_check import Verification
 from sparrow_hf.generation.tree import CandidateTree
 
@@ -19,12 +19,12 @@ CHAIN = {"num_tree_nodes": 6, "num_draft_levels": 5, "beam_width": 1}
 
 def positions_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that counts positions itself counts the nodes of a tree as one text."""
-    inputs = decoding.verification_inputs
+    inputs = verifiers.verification_inputs
 
     def without_positions(*args: Any) -> dict[str, Any]:
         return inputs(*args) | {"position_ids": None}
 
-    monkeypatch.setattr(decoding, "verification_inputs", without_positions)
+    monkeypatch.setattr(verifiers, "verification_inputs", without_positions)
 
 
 def windows_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,7 @@ def test_a_training_goes_on_with_resume(tmp_path: Path, monkeypatch: pytest.Monk
     class Stopped:
         trainer = SimpleNamespace(draft=torch.nn.Linear(1, 1))
         output = tmp_path
+        choices = ()
 
         def run(self) -> None:
             raise KeyboardInterrupt

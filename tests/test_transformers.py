@@ -27,7 +27,17 @@ SOURCE = Path(sparrow_hf.__file__).parent
 ROOM = SOURCE / "_transformers"
 
 #: Private names of other libraries, and one of the standard library that is public.
-OTHERS = {"_asdict", "_exit", "_forward_hooks", "_forward_pre_hooks", "_actions", "_get_value"}
+OTHERS = {
+    "_actions",
+    "_asdict",
+    "_dynamo",
+    "_exit",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_get_value",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+}
 #: Renamed between versions, or inside a cache, its layers or outputs.
 NAMES_OF_THE_ROOM = {
     "past_key_values",

@@ -451,8 +451,8 @@ def test_split_keys_give_what_all_keys_give(rows: int, num_splits: int) -> None:
     assert num_splits == 1 or not torch.allclose(alike, expected, atol=1e-3)
 
 
-def test_a_folded_mask_is_aligned() -> None:
-    mask = torch.rand(1, 1, 3, 13)
+def test_a_folded_mask_is_repeated_and_its_rows_begin_where_kernels_want_them() -> None:
+    mask = torch.rand(2, 1, 3, 13)
     folded = fold(mask, 4)
     assert torch.equal(folded, mask.repeat(1, 1, 4, 1))
     assert folded.stride(2) % 8 == 0

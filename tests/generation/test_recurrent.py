@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf._transformers import CACHE, cache_tensors, recurrent_states
-from sparrow_hf.generation import caches, decoding
+from sparrow_hf.generation import caches, decoding, verifiers
 from sparrow_hf.measurement import Arm, compare, first_difference
 from sparrow_hf.prefill import PrefillSnapshot
 
@@ -195,7 +195,7 @@ def test_the_cache_is_plains(setting: Setting, new_tokens: int, passed: bool) ->
 def test_a_cache_that_nobody_holds_is_not_brought_up_to_date(setting: Setting) -> None:
     target, inputs, text = setting
     draft = SparrowDraftModel.from_target(target)
-    with mock.patch.object(decoding, "read_carried", side_effect=AssertionError):
+    with mock.patch.object(verifiers, "read_carried", side_effect=AssertionError):
         assert torch.equal(target.generate(**inputs, max_new_tokens=16, assistant_model=draft), text)
 
 

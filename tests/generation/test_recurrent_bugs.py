@@ -1,13 +1,14 @@
 """Bugs of targets with recurrent layers, planted: the comparison with plain `generate()` finds each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from torch import Tensor
 from transformers import DynamicCache
 
-from sparrow_hf.generation import caches, decoding
+from sparrow_hf.generation import caches, verifiers
 from sparrow_hf.generation.caches import HeldCache, RecurrentCache
 from sparrow_hf.generation.tree import CandidateTree
 
@@ -68,16 +69,16 @@ def old_state_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RecurrentCache, "_keep", keep)
 
 
-def draft_reads_the_carried_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hidden states are counted from the first row of the forward, not from the tree's."""
-    stock = decoding.accept
+def walk_reads_the_carried_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are counted from the first row of the forward, not from the tree's."""
+    stock = verifiers.TargetVerifier.verifying
 
-    def accept(tree: CandidateTree, logits: Tensor, *args: Any) -> None:
-        stock(tree, logits[:, : len(tree)], *args)
+    @contextmanager
+    def verifying(self: Any, tree: CandidateTree) -> Iterator[tuple[Tensor, list[int]]]:
+        with stock(self, tree) as (logits, path):
+            yield logits.roll(self._lead, dims=1), path
 
-    monkeypatch.setattr(decoding, "accept", accept)
-    stock_inputs = decoding.verification_inputs
-    monkeypatch.setattr(decoding, "verification_inputs", lambda *args: stock_inputs(*args) | {"logits_to_keep": 0})
+    monkeypatch.setattr(verifiers.TargetVerifier, "verifying", verifying)
 
 
 BUGS = (
@@ -87,7 +88,7 @@ BUGS = (
     carried_tokens_twice,
     carried_by_the_last_round_only,
     old_state_put_back,
-    draft_reads_the_carried_rows,
+    walk_reads_the_carried_rows,
 )
 
 

@@ -56,7 +56,6 @@ def test_the_vision_tower_is_watched(setting) -> None:
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
         ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
         ({"use_cache": False}, "use_cache=False"),
-        ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
         ({"assistant_early_exit": 2}, "assistant_early_exit=2"),

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel
-from sparrow_hf.generation import decoding
+from sparrow_hf.generation import verifiers
 
 from families import FAMILY_BY_NAME
 from oracles import drafting_around
@@ -91,7 +91,7 @@ def test_a_border_that_is_forgotten_is_found(rope: dict[str, Any], monkeypatch: 
     draft = SparrowDraftModel.from_target(target)
     inputs = FAMILY_BY_NAME["llava_onevision"].build_inputs(target)
     plain = ids(target_with(rope, 60), inputs, None)
-    monkeypatch.setattr(decoding, "max_levels_before_border", lambda *_: 99)
+    monkeypatch.setattr(verifiers, "max_levels_before_border", lambda *_: 99)
     with drafting_around(plain, adversarial=False):
         assert ids(target, inputs, draft) != plain
 

@@ -25,7 +25,6 @@ from .caches import (
     drop_newest,
     first_layer_config,
     first_rows_read,
-    is_windowed,
     layer_kinds,
     new_cache,
     new_inputs,
@@ -51,13 +50,13 @@ from .names import (
     CACHE,
     DECODER_LAYERS,
     DecoderOutput,
-    DynamicLayer,
     GenerateOutput,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     missing_names,
 )
 from .seam import install_seam
+from .slabs import dynamic_copy, empty, has_windows, move_rows, slab_cache, slab_layers, take_rows
 from .steps import (
     advance,
     compile_config,

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from .._transformers import (
     GROUPED_ATTENTION,
@@ -65,11 +65,16 @@ def grouped_attention(
 
 
 def fold(mask: Tensor, groups: int) -> Tensor:
-    """`(B, 1, n, R)` mask → `(B, 1, groups · n, R)`: repeated for each of the query heads that share one KV head."""
+    """`(B, 1, n, R)` mask → `(B, 1, groups · n, R)`: repeated for each of the query heads that share one KV head.
+
+    Its rows begin where fused kernels want them to.
+    """
     if groups == 1:
         return mask
-    room = -mask.shape[-1] % ALIGNMENT
-    return pad(mask, (0, room)).repeat(1, 1, groups, 1)[..., : mask.shape[-1]]
+    *_, rows, columns = mask.shape
+    folded = mask.new_empty((len(mask), 1, groups * rows, columns + -columns % ALIGNMENT))[..., :columns]
+    folded.unflatten(2, (groups, rows)).copy_(mask[:, :, None])
+    return folded
 
 
 def groups_of(view: TargetView) -> dict[str, int]:

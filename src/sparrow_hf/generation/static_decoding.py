@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .._transformers import CACHE, NO_CACHE, attention_of
+from .._transformers import CACHE, NO_CACHE, attention_of, dynamic_copy
 from ..configuration_sparrow import TreeShape
 from ..devices import index_of
 from ..errors import UnsupportedGenerationError
 from ..modeling_sparrow import SparrowDraftModel
 from ..targets import TREE_LAYERS, TargetView
 from .self_check import Verification
-from .slabs import dynamic_copy
 from .static_drafts import StaticDrafting
 from .static_verification import StaticVerification
 from .tree import CandidateTree

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._transformers import empty, slab_cache, slab_layers
 from ..configuration_sparrow import TreeShape
 from ..draft_inputs import additive_mask
 from ..modeling_sparrow import SparrowDraftModel
 from .candidate_generator import SparrowCandidateGenerator, warn_of_failed_draft
 from .fixed_steps import FixedStep
-from .slabs import empty, slab_cache, slab_layers
 from .tree import CandidatePool, CandidateTree, build_tree, tree_of_nodes
 
 

@@ -18,13 +18,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .. import hidden_states
-from .._transformers import CACHE, NO_CACHE
+from .._transformers import CACHE, NO_CACHE, empty, has_windows, move_rows, slab_cache, slab_layers, take_rows
 from ..draft_inputs import additive_mask
 from ..targets import TargetView
 from .caches import HeldCache
 from .fixed_steps import FixedStep
 from .grouped_attention import fold, groups_of
-from .slabs import empty, has_windows, move_rows, slab_cache, slab_layers, take_rows
 from .tree import CandidateTree
 from .verification import TOKEN_TYPE_KEYS, verification_inputs
 

@@ -81,7 +81,7 @@ class TargetVerifier:
                 self._held,
                 self._first_position,
                 self._model_kwargs,
-                own_mask=by_mask or not tree.is_chain,
+                by_mask or not tree.is_chain,
             )
             self._collector = HiddenStateCollector(dict.fromkeys(self._layer_ids))
             with self._collector.active(), following_masks(by_mask):
@@ -116,6 +116,6 @@ def read_carried(
     chain = build_chains(on_device(held.carried, first_position.device).T)
     held.carried = []
     with held.verifying(chain) as path, following_masks(by_mask):
-        inputs = verification_inputs(view, chain, held, first_position, model_kwargs, own_mask=by_mask)
+        inputs = verification_inputs(view, chain, held, first_position, model_kwargs, by_mask)
         view.model(**inputs, return_dict=True)
         path += range(len(chain))

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .._transformers import DynamicLayer, is_windowed
+from .caches import is_windowed
+from .names import DynamicLayer
 
 
 class SlabLayer(DynamicLayer):
