@@ -1,4 +1,4 @@
-"""Judging rows chunk by chunk changes nothing but the memory it takes."""
+"""Judging rows chunk by chunk, each target state once, changes nothing but the memory and time it takes."""
 
 import pytest
 import torch
@@ -49,8 +49,8 @@ def test_no_chunk_holds_more_logits_than_allowed(make_draft, monkeypatch) -> Non
     monkeypatch.setattr(type(draft), "compute_logits", spy)
     judged(draft, 4, monkeypatch)
     assert max(sizes) == 4 * draft.config.vocab_size
-    # target and draft, forward and again in the backward pass
-    assert sum(sizes) == 4 * ROWS * draft.config.vocab_size
+    # Target and draft, once each.
+    assert sum(sizes) == 2 * ROWS * draft.config.vocab_size
 
 
 def test_a_row_weighs_what_the_part_of_the_vocabulary_can_gain(make_draft, monkeypatch) -> None:
@@ -64,3 +64,61 @@ def test_a_row_weighs_what_the_part_of_the_vocabulary_can_gain(make_draft, monke
     torch.testing.assert_close(losses, expected)
     best = draft.compute_logits(states, full_vocabulary=True).argmax(-1)
     assert torch.equal(matches, torch.isin(best, part))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, ROWS])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_predictions_of_one_state_share_what_the_target_says(make_draft, reduced, chunk_rows, monkeypatch) -> None:
+    draft = make_draft()
+    if reduced:
+        draft.set_vocabulary(torch.arange(0, 60, 2))
+    generator = torch.Generator().manual_seed(1)
+    target_states = torch.randn(ROWS, draft.config.hidden_size, generator=generator)
+    # Two passes: all states in order, then those from the third on; and one state twice more.
+    judged_by = torch.tensor([*range(ROWS), *range(3, ROWS), 5, 0])
+    predicted = torch.randn(len(judged_by), draft.config.hidden_size, generator=generator, requires_grad=True)
+    weighted = torch.rand(len(judged_by), generator=generator)
+
+    expected_losses, expected_matches = zip(
+        *(
+            chunked_loss(draft, WEIGHTS, predicted[row : row + 1], target_states[state : state + 1])
+            for row, state in enumerate(judged_by.tolist())
+        ),
+        strict=True,
+    )
+    torch.cat(expected_losses).sum().backward()
+    expected_gradient, predicted.grad = predicted.grad, None
+
+    calls = []
+    head = type(draft.target.head).forward
+    monkeypatch.setattr(type(draft.target.head), "forward", lambda self, x: calls.append(len(x)) or head(self, x))
+    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", chunk_rows * draft.config.vocab_size)
+    losses, matches = chunked_loss(draft, WEIGHTS, predicted, target_states, judged_by)
+    if reduced:
+        assert sum(calls) == ROWS
+    (losses * weighted).sum().backward()
+    torch.testing.assert_close(losses, torch.cat(expected_losses))
+    assert torch.equal(matches, torch.cat(expected_matches))
+    torch.testing.assert_close(predicted.grad, weighted[:, None] * expected_gradient)
+
+
+def test_gradients_are_those_of_autograd(make_draft) -> None:
+    draft = make_draft()
+    generator = torch.Generator().manual_seed(2)
+    predicted, target_states = torch.randn(2, ROWS, draft.config.hidden_size, generator=generator)
+    predicted.requires_grad_()
+    weights = dict.fromkeys(WEIGHTS, 0.0) | {"soft_cross_entropy": 1.0}
+    chunked_loss(draft, weights, predicted, target_states)[0].sum().backward()
+    found, predicted.grad = predicted.grad, None
+    expected = -(draft.compute_logits(target_states).softmax(-1) * draft.compute_logits(predicted).log_softmax(-1))
+    # Placeholders have probability 0 and log-probability −inf.
+    expected.masked_fill(expected.isnan(), 0.0).sum().backward()
+    assert predicted.grad.isfinite().all()
+    torch.testing.assert_close(found, predicted.grad)
+
+
+def test_without_gradients_nothing_is_differentiated(make_draft) -> None:
+    draft = make_draft()
+    with torch.no_grad():
+        losses, _ = chunked_loss(draft, WEIGHTS, *torch.randn(2, ROWS, draft.config.hidden_size))
+    assert not losses.requires_grad

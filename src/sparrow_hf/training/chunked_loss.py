@@ -1,10 +1,11 @@
-"""The loss of predicted states over the vocabulary, a bounded number of logits at a time."""
+"""The loss of predicted states over the vocabulary, a bounded number of logits at a time, each computed once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from ..modeling_sparrow import SparrowDraftModel
 from .losses import mixed_loss
@@ -15,48 +16,103 @@ LOGITS_PER_CHUNK = 2**26
 
 
 def chunked_loss(
-    draft: SparrowDraftModel, weights: dict[str, float], predicted: Tensor, target_states: Tensor
+    draft: SparrowDraftModel,
+    weights: dict[str, float],
+    predicted: Tensor,
+    target_states: Tensor,
+    judged_by: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss at every position, and whether the draft's most probable token is the target's.
+    """Loss of every prediction, and whether the draft's most probable token is the target's.
 
-    Where more than one chunk is needed, the logits of a chunk are computed again in the backward pass instead of being
-    kept: the same numbers for a little more time in the head.
+    The target's head runs once over each of its states, however many passes predict it. No logits are kept for the
+    backward pass: a loss depends on its own prediction only, so its gradient is taken at once, `(m, H)` in all.
 
     Args:
         draft: A draft bound to its target.
         weights: Weight of each loss, see [`mixed_loss`].
-        predicted: `(n, H)` states the draft predicts.
-        target_states: `(n, H)` the target's states at the same positions.
+        predicted: `(m, H)` states the draft predicts.
+        target_states: `(n, H)` the target's states.
+        judged_by: `(m,)` index of the target's state that each prediction is compared with; by default the same index.
 
     Returns:
-        `(n,)` losses and `(n,)` bool.
+        `(m,)` losses and `(m,)` bool.
     """
+    if judged_by is None:
+        judged_by = torch.arange(len(predicted), device=predicted.device)
     rows = max(1, LOGITS_PER_CHUNK // draft.config.vocab_size)
     head = draft.reduced_head()
-    if len(predicted) <= rows:
-        return _loss(draft, head, weights, predicted, target_states)
-    chunks = [
-        checkpoint(_loss, draft, head, weights, *chunk, use_reentrant=False)
-        for chunk in zip(predicted.split(rows), target_states.split(rows), strict=True)
-    ]
-    losses, matches = zip(*chunks, strict=True)
-    return torch.cat(losses), torch.cat(matches)
+
+    def chunks() -> Iterator[tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]]:
+        # target states   0 … rows−1 │ rows … 2·rows−1 │ …       judged_by, in order    0 0 0 1 1 … │ … │ …
+        order = judged_by.argsort(stable=True)
+        borders = torch.arange(rows, len(target_states) + rows, rows, device=judged_by.device)
+        ends = torch.searchsorted(judged_by[order], borders).tolist()
+        for first, start, end in zip(range(0, len(target_states), rows), [0, *ends], ends, strict=False):
+            states = target_states[first : first + rows]
+            log_probs, tokens = _target(draft, states)
+            for part in order[start:end].split(rows):
+                own = judged_by[part] - first
+                yield part, _Judge(draft, head, weights, states[own], log_probs[own], tokens[own])
+
+    losses, matches = _LossOfRows.apply(predicted, chunks)
+    return losses, matches
 
 
-def _loss(
-    draft: SparrowDraftModel,
-    reduced_head: Callable[[Tensor], Tensor] | None,
-    weights: dict[str, float],
-    predicted: Tensor,
-    target_states: Tensor,
-) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        target_log_probs = draft.compute_logits(target_states, full_vocabulary=True).log_softmax(-1)
-        target_tokens = target_log_probs.argmax(-1)
-    logits = draft.compute_logits(predicted, reduced_head=reduced_head)
-    tokens = logits.detach().argmax(-1)
-    if draft.draft_to_target is not None:
-        tokens = draft.draft_to_target[tokens]
-        target_log_probs = target_log_probs[:, draft.draft_to_target]
-    losses = mixed_loss(weights, predicted, target_states, logits, target_log_probs)
-    return losses, tokens == target_tokens
+class _LossOfRows(torch.autograd.Function):
+    """Losses that each depend on one row of the predictions, with gradients taken in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, chunks: Callable[[], Iterator[Any]]) -> tuple[Tensor, Tensor]:
+        needs_gradient = ctx.needs_input_grad[0]
+        losses = torch.empty(len(predicted), device=predicted.device)
+        matches = torch.empty(len(predicted), dtype=torch.bool, device=predicted.device)
+        gradients = torch.empty_like(predicted) if needs_gradient else None
+        for part, judge in chunks():
+            own = predicted[part].detach().requires_grad_(needs_gradient)
+            with torch.set_grad_enabled(needs_gradient):
+                found, matches[part] = judge(own)
+            losses[part] = found.detach()
+            if gradients is not None:
+                (gradients[part],) = torch.autograd.grad(found, own, torch.ones_like(found))
+        ctx.save_for_backward(gradients)
+        ctx.mark_non_differentiable(matches)
+        return losses, matches
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_losses: Tensor, of_matches: Tensor) -> tuple[Tensor, None]:
+        (gradients,) = ctx.saved_tensors
+        return of_losses[:, None].to(gradients) * gradients, None
+
+
+@torch.no_grad()
+def _target(draft: SparrowDraftModel, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the tokens that the draft can propose, and the target's most probable token of all."""
+    log_probs = draft.compute_logits(states, full_vocabulary=True).log_softmax(-1)
+    tokens = log_probs.argmax(-1)
+    return log_probs if draft.draft_to_target is None else log_probs[:, draft.draft_to_target], tokens
+
+
+class _Judge:
+    """Compares predictions with what the target says at their positions."""
+
+    def __init__(
+        self,
+        draft: SparrowDraftModel,
+        reduced_head: Callable[[Tensor], Tensor] | None,
+        weights: dict[str, float],
+        states: Tensor,
+        log_probs: Tensor,
+        tokens: Tensor,
+    ):
+        self.draft, self.reduced_head, self.weights = draft, reduced_head, weights
+        self.states, self.log_probs, self.tokens = states, log_probs, tokens
+
+    def __call__(self, predicted: Tensor) -> tuple[Tensor, Tensor]:
+        """`(n, H)` predictions → `(n,)` losses and `(n,)` bool."""
+        logits = self.draft.compute_logits(predicted, reduced_head=self.reduced_head)
+        tokens = logits.detach().argmax(-1)
+        if self.draft.draft_to_target is not None:
+            tokens = self.draft.draft_to_target[tokens]
+        losses = mixed_loss(self.weights, predicted, self.states, logits, self.log_probs)
+        return losses, tokens == self.tokens

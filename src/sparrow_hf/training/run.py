@@ -107,19 +107,25 @@ def check_output(options: TrainingOptions) -> str | None:
     return None
 
 
-def build_draft(options: TrainingOptions, target: PreTrainedModel) -> SparrowDraftModel:
-    """The draft to train: fresh, or an existing one; in its training dtype, bound to the target."""
+def build_draft(
+    options: TrainingOptions, target: PreTrainedModel, draft_class: type[SparrowDraftModel] = SparrowDraftModel
+) -> SparrowDraftModel:
+    """The draft to train: fresh, or an existing one; in its training dtype, bound to the target.
+
+    Args:
+        draft_class: What a fresh draft is.
+    """
     dtype = DRAFT_DTYPES.get(options.draft_dtype)
     if dtype is None:
         raise TrainingOptionsError(
             f"--draft-dtype must be float32, bfloat16 or float16, found {options.draft_dtype!r}"
         )
     if options.warm_start is not None:
-        draft = SparrowDraftModel.from_pretrained(options.warm_start)
+        draft = draft_class.from_pretrained(options.warm_start)
         draft.bind(target)
         draft.to(draft.target.device)
     else:
-        draft = SparrowDraftModel.from_target(target, copy_last_layer=options.copy_last_layer, **options.draft_fields)
+        draft = draft_class.from_target(target, copy_last_layer=options.copy_last_layer, **options.draft_fields)
         if options.vocabulary not in (None, FULL_VOCABULARY):
             draft.set_vocabulary(load_vocabulary(options.vocabulary, draft.config.vocab_size))
     return draft.to(dtype)
@@ -137,6 +143,7 @@ def prepare_training(
     arguments: SparrowTrainingArguments,
     target: PreTrainedModel,
     processor: ProcessorMixin,
+    draft: SparrowDraftModel | None = None,
 ) -> TrainingRun:
     """Builds the draft, reads the rows and sets up the trainer.
 
@@ -144,6 +151,7 @@ def prepare_training(
         options, arguments: See [`parse_options`].
         target: The target, on its device or devices.
         processor: Its processor.
+        draft: The draft to train; by default [`build_draft`]'s.
 
     Raises:
         TrainingOptionsError: The options contradict each other or the files in the output folder, or differ from those
@@ -152,8 +160,9 @@ def prepare_training(
         BindingError: The draft to start from fits another target.
     """
     checkpoint = check_output(options)
-    torch.manual_seed(arguments.seed)
-    draft = build_draft(options, target)
+    if draft is None:
+        torch.manual_seed(arguments.seed)
+        draft = build_draft(options, target)
     adapters = None if options.lora is None else add_lora(draft, options.lora)
     train = rows_of(options.train, draft, options.streaming)
     held_out = None

@@ -193,19 +193,27 @@ class SparrowTrainer(Trainer):
         # (B, J) → index into the (n, H) states of the target
         target_index = has_loss.flatten().cumsum(0).reshape(has_loss.shape) - 1
 
+        valid = [batch.has_loss(step) for step in range(len(passes))]
+        losses, agrees = chunked_loss(
+            self.draft,
+            self.args.loss_weights,
+            torch.cat([hidden[kept] for hidden, kept in zip(passes, valid, strict=True)]),
+            target_states,
+            torch.cat([target_index[:, step:][kept] for step, kept in enumerate(valid)]),
+        )
+        counts = [int(kept.sum()) for kept in valid]
         total = torch.zeros((), device=target_states.device)
         matches = []
-        for step, hidden in enumerate(passes):
-            valid = batch.has_loss(step)
-            index = target_index[:, step:][valid]
-            losses, agrees = chunked_loss(self.draft, self.args.loss_weights, hidden[valid], target_states[index])
-            total = total + self.args.mtp_loss_decay**step * losses.sum()
-            match = torch.zeros_like(valid)
-            match[valid] = agrees
+        for step, (of_pass, agreed, kept) in enumerate(
+            zip(losses.split(counts), agrees.split(counts), valid, strict=True)
+        ):
+            total = total + self.args.mtp_loss_decay**step * of_pass.sum()
+            match = torch.zeros_like(kept)
+            match[kept] = agreed
             matches.append(match)
             if training:
-                counts = torch.stack((losses.detach().sum(), match.sum(), valid.sum()))
-                self._pass_counts[step] = self._pass_counts.get(step, 0) + counts
+                figures = torch.stack((of_pass.detach().sum(), match.sum(), kept.sum()))
+                self._pass_counts[step] = self._pass_counts.get(step, 0) + figures
         num_items = int(has_loss.sum()) if num_items_in_batch is None else num_items_in_batch
         loss = total / num_items
         if num_items_in_batch is not None:

@@ -1,0 +1,67 @@
+"""Trains a rival of Sparrow for a language model, with the options of `sparrow train`.
+
+    python -m sparrow_research.language.rivals NAME --target FOLDER --train RECORDING --output FOLDER …
+
+Without visual tokens, rivals differ from Sparrow in what they read of the target, in their passes and in their losses.
+What a name stands for is in `RIVALS`; an option of the same name on the command line takes precedence.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sparrow_hf.loading import load_target
+from sparrow_hf.modeling_sparrow import SparrowDraftModel
+from sparrow_hf.training.options import parse_options
+from sparrow_hf.training.run import build_draft, prepare_training
+
+from ..baselines import HiViSDraftModel
+from ..retrain import blindfold
+
+
+@dataclass(frozen=True)
+class Rival:
+    """What tells a rival from Sparrow's default.
+
+    Attributes:
+        options: Of `sparrow train`.
+        draft_class: What it is.
+        prepare: Called with the untrained draft.
+    """
+
+    options: str = ""
+    draft_class: type[SparrowDraftModel] = SparrowDraftModel
+    prepare: Callable[[SparrowDraftModel], None] | None = None
+
+
+RIVALS = {
+    # One pass on the target's own states; the loss is mostly that of the states.
+    "eagle": Rival("--num-mtp-steps 1 --feature-smooth-l1-weight 1.0 --soft-cross-entropy-weight 0.1"),
+    # Three layers, early, middle and late, and no loss of states.
+    "eagle3": Rival("--feature-layers 2 15 27 --feature-smooth-l1-weight 0.0"),
+    # A language model of one layer: with no states to feed back, all its passes would be the first one.
+    "text-only": Rival("--num-mtp-steps 1 --feature-smooth-l1-weight 0.0", prepare=blindfold),
+    "hivis": Rival(draft_class=HiViSDraftModel),
+}
+
+
+def train_rival(name: str, words: list[str]) -> SparrowDraftModel:
+    """Trains the rival of this name; `words` are those of `sparrow train`."""
+    rival = RIVALS[name]
+    options, arguments = parse_options([*rival.options.split(), *words])
+    target, processor = load_target(
+        options.target, dtype=options.target_dtype, device=options.device or arguments.device
+    )
+    torch.manual_seed(arguments.seed)
+    draft = build_draft(options, target, rival.draft_class)
+    if rival.prepare is not None:
+        rival.prepare(draft)
+    return prepare_training(options, arguments, target, processor, draft).run()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in RIVALS:
+        raise SystemExit(f"give one of {', '.join(RIVALS)}, and the options of `sparrow train`")
+    train_rival(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,115 @@
+"""Rivals for a language model are trained as `sparrow train` trains, and drafts of it are measured and tabled."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparrow_hf.data import load_rows
+from sparrow_hf.loading import load_target
+from sparrow_hf.modeling_sparrow import SparrowDraftModel
+from sparrow_hf.training import SparrowDataCollator
+from sparrow_hf.training.recording import record
+from sparrow_hf.training.regenerate import regenerate
+from sparrow_research.baselines import HiViSDraftModel
+from sparrow_research.language import text
+from sparrow_research.language.rivals import RIVALS, train_rival
+
+from tiny_targets import TEXT_SIZES
+from tiny_tokenizer import build_tokenizer
+
+TEMPLATE = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}assistant: "
+QUESTIONS = ("What is a river?", "Why?", "Write a poem.")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target of 28 layers, prompts, and a recording of its answers."""
+    folder = tmp_path_factory.mktemp("language")
+    tokenizer = build_tokenizer({})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "target")
+    torch.manual_seed(0)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    LlamaForCausalLM(LlamaConfig(**TEXT_SIZES | {"num_hidden_layers": 28}, **ids)).save_pretrained(folder / "target")
+    prompts = [{"messages": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    target, tokenizer = load_target(str(folder / "target"), device="cpu")
+    regenerate(target, tokenizer, prompts, folder / "answers", batch_size=3, max_new_tokens=12)
+    draft = SparrowDraftModel.from_target(target, feature_layers=[2, 15, 27, -1])
+    record(draft, load_rows(folder / "answers"), folder / "recording", SparrowDataCollator(tokenizer))
+    draft = SparrowDraftModel.from_target(target)
+    draft.save_pretrained(folder / "draft")
+    return folder
+
+
+def trained(name: str, folder: Path, output: Path, *words: str) -> SparrowDraftModel:
+    return train_rival(
+        name,
+        f"--target {folder}/target --train {folder}/recording --output {output} --max-steps 1 --learning-rate 0.1 "
+        "--use-cpu true --device cpu --report-to none --disable-tqdm true".split()
+        + list(words),
+    )
+
+
+def test_each_rival_is_what_its_name_says(folder: Path, tmp_path: Path) -> None:
+    drafts = {name: trained(name, folder, tmp_path / name) for name in RIVALS}
+    passes = {name: draft.config.num_mtp_steps for name, draft in drafts.items()}
+    assert passes == {"eagle": 1, "eagle3": 4, "text-only": 1, "hivis": 4}
+    assert drafts["eagle3"].config.feature_layers == [2, 15, 27]
+    assert isinstance(drafts["hivis"], HiViSDraftModel) and drafts["hivis"].step_residuals.weight.abs().min() > 0
+    hidden = drafts["text-only"].config.hidden_size
+    assert drafts["text-only"].fc.weight[:, hidden:].eq(0).all()
+    assert drafts["text-only"].fc.weight[:, :hidden].ne(0).any()
+    assert drafts["eagle"].fc.weight[:, hidden:].ne(0).any()
+    for name in drafts:
+        assert (tmp_path / name / "model.safetensors").exists()
+
+
+def test_the_command_line_takes_precedence_over_the_rival(folder: Path, tmp_path: Path) -> None:
+    draft = trained("eagle3", folder, tmp_path / "a", "--feature-layers", "15", "-1", "--num-mtp-steps", "2")
+    assert (draft.config.feature_layers, draft.config.num_mtp_steps) == ([15, -1], 2)
+
+
+def test_drafts_are_measured_and_tabled(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    draft = SparrowDraftModel.from_pretrained(folder / "draft")
+    draft.save_pretrained(tmp_path / "small")
+    (tmp_path / "small" / "trained.json").write_text('{"tokens": 28000, "steps": 5, "rows": 16}')
+    page = tmp_path / "page.md"
+    page.write_text("# Text\n\nWords.\n\n## Measured\n\nold\n")
+    words = ["--target", folder / "target", "--draft", folder / "draft", "--compare", f"28k={tmp_path / 'small'}"]
+    words += [
+        "--prompts",
+        folder / "prompts.jsonl",
+        "--limit",
+        2,
+        "--max-new-tokens",
+        8,
+        "--shapes",
+        "chain-3",
+        "8-3-2",
+    ]
+    words += ["--work", tmp_path / "runs", "--output", tmp_path / "text.json", "--report", page]
+    text.main([str(word) for word in words])
+
+    found = json.loads((tmp_path / "text.json").read_text())
+    arms = {(row["benchmark"], row["temperature"], row["arm"]): row for row in found["rows"]}
+    trees = ["plain", "none", "prompt-lookup", "draft:sparrow@chain-3", "draft:sparrow@8-3-2"]
+    compared = ["plain", "draft:sparrow@chain-5", "draft:28k@chain-5"]
+    assert set(arms) == {("trees", t, arm) for t in (0.0, 1.0) for arm in trees} | {
+        ("drafts", 0.0, a) for a in compared
+    }
+    assert all(row["identical"] in (2, None) for row in arms.values())
+    assert found["drafts"] == {"sparrow": {}, "28k": {"tokens": 28000, "steps": 5, "rows": 16}}
+    written = page.read_text()
+    assert written.startswith("# Text\n\nWords.\n\n## Measured\n\n### Greedy\n") and "old" not in written
+    tau = arms["drafts", 0.0, "draft:28k@chain-5"]["tau"]
+    assert f"| 28k | 28,000 | 5 × 16 | {tau:.2f} |" in written
+
+    before = (tmp_path / "runs" / "trees.jsonl").read_bytes()
+    text.main([str(word) for word in words])
+    assert (tmp_path / "runs" / "trees.jsonl").read_bytes() == before
+    assert page.read_text() == written

@@ -1,0 +1,47 @@
+"""A prepared training: which draft it trains."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf.training import SparrowDataCollator
+from sparrow_hf.training.options import parse_options
+from sparrow_hf.training.recording import record
+from sparrow_hf.training.run import build_draft, prepare_training
+
+
+class OtherDraft(SparrowDraftModel):
+    """A draft of another class."""
+
+
+def test_a_draft_of_ones_own_is_trained_and_left_in_the_output(
+    target: PreTrainedModel, samples: list[Any], tmp_path: Path
+) -> None:
+    record(SparrowDraftModel.from_target(target), samples, tmp_path / "rows", SparrowDataCollator())
+    words = (
+        f"--target t --train {tmp_path}/rows --output {tmp_path}/draft --max-steps 1 --learning-rate 0.01 --use-cpu"
+    )
+    options, arguments = parse_options([*words.split(), "--report-to", "none", "--disable-tqdm", "true"])
+    draft = build_draft(options, target, OtherDraft)
+    assert type(draft) is OtherDraft
+    before = draft.fc.weight.detach().clone()
+    run = prepare_training(options, arguments, target, None, draft)  # type: ignore[arg-type]
+    assert run.run() is draft and run.trainer.draft is draft
+    assert not torch.equal(draft.fc.weight, before)
+    assert torch.equal(OtherDraft.from_pretrained(tmp_path / "draft").fc.weight, draft.fc.weight)
+
+
+def test_by_default_a_seed_gives_the_same_draft_of_this_package(
+    target: PreTrainedModel, samples: list[Any], tmp_path: Path
+) -> None:
+    record(SparrowDraftModel.from_target(target), samples, tmp_path / "rows", SparrowDataCollator())
+    drafts = []
+    for name in ("a", "b"):
+        words = f"--target t --train {tmp_path}/rows --output {tmp_path}/{name} --seed 3 --max-steps 1 --use-cpu"
+        options, arguments = parse_options(words.split())
+        drafts.append(prepare_training(options, arguments, target, None).trainer.draft)  # type: ignore[arg-type]
+    assert type(drafts[0]) is SparrowDraftModel
+    assert torch.equal(drafts[0].fc.weight, drafts[1].fc.weight)
