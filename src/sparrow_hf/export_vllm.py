@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
@@ -27,8 +26,8 @@ from .target_config import visual_token_ids
 
 #: Of the exported files; `sparrow_vllm.config` reads this number and no other.
 FORMAT = 1
-#: `model_type` of targets of which vLLM hands out the states of any layer (its method "eagle3"). Of others it hands out
-#: the last ones (its method "eagle"), so that there is no glimpse.
+#: `model_type` of targets of which vLLM hands out the states of any layer (its method "eagle3"). Of others it hands
+#: out the last ones (its method "eagle"), so that there is no glimpse.
 AUXILIARY_STATES = frozenset({"qwen2_5_vl", "qwen3_vl"})
 #: `model_type` of targets whose text after a video has other positions in vLLM than in transformers.
 _OTHER_POSITIONS = frozenset({"qwen2_vl", "qwen2_5_vl"})
@@ -37,7 +36,7 @@ _POSITION_RULE = (
     "larger of height and width. They differ for videos with more time steps than rows or columns; a draft (or a "
     "target) that learned one of them accepts less under the other."
 )
-DEFAULT_GLIMPSE_STRIDE = 6
+DEFAULT_GLIMPSE_STRIDE = 50
 
 
 def export_vllm(
@@ -91,7 +90,8 @@ def export_vllm(
     with artifacts.atomic_files(Path(output), CONFIG_NAME, hub.is_weights_file) as partial:
         artifacts.write_json(partial / PROVENANCE_FILE, provenance, indent=2, default=str)
         save_file({name: t.contiguous() for name, t in tensors.items()}, partial / SAFE_WEIGHTS_NAME, {"format": "pt"})
-        artifacts.write_json(partial / CONFIG_NAME, fields | {"dtype": str(model.dtype).removeprefix("torch.")}, 2)
+        fields |= {"dtype": str(model.dtype).removeprefix("torch.")}
+        artifacts.write_json(partial / CONFIG_NAME, fields, indent=2)
     return fields
 
 
@@ -106,6 +106,7 @@ def exported_config(
     """
     text = target_config.get_text_config()
     found = {
+        "model_type": (config.target_model_type or target_config.model_type, target_config.model_type),
         "num_hidden_layers": (config.target_num_hidden_layers, text.num_hidden_layers),
         "hidden_size": (config.hidden_size, text.hidden_size),
         "vocab_size": (config.vocab_size, text.vocab_size),
@@ -114,23 +115,27 @@ def exported_config(
     if wrong := [f"{name}: draft {ours}, target {theirs}" for name, (ours, theirs) in found.items() if ours != theirs]:
         raise BindingError(f"this draft was made for another target: {'; '.join(wrong)}. Give its own target.")
     if config.hidden_act != "silu":
-        raise DraftConfigError(f"sparrow-vllm has drafts with the activation silu only, this one has {config.hidden_act}")
+        raise DraftConfigError(f"sparrow-vllm has the activation silu only, this draft has {config.hidden_act}")
     if config.block_type == "qwen3" and config.attention_bias:
-        raise DraftConfigError("sparrow-vllm has no Qwen3 layers with biases in the attention, and this draft has them")
+        raise DraftConfigError(
+            "sparrow-vllm has no Qwen3 layers with biases, and this draft has them in its attention"
+        )
     method = "eagle3" if target_config.model_type in AUXILIARY_STATES else "eagle"
     features = list(config.feature_layer_ids)
     if method == "eagle" and features != [config.target_num_hidden_layers]:
         raise DraftConfigError(
-            f"this draft reads the states of layers {features}; of a {target_config.model_type} vLLM hands out the last "
-            "ones only. Train a draft that reads those (feature_layers [-1])"
+            f"this draft reads the states of layers {features}; of a {target_config.model_type} vLLM hands out the "
+            "last ones only. Train a draft that reads those (feature_layers [-1])"
         )
     stride = {0: 0, EVERY_VISUAL_TOKEN: 1}.get(config.num_glimpse_tokens, glimpse_stride) if method == "eagle3" else 0
     head_dim = int(config.head_dim or 0)
     # RoPE turns channel i with channel i + head_dim/2. The last pair turns slowest and says least.
     hiding_channels = [head_dim // 2 - 1, head_dim - 1]
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps")
-    names += ("rope_parameters", "mlp_bias")
+    names = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
+        *("rope_parameters", "mlp_bias"),
+    )
     return {
         "architectures": ["SparrowDraftModel"],
         "model_type": "sparrow_vllm",
@@ -145,7 +150,6 @@ def exported_config(
             "method": method,
             "target": {
                 "name": config.target_name_or_path,
-                "model_type": target_config.model_type,
                 **{name: theirs for name, (_, theirs) in found.items()},
                 "rms_norm_eps": getattr(text, "rms_norm_eps", config.rms_norm_eps),
             },

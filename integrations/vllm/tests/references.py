@@ -1,7 +1,7 @@
 """What transformers says to the clips of the tests, for an environment that has vLLM and not this transformers.
 
-`python references.py OUTPUT` in an environment of sparrow_hf; `make test-vllm` calls it. Writes the exported drafts, the
-clips, and of every clip the ids and the rounds of `generate()` with the draft.
+`python references.py OUTPUT` in an environment of sparrow_hf; `make test-vllm` calls it. Writes the exported drafts,
+the clips, and of every clip the ids and the rounds of `generate()` with the draft.
 """
 
 import json
@@ -22,8 +22,9 @@ from sparrow_hf import draft_inputs, testbed
 from sparrow_hf.export_vllm import DEFAULT_GLIMPSE_STRIDE, export_vllm
 from sparrow_hf.video import prepare_inputs
 
-#: Visual tokens of a clip → how many clips.
-CLIPS = {400: 5, 3200: 2}
+#: Family → visual tokens of a clip → how many clips.
+CLIPS = {"qwen2.5-vl": {400: 5, 3200: 3}, "llava-onevision": {400: 5}}
+SEEDS = list(testbed.EVALUATION_SEEDS[:5])
 MAX_NEW_TOKENS = 100
 
 
@@ -43,63 +44,83 @@ def positions_of_vllm() -> Iterator[None]:
         positions, _ = own(self, input_ids, *args, **kwargs)
         video = (input_ids[0] == self.config.video_token_id).nonzero().flatten()
         behind = int(video[-1]) + 1
-        positions[:, :, behind:] += positions[:, :, : behind].max() + 1 - positions[:, :, behind : behind + 1]
+        positions[:, :, behind:] += positions[:, :, :behind].max() + 1 - positions[:, :, behind : behind + 1]
         return positions, positions.max().reshape(1, 1) + 1 - input_ids.shape[1]
 
     with patch.object(Qwen2_5_VLModel, "get_rope_index", get_rope_index):
         yield
 
 
-def describe(target: Any, draft: Any, inputs: Any, glimpse: int) -> dict[str, Any]:
-    draft.config.num_glimpse_tokens = glimpse
+def describe(target: Any, draft: Any, inputs: Any, glimpse: int = 0) -> dict[str, Any]:
+    """Ids of the answer; with a draft, its rounds and the tokens accepted in them."""
+    if draft is not None:
+        draft.config.num_glimpse_tokens = glimpse
     output = target.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, assistant_model=draft)
+    ids = output[0, inputs["input_ids"].shape[1] :].tolist()
+    if draft is None:
+        return {"ids": ids}
     stats = draft.last_generation
-    return {
-        "ids": output[0, inputs["input_ids"].shape[1] :].tolist(),
-        "rounds": stats.rounds,
-        "accepted": sum(stats.accepted),
-    }
+    return {"ids": ids, "rounds": stats.rounds, "accepted": sum(stats.accepted)}
 
 
 def write(output: Path) -> None:
     torch.set_num_threads(1)
-    for family in ("qwen2.5-vl", "llava-onevision"):
+    for family, lengths in CLIPS.items():
         folder, shipped = output / family, testbed.shipped(family)
         export_vllm(shipped / "draft", folder / "draft", shipped / "target")
-        target, processor, draft = testbed.load(family)
-        clips = []
-        for visual_tokens, count in CLIPS.items():
-            for seed in list(testbed.EVALUATION_SEEDS)[:count]:
-                name = f"{visual_tokens}-{seed}"
-                path = folder / f"{name}.mp4"
-                step = testbed.family_of(target).tokens_per_step
-                clip = testbed.make_clip(path, seed, visual_tokens, step)
-                inputs = prepare_inputs(processor, clip.messages)
-                plain = target.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-                found = {"even": describe(target, draft, inputs, 64), "none": describe(target, draft, inputs, 0)}
-                assert found["even"]["ids"] == plain[0, inputs["input_ids"].shape[1] :].tolist()
-                if family == "qwen2.5-vl":
-                    with glimpse_by_stride(DEFAULT_GLIMPSE_STRIDE):
-                        found["stride"] = describe(target, draft, inputs, 64)
-                    with positions_of_vllm(), glimpse_by_stride(DEFAULT_GLIMPSE_STRIDE):
-                        found["vllm"] = describe(target, draft, inputs, 64)
-                frames, metadata = load_video(str(path), backend="pyav")
-                np.save(folder / f"{name}.npy", frames)
-                prompt = processor.apply_chat_template(clip.messages, add_generation_prompt=True, tokenize=False)
-                clips.append(
-                    {
-                        "name": name,
-                        "visual_tokens": visual_tokens,
-                        "prompt": prompt,
-                        "text": clip.messages[0]["content"][1]["text"],
-                        "prompt_ids": inputs["input_ids"][0].tolist(),
-                        "metadata": asdict(metadata) | {"do_sample_frames": False},
-                        **found,
-                    }
-                )
-                print(family, name, {k: 1 + v["accepted"] / v["rounds"] for k, v in found.items()}, flush=True)
         (folder / "target").write_text(str(shipped / "target"))
-        (folder / "clips.json").write_text(json.dumps(clips, default=np.ndarray.tolist))
+        target, processor, draft = testbed.load(family)
+        tokens_per_step = testbed.family_of(target).tokens_per_step
+        clips = []
+        for visual_tokens, seed in ((n, seed) for n, count in lengths.items() for seed in SEEDS[:count]):
+            name = f"{visual_tokens}-{seed}"
+            path = folder / f"{name}.mp4"
+            clip = testbed.make_clip(path, seed, visual_tokens, tokens_per_step)
+            inputs = prepare_inputs(processor, clip.messages)
+            frames, metadata = load_video(str(path), backend="pyav")
+            np.save(folder / f"{name}.npy", frames)
+            clips.append(
+                {
+                    "name": name,
+                    "visual_tokens": visual_tokens,
+                    "prompt": processor.apply_chat_template(clip.messages, add_generation_prompt=True, tokenize=False),
+                    "text": clip.messages[0]["content"][1]["text"],
+                    "prompt_ids": inputs["input_ids"][0].tolist(),
+                    "metadata": asdict(metadata) | {"do_sample_frames": False},
+                    **answers(family, target, draft, inputs),
+                }
+            )
+            print(
+                family,
+                name,
+                {k: acceptance_length([v]) for k, v in clips[-1].items() if isinstance(v, dict) and "rounds" in v},
+                flush=True,
+            )
+            (folder / "clips.json").write_text(json.dumps(clips, default=np.ndarray.tolist))
+        for visual_tokens in lengths:
+            for arm in ("even", "stride", "vllm", "none"):
+                if found := [c[arm] for c in clips if c["visual_tokens"] == visual_tokens and arm in c]:
+                    print(f"{family} {visual_tokens} {arm}: {acceptance_length(found):.2f}", flush=True)
+
+
+def answers(family: str, target: Any, draft: Any, inputs: Any) -> dict[str, Any]:
+    """Which rows the draft reads (and at which positions the target) → what came out."""
+    if family != "qwen2.5-vl":
+        found = {"none": describe(target, draft, inputs, 0)}
+        assert found["none"]["ids"] == describe(target, None, inputs)["ids"]
+        return found
+    found = {"even": describe(target, draft, inputs, 64)}
+    with glimpse_by_stride(DEFAULT_GLIMPSE_STRIDE):
+        found["stride"] = describe(target, draft, inputs, 64)
+        with positions_of_vllm():
+            found["vllm"] = describe(target, draft, inputs, 64)
+    with positions_of_vllm():
+        assert found["vllm"]["ids"] == describe(target, None, inputs)["ids"]
+    return found
+
+
+def acceptance_length(found: list[dict[str, Any]]) -> float:
+    return 1 + sum(answer["accepted"] for answer in found) / sum(answer["rounds"] for answer in found)
 
 
 if __name__ == "__main__":

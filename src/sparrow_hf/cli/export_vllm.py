@@ -16,7 +16,7 @@ def export_vllm(
         str | None, typer.Option(help="Its target, a folder or a Hub id (default: the one the draft names).")
     ] = None,
     glimpse_stride: Annotated[
-        int | None, typer.Option(min=1, help="Keep one of so many visual tokens (default: 6).")
+        int | None, typer.Option(min=1, help="Keep one of so many visual tokens (default: 50).")
     ] = None,
 ) -> None:
     """Writes a draft as vLLM with sparrow-vllm reads it.
@@ -35,7 +35,7 @@ def export_vllm(
         fields = export(draft, output, target, glimpse_stride or DEFAULT_GLIMPSE_STRIDE)
     sparrow = fields["sparrow"]
     if sparrow["method"] == "eagle":
-        console.print("vLLM hands out no middle states of this target: the draft has no glimpse there.", soft_wrap=True)
+        console.print("vLLM hands out no middle states of this target: no glimpse there.", soft_wrap=True)
     if sparrow["position_rule"]:
         console.print(f"Note: {sparrow['position_rule']}", soft_wrap=True)
     serve = {"method": sparrow["method"], "model": str(output), "num_speculative_tokens": 5}

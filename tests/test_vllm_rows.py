@@ -1,7 +1,4 @@
-"""The rows that the plugin finds, piece by piece and in any slots, are those of `sparrow_hf.draft_inputs`.
-
-Needs torch alone besides; runs with the tests of sparrow_hf.
-"""
+"""The rows that `sparrow-vllm` finds, piece by piece and in any slots, are those of `sparrow_hf.draft_inputs`."""
 
 import random
 from dataclasses import dataclass, field
@@ -9,9 +6,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from sparrow_vllm.rows import MAX_FRAME_HEADER_TOKENS, Batch, describe
 
-draft_inputs = pytest.importorskip("sparrow_hf.draft_inputs", reason="compares with sparrow_hf, which is not installed")
-from sparrow_vllm.rows import MAX_FRAME_HEADER_TOKENS, Batch, describe  # noqa: E402
+from sparrow_hf import draft_inputs
 
 VISUAL, AFTER, BLOCK, STRIDE = 1, 2, 4, 3
 

@@ -1,0 +1,35 @@
+"""Engines of other settings: prompts in pieces, requests that are preempted, a target without middle states."""
+
+from typing import Any
+from unittest.mock import patch
+
+from engines import Family, check, engine, others
+
+
+def test_pieces_and_preemptions(qwen: Family, plain: list[list[int]]) -> None:
+    """Pieces of 96 tokens; KV blocks for three of eight requests, so that some lose theirs and start anew."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted = []
+    own = Scheduler._preempt_request
+
+    def preempt(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return own(self, request, *args, **kwargs)
+
+    options = {"max_num_batched_tokens": 96, "num_gpu_blocks_override": 90, "block_size": 16, "max_model_len": 1400}
+    clips = (qwen.of_length(400) * 2)[:8]
+    with engine(qwen, **options) as pieces, patch.object(Scheduler, "_preempt_request", preempt):
+        check(pieces.answer([qwen.request(clip) for clip in clips[:5]], at_once=False), clips[:5], "vllm")
+        pieces.forget()
+        answers = pieces.answer([qwen.request(clip) for clip in clips])
+        assert preempted
+        assert answers.ids == [clip["vllm"]["ids"] for clip in clips]
+        assert pieces.answer(others(qwen)).ids == plain
+
+
+def test_a_target_without_middle_states(llava: Family) -> None:
+    clips = llava.of_length(400)
+    with engine(llava) as with_draft:
+        answers = with_draft.answer([llava.request(clip) for clip in clips], at_once=False)
+    check(answers, clips, "none")
