@@ -35,6 +35,13 @@ def llava():
 
 
 @pytest.fixture(scope="session")
+def qwen3():
+    from engines import Family
+
+    return Family(_folder() / "qwen3-vl", "eagle3")
+
+
+@pytest.fixture(scope="session")
 def plain(qwen):
     """What vLLM says to `others` without a draft. To the clips it says what transformers says."""
     from engines import engine, others

@@ -18,9 +18,15 @@ import torch
 from transformers import Qwen2_5_VLModel
 from transformers.video_utils import load_video
 
-from sparrow_hf import draft_inputs, testbed
+from sparrow_hf import SparrowDraftModel, draft_inputs, testbed
 from sparrow_hf.export_vllm import DEFAULT_GLIMPSE_STRIDE, export_vllm
 from sparrow_hf.video import prepare_inputs
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "tests"))
+from family_parts import MROPE
+
+from families import FAMILY_BY_NAME
+from tiny_targets import FRAME_SIZE
 
 #: Family → visual tokens of a clip → how many clips.
 CLIPS = {"qwen2.5-vl": {400: 5, 3200: 3}, "llava-onevision": {400: 5}}
@@ -90,17 +96,50 @@ def write(output: Path) -> None:
                     **answers(family, target, draft, inputs),
                 }
             )
-            print(
-                family,
-                name,
-                {k: acceptance_length([v]) for k, v in clips[-1].items() if isinstance(v, dict) and "rounds" in v},
-                flush=True,
-            )
+            print(family, name, flush=True)
             (folder / "clips.json").write_text(json.dumps(clips, default=np.ndarray.tolist))
         for visual_tokens in lengths:
             for arm in ("even", "stride", "vllm", "none"):
                 if found := [c[arm] for c in clips if c["visual_tokens"] == visual_tokens and arm in c]:
                     print(f"{family} {visual_tokens} {arm}: {acceptance_length(found):.2f}", flush=True)
+
+    write_qwen3_vl(output / "qwen3-vl")
+    (output / "complete").touch()
+
+
+def write_qwen3_vl(folder: Path) -> None:
+    """A random target whose prompts have a header before each frame, a random draft, and the rows that it reads."""
+    family = FAMILY_BY_NAME["qwen3_vl"]
+    # Heads of 32 channels: vLLM's attention on the CPU has none that are smaller.
+    with patch.dict(MROPE, mrope_section=[8, 4, 4]):
+        target = family.build_target(num_attention_heads=1, num_key_value_heads=1)
+    target.save_pretrained(folder / "weights")
+    family._processor.save_pretrained(folder / "weights")
+    (folder / "target").write_text(str(folder.absolute() / "weights"))
+    draft = SparrowDraftModel.from_target(target, copy_last_layer=True)
+    draft.save_pretrained(folder / "saved")
+    export_vllm(folder / "saved", folder / "draft", folder / "weights", glimpse_stride=5)
+    frames = np.random.default_rng(0).integers(256, size=(16, FRAME_SIZE, FRAME_SIZE, 3), dtype=np.uint8)
+    metadata = {"fps": 2.0, "total_num_frames": 16, "duration": 8.0, "frames_indices": list(range(16))}
+    metadata |= {"width": FRAME_SIZE, "height": FRAME_SIZE, "video_backend": "none"}
+    prompt = f"User: look at {family.video_prompt} and say what moves here\nAssistant:"
+    inputs = family._processor(
+        text=prompt, videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
+    )
+    inputs.pop("video_metadata", None)
+    with glimpse_by_stride(5):
+        kept = draft_inputs.draft_positions(inputs["input_ids"][0], draft.config.visual_token_ids, 1)
+    clip = {
+        "name": "frames",
+        "visual_tokens": int(draft_inputs.visual_mask(inputs["input_ids"], draft.config.visual_token_ids).sum()),
+        "prompt": prompt,
+        "prompt_ids": inputs["input_ids"][0].tolist(),
+        "metadata": metadata | {"do_sample_frames": False},
+        "kept": kept.indices.tolist(),
+        "plain": describe(target, None, inputs),
+    }
+    np.save(folder / "frames.npy", frames)
+    (folder / "clips.json").write_text(json.dumps([clip]))
 
 
 def answers(family: str, target: Any, draft: Any, inputs: Any) -> dict[str, Any]:

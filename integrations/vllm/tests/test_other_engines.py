@@ -33,3 +33,24 @@ def test_a_target_without_middle_states(llava: Family) -> None:
     with engine(llava) as with_draft:
         answers = with_draft.answer([llava.request(clip) for clip in clips], at_once=False)
     check(answers, clips, "none")
+
+
+def test_frame_headers(qwen3: Family) -> None:
+    """Qwen3-VL writes a time before each frame: the draft does not read it, as in transformers."""
+    from sparrow_vllm import model
+
+    (clip,) = qwen3.clips
+    found = []
+    own = model.describe
+
+    def describe(*arguments: Any, **named: Any) -> Any:
+        found.append(own(*arguments, **named))
+        return found[-1]
+
+    with patch.object(model, "describe", describe), engine(qwen3) as with_draft:
+        found.clear()
+        answers = with_draft.answer([qwen3.request(clip)])
+    assert answers.ids == [clip["plain"]["ids"]]
+    rows = next(rows for rows in found if len(rows.hidden) == len(clip["prompt_ids"]))
+    assert (~rows.hidden).nonzero().flatten().tolist() == clip["kept"]
+    assert rows.positions[~rows.hidden].tolist() == list(range(len(clip["kept"])))
