@@ -4,6 +4,7 @@
 the clips, and of every clip the ids and the rounds of `generate()` with the draft.
 """
 
+import copy
 import json
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from transformers.video_utils import load_video
 
 from sparrow_hf import SparrowDraftModel, draft_inputs, testbed
 from sparrow_hf.export_vllm import DEFAULT_GLIMPSE_STRIDE, export_vllm
+from sparrow_hf.generation.candidate_generator import SparrowCandidateGenerator
 from sparrow_hf.video import prepare_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tests"))
@@ -155,7 +157,35 @@ def answers(family: str, target: Any, draft: Any, inputs: Any) -> dict[str, Any]
             found["vllm"] = describe(target, draft, inputs, 64)
     with positions_of_vllm():
         assert found["vllm"]["ids"] == describe(target, None, inputs)["ids"]
+        with glimpse_by_stride(DEFAULT_GLIMPSE_STRIDE):
+            found["state"] = state_behind_prompt(target, without_slowest_pair(draft), inputs)
     return found
+
+
+def without_slowest_pair(draft: Any) -> Any:
+    """The draft as it is exported: the pair of channels that RoPE turns slowest is not used."""
+    draft = copy.deepcopy(draft)
+    size = draft.config.head_dim
+    for layer in draft.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            for tensor in projection.parameters():
+                tensor.data.unflatten(0, (-1, size))[:, [size // 2 - 1, size - 1]] = 0
+    return draft
+
+
+def state_behind_prompt(target: Any, draft: Any, inputs: Any) -> list[float]:
+    """What the draft makes of the prompt's last token."""
+    states = []
+    own = SparrowCandidateGenerator.prefill
+
+    def prefill(self: Any, *arguments: Any) -> None:
+        own(self, *arguments)
+        states.append(self.hidden.flatten().tolist())
+
+    draft.config.num_glimpse_tokens = 64
+    with patch.object(SparrowCandidateGenerator, "prefill", prefill):
+        target.generate(**inputs, max_new_tokens=2, do_sample=False, assistant_model=draft)
+    return states[0]
 
 
 def acceptance_length(found: list[dict[str, Any]]) -> float:

@@ -85,22 +85,63 @@ def leaves_the_slots() -> Any:
     return patch.object(seams, "put_slots", lambda name, slots: None)
 
 
+def draft_states(qwen: Family, drafting: Engine, clips: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """What the draft makes of the last token of each prompt."""
+    from sparrow_vllm.model import EagleDraft
+
+    found = []
+    own = EagleDraft.forward
+
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        states, _ = own(self, *arguments, **named)
+        found.append(states)
+        return states, states
+
+    drafting.forget()
+    lasts = []
+    with patch.object(EagleDraft, "forward", forward):
+        for clip in clips:
+            found.clear()
+            drafting.answer([qwen.request(clip)], max_tokens=2)
+            lasts.append(next(states for states in found if len(states) == len(clip["prompt_ids"]))[-1])
+    drafting.forget()
+    return lasts
+
+
+#: Largest difference of a state from transformers'; states are about 1 in size.
+STATE_TOLERANCE = 1e-3
+
+
+def test_the_draft_computes_what_it_does_in_transformers(qwen: Family, drafting: Engine) -> None:
+    states = draft_states(qwen, drafting, qwen.clips)
+    for clip, state in zip(qwen.clips, states, strict=True):
+        torch.testing.assert_close(state, torch.tensor(clip["state"]), rtol=0, atol=STATE_TOLERANCE)
+
+
 FAULTS = {
     "nothing hidden": lambda: with_rows(hidden=lambda rows, _: torch.zeros_like(rows.hidden)),
     "no shift over the video": lambda: with_rows(next_ids=lambda _, next_ids: next_ids),
     "positions of the prompt": lambda: with_rows(positions=lambda rows, _: torch.arange(len(rows.positions))),
-    "slots of the V1 runner": leaves_the_slots,
     "visual states of the last layer": reads_the_last_layer,
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_costs_acceptance_and_no_text(qwen: Family, drafting: Engine, fault: str) -> None:
-    drafting.forget()
-    clips = qwen.of_length(400)
+def test_a_planted_fault_is_seen_in_the_states(qwen: Family, drafting: Engine, fault: str) -> None:
+    clip = qwen.of_length(400)[0]
     with FAULTS[fault]():
+        (state,) = draft_states(qwen, drafting, [clip])
+    difference = float((state - torch.tensor(clip["state"])).abs().max())
+    print(f"{fault}: {difference:.1e}")
+    assert difference > 3 * STATE_TOLERANCE
+
+
+def test_slots_of_the_runner_cost_acceptance_and_no_text(qwen: Family, drafting: Engine) -> None:
+    clips = qwen.of_length(400)
+    drafting.forget()
+    with leaves_the_slots():
         answers = drafting.answer([qwen.request(clip) for clip in clips], at_once=False)
     drafting.forget()
+    print("slots of the runner:", answers.acceptance_length, "instead of", wanted(clips, "vllm"))
     assert answers.ids == [clip["vllm"]["ids"] for clip in clips]
-    print(fault, answers.acceptance_length, "instead of", wanted(clips, "vllm"))
     assert answers.acceptance_length < (1 - TOLERANCE) * wanted(clips, "vllm")
