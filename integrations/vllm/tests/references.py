@@ -6,6 +6,8 @@ the clips, and of every clip the ids and the rounds of `generate()` with the dra
 
 import copy
 import json
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLModel
 from transformers.video_utils import load_video
 
@@ -76,7 +79,7 @@ def write(output: Path) -> None:
     for family, lengths in CLIPS.items():
         folder, shipped = output / family, testbed.shipped(family)
         export_vllm(shipped / "draft", folder / "draft", shipped / "target")
-        (folder / "target").write_text(str(shipped / "target"))
+        (folder / "target").write_text(str(served_target(shipped / "target", folder)))
         target, processor, draft = testbed.load(family)
         tokens_per_step = testbed.family_of(target).tokens_per_step
         clips = []
@@ -142,6 +145,20 @@ def write_qwen3_vl(folder: Path) -> None:
     }
     np.save(folder / "frames.npy", frames)
     (folder / "clips.json").write_text(json.dumps([clip]))
+
+
+def served_target(target: Path, folder: Path) -> Path:
+    """The target, or a copy of it whose vision tower has the names of published files, which vLLM looks for."""
+    tensors = load_file(target / "model.safetensors")
+    wanted = {name: re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name) for name in tensors}
+    if all(old == new for old, new in wanted.items()):
+        return target
+    served = folder.absolute() / "weights"
+    shutil.copytree(target, served, dirs_exist_ok=True)
+    save_file(
+        {wanted[name]: tensor for name, tensor in tensors.items()}, served / "model.safetensors", {"format": "pt"}
+    )
+    return served
 
 
 def answers(family: str, target: Any, draft: Any, inputs: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from engines import Family, check, engine, others
 
 
 def test_pieces_and_preemptions(qwen: Family, plain: list[list[int]]) -> None:
-    """Pieces of 96 tokens; KV blocks for three of eight requests, so that some lose theirs and start anew."""
+    """Pieces of 96 tokens; KV blocks for two of eight requests, so that some lose theirs and start anew."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     preempted = []
@@ -17,7 +17,7 @@ def test_pieces_and_preemptions(qwen: Family, plain: list[list[int]]) -> None:
         preempted.append(request.request_id)
         return own(self, request, *args, **kwargs)
 
-    options = {"max_num_batched_tokens": 96, "num_gpu_blocks_override": 90, "block_size": 16, "max_model_len": 1400}
+    options = {"max_num_batched_tokens": 96, "num_gpu_blocks_override": 48, "block_size": 32, "max_model_len": 1400}
     clips = (qwen.of_length(400) * 2)[:8]
     with engine(qwen, **options) as pieces, patch.object(Scheduler, "_preempt_request", preempt):
         check(pieces.answer([qwen.request(clip) for clip in clips[:5]], at_once=False), clips[:5], "vllm")
@@ -47,7 +47,7 @@ def test_frame_headers(qwen3: Family) -> None:
         found.append(own(*arguments, **named))
         return found[-1]
 
-    with patch.object(model, "describe", describe), engine(qwen3) as with_draft:
+    with patch.object(model, "describe", describe), engine(qwen3, max_model_len=4096) as with_draft:
         found.clear()
         answers = with_draft.answer([qwen3.request(clip)])
     assert answers.ids == [clip["plain"]["ids"]]

