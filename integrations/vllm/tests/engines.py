@@ -130,6 +130,7 @@ def wanted(clips: list[dict[str, Any]], rows: str) -> float:
 
 def check(answers: Answers, clips: list[dict[str, Any]], rows: str, tolerance: float = TOLERANCE) -> None:
     """Compares with transformers, which read the clips at the positions that vLLM gives them."""
+    print(f"acceptance length {answers.acceptance_length:.2f}, in transformers {wanted(clips, rows):.2f}")
     assert answers.ids == [clip[rows]["ids"] for clip in clips]
     assert answers.acceptance_length == pytest.approx(wanted(clips, rows), rel=tolerance)
 

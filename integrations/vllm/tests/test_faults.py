@@ -25,7 +25,7 @@ TARGET = {
 }
 
 
-def engine_with(**changes: Any) -> Any:
+def engine_with(method: str = "eagle3", **changes: Any) -> Any:
     """As much of a `VllmConfig` as is looked at."""
     fields = TARGET | changes
     text = SimpleNamespace(**{name: fields[name] for name in ("num_hidden_layers", "hidden_size", "vocab_size")})
@@ -33,7 +33,9 @@ def engine_with(**changes: Any) -> Any:
     target = SimpleNamespace(
         model_type=fields["model_type"], image_token_id=image, video_token_id=video, get_text_config=lambda: text
     )
-    return SimpleNamespace(model_config=SimpleNamespace(hf_config=target))
+    return SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=target), speculative_config=SimpleNamespace(method=method)
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,17 +53,17 @@ def test_another_target(changes: dict[str, Any]) -> None:
     from sparrow_vllm.model import check_fits
 
     fields = {"method": "eagle3", "target": TARGET, "position_rule": None}
-    check_fits(fields, "eagle3", engine_with())
+    check_fits(fields, engine_with())
     with pytest.raises(DraftError, match=f"another target .*{next(iter(changes))}.*some/target"):
-        check_fits(fields, "eagle3", engine_with(**changes))
+        check_fits(fields, engine_with(**changes))
 
 
-@pytest.mark.parametrize("method", ("eagle", "another"))
+@pytest.mark.parametrize("method", ("eagle", "draft_model"))
 def test_another_method(method: str) -> None:
     from sparrow_vllm.model import check_fits
 
     with pytest.raises(DraftError, match='write "method": "eagle3"'):
-        check_fits({"method": "eagle3", "target": TARGET, "position_rule": None}, method, engine_with())
+        check_fits({"method": "eagle3", "target": TARGET, "position_rule": None}, engine_with(method))
 
 
 @pytest.mark.parametrize("found", ("0.31.4", "0.33.0", "1.32.0", "none"))

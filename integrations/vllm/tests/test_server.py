@@ -49,8 +49,8 @@ class Server:
         return answer.choices[0].message.content
 
     def expected(self, clip: dict[str, Any]) -> str:
-        """What transformers said."""
-        return self.tokenizer.decode(clip["vllm"]["ids"], skip_special_tokens=True)
+        """What transformers said. vLLM decodes word by word, each with the space before it, the first one too."""
+        return " " + self.tokenizer.decode(clip["vllm"]["ids"], skip_special_tokens=True)
 
     def counts(self) -> tuple[float, float]:
         """Rounds and accepted tokens so far."""

@@ -14,7 +14,6 @@ def register() -> None:
     # Where sparrow_hf is imported too, its own class has this name.
     with suppress(ValueError):
         AutoConfig.register(RawDraftConfig.model_type, RawDraftConfig)
-    # config.json names SparrowDraftModel; vLLM puts the method in front of it.
-    ModelRegistry.register_model("Eagle3SparrowDraftModel", "sparrow_vllm.model:Eagle3Draft")
-    ModelRegistry.register_model("EagleSparrowDraftModel", "sparrow_vllm.model:EagleDraft")
-    ModelRegistry.register_model("SparrowDraftModel", "sparrow_vllm.model:DraftOfAnotherMethod")
+    # config.json names SparrowDraftModel; vLLM puts the method in front of it, and nothing for other methods.
+    for method in ("Eagle3", "Eagle", ""):
+        ModelRegistry.register_model(f"{method}SparrowDraftModel", "sparrow_vllm.model:SparrowDraft")

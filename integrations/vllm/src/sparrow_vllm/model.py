@@ -93,31 +93,44 @@ class SparrowModel(nn.Module):
         return self.norm(states + residual)
 
 
-class EagleDraft(seams.Eagle3Base):
-    """Of the method "eagle": reads the target's last states, has no glimpse."""
+class SparrowDraft(seams.Eagle3Base):
+    """The draft, of both methods. "eagle" gives it the target's last states, so that it has no glimpse."""
 
-    method = "eagle"
     # vLLM then says which of the next tokens are visual, whatever their ids are.
     supports_multimodal_embeddings = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         nn.Module.__init__(self)
-        self.config = vllm_config.speculative_config.draft_model_config.hf_config
-        self.vllm_config = vllm_config
-        fields = self.config.sparrow
-        check_fits(fields, self.method, vllm_config)
-        self.model = SparrowModel(vllm_config, self.config, maybe_prefix(prefix, "model"))
+        self.config = config = vllm_config.speculative_config.draft_model_config.hf_config
+        self.vllm_config, self.fields = vllm_config, config.sparrow
+        check_fits(self.fields, vllm_config)
+        self.model = SparrowModel(vllm_config, config, maybe_prefix(prefix, "model"))
         seams.check(vllm_config, self.model.layers[0])
         self.layer_names = [layer.self_attn.attn.layer_name for layer in self.model.layers]
-        self.logits_processor = LogitsProcessor(self.config.vocab_size)
-        self.register_buffer("never_drafted", torch.zeros(self.config.vocab_size, dtype=torch.bool), persistent=False)
-        self.never_drafted[[i for i in fields["target"]["visual_token_ids"] if i < self.config.vocab_size]] = True
-        if fields["draft_vocab_size"]:
-            self.draft_to_target = nn.Parameter(
-                torch.zeros(fields["draft_vocab_size"], dtype=torch.int64), requires_grad=False
-            )
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        never_drafted = torch.zeros(config.vocab_size, dtype=torch.bool)
+        never_drafted[[i for i in self.fields["target"]["visual_token_ids"] if i < config.vocab_size]] = True
+        self.register_buffer("never_drafted", never_drafted, persistent=False)
+        if size := self.fields["draft_vocab_size"]:
+            self.draft_to_target = nn.Parameter(torch.zeros(size, dtype=torch.int64), requires_grad=False)
+        if self.fields["method"] == "eagle3":
+            self.target_norm = RMSNorm(config.hidden_size, eps=self.fields["target"]["rms_norm_eps"])
+        # Kept from `combine_hidden_states` to the forward, which a CUDA graph may replay.
+        room = vllm_config.scheduler_config.max_num_batched_tokens if self.fields["glimpse_stride"] else 0
+        self.register_buffer("bridge", torch.zeros(room, config.hidden_size), persistent=False)
         self._memory: Tensor | None = None
-        self._given: tuple[Tensor, Tensor | None] | None = None
+        self._given: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
+        """`(n, k·H)` states of the layers in `eagle_aux_hidden_state_layer_ids` → `(n, H)` that FC reads."""
+        layers, last = self.config.eagle_aux_hidden_state_layer_ids, self.fields["target"]["num_hidden_layers"]
+        states = dict(zip(layers, hidden_states.chunk(len(layers), dim=-1), strict=True))
+        if last in states:
+            # vLLM hands it over before the norm.
+            states[last] = self.target_norm(states[last].contiguous())
+        if self.fields["glimpse_stride"]:
+            self.bridge[: len(hidden_states)] = states[self.fields["bridge_layer"]]
+        return self.model.feature_fc(torch.cat([states[layer] for layer in self.fields["feature_layers"]], dim=-1))
 
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, is_multimodal: Tensor | None = None
@@ -130,44 +143,38 @@ class EagleDraft(seams.Eagle3Base):
         self, input_ids: Tensor | None, positions: Tensor, hidden_states: Tensor, inputs_embeds: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         n, device = len(hidden_states), hidden_states.device
-        given, self._given = self._given, None
-        next_ids, is_visual = given if inputs_embeds is not None and given is not None else (input_ids, None)
-        if next_ids is None:
-            next_ids = torch.zeros(n, dtype=torch.int64, device=device)
+        given, self._given = self._given, (None, None)
+        next_ids, next_is_visual = given if inputs_embeds is not None else (input_ids, None)
+        # Nothing is given in dry runs, and nothing of what is visual after the first step.
+        next_ids = torch.zeros(n, dtype=torch.int64, device=device) if next_ids is None else _padded(next_ids, n)
+        visual = hidden = torch.zeros(n, dtype=torch.bool, device=device)
         if self._memory is None:
             # Before graphs are captured, since a graph would clear it every time.
             self._memory = seams.new_memory(self.vllm_config, device)
         batch = seams.current_batch(self.vllm_config, self.layer_names[0])
-        hidden = torch.zeros(n, dtype=torch.bool, device=device)
-        if batch is None or self._memory is None:
-            next_ids = _padded(next_ids, n)
-            return self._run(next_ids, positions, hidden_states, hidden, hidden)
-        m = batch.num_rows
-        none_visual = torch.zeros(m, dtype=torch.bool, device=device)
-        rows = describe(
-            batch,
-            next_ids=_padded(next_ids, m),
-            next_is_visual=none_visual if is_visual is None else _padded(is_visual.to(device), m),
-            memory=self._memory,
-            glimpse_stride=self.config.sparrow["glimpse_stride"],
-            after_visual=self.config.sparrow["after_visual"],
-            compact=self.config.sparrow["position_mode"] == "compact",
-        )
-        for name in self.layer_names:
-            seams.put_slots(name, rows.slots)
-        whole = (_padded(x, n) for x in (rows.next_ids, rows.positions, rows.is_visual, rows.hidden))
-        next_ids, positions, visual, hidden = whole
-        return self._run(next_ids, positions, hidden_states, visual, hidden)
-
-    def _run(self, next_ids: Tensor, positions: Tensor, states: Tensor, visual: Tensor, hidden: Tensor) -> Any:
-        embeds = self.model.embed_tokens(next_ids)
-        fused = self.model.fc(torch.cat((embeds, states), dim=-1))
-        out = self.model(positions, self.with_visual(fused, visual), hidden)
-        return out, out
-
-    def with_visual(self, fused: Tensor, visual: Tensor) -> Tensor:
-        """`(n, H)` inputs of the layers, the visual rows among them as they should be."""
-        return fused
+        if batch is not None and self._memory is not None:
+            m = batch.num_rows
+            rows = describe(
+                batch,
+                next_ids=next_ids[:m],
+                next_is_visual=visual[:m] if next_is_visual is None else _padded(next_is_visual.to(device), m),
+                memory=self._memory,
+                glimpse_stride=self.fields["glimpse_stride"],
+                after_visual=self.fields["after_visual"],
+                compact=self.fields["position_mode"] == "compact",
+            )
+            for name in self.layer_names:
+                seams.put_slots(name, rows.slots)
+            found = (rows.next_ids, rows.positions, rows.is_visual, rows.hidden)
+            next_ids, positions, visual, hidden = (_padded(x, n) for x in found)
+        states = self.model.fc(torch.cat((self.model.embed_tokens(next_ids), hidden_states), dim=-1))
+        if self.fields["glimpse_stride"]:
+            bridge = self.bridge[:n]
+            if self.fields["project_visual"]:
+                bridge = self.model.fc(torch.cat((torch.zeros_like(bridge), bridge), dim=-1))
+            states = torch.where(visual[:, None], bridge, states)
+        states = self.model(positions, states, hidden)
+        return states, states
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         logits = self.logits_processor(self.lm_head, hidden_states)
@@ -178,66 +185,16 @@ class EagleDraft(seams.Eagle3Base):
         borrowed = {"model.embed_tokens.weight"}
         if missing := dict(self.named_parameters()).keys() - loaded - borrowed:
             raise DraftError(f"the draft's files lack {', '.join(sorted(missing))}: export the draft again")
-        if self.config.sparrow["draft_vocab_size"]:
-            allowed = torch.zeros_like(self.never_drafted)
-            allowed[self.draft_to_target.to(allowed.device)] = True
-            self.never_drafted |= ~allowed
+        if self.fields["draft_vocab_size"]:
+            others = torch.ones_like(self.never_drafted)
+            others[self.draft_to_target] = False
+            self.never_drafted |= others
         return loaded | borrowed
 
 
-class Eagle3Draft(EagleDraft):
-    """Of the method "eagle3": reads the states of any target layers, among them those of visual rows."""
-
-    method = "eagle3"
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        fields, size = self.config.sparrow, self.config.hidden_size
-        self.target_norm = RMSNorm(size, eps=fields["target"]["rms_norm_eps"])
-        # Kept from `combine_hidden_states` to the forward, which a CUDA graph may replay.
-        room = vllm_config.scheduler_config.max_num_batched_tokens
-        self.register_buffer("bridge", torch.zeros(room, size), persistent=False)
-
-    def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
-        """`(n, k·H)` states of the layers in `eagle_aux_hidden_state_layer_ids` → `(n, H)` that FC reads."""
-        fields, layers = self.config.sparrow, self.config.eagle_aux_hidden_state_layer_ids
-        states = dict(zip(layers, hidden_states.chunk(len(layers), dim=-1), strict=True))
-        last = fields["target"]["num_hidden_layers"]
-        if last in states:
-            # vLLM hands it over before the norm.
-            states[last] = self.target_norm(states[last].contiguous())
-        if fields["glimpse_stride"]:
-            self.bridge[: len(hidden_states)] = states[fields["bridge_layer"]]
-        return self.model.feature_fc(torch.cat([states[layer] for layer in fields["feature_layers"]], dim=-1))
-
-    def with_visual(self, fused: Tensor, visual: Tensor) -> Tensor:
-        if not self.config.sparrow["glimpse_stride"]:
-            return fused
-        bridge = self.bridge[: len(fused)]
-        if self.config.sparrow["project_visual"]:
-            bridge = self.model.fc(torch.cat((torch.zeros_like(bridge), bridge), dim=-1))
-        return torch.where(visual[:, None], bridge, fused)
-
-
-class DraftOfAnotherMethod(nn.Module):
-    """What vLLM makes where neither method was asked for."""
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        check_fits(vllm_config.speculative_config.draft_model_config.hf_config.sparrow, "another", vllm_config)
-
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        raise AssertionError
-
-    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        raise AssertionError
-
-    def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        raise AssertionError
-
-
-def check_fits(fields: dict[str, Any], method: str, vllm_config: VllmConfig) -> None:
+def check_fits(fields: dict[str, Any], vllm_config: VllmConfig) -> None:
     """Raises [`DraftError`] if a draft was exported for another method or another target."""
-    if method != fields["method"]:
+    if vllm_config.speculative_config.method != fields["method"]:
         raise DraftError(
             f'this draft was exported for the method "{fields["method"]}", and --speculative-config asks for another '
             f'one: write "method": "{fields["method"]}"'
