@@ -17,7 +17,12 @@ def test_pieces_and_preemptions(qwen: Family, plain: list[list[int]]) -> None:
         preempted.append(request.request_id)
         return own(self, request, *args, **kwargs)
 
-    options = {"max_num_batched_tokens": 96, "num_gpu_blocks_override": 48, "block_size": 32, "max_model_len": 1400}
+    options = {
+        "long_prefill_token_threshold": 96,
+        "num_gpu_blocks_override": 48,
+        "block_size": 32,
+        "max_model_len": 1400,
+    }
     clips = (qwen.of_length(400) * 2)[:8]
     with engine(qwen, **options) as pieces, patch.object(Scheduler, "_preempt_request", preempt):
         check(pieces.answer([qwen.request(clip) for clip in clips[:5]], at_once=False), clips[:5], "vllm")
@@ -47,10 +52,12 @@ def test_frame_headers(qwen3: Family) -> None:
         found.append(own(*arguments, **named))
         return found[-1]
 
+    with engine(qwen3, draft=False, max_model_len=4096) as without:
+        expected = without.answer([qwen3.request(clip)]).ids
     with patch.object(model, "describe", describe), engine(qwen3, max_model_len=4096) as with_draft:
         found.clear()
-        answers = with_draft.answer([qwen3.request(clip)])
-    assert answers.ids == [clip["plain"]["ids"]]
+        # The random target of vLLM and that of transformers differ in what they say, draft or none.
+        assert with_draft.answer([qwen3.request(clip)]).ids == expected
     rows = next(rows for rows in found if len(rows.hidden) == len(clip["prompt_ids"]))
     assert (~rows.hidden).nonzero().flatten().tolist() == clip["kept"]
     assert rows.positions[~rows.hidden].tolist() == list(range(len(clip["kept"])))
