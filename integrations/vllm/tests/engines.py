@@ -1,0 +1,159 @@
+"""Engines of vLLM for the tests, the clips, and what is counted while they answer."""
+
+import gc
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+#: Small, offline and on loopback; read when vLLM is imported.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+os.environ |= ENVIRONMENT
+
+
+@dataclass
+class Family:
+    """A built-in target, its exported draft, and what transformers said to its clips (`references.py`)."""
+
+    folder: Path
+    method: str
+    target: str = field(init=False)
+    clips: list[dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.target = (self.folder / "target").read_text()
+        self.clips = json.loads((self.folder / "clips.json").read_text())
+
+    def of_length(self, visual_tokens: int) -> list[dict[str, Any]]:
+        return [clip for clip in self.clips if clip["visual_tokens"] == visual_tokens]
+
+    def speculative_config(self, **changes: Any) -> dict[str, Any]:
+        draft = str(self.folder / "draft")
+        return {"method": self.method, "model": draft, "num_speculative_tokens": 5} | changes
+
+    def video(self, clip: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return np.load(self.folder / f"{clip['name']}.npy"), clip["metadata"]
+
+    def request(self, clip: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": clip["prompt"], "multi_modal_data": {"video": [self.video(clip)]}}
+
+
+@dataclass
+class Answers:
+    """Token ids of each answer, and the rounds and accepted tokens of all."""
+
+    ids: list[list[int]]
+    rounds: int
+    accepted: int
+
+    @property
+    def acceptance_length(self) -> float:
+        return 1 + self.accepted / self.rounds
+
+
+class Engine:
+    """One `vllm.LLM`, greedy."""
+
+    def __init__(self, llm: Any):
+        self.llm = llm
+
+    def _counts(self) -> tuple[int, int]:
+        names = ("vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens")
+        found = {metric.name: metric.value for metric in self.llm.get_metrics() if metric.name in names}
+        return found.get(names[0], 0), found.get(names[1], 0)
+
+    def answer(self, requests: list[Any], at_once: bool = True, max_tokens: int = 100) -> Answers:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, skip_special_tokens=False)
+        rounds, accepted = self._counts()
+        batches = [requests] if at_once else [[request] for request in requests]
+        outputs = [output for batch in batches for output in self.llm.generate(batch, sampling, use_tqdm=False)]
+        now = self._counts()
+        ids = [list(output.outputs[0].token_ids) for output in outputs]
+        return Answers(ids, now[0] - rounds, now[1] - accepted)
+
+    def forget(self) -> None:
+        """Nothing of earlier prompts is cached."""
+        assert self.llm.reset_prefix_cache()
+
+
+@contextmanager
+def engine(family: Family, draft: bool = True, **options: Any) -> Iterator[Engine]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings = {
+        "model": family.target,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 8192,
+        "max_num_seqs": 8,
+        "limit_mm_per_prompt": {"video": 2, "image": 2},
+        "skip_mm_profiling": True,
+        "disable_log_stats": False,
+    }
+    if draft:
+        settings["speculative_config"] = family.speculative_config()
+    llm = LLM(**settings | options)
+    try:
+        yield Engine(llm)
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+#: How far the acceptance length may be from transformers'. vLLM also counts the round that an answer ends in.
+TOLERANCE = 0.02
+
+
+def wanted(clips: list[dict[str, Any]], rows: str) -> float:
+    """Acceptance length of transformers."""
+    return 1 + sum(clip[rows]["accepted"] for clip in clips) / sum(clip[rows]["rounds"] for clip in clips)
+
+
+def check(answers: Answers, clips: list[dict[str, Any]], rows: str, tolerance: float = TOLERANCE) -> None:
+    """Compares with transformers, which read the clips at the positions that vLLM gives them."""
+    print(f"acceptance length {answers.acceptance_length:.2f}, in transformers {wanted(clips, rows):.2f}")
+    assert answers.ids == [clip[rows]["ids"] for clip in clips]
+    assert answers.acceptance_length == pytest.approx(wanted(clips, rows), rel=tolerance)
+
+
+def visual_part(prompt: str) -> str:
+    """The part of a prompt that stands for its video."""
+    return prompt[prompt.index("<|vision_start|>") : prompt.index("<|vision_end|>") + len("<|vision_end|>")]
+
+
+def others(qwen: Family) -> list[dict[str, Any]]:
+    """No video, two videos, an image before a video, and a second turn behind a video and its answer."""
+    clips = qwen.of_length(400)
+    videos = [qwen.video(clip) for clip in clips[:2]]
+    prompt = clips[0]["prompt"]
+    visual = visual_part(prompt)
+    image = visual.replace("video", "image")
+    second_turn = "a big brown crescent comes into view .<|im_end|>\n" + clips[1]["prompt"].replace(visual, "")
+    return [
+        {"prompt": prompt.replace(visual, "")},
+        {"prompt": prompt.replace(visual, visual + "and then" + visual), "multi_modal_data": {"video": videos}},
+        {
+            "prompt": prompt.replace(visual, image + visual),
+            "multi_modal_data": {"image": [videos[1][0][0]], "video": videos[:1]},
+        },
+        {"prompt": prompt + second_turn, "multi_modal_data": {"video": videos[:1]}},
+    ]

@@ -1,0 +1,213 @@
+"""What transformers says to the clips of the tests, for an environment that has vLLM and not this transformers.
+
+`python references.py OUTPUT` in an environment of sparrow_hf; `make test-vllm` calls it. Writes the exported drafts,
+the clips, and of every clip the ids and the rounds of `generate()` with the draft.
+"""
+
+import copy
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLModel
+from transformers.video_utils import load_video
+
+from sparrow_hf import SparrowDraftModel, draft_inputs, testbed
+from sparrow_hf.export_vllm import DEFAULT_GLIMPSE_STRIDE, export_vllm
+from sparrow_hf.generation.candidate_generator import SparrowCandidateGenerator
+from sparrow_hf.video import prepare_inputs
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "tests"))
+from family_parts import MROPE
+
+from families import FAMILY_BY_NAME
+from tiny_targets import FRAME_SIZE
+
+#: Family → visual tokens of a clip → how many clips.
+CLIPS = {"qwen2.5-vl": {400: 5, 3200: 3}, "llava-onevision": {400: 5}}
+SEEDS = list(testbed.EVALUATION_SEEDS[:5])
+MAX_NEW_TOKENS = 100
+
+
+@contextmanager
+def glimpse_by_stride(stride: int) -> Iterator[None]:
+    """Drafts keep every s-th visual token, as in vLLM."""
+    with patch.object(draft_inputs, "strided", lambda positions, count: positions[stride // 2 :: stride]):
+        yield
+
+
+@contextmanager
+def positions_of_vllm() -> Iterator[None]:
+    """Text after the (one) video is numbered from the largest of the video's positions, as in vLLM."""
+    own = Qwen2_5_VLModel.get_rope_index
+
+    def get_rope_index(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        positions, _ = own(self, input_ids, *args, **kwargs)
+        video = (input_ids[0] == self.config.video_token_id).nonzero().flatten()
+        behind = int(video[-1]) + 1
+        positions[:, :, behind:] += positions[:, :, :behind].max() + 1 - positions[:, :, behind : behind + 1]
+        return positions, positions.max().reshape(1, 1) + 1 - input_ids.shape[1]
+
+    with patch.object(Qwen2_5_VLModel, "get_rope_index", get_rope_index):
+        yield
+
+
+def describe(target: Any, draft: Any, inputs: Any, glimpse: int = 0) -> dict[str, Any]:
+    """Ids of the answer; with a draft, its rounds and the tokens accepted in them."""
+    if draft is not None:
+        draft.config.num_glimpse_tokens = glimpse
+    output = target.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, assistant_model=draft)
+    ids = output[0, inputs["input_ids"].shape[1] :].tolist()
+    if draft is None:
+        return {"ids": ids}
+    stats = draft.last_generation
+    return {"ids": ids, "rounds": stats.rounds, "accepted": sum(stats.accepted)}
+
+
+def write(output: Path) -> None:
+    torch.set_num_threads(1)
+    for family, lengths in CLIPS.items():
+        folder, shipped = output / family, testbed.shipped(family)
+        export_vllm(shipped / "draft", folder / "draft", shipped / "target")
+        (folder / "target").write_text(str(served_target(shipped / "target", folder)))
+        target, processor, draft = testbed.load(family)
+        tokens_per_step = testbed.family_of(target).tokens_per_step
+        clips = []
+        for visual_tokens, seed in ((n, seed) for n, count in lengths.items() for seed in SEEDS[:count]):
+            name = f"{visual_tokens}-{seed}"
+            path = folder / f"{name}.mp4"
+            clip = testbed.make_clip(path, seed, visual_tokens, tokens_per_step)
+            inputs = prepare_inputs(processor, clip.messages)
+            frames, metadata = load_video(str(path), backend="pyav")
+            np.save(folder / f"{name}.npy", frames)
+            clips.append(
+                {
+                    "name": name,
+                    "visual_tokens": visual_tokens,
+                    "prompt": processor.apply_chat_template(clip.messages, add_generation_prompt=True, tokenize=False),
+                    "text": clip.messages[0]["content"][1]["text"],
+                    "prompt_ids": inputs["input_ids"][0].tolist(),
+                    "metadata": asdict(metadata) | {"do_sample_frames": False},
+                    **answers(family, target, draft, inputs),
+                }
+            )
+            print(family, name, flush=True)
+            (folder / "clips.json").write_text(json.dumps(clips, default=np.ndarray.tolist))
+        for visual_tokens in lengths:
+            for arm in ("even", "stride", "vllm", "none"):
+                if found := [c[arm] for c in clips if c["visual_tokens"] == visual_tokens and arm in c]:
+                    print(f"{family} {visual_tokens} {arm}: {acceptance_length(found):.2f}", flush=True)
+
+    write_qwen3_vl(output / "qwen3-vl")
+    (output / "complete").touch()
+
+
+def write_qwen3_vl(folder: Path) -> None:
+    """A random target whose prompts have a header before each frame, a random draft, and the rows that it reads."""
+    family = FAMILY_BY_NAME["qwen3_vl"]
+    # Heads of 32 channels: vLLM's attention on the CPU has none that are smaller.
+    with patch.dict(MROPE, mrope_section=[8, 4, 4]):
+        target = family.build_target(num_attention_heads=1, num_key_value_heads=1)
+    target.save_pretrained(folder / "weights")
+    family._processor.save_pretrained(folder / "weights")
+    (folder / "target").write_text(str(folder.absolute() / "weights"))
+    draft = SparrowDraftModel.from_target(target, copy_last_layer=True)
+    draft.save_pretrained(folder / "saved")
+    export_vllm(folder / "saved", folder / "draft", folder / "weights", glimpse_stride=5)
+    frames = np.random.default_rng(0).integers(256, size=(16, FRAME_SIZE, FRAME_SIZE, 3), dtype=np.uint8)
+    metadata = {"fps": 2.0, "total_num_frames": 16, "duration": 8.0, "frames_indices": list(range(16))}
+    metadata |= {"width": FRAME_SIZE, "height": FRAME_SIZE, "video_backend": "none"}
+    prompt = f"User: look at {family.video_prompt} and say what moves here\nAssistant:"
+    inputs = family._processor(
+        text=prompt, videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
+    )
+    inputs.pop("video_metadata", None)
+    with glimpse_by_stride(5):
+        kept = draft_inputs.draft_positions(inputs["input_ids"][0], draft.config.visual_token_ids, 1)
+    clip = {
+        "name": "frames",
+        "visual_tokens": int(draft_inputs.visual_mask(inputs["input_ids"], draft.config.visual_token_ids).sum()),
+        "prompt": prompt,
+        "prompt_ids": inputs["input_ids"][0].tolist(),
+        "metadata": metadata | {"do_sample_frames": False},
+        "kept": kept.indices.tolist(),
+        "plain": describe(target, None, inputs),
+    }
+    np.save(folder / "frames.npy", frames)
+    (folder / "clips.json").write_text(json.dumps([clip]))
+
+
+def served_target(target: Path, folder: Path) -> Path:
+    """The target, or a copy of it whose vision tower has the names of published files, which vLLM looks for."""
+    tensors = load_file(target / "model.safetensors")
+    wanted = {name: re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name) for name in tensors}
+    if all(old == new for old, new in wanted.items()):
+        return target
+    served = folder.absolute() / "weights"
+    shutil.copytree(target, served, dirs_exist_ok=True)
+    save_file(
+        {wanted[name]: tensor for name, tensor in tensors.items()}, served / "model.safetensors", {"format": "pt"}
+    )
+    return served
+
+
+def answers(family: str, target: Any, draft: Any, inputs: Any) -> dict[str, Any]:
+    """Which rows the draft reads (and at which positions the target) → what came out."""
+    if family != "qwen2.5-vl":
+        found = {"none": describe(target, draft, inputs, 0)}
+        assert found["none"]["ids"] == describe(target, None, inputs)["ids"]
+        return found
+    found = {"even": describe(target, draft, inputs, 64)}
+    with glimpse_by_stride(DEFAULT_GLIMPSE_STRIDE):
+        found["stride"] = describe(target, draft, inputs, 64)
+        with positions_of_vllm():
+            found["vllm"] = describe(target, draft, inputs, 64)
+    with positions_of_vllm():
+        assert found["vllm"]["ids"] == describe(target, None, inputs)["ids"]
+        with glimpse_by_stride(DEFAULT_GLIMPSE_STRIDE):
+            found["state"] = state_behind_prompt(target, without_slowest_pair(draft), inputs)
+    return found
+
+
+def without_slowest_pair(draft: Any) -> Any:
+    """The draft as it is exported: the pair of channels that RoPE turns slowest is not used."""
+    draft = copy.deepcopy(draft)
+    size = draft.config.head_dim
+    for layer in draft.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            for tensor in projection.parameters():
+                tensor.data.unflatten(0, (-1, size))[:, [size // 2 - 1, size - 1]] = 0
+    return draft
+
+
+def state_behind_prompt(target: Any, draft: Any, inputs: Any) -> list[float]:
+    """What the draft makes of the prompt's last token."""
+    states = []
+    own = SparrowCandidateGenerator.prefill
+
+    def prefill(self: Any, *arguments: Any) -> None:
+        own(self, *arguments)
+        states.append(self.hidden.flatten().tolist())
+
+    draft.config.num_glimpse_tokens = 64
+    with patch.object(SparrowCandidateGenerator, "prefill", prefill):
+        target.generate(**inputs, max_new_tokens=2, do_sample=False, assistant_model=draft)
+    return states[0]
+
+
+def acceptance_length(found: list[dict[str, Any]]) -> float:
+    return 1 + sum(answer["accepted"] for answer in found) / sum(answer["rounds"] for answer in found)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

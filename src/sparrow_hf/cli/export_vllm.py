@@ -1,0 +1,43 @@
+"""`sparrow export-vllm`: the files of a draft that `sparrow-vllm` reads."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .common import quiet_transformers
+
+
+def export_vllm(
+    draft: Annotated[str, typer.Argument(help="The draft: a folder or a Hub id.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write the exported draft to.")],
+    target: Annotated[
+        str | None, typer.Option(help="Its target, a folder or a Hub id (default: the one the draft names).")
+    ] = None,
+    glimpse_stride: Annotated[
+        int | None, typer.Option(min=1, help="Keep one of so many visual tokens (default: 50).")
+    ] = None,
+) -> None:
+    """Writes a draft as vLLM with sparrow-vllm reads it.
+
+    Prints the --speculative-config to serve it with.
+    The draft itself is not changed.
+    """
+    import json
+
+    from ..export_vllm import DEFAULT_GLIMPSE_STRIDE
+    from ..export_vllm import export_vllm as export
+
+    quiet_transformers()
+    console = Console()
+    with console.status("Exporting"):
+        fields = export(draft, output, target, glimpse_stride or DEFAULT_GLIMPSE_STRIDE)
+    sparrow = fields["sparrow"]
+    if sparrow["method"] == "eagle":
+        console.print("vLLM hands out no middle states of this target: no glimpse there.", soft_wrap=True)
+    if sparrow["position_rule"]:
+        console.print(f"Note: {sparrow['position_rule']}", soft_wrap=True)
+    serve = {"method": sparrow["method"], "model": str(output), "num_speculative_tokens": 5}
+    console.print(f"Written to {output}. Serve it with", soft_wrap=True)
+    console.print(f"vllm serve TARGET --speculative-config '{json.dumps(serve)}'", soft_wrap=True, highlight=False)

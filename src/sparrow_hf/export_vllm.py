@@ -1,0 +1,177 @@
+"""A draft → the files that `sparrow-vllm` (`integrations/vllm`) reads, so that stock vLLM decodes with it.
+
+What differs from the draft's own files: the target's final norm lies beside the weights, since vLLM hands out states
+before it; `config.json` says which states vLLM must hand out; every s-th visual token is kept instead of a number of
+them, since vLLM reads a prompt in pieces and does not say how long a video will be.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+
+from . import artifacts, hub
+from .configuration_sparrow import SparrowDraftConfig
+from .draft_inputs import EVERY_VISUAL_TOKEN
+from .errors import BindingError, DraftConfigError
+from .loading import told_if_not_loaded
+from .model_card import PROVENANCE_FILE
+from .modeling_sparrow import SparrowDraftModel
+from .target_config import visual_token_ids
+
+#: Of the exported files; `sparrow_vllm.config` reads this number and no other.
+FORMAT = 1
+#: `model_type` of targets of which vLLM hands out the states of any layer (its method "eagle3"). Of others it hands
+#: out the last ones (its method "eagle"), so that there is no glimpse.
+AUXILIARY_STATES = frozenset({"qwen2_5_vl", "qwen3_vl"})
+#: `model_type` of targets whose text after a video has other positions in vLLM than in transformers.
+_OTHER_POSITIONS = frozenset({"qwen2_vl", "qwen2_5_vl"})
+_POSITION_RULE = (
+    "vLLM numbers the text after a video from the largest of time, height and width, transformers since 5.3 from the "
+    "larger of height and width. They differ for videos with more time steps than rows or columns; a draft (or a "
+    "target) that learned one of them accepts less under the other."
+)
+DEFAULT_GLIMPSE_STRIDE = 50
+
+
+def export_vllm(
+    draft: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None = None,
+    glimpse_stride: int = DEFAULT_GLIMPSE_STRIDE,
+) -> dict[str, Any]:
+    """Writes `config.json`, `model.safetensors` and `PROVENANCE.json` of a draft for `sparrow-vllm`.
+
+    Args:
+        draft: Folder or Hub id of a saved draft.
+        output: Folder to write to. Earlier files in it stay complete until the new ones are.
+        target: Folder or Hub id of its target, whose final norm is read; by default the name in the draft's
+            configuration.
+        glimpse_stride: One of so many visual tokens is kept. Drafts without a glimpse keep none, drafts that keep
+            every visual token keep all of them, whatever is given here.
+
+    Returns:
+        The exported configuration.
+
+    Raises:
+        DraftLoadError: The draft cannot be loaded.
+        TargetLoadError: The target's configuration or weights cannot be read.
+        BindingError: The draft does not fit the target, or no target is known.
+        DraftConfigError: The draft has a part that `sparrow-vllm` does not, or the stride is not positive.
+    """
+    if glimpse_stride < 1:
+        raise DraftConfigError(f"the glimpse stride must be at least 1, found {glimpse_stride}")
+    model = SparrowDraftModel.from_pretrained(draft)
+    config = model.config
+    source = target or config.target_name_or_path
+    if source is None:
+        raise BindingError("the draft does not name its target: say where it is (--target)")
+    revision = None if target else config.target_revision
+    with told_if_not_loaded("target", str(source)):
+        target_config = AutoConfig.from_pretrained(source, revision=revision)
+    fields = exported_config(config, target_config, glimpse_stride)
+    tensors = {name if name == "draft_to_target" else f"model.{name}": t for name, t in model.state_dict().items()}
+    if fields["sparrow"]["method"] == "eagle3":
+        with told_if_not_loaded("target", str(source)):
+            tensors["target_norm.weight"] = _final_norm(source, revision).to(model.dtype)
+    provenance = model.provenance | {
+        "exported_for_vllm": {
+            "draft": str(draft),
+            "draft_sha256": artifacts.tensor_digest(model.state_dict()),
+            "sha256": artifacts.tensor_digest(tensors),
+            "glimpse_stride": fields["sparrow"]["glimpse_stride"],
+        }
+    }
+    with artifacts.atomic_files(Path(output), CONFIG_NAME, hub.is_weights_file) as partial:
+        artifacts.write_json(partial / PROVENANCE_FILE, provenance, indent=2, default=str)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, partial / SAFE_WEIGHTS_NAME, {"format": "pt"})
+        fields |= {"dtype": str(model.dtype).removeprefix("torch.")}
+        artifacts.write_json(partial / CONFIG_NAME, fields, indent=2)
+    return fields
+
+
+def exported_config(
+    config: SparrowDraftConfig, target_config: PreTrainedConfig, glimpse_stride: int = DEFAULT_GLIMPSE_STRIDE
+) -> dict[str, Any]:
+    """`config.json` of the exported draft; `SparrowVllmConfig` of `sparrow-vllm` says what its fields mean.
+
+    Raises:
+        BindingError: The draft does not fit the target.
+        DraftConfigError: The draft has a part that `sparrow-vllm` does not.
+    """
+    text = target_config.get_text_config()
+    found = {
+        "model_type": (config.target_model_type or target_config.model_type, target_config.model_type),
+        "num_hidden_layers": (config.target_num_hidden_layers, text.num_hidden_layers),
+        "hidden_size": (config.hidden_size, text.hidden_size),
+        "vocab_size": (config.vocab_size, text.vocab_size),
+        "visual_token_ids": (sorted(config.visual_token_ids or []), visual_token_ids(target_config)),
+    }
+    if wrong := [f"{name}: draft {ours}, target {theirs}" for name, (ours, theirs) in found.items() if ours != theirs]:
+        raise BindingError(f"this draft was made for another target: {'; '.join(wrong)}. Give its own target.")
+    if config.hidden_act != "silu":
+        raise DraftConfigError(f"sparrow-vllm has the activation silu only, this draft has {config.hidden_act}")
+    if config.block_type == "qwen3" and config.attention_bias:
+        raise DraftConfigError(
+            "sparrow-vllm has no Qwen3 layers with biases, and this draft has them in its attention"
+        )
+    method = "eagle3" if target_config.model_type in AUXILIARY_STATES else "eagle"
+    features = list(config.feature_layer_ids)
+    if method == "eagle" and features != [config.target_num_hidden_layers]:
+        raise DraftConfigError(
+            f"this draft reads the states of layers {features}; of a {target_config.model_type} vLLM hands out the "
+            "last ones only. Train a draft that reads those (feature_layers [-1])"
+        )
+    stride = {0: 0, EVERY_VISUAL_TOKEN: 1}.get(config.num_glimpse_tokens, glimpse_stride) if method == "eagle3" else 0
+    head_dim = int(config.head_dim or 0)
+    # RoPE turns channel i with channel i + head_dim/2. The last pair turns slowest and says least.
+    hiding_channels = [head_dim // 2 - 1, head_dim - 1]
+    names = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
+        *("rope_parameters", "mlp_bias"),
+    )
+    return {
+        "architectures": ["SparrowDraftModel"],
+        "model_type": "sparrow_vllm",
+        **{name: getattr(config, name) for name in names},
+        # Qwen2 has biases on q, k and v alone, Llama on all four or none.
+        "qkv_bias": config.attention_bias,
+        "attention_bias": config.attention_bias and config.block_type == "llama",
+        "eagle_aux_hidden_state_layer_ids": sorted({*features, *([config.bridge_layer_id] if stride else [])}),
+        "tie_word_embeddings": False,
+        "sparrow": {
+            "format": FORMAT,
+            "method": method,
+            "target": {
+                "name": config.target_name_or_path,
+                **{name: theirs for name, (_, theirs) in found.items()},
+                "rms_norm_eps": getattr(text, "rms_norm_eps", config.rms_norm_eps),
+            },
+            "feature_layers": features,
+            "bridge_layer": config.bridge_layer_id,
+            "glimpse_stride": stride,
+            "hiding_channels": hiding_channels,
+            "after_visual": getattr(target_config, "vision_end_token_id", None),
+            "qk_norm": config.block_type == "qwen3",
+            **{name: getattr(config, name) for name in ("input_norm", "output_norm", "fc_bias", "project_visual")},
+            "position_mode": config.position_mode,
+            "draft_vocab_size": config.draft_vocab_size,
+            "position_rule": _POSITION_RULE if target_config.model_type in _OTHER_POSITIONS else None,
+        },
+    }
+
+
+def _final_norm(target: str | os.PathLike[str], revision: str | None) -> Tensor:
+    """`(H,)` weights of the norm behind a target's decoder, from its files."""
+    tensors = artifacts.StoredTensors(hub.find_weights(str(target), revision=revision))
+    named = re.compile(r"(model\.)?(language_model\.)?(model\.)?norm\.weight")
+    names = [name for name in tensors if named.fullmatch(name)]
+    if len(names) != 1:
+        raise ValueError(f"its safetensors files hold {len(names)} norms behind the decoder, expected one")
+    return tensors[names[0]]

@@ -1,0 +1,191 @@
+"""`sparrow export-vllm`: what is in the exported files, and which drafts vLLM cannot be given."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sparrow_vllm import config as plugin
+from sparrow_vllm.rows import MAX_FRAME_HEADER_TOKENS
+from transformers import LlavaConfig, LlavaOnevisionConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig
+from typer.testing import CliRunner
+
+from sparrow_hf import SparrowDraftConfig, SparrowDraftModel, draft_inputs
+from sparrow_hf.artifacts import tensor_digest
+from sparrow_hf.cli import app
+from sparrow_hf.errors import BindingError, DraftConfigError, SparrowError, TargetLoadError
+from sparrow_hf.export_vllm import FORMAT, export_vllm, exported_config
+from sparrow_hf.testbed import load_target, shipped
+
+QWEN, LLAVA = shipped("qwen2.5-vl"), shipped("llava-onevision")
+
+
+def test_both_packages_agree() -> None:
+    assert FORMAT == plugin.FORMAT
+    assert draft_inputs.MAX_FRAME_HEADER_TOKENS == MAX_FRAME_HEADER_TOKENS
+
+
+def test_the_built_in_draft(tmp_path: Path) -> None:
+    fields = export_vllm(QWEN / "draft", tmp_path / "out", QWEN / "target", glimpse_stride=7)
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved == fields and saved["dtype"] == "float32"
+    assert saved["architectures"] == ["SparrowDraftModel"] and saved["model_type"] == "sparrow_vllm"
+    assert saved["eagle_aux_hidden_state_layer_ids"] == [12, 24]
+    assert (saved["qkv_bias"], saved["attention_bias"], saved["mlp_bias"]) == (True, False, False)
+    assert saved["rope_parameters"] == {"rope_type": "default", "rope_theta": 1000000.0}
+    rule = saved["sparrow"].pop("position_rule")
+    assert "largest of time, height and width" in rule
+    assert saved["sparrow"] == {
+        "format": 1,
+        "method": "eagle3",
+        "target": {
+            "name": None,
+            "model_type": "qwen2_5_vl",
+            "num_hidden_layers": 24,
+            "hidden_size": 96,
+            "vocab_size": 384,
+            "visual_token_ids": [5, 6],
+            "rms_norm_eps": 1e-06,
+        },
+        "feature_layers": [24],
+        "bridge_layer": 12,
+        "glimpse_stride": 7,
+        # Heads have 32 channels; RoPE turns 15 with 31 slowest.
+        "hiding_channels": [15, 31],
+        "after_visual": 4,
+        "qk_norm": False,
+        "input_norm": True,
+        "output_norm": True,
+        "fc_bias": False,
+        "project_visual": False,
+        "position_mode": "compact",
+        "draft_vocab_size": None,
+    }
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    draft = SparrowDraftModel.from_pretrained(QWEN / "draft")
+    norm = load_target(QWEN / "target")[0].model.language_model.norm.weight
+    assert torch.equal(tensors.pop("target_norm.weight"), norm)
+    assert tensors.keys() == {f"model.{name}" for name in draft.state_dict()}
+    assert all(torch.equal(tensors[f"model.{name}"], tensor) for name, tensor in draft.state_dict().items())
+    provenance = json.loads((tmp_path / "out" / "PROVENANCE.json").read_text())
+    exported = provenance.pop("exported_for_vllm")
+    assert provenance == draft.provenance and provenance
+    assert exported["draft_sha256"] == tensor_digest(draft.state_dict())
+    assert exported["glimpse_stride"] == 7
+
+
+def test_a_target_without_middle_states_in_vllm(tmp_path: Path) -> None:
+    fields = export_vllm(LLAVA / "draft", tmp_path, LLAVA / "target")
+    assert fields["sparrow"]["method"] == "eagle" and fields["sparrow"]["glimpse_stride"] == 0
+    assert "target_norm.weight" not in load_file(tmp_path / "model.safetensors")
+    assert fields["sparrow"]["position_rule"] is None
+
+
+def config_for(target: PreTrainedConfig, **fields: Any) -> dict[str, Any]:
+    return exported_config(SparrowDraftConfig.from_target_config(target, **fields), target)
+
+
+@pytest.mark.parametrize(
+    ("num_glimpse_tokens", "stride"), [(0, 0), (1, 50), (64, 50), (draft_inputs.EVERY_VISUAL_TOKEN, 1)]
+)
+def test_the_stride_of_a_glimpse(num_glimpse_tokens: int, stride: int) -> None:
+    fields = config_for(Qwen2_5_VLConfig(), num_glimpse_tokens=num_glimpse_tokens, visual_bridge_layer=9)
+    assert fields["sparrow"]["glimpse_stride"] == stride
+    # What is not read is not asked for.
+    depth = Qwen2_5_VLConfig().text_config.num_hidden_layers
+    assert fields["eagle_aux_hidden_state_layer_ids"] == ([9, depth] if stride else [depth])
+
+
+def test_several_feature_layers_and_another_bridge() -> None:
+    fields = config_for(Qwen3VLConfig(), feature_layers=[-1, 3, 20], visual_bridge_layer=3)
+    depth = Qwen3VLConfig().text_config.num_hidden_layers
+    assert fields["sparrow"]["feature_layers"] == [depth, 3, 20]
+    assert fields["eagle_aux_hidden_state_layer_ids"] == [3, 20, depth]
+    assert fields["sparrow"]["qk_norm"] and fields["sparrow"]["position_rule"] is None
+
+
+def test_a_llama_layer_has_its_output_bias() -> None:
+    fields = config_for(LlavaConfig(), attention_bias=True, mlp_bias=True)
+    assert fields["qkv_bias"] and fields["attention_bias"] and fields["mlp_bias"]
+
+
+def test_a_reduced_vocabulary(tmp_path: Path) -> None:
+    draft = SparrowDraftModel.from_pretrained(QWEN / "draft")
+    draft.set_vocabulary([2, 9, 71])
+    draft.save_pretrained(tmp_path / "draft")
+    fields = export_vllm(tmp_path / "draft", tmp_path / "out", QWEN / "target")
+    assert fields["sparrow"]["draft_vocab_size"] == 3
+    assert load_file(tmp_path / "out" / "model.safetensors")["draft_to_target"].tolist() == [2, 9, 71]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"target_num_hidden_layers": 12}, {"hidden_size": 896}, {"vocab_size": 999}, {"visual_token_ids": [3]}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_another_target_of_the_same_family(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BindingError, match=f"{next(iter(wrong)).removeprefix('target_')}: draft"):
+        config_for(Qwen2_5_VLConfig(), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "message"),
+    [
+        (Qwen2_5_VLConfig(), {"hidden_act": "gelu"}, "silu only, this draft has gelu"),
+        (Qwen3VLConfig(), {"attention_bias": True}, "no Qwen3 layers with biases"),
+        (
+            LlavaOnevisionConfig(),
+            {"feature_layers": [2, -1]},
+            "of a llava_onevision vLLM hands out the last",
+        ),
+    ],
+    ids=("activation", "biases", "layers"),
+)
+def test_parts_that_the_plugin_has_not(target: PreTrainedConfig, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(DraftConfigError, match=message):
+        config_for(target, **fields)
+
+
+@pytest.mark.parametrize(
+    ("target", "stride", "error", "message"),
+    [
+        (LLAVA / "target", 50, BindingError, "made for another target: model_type: draft qwen2_5_vl, target llava"),
+        (None, 50, BindingError, r"say where it is \(--target\)"),
+        (QWEN / "nothing", 50, TargetLoadError, "cannot be loaded"),
+        (QWEN / "target", 0, DraftConfigError, "at least 1, found 0"),
+    ],
+    ids=("another", "unknown", "missing", "stride"),
+)
+def test_what_cannot_be_exported_leaves_the_folder_alone(
+    tmp_path: Path, target: Path | None, stride: int, error: type[SparrowError], message: str
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(error, match=message):
+        export_vllm(QWEN / "draft", tmp_path, target, glimpse_stride=stride)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_target_without_its_norm(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "config.json").write_text((QWEN / "target" / "config.json").read_text())
+    (target / "model.safetensors").write_bytes((QWEN / "draft" / "model.safetensors").read_bytes())
+    # The draft's own norm has a name like it.
+    assert export_vllm(QWEN / "draft", tmp_path / "out", target)
+    (target / "model.safetensors").unlink()
+    with pytest.raises(TargetLoadError, match="hold 0 norms behind the decoder"):
+        export_vllm(QWEN / "draft", tmp_path / "out", target)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    arguments = [QWEN / "draft", tmp_path / "out", "--target", QWEN / "target", "--glimpse-stride", 9]
+    result = CliRunner().invoke(app, ["export-vllm", *map(str, arguments)], env={"COLUMNS": "500"})
+    assert result.exit_code == 0, result.output
+    serve = {"method": "eagle3", "model": str(tmp_path / "out"), "num_speculative_tokens": 5}
+    assert f"vllm serve TARGET --speculative-config '{json.dumps(serve)}'" in result.output
+    assert "largest of time, height and width" in result.output
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["sparrow"]["glimpse_stride"] == 9
+    result = CliRunner().invoke(app, ["export-vllm", str(QWEN / "draft"), str(tmp_path / "other")])
+    assert result.exit_code == 2 and "--target" in result.output
