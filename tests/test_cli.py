@@ -69,7 +69,7 @@ def test_the_doctor_says_what_is_installed(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     "verb",
     [
-        command.callback.__name__
+        command.callback.__name__.replace("_", "-")
         for command in app.registered_commands
         # `doctor` looks at the machine, not at a target.
         if command.callback and command.callback.__name__ != "doctor"

@@ -73,11 +73,11 @@ def check(request: Request) -> None:
     assert [request.joined[i] for i in text] == behind
 
 
-def prompt(random_: random.Random, runs: int, shortest_text: int) -> list[int]:
-    """Text, and visual runs between it; each is followed by AFTER. One more token is the first generated one."""
+def prompt(random_: random.Random, runs: int, shortest_text: int, after: int | None = AFTER) -> list[int]:
+    """Text, and visual runs between it, each followed by `after` or any token. The last token is a generated one."""
     ids = [random_.randint(3, 90) for _ in range(random_.randint(1, 6))]
     for _ in range(runs):
-        ids += [VISUAL] * random_.randint(1, 12) + [AFTER]
+        ids += [VISUAL] * random_.randint(1, 12) + [after or random_.randint(3, 90)]
         ids += [random_.randint(3, 90) for _ in range(random_.randint(shortest_text, 30))]
     return [*ids, 95]
 
@@ -85,6 +85,7 @@ def prompt(random_: random.Random, runs: int, shortest_text: int) -> list[int]:
 def with_blocks(prompts: list[list[int]]) -> list[Request]:
     free = list(range(1, 400))
     random.Random(0).shuffle(free)
+    free.append(0)
     return [Request(ids, [free.pop() for _ in range(len(ids) // BLOCK + 4)]) for ids in prompts]
 
 
@@ -96,7 +97,7 @@ def new_memory() -> torch.Tensor:
 def test_whole_prompts_of_a_batch(seed: int) -> None:
     numbers = random.Random(seed)
     # Short stretches of text between the runs are frame headers, some of them longer than a header can be.
-    requests = with_blocks([prompt(numbers, numbers.randint(0, 4), 0) for _ in range(3)])
+    requests = with_blocks([prompt(numbers, numbers.randint(0, 4), 0, after=None) for _ in range(3)])
     run(requests, [len(request.ids) - 1 for request in requests], new_memory(), padding=seed % 3)
     for request in requests:
         check(request)
@@ -133,6 +134,19 @@ def test_a_cached_prefix_and_a_rejected_draft_leave_what_their_slots_hold() -> N
     run([draft], [3], memory)
     run([first], [4], memory)
     check(first)
+
+
+def test_a_header_that_begins_in_an_earlier_piece() -> None:
+    """What was read before the next frame could be seen stays; the rest of the header is hidden."""
+    request = with_blocks([[7, VISUAL, 8, 9, 10, 11, VISUAL, 12, 13, 95]])[0]
+    memory = new_memory()
+    run([request], [4], memory, glimpse_stride=0)
+    run([request], [5], memory, glimpse_stride=0)
+    assert request.kept == {0: 0, 2: 1, 3: 2, 7: 3, 8: 4}
+    longer = with_blocks([[7, VISUAL, *range(20, 40), VISUAL, 12, 13, 95]])[0]
+    run([longer], [14], memory, glimpse_stride=0)
+    run([longer], [11], memory, glimpse_stride=0)
+    assert list(longer.kept) == [0, *range(2, 22), 23, 24]
 
 
 def test_positions_of_the_prompt_and_no_glimpse() -> None:

@@ -62,11 +62,13 @@ def positions_of_vllm() -> Iterator[None]:
         yield
 
 
-def describe(target: Any, draft: Any, inputs: Any, glimpse: int = 0) -> dict[str, Any]:
+def describe(
+    target: Any, draft: Any, inputs: Any, glimpse: int = 0, max_new_tokens: int = MAX_NEW_TOKENS
+) -> dict[str, Any]:
     """Ids of the answer; with a draft, its rounds and the tokens accepted in them."""
     if draft is not None:
         draft.config.num_glimpse_tokens = glimpse
-    output = target.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, assistant_model=draft)
+    output = target.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, assistant_model=draft)
     ids = output[0, inputs["input_ids"].shape[1] :].tolist()
     if draft is None:
         return {"ids": ids}

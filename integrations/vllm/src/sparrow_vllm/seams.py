@@ -12,14 +12,14 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.llama import LlamaDecoderLayer
-from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM as Eagle3Base
+from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 
 from .config import DraftError
 from .rows import Batch
 
 #: The draft's base class is one of those that V1's proposer asks for by name.
-assert Eagle3Base
+Eagle3Base = Eagle3LlamaForCausalLM
 
 #: Attention backends whose metadata says what a draft needs → where it is defined.
 BACKENDS = {
