@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,3 +30,19 @@ def kill_this_process() -> None:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Path below `folder` → content, for every file in it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def apart(run: Callable[[], Any]) -> None:
+    """Runs something in a process of its own that leaves traces in one, such as torch's compiler: a process that was
+    forked off after it can crash."""
+    child = os.fork()
+    if child == 0:
+        gc.disable()
+        try:
+            run()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from kills import apart
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
@@ -51,6 +52,10 @@ def compile_with(backend: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
 def test_steps_are_traced_once_for_all_rounds_calls_and_lengths_of_a_bucket(shape: dict[str, int]) -> None:
+    apart(lambda: check_what_is_traced(shape))
+
+
+def check_what_is_traced(shape: dict[str, int]) -> None:
     target, inputs = a_target()
     draft = a_draft(target, **shape)
     plain = new_ids(target, inputs)
