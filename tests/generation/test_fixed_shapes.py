@@ -18,6 +18,7 @@ from sparrow_hf import SparrowDraftModel
 from sparrow_hf._transformers import CACHE
 from sparrow_hf.errors import UnsupportedGenerationError
 from sparrow_hf.generation import static_decoding, static_verification
+from sparrow_hf.generation.fixed_steps import traces_steps
 from sparrow_hf.generation.static_decoding import bucket
 
 from families import ALL_FAMILIES, FAMILY_BY_NAME
@@ -50,6 +51,10 @@ def compile_with(backend: str) -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": config}
 
 
+COMPILES = pytest.mark.skipif(not traces_steps(), reason="torch before 2.11 cannot trace the steps")
+
+
+@COMPILES
 @pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
 def test_steps_are_traced_once_for_all_rounds_calls_and_lengths_of_a_bucket(shape: dict[str, int]) -> None:
     apart(lambda: check_what_is_traced(shape))
@@ -75,6 +80,7 @@ def check_what_is_traced(shape: dict[str, int]) -> None:
 
 
 @pytest.mark.full
+@COMPILES
 @pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma4"])
 def test_compiled_steps_give_the_same_ids(family: str, shape: dict[str, int]) -> None:
@@ -101,6 +107,14 @@ def test_outputs_of_every_step_are_refused(name: str) -> None:
     options = {"return_dict_in_generate": True, name: True, "cache_implementation": "static"}
     with pytest.raises(UnsupportedGenerationError, match=name):
         target.generate(**inputs, assistant_model=draft, max_new_tokens=4, **options)
+
+
+def test_a_torch_that_cannot_compile_says_so_and_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, inputs = a_target()
+    draft, plain = a_draft(target, **CHAIN), new_ids(target, inputs)
+    monkeypatch.setattr("sparrow_hf.generation.decoding.traces_steps", lambda: False)
+    with pytest.warns(UserWarning, match="torch before 2.11 cannot compile"):
+        assert new_ids(target, inputs, assistant_model=draft, **compile_with("inductor")) == plain
 
 
 def test_several_sequences_are_refused() -> None:

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf._transformers import query_groups
 from sparrow_hf.generation import grouped_attention, verification
+from sparrow_hf.generation.fixed_steps import traces_steps
 from sparrow_hf.generation.grouped_attention import fold, groups_of
 from sparrow_hf.generation.self_check import how_to_verify, what_cannot_be_read
 from sparrow_hf.generation.split_attention import split_attention
@@ -389,6 +390,7 @@ def test_the_groups_of_another_kind_of_layer_fail(monkeypatch: pytest.MonkeyPatc
         drafted("gemma4-4:1-8:1", "sdpa", "tree")
 
 
+@pytest.mark.skipif(not traces_steps(), reason="an older sdpa expands the keys of single rows, which are plain steps")
 @pytest.mark.parametrize("folds", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["qwen2_5_vl-7:1", "gemma4-4:1"])

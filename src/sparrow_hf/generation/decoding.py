@@ -14,6 +14,7 @@ from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
 from .candidate_generator import SparrowCandidateGenerator
 from .emission import TokenEmitter
+from .fixed_steps import traces_steps
 from .refusals import check_inputs
 from .self_check import how_to_verify
 from .static_decoding import StaticSession, StaticVerifier, check_fixed_shapes, static_session
@@ -54,6 +55,9 @@ def speculative_decode(
     else:
         check_fixed_shapes(draft.target, how_to_verify(draft.target), recorded)
         compiles = _transformers.compiles(target, model_kwargs[CACHE], generation_config)
+        if compiles and not traces_steps():
+            warnings.warn("torch before 2.11 cannot compile a draft's steps: they run as they are", stacklevel=2)
+            compiles = False
         options = _transformers.compile_options(target, generation_config) if compiles else None
         with static_session(draft, generation_config.max_length, options) as session:
             model_kwargs[CACHE] = session.verification.empty_cache()

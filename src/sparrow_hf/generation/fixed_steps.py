@@ -12,6 +12,11 @@ logger = logging.getLogger(__name__)
 _WARM_UPS = 2
 
 
+def traces_steps() -> bool:
+    """Whether this torch can trace a step in one graph."""
+    return torch.__version__ >= "2.11"
+
+
 class FixedStep:
     """Runs `function`, which takes nothing, reads buffers that stay in place and returns tensors.
 
