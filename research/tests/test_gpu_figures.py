@@ -83,3 +83,15 @@ def test_identity() -> None:
     families = before["families"]
     assert families["cases"] == families["greedy_identical"] == families["sampled_identical"] == 68
     assert f"{len(families['families'])} families" in PAGE
+
+
+def test_the_table_of_a_cpu() -> None:
+    found = json.loads((REPOSITORY / "research/data/compiled_cpu.json").read_text())
+    rows = {(row["visual_tokens"], row["arm"]): row for row in found["rows"]}
+    for length in (400, 3000):
+        arms = ("plain-compiled", "draft@chain-5", "draft", "draft/compiled")
+        cells = [f"{length:,}", str(rows[length, "plain"]["prompts"])]
+        cells += [f"{rows[length, name]['dsr']:.2f}" for name in arms]
+        cells.append(f"{rows[length, 'draft/compiled']['dsr_over_best']:.2f}")
+        assert f"| {' | '.join(cells)} |" in PAGE
+    assert all(row["identical"] == row["prompts"] for row in found["rows"])
