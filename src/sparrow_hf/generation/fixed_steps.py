@@ -33,15 +33,16 @@ class FixedStep:
         self, function: Callable[[], Any], device: torch.device, compile_config: dict[str, Any] | None = None
     ):
         self._function = function if compile_config is None else compiled(function, compile_config)
-        self._on_cuda = device.type == "cuda"
+        self._device = device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: Any = None
 
     def __call__(self) -> Any:
-        if not self._on_cuda:
+        if self._device.type != "cuda":
             return self._function()
         if self._graph is None:
-            self._capture()
+            with torch.cuda.device(self._device):
+                self._capture()
         else:
             self._graph.replay()
         return self._outputs

@@ -56,7 +56,12 @@ class StaticDrafting:
 
     def start(self, visual_summary: Tensor | None) -> None:
         """After the prefill: everything of this call that the steps read."""
-        self.visual_summary = visual_summary
+        if visual_summary is not None and self.visual_summary is not None:
+            # A captured step reads it where the first call's was.
+            self.visual_summary.copy_(visual_summary)
+        elif visual_summary is not None:
+            with torch.inference_mode(False):
+                self.visual_summary = visual_summary.clone()
         if self._head_rows is not None:
             for rows, now in zip(self._head_rows, self._copy_of_head_rows() or (), strict=True):
                 rows.copy_(now)
@@ -162,7 +167,7 @@ class StaticCandidateGenerator(SparrowCandidateGenerator):
     """Drafts for one sequence like its parent, in fixed shapes.
 
     Args:
-        drafting: The buffers and steps; this call's alone until [`~StaticCandidateGenerator.close`].
+        drafting: The buffers and steps; this call's alone.
     """
 
     def __init__(self, drafting: StaticDrafting, *args: Any):
@@ -200,7 +205,3 @@ class StaticCandidateGenerator(SparrowCandidateGenerator):
             warn_of_failed_draft(self.failed_drafts)
             return build_tree([self._root_token], [-1])
         return tree
-
-    def close(self) -> None:
-        """Gives the buffers back."""
-        self._drafting.end()

@@ -51,7 +51,6 @@ class StaticVerification:
         self.num_nodes = num_nodes
         self.cache = slab_cache(view.text_config, num_rows)
         self._view = view
-        self._num_rows = num_rows
         self._max_path = max_path
         self._layer_ids = layer_ids
         # What of a forward's inputs stays the same for a call; tensors stay where they are for all calls.
