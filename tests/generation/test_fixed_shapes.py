@@ -209,10 +209,10 @@ def test_a_longer_call_of_the_same_bucket_fits() -> None:
     target, inputs = a_target()
     draft, prompt = a_draft(target, **CHAIN), inputs["input_ids"].shape[1]
     plain = new_ids(target, inputs, 128 - prompt)
-    with drafting_around(plain, adversarial=False):
-        for length in range(120, 129):
-            ids = new_ids(target, inputs, length - prompt, assistant_model=draft, cache_implementation="static")
-            assert ids == plain[: length - prompt]
+    # A random draft is hardly ever right, so the last round begins at the last token but one.
+    for length in (70, 120, 128):
+        ids = new_ids(target, inputs, length - prompt, assistant_model=draft, cache_implementation="static")
+        assert ids == plain[: length - prompt]
 
 
 @pytest.mark.parametrize(("length", "size"), [(1, 64), (64, 64), (65, 128), (448, 448), (449, 512), (25000, 28672)])
