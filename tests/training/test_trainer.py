@@ -184,15 +184,15 @@ def test_one_sample_can_be_overfitted(tmp_path, target, make_draft, samples):
     for parameter in draft.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.1)
-    row = samples[3]
+    row = samples[1]  # the one whose tokens lead by most: of two nearly equal ones a draft can learn either
     settings = {"max_steps": 150, "per_device_train_batch_size": 1, "logging_steps": 150, "learning_rate": 5e-3}
     args = arguments(tmp_path, num_visual_rows_min=4, num_visual_rows_max=4, **settings)
     trainer = SparrowTrainer(draft, target, args, train_dataset=[row], eval_dataset=[row])
     trainer.train()
     metrics = trainer.evaluate()
     assert [metrics[f"eval_agreement_{step}"] for step in range(1, 5)] == [1.0] * 4
-    # 15 answer tokens: the first is the prefill's, 14 remain: rounds of 5, 5 and the last 4
-    assert metrics["eval_tau"] == pytest.approx(1 + (4 + 4 + 3) / 3) or metrics["eval_k"] > 3.5
+    # 12 answer tokens in rounds of 5, 5 and the last 2
+    assert metrics["eval_tau"] == pytest.approx(12 / 3)
     assert "loss_4" in trainer.state.log_history[0] and "agreement_4" in trainer.state.log_history[0]
 
     prompt = {name: value for name, value in row.items() if name != "answer_start"}
@@ -201,7 +201,7 @@ def test_one_sample_can_be_overfitted(tmp_path, target, make_draft, samples):
         if value.shape == row["input_ids"].shape:
             prompt[name] = value[:, :start]
     draft.config.num_tree_nodes = 5
-    output = target.generate(**prompt, assistant_model=draft, **greedy(15))
+    output = target.generate(**prompt, assistant_model=draft, **greedy(12))
     assert output[0, start:].tolist() == row["input_ids"][0, start:].tolist()
     stats = draft.last_generation
     assert stats.accepted[:2] == [4, 4], stats.accepted
