@@ -20,6 +20,7 @@ from sparrow_hf.training import (
     SparrowTrainer,
     SparrowTrainingArguments,
     TrainingStates,
+    append_answer,
     read_with_target,
 )
 from sparrow_hf.training.checkpoints import last_checkpoint
@@ -178,14 +179,19 @@ def test_only_draft_tensors_are_saved_and_the_target_is_untouched(tmp_path, targ
     assert not torch.equal(draft.fc.weight, make_draft().fc.weight)
 
 
-def test_one_sample_can_be_overfitted(tmp_path, target, make_draft, samples):
+def test_one_sample_can_be_overfitted(tmp_path, target, prompts):
     """Groundwork of the overfit gate: any error of shift, mask or position keeps some pass below 1."""
-    draft = make_draft(num_mtp_steps=4, num_draft_levels=4)
+    target = copy.deepcopy(target)
+    with torch.no_grad():
+        target.get_output_embeddings().weight.mul_(4)  # of two nearly equal tokens a draft may learn either
+    answer = target.generate(**prompts[1], **greedy(12))[0, prompts[1]["input_ids"].shape[1] :].tolist()
+    row = append_answer(prompts[1], answer)
+    torch.manual_seed(0)
+    draft = SparrowDraftModel.from_target(target, num_glimpse_tokens=4, num_mtp_steps=4, num_draft_levels=4)
     for parameter in draft.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.1)
-    row = samples[1]  # the one whose tokens lead by most: of two nearly equal ones a draft can learn either
-    settings = {"max_steps": 150, "per_device_train_batch_size": 1, "logging_steps": 150, "learning_rate": 5e-3}
+    settings = {"max_steps": 300, "per_device_train_batch_size": 1, "logging_steps": 300, "learning_rate": 5e-3}
     args = arguments(tmp_path, num_visual_rows_min=4, num_visual_rows_max=4, **settings)
     trainer = SparrowTrainer(draft, target, args, train_dataset=[row], eval_dataset=[row])
     trainer.train()
