@@ -195,7 +195,7 @@ def test_the_cache_is_plains(setting: Setting, new_tokens: int, passed: bool) ->
 def test_a_cache_that_nobody_holds_is_not_brought_up_to_date(setting: Setting) -> None:
     target, inputs, text = setting
     draft = SparrowDraftModel.from_target(target)
-    with mock.patch.object(verifiers, "read_carried", side_effect=AssertionError):
+    with mock.patch.object(verifiers.TargetVerifier, "_read_carried", side_effect=AssertionError):
         assert torch.equal(target.generate(**inputs, max_new_tokens=16, assistant_model=draft), text)
 
 
@@ -263,7 +263,7 @@ def test_hidden_states_and_attentions() -> None:
         for expected, found in zip(plain[name], ours[name], strict=True):
             for expected_layer, found_layer in zip(expected, found, strict=True):
                 assert expected_layer.shape == found_layer.shape
-                assert torch.allclose(expected_layer, found_layer, atol=1e-4)
+                torch.testing.assert_close(found_layer, expected_layer, atol=5e-4, rtol=1e-4)
 
 
 def test_one_prefill_for_several_arms(setting: Setting) -> None:

@@ -197,8 +197,10 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, nano, processor, rows,
 
 REGENERATE = """
 import sys
+from accelerate import PartialState
 from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.training.regenerate import regenerate
+assert PartialState(cpu=True).num_processes == int(sys.argv[2])
 processor = build_processor()
 target = build_target(processor.tokenizer, num_hidden_layers=2)
 target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
@@ -208,13 +210,13 @@ regenerate(target, processor, rows, sys.argv[1], shard_size=2, do_sample=True, m
 
 
 @pytest.mark.full
-def test_two_processes_of_accelerate_write_what_one_does(tmp_path):
+def test_two_processes_write_what_one_does(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(REGENERATE)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     for count in ("1", "2"):
-        command = [*launch, "--mixed_precision", "no", "--num_processes", count, str(script), str(tmp_path / count)]
+        command = [*launch, count, str(script), str(tmp_path / count), count]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
-    assert len(files_of(tmp_path / "2")) == 4
+    assert len(files_of(tmp_path / "2")) == 5

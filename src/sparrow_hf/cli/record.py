@@ -69,7 +69,7 @@ def record(
     from ..training.recording import record as write_recording
 
     quiet_transformers()
-    processes = PartialState()
+    processes = PartialState(cpu=device == "cpu")
     console = Console(quiet=not processes.is_main_process)
     rows = load_rows(answers, split)
     model, its_processor = load_target(target, processor, dtype.value, device or processes.device)

@@ -71,7 +71,7 @@ def regenerate(
     from ..training.regenerate import regenerate as write_answers
 
     quiet_transformers()
-    processes = PartialState()
+    processes = PartialState(cpu=device == "cpu")
     console = Console(quiet=not processes.is_main_process)
     rows = load_rows(prompts, split)
     console.print(

@@ -5,7 +5,6 @@ the two paces at which sequences take what they accept.
 """
 
 import warnings
-from contextlib import closing
 from typing import Any
 
 from torch import Tensor
@@ -18,19 +17,16 @@ from ..clocks import PhaseClock
 from ..hidden_states import HiddenStateCollector, RowCollectors
 from ..modeling_sparrow import SparrowDraftModel
 from ..targets import TargetView
-from .attention import following_masks
 from .batch_drafts import BatchDrafter
 from .batch_emission import BatchEmitter, treats_rows_alone
 from .caches import RaggedCache, hold
 from .candidate_generator import SparrowCandidateGenerator
-from .decoding import num_new_positions, recorded_outputs, returned
-from .emission import recorded_step
+from .decoding import num_new_positions, prefill, recorded_outputs, returned
 from .refusals import check_inputs
 from .self_check import Verification, how_to_verify
 from .stats import GenerationStats
 from .tree import build_chains
-from .verification import advance_in_place, max_levels_before_border, verification_inputs
-from .verifiers import read_carried
+from .verifiers import TargetVerifier
 
 
 def decode_batch(
@@ -51,7 +47,6 @@ def decode_batch(
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     check_inputs(target, input_ids, embeds, model_kwargs[CACHE], mask)
     view, ways = draft.target, how_to_verify(draft.target)
-    by_mask = ways.chains == "eager"
     in_step = not may_part(view, ways, logits_processor, generation_config, model_kwargs)
     emitter = BatchEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer, in_step)
     recorded = recorded_outputs(generation_config)
@@ -74,15 +69,10 @@ def decode_batch(
         ]
         reading = RowCollectors([HiddenStateCollector(reader.layers_to_collect) for reader in readers])
     with clock.phase("prefill"), reading.active():
-        outputs = _transformers.prefill(target, input_ids, generation_config, model_kwargs)
-    model_kwargs.pop("mm_encoder_outputs", None)
-    model_kwargs = _transformers.advance(target, outputs, model_kwargs)
-    first_position = model_kwargs["position_ids"][..., -1:]
-    for name in recorded:
-        recorded[name] += (outputs[name],)
-    first_tokens = emitter.start(outputs.logits[:, -1])
+        logits, first_position, model_kwargs = prefill(target, input_ids, generation_config, model_kwargs, recorded)
+    first_tokens = emitter.start(logits)
     stats.new_tokens = len(first_tokens)
-    del outputs
+    del logits
     if not emitter.finished:
         with clock.phase("draft"):
             for reader, states, token in zip(readers, reading.rows, first_tokens, strict=True):
@@ -92,39 +82,27 @@ def decode_batch(
 
     cache = model_kwargs[CACHE]
     held = hold(cache) if in_step else RaggedCache(cache, emitter.new_tokens)
+    verifier = TargetVerifier(view, ways, draft.config.feature_layer_ids, first_position, model_kwargs, held, recorded)
     try:
         with _transformers.decoding(target):
             while not emitter.finished:
                 with clock.phase("draft"):
                     drafter.keep(emitter.open_rows)
-                    on_this_side = max_levels_before_border(view, held, first_position)
-                    levels = min(emitter.budget - 1, held.spare_slots - 1, on_this_side)
+                    levels = min(emitter.budget - 1, verifier.max_levels())
                     tree = build_chains(drafter.propose(emitter.roots, emitter.fill, levels))
                     chains = tree.token_ids.tolist()
-                with clock.phase("verify"):
-                    past_length, lead = held.length, len(held.carried)
-                    with held.verifying(tree) as path:
-                        inputs = verification_inputs(view, tree, held, first_position, model_kwargs, own_mask=by_mask)
-                        collector = HiddenStateCollector(dict.fromkeys(draft.config.feature_layer_ids))
-                        with collector.active(), following_masks(by_mask):
-                            outputs = target(**inputs, return_dict=True)
-                        taken = emitter.accept(outputs.logits[:, -len(tree) :], chains, path)
-                    model_kwargs = advance_in_place(target, outputs, model_kwargs, len(path))
+                with clock.phase("verify"), verifier.verifying(tree) as (logits, path):
+                    taken = emitter.accept(logits, chains, path)
                 count(taken, chains, drafter.rows, stats)
-                for name in recorded:
-                    recorded[name] += tuple(recorded_step(outputs, name, past_length, lead, path))
-                del outputs
                 if not emitter.finished:
                     with clock.phase("draft"):
                         drafter.keep(emitter.open_rows)
-                        drafter.extend(collector.take_rows([lead + node for node in path]), taken)
+                        drafter.extend(verifier.features(path), taken)
                 stats.max_draft_cache_length = drafter.max_cache_length
                 stats.failed_drafts = drafter.failed_drafts
     finally:
-        with closing(held):
-            if held.carried and _transformers.outlives_call(cache, generation_config):
-                with _transformers.decoding(target), clock.phase("verify"):
-                    read_carried(view, held, first_position, model_kwargs, by_mask)
+        with _transformers.decoding(target), clock.phase("verify"):
+            verifier.close(_transformers.outlives_call(cache, generation_config))
 
     if streamer is not None:
         streamer.end()

@@ -12,6 +12,7 @@ from .._transformers import CACHE, GenerateOutput
 from ..clocks import PhaseClock
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
+from .caches import hold
 from .candidate_generator import SparrowCandidateGenerator
 from .emission import TokenEmitter
 from .fixed_steps import traces_steps
@@ -101,17 +102,11 @@ def _decode(
             stacklevel=3,
         )
     with clock.phase("prefill"), HiddenStateCollector(generator.layers_to_collect).active() as collector:
-        outputs = _transformers.prefill(target, input_ids, generation_config, model_kwargs)
-    # The encoded video is not used after the prefill, and its size grows with the video.
-    model_kwargs.pop("mm_encoder_outputs", None)
-    model_kwargs = _transformers.advance(target, outputs, model_kwargs)
-    first_position = model_kwargs["position_ids"][..., -1:]
-    for name in recorded:
-        recorded[name] += (outputs[name],)
-    first_token = emitter.choose(outputs.logits[:, -1])
+        logits, first_position, model_kwargs = prefill(target, input_ids, generation_config, model_kwargs, recorded)
+    first_token = emitter.choose(logits)
     stats.new_tokens = 1
     emitter.commit(first_token)
-    del outputs
+    del logits
     if not emitter.finished:
         with clock.phase("draft"):
             generator.prefill({layer: collector.take(layer) for layer in generator.layers_to_collect}, first_token)
@@ -119,7 +114,8 @@ def _decode(
 
     verifier: Verifier
     if session is None:
-        verifier = TargetVerifier(view, ways, draft.config.feature_layer_ids, first_position, model_kwargs, recorded)
+        layer_ids, held = draft.config.feature_layer_ids, hold(model_kwargs[CACHE])
+        verifier = TargetVerifier(view, ways, layer_ids, first_position, model_kwargs, held, recorded)
     else:
         verifier = StaticVerifier(session.verification, first_position, model_kwargs)
     try:
@@ -139,6 +135,27 @@ def _decode(
     finally:
         with _transformers.decoding(target), clock.phase("verify"):
             verifier.close(_transformers.outlives_call(cache, generation_config))
+
+
+def prefill(
+    target: PreTrainedModel,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    recorded: dict[str, tuple[Any, ...]],
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Runs the target over what its cache does not hold yet of the prompt.
+
+    Returns:
+        The `(B, V)` logits of the first generated token, its `(…, 1)` position, and what the next plain step is given.
+    """
+    outputs = _transformers.prefill(target, input_ids, generation_config, model_kwargs)
+    # The encoded video is not used after the prefill, and its size grows with the video.
+    model_kwargs.pop("mm_encoder_outputs", None)
+    model_kwargs = _transformers.advance(target, outputs, model_kwargs)
+    for name in recorded:
+        recorded[name] += (outputs[name],)
+    return outputs.logits[:, -1], model_kwargs["position_ids"][..., -1:], model_kwargs
 
 
 def recorded_outputs(generation_config: GenerationConfig) -> dict[str, tuple[Any, ...]]:

@@ -6,12 +6,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .._transformers import CACHE
 from ..devices import on_device
 from ..hidden_states import HiddenStateCollector
 from ..targets import TargetView
 from .attention import following_masks
-from .caches import HeldCache, hold
+from .caches import HeldCache
 from .emission import recorded_step
 from .self_check import Verification
 from .tree import CandidateTree, build_chains
@@ -35,13 +34,14 @@ class Verifier(Protocol):
 
 
 class TargetVerifier:
-    """Verifies with the target as it is and the cache that `generate()` made.
+    """Verifies with the target as it is and its own cache: trees of one sequence, or chains of several.
 
     Args:
         ways: With which attention function chains and trees are verified.
         layer_ids: Layers whose states the draft reads.
         first_position: `(…, 1)` position of the first generated token.
         model_kwargs: Those of the next plain step.
+        held: The cache of `model_kwargs`, as one keeps paths in it.
         recorded: Outputs of every step that the call asked for; each round adds those of its tokens.
     """
 
@@ -52,6 +52,7 @@ class TargetVerifier:
         layer_ids: Sequence[int],
         first_position: Tensor,
         model_kwargs: dict[str, Any],
+        held: HeldCache,
         recorded: dict[str, tuple[Any, ...]],
     ):
         self._view = view
@@ -60,7 +61,7 @@ class TargetVerifier:
         self._first_position = first_position
         self._model_kwargs = model_kwargs
         self._recorded = recorded
-        self._held: HeldCache = hold(model_kwargs[CACHE])
+        self._held = held
         self._collector = HiddenStateCollector({})
         self._lead = 0
 
@@ -71,7 +72,7 @@ class TargetVerifier:
 
     @contextmanager
     def verifying(self, tree: CandidateTree) -> Iterator[tuple[Tensor, list[int]]]:
-        """One forward over the tree. Yields its `(1, N, V)` logits and the path to keep, empty."""
+        """One forward over the tree. Yields its `(B, N, V)` logits and the path to keep, empty."""
         past_length, self._lead = self._held.length, len(self._held.carried)
         with self._held.verifying(tree) as path:
             by_mask = self._ways.of(tree) == "eager"
@@ -92,7 +93,7 @@ class TargetVerifier:
             self._recorded[name] += tuple(recorded_step(outputs, name, past_length, self._lead, path))
 
     def features(self, path: list[int]) -> Tensor:
-        """`(1, n, features · H)` states of the last forward at the nodes of a path."""
+        """`(B, n, features · H)` states of the last forward at the nodes of a path."""
         return self._collector.take_rows([self._lead + node for node in path])
 
     def close(self, outlives_call: bool) -> None:
@@ -103,19 +104,18 @@ class TargetVerifier:
         """
         try:
             if self._held.carried and outlives_call:
-                by_mask = self._ways.chains == "eager"
-                read_carried(self._view, self._held, self._first_position, self._model_kwargs, by_mask)
+                self._read_carried()
         finally:
             self._held.close()
 
-
-def read_carried(
-    view: TargetView, held: HeldCache, first_position: Tensor, model_kwargs: dict[str, Any], by_mask: bool
-) -> None:
-    """Runs the target over the carried tokens alone, so that the cache holds them."""
-    chain = build_chains(on_device(held.carried, first_position.device).T)
-    held.carried = []
-    with held.verifying(chain) as path, following_masks(by_mask):
-        inputs = verification_inputs(view, chain, held, first_position, model_kwargs, by_mask)
-        view.model(**inputs, return_dict=True)
-        path += range(len(chain))
+    def _read_carried(self) -> None:
+        """Runs the target over the carried tokens alone, so that the cache holds them."""
+        chain = build_chains(on_device(self._held.carried, self._first_position.device).T)
+        self._held.carried = []
+        by_mask = self._ways.of(chain) == "eager"
+        with self._held.verifying(chain) as path, following_masks(by_mask):
+            inputs = verification_inputs(
+                self._view, chain, self._held, self._first_position, self._model_kwargs, by_mask
+            )
+            self._view.model(**inputs, return_dict=True)
+            path += range(len(chain))
