@@ -17,7 +17,7 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import UnsupportedTargetError
-from sparrow_hf.generation import batches, decoding
+from sparrow_hf.generation import decoding, verifiers
 from sparrow_hf.generation.self_check import Verification, how_to_verify
 
 from batches import batch_of
@@ -191,13 +191,13 @@ def test_batches(register, function, mask, own_pace: bool, monkeypatch: pytest.M
     target, family = build(register(function, mask)), FAMILY_BY_NAME["llava_onevision"]
     inputs = batch_of(family, target, [{"videos": 0}, {"videos": 1}, {"videos": 0, "question": "Who?"}])
     draft, held = SparrowDraftModel.from_target(target, num_draft_levels=4), []
-    stock = batches.verification_inputs
+    stock = verifiers.verification_inputs
 
     def noted(view: Any, tree: Any, cache: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         held.append(cache)
         return stock(view, tree, cache, *args, **kwargs)
 
-    monkeypatch.setattr(batches, "verification_inputs", noted)
+    monkeypatch.setattr(verifiers, "verification_inputs", noted)
     plain = target.generate(**inputs, max_new_tokens=16, do_sample=False)
     futures = plain[:, inputs["input_ids"].shape[1] :].tolist()
     with drafting_batches_around(futures, adversarial=True):
