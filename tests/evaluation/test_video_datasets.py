@@ -95,6 +95,7 @@ def test_mlvu_asks_for_choices_and_for_summaries(tmp_path: Path):
     first, last = (touch(tmp_path / "MLVU" / "video" / task / "1.mp4") for task in ("1_plotQA", "9_summary"))
     rows, _ = read_dataset("mlvu", tmp_path)
     assert [asked(row) for row in rows] == [(first, f"Who?\n(A) a\n(B) b\n{EXPLAIN}"), (last, "Sum it up.")]
+    assert [row["task"] for row in rows] == ["1_plotQA", "9_summary"]
 
 
 def test_a_wrong_copy_is_reported(tmp_path: Path):

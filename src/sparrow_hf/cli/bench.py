@@ -1,5 +1,6 @@
 """`sparrow bench`: several arms on the same prompts, and their conditions written beside every figure."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,13 @@ from .common import (
 )
 
 DEFAULT_ARMS = ["none", "prompt-lookup", "draft", "draft@48-5-10"]
+
+
+class Format(StrEnum):
+    """Layouts of a report."""
+
+    tables = "tables"
+    mmspec = "mmspec"
 
 
 def bench(
@@ -106,6 +114,14 @@ def bench(
         Path, typer.Option(help="Folder of the run files. The results are computed from all files in it.")
     ] = Path("runs/bench"),
     report: Annotated[Path | None, typer.Option(help="Markdown file to write the tables to.")] = None,
+    layout: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="Layout of --report: `mmspec` has mean accepted tokens and the wall-time ratio of each task, and "
+            "measures at temperatures 0 and 1 unless --temperatures says otherwise.",
+        ),
+    ] = Format.tables,
     note: Annotated[str, typer.Option(help="A remark on the circumstances, written into the results.")] = "",
     split: Annotated[
         str | None, typer.Option(help="Split of --prompts to read, where it has several (default: train).")
@@ -139,6 +155,8 @@ def bench(
         raise BenchmarkError(
             f"give either --testbed, or --prompts with a data set; found {'both' if testbed else 'neither'}"
         )
+    if layout is Format.mmspec and report is None:
+        raise BenchmarkError("--format mmspec is a layout of the report: name its file with --report")
     if testbed and (max_frames or fps is not None or split is not None):
         raise BenchmarkError(
             "--testbed makes clips of --visual-tokens visual tokens: leave out --max-frames, --fps and --split"
@@ -174,7 +192,7 @@ def bench(
         model,
         chosen_arms,
         chosen,
-        temperatures or [0.0],
+        temperatures or ([0.0, 1.0] if layout is Format.mmspec else [0.0]),
         seeds or [0],
         max_new_tokens,
         shared_prefill,
@@ -202,7 +220,7 @@ def bench(
         benchmark.measure(measured)
     rows = write_results(runs, output, note)
     if report is not None:
-        write_report(output, report)
+        write_report(output, report, layout.value)
     console.print(results_table(rows))
     console.print(f"results in {output}" + (f", tables in {report}" if report else ""))
     # Compiled or grouped, the target itself rounds differently.

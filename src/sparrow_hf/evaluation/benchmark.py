@@ -30,11 +30,13 @@ class Prompt:
         name: Unique among the prompts of the same length.
         length: Its group: requested visual tokens, maximum number of frames, or `None` for a single group.
         read: Decodes the video and runs the processor.
+        task: The task or category it belongs to, for figures of each task.
     """
 
     name: str
     length: int | None
     read: Callable[[], BatchFeature]
+    task: str | None = None
 
 
 class Setting(NamedTuple):
@@ -166,6 +168,7 @@ class Benchmark:
                     runs.append(
                         {"benchmark": self.name, "family": unwrap(self.target).config.model_type}
                         | _key(prompt, setting)
+                        | ({} if prompt.task is None else {"task": prompt.task})
                         | {
                             "visual_tokens": count_visual_tokens(self.target, inputs["input_ids"]),
                             "arms": self.conditions["arms"],

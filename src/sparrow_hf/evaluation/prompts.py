@@ -57,7 +57,8 @@ def conversation_prompts(
 ) -> list[Prompt]:
     """Conversations as prompts, each once per number of frames, shortest first; named by index and fingerprint.
 
-    A row with its own `max_frames` is used once, with that number; a row with its own `fps` is read with it.
+    A row with its own `max_frames` is used once, with that number; a row with its own `fps` is read with it. A row's
+    `task`, if it has one, is the prompt's.
 
     Args:
         max_frames: Maximum numbers of frames to read of a video; each makes a table. None: all frames.
@@ -70,13 +71,14 @@ def conversation_prompts(
     for row in rows:
         with naming_row(row.get(ROW_INDEX)):
             messages, own = split_answer(row)[0], own_sampling(row)
+        task = None if row.get("task") is None else str(row["task"])
         key = fingerprint([messages, own] if own else messages)
         name = f"row {row[ROW_INDEX]}, {key[:8]}"
         lengths: list[int | None] = [*sorted(set(max_frames))] or [None]
         if "max_frames" in own:
             lengths = [own["max_frames"]]
         prompts += [
-            Prompt(name, frames, partial(prepare_prompt, processor, row, fps=fps, max_frames=frames))
+            Prompt(name, frames, partial(prepare_prompt, processor, row, fps=fps, max_frames=frames), task)
             for frames in lengths
         ]
     return sorted(prompts, key=lambda prompt: (prompt.length is None, prompt.length or 0))

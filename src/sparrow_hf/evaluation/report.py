@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..artifacts import write_text
 from ..checksums import read_json
@@ -26,17 +26,37 @@ and no ESR. A column that is empty could not be measured here.
 """
 
 
-def write_report(data: Path, report: Path) -> None:
-    """Writes the tables of a results file, one section per benchmark, length, temperature and seed."""
+MMSPEC_INTRODUCTION = """# Results in the form of MMSpec
+
+Written by `sparrow bench --format mmspec` from `{data}`; do not edit by hand.
+
+One prompt at a time (batch size 1). MAT, mean accepted tokens, are the draft tokens that the target accepts per round;
+with the target's own token, which Spec-Bench counts too, they are τ, tokens per target forward after the prefill. Both
+are pooled over rounds. Speed is the wall-time ratio of Spec-Bench: mean over prompts of tokens per second of the whole
+call (video encoder and prefill included; decoding the video and the processor are not), over that of transformers'
+plain `generate()` in the same process.
+"""
+
+
+def write_report(data: Path, report: Path, layout: Literal["tables", "mmspec"] = "tables") -> None:
+    """Writes the tables of a results file, one section per benchmark, length, temperature and seed.
+
+    Args:
+        layout: Our own tables, or those of the MMSpec benchmark.
+    """
+    introduction, write_section = {
+        "tables": (INTRODUCTION, section),
+        "mmspec": (MMSPEC_INTRODUCTION, mmspec_section),
+    }[layout]
     results = read_json(data, BenchmarkError, "make it again with `sparrow bench`")
-    parts = [INTRODUCTION.format(data=data.as_posix())]
+    parts = [introduction.format(data=data.as_posix())]
     if results["note"]:
         parts.append(results["note"] + "\n")
     sections: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in results["rows"]:
         key = tuple(row[name] for name in KEY)
         sections.setdefault(key, []).append(row)
-    parts += [section(rows) for rows in sections.values()]
+    parts += [write_section(rows) for rows in sections.values()]
     parts.append(provenance_section([row["provenance"] for row in results["rows"]]))
     write_text(report, "\n".join(parts))
 
@@ -44,23 +64,56 @@ def write_report(data: Path, report: Path) -> None:
 def section(rows: Sequence[dict[str, Any]]) -> str:
     """The arms of one table: what was accepted, how fast it was, where the time and the memory went."""
     plain = next(row for row in rows if row["arm"] == PLAIN)
-    kind = "greedy" if plain["temperature"] == 0 else f"T = {plain['temperature']:g}, seed {plain['seed']}"
-    length = "" if plain["length"] is None else f"length {plain['length']}, "
-    head = (
-        f"## {plain['benchmark']}: {plain['family']}, {length}{plain['visual_tokens']} visual tokens, {kind}\n\n"
-        f"{plain['prompts']} prompts of {plain['visual_tokens_range'][0]} to {plain['visual_tokens_range'][1]} visual "
-        "tokens"
-    )
+    head = heading(plain)
     if "tau" not in plain:
-        return head + "; every one was answered with a single token, so there is nothing to compare.\n"
-    left_out = f" {plain['too_short']} were answered with a single token and are left out." * bool(plain["too_short"])
+        return head
     rivals = [row for row in rows if row["arm"] != PLAIN]
     best = plain.get("best_baseline", PLAIN)
     return (
-        f"{head}, {plain['output_tokens']:.0f} tokens per answer.{left_out} Plain `generate()`: "
-        f"{plain['plain_ms_per_token']:.1f} ms per token, and {plain['prefill_share']:.0%} of the call for the "
-        f"prefill. Best baseline: {best}.\n\n{acceptance_table(rivals)}\n{speed_table(rivals)}"
+        f"{head} Plain `generate()`: {plain['plain_ms_per_token']:.1f} ms per token, and "
+        f"{plain['prefill_share']:.0%} of the call for the prefill. Best baseline: {best}.\n\n"
+        f"{acceptance_table(rivals)}\n{speed_table(rivals)}"
     )
+
+
+def mmspec_section(rows: Sequence[dict[str, Any]]) -> str:
+    """MAT and speed of every arm in each task, and over all prompts."""
+    plain = next(row for row in rows if row["arm"] == PLAIN)
+    head = heading(plain)
+    if "tau" not in plain:
+        return head
+    columns = ["method", *(f"{task}: {name}" for task in plain["tasks"] for name in ("MAT", "speed"))]
+    return f"{head}\n\n" + table(
+        [*columns, "overall: MAT", "overall: τ", "overall: speed"],
+        [
+            [
+                row["arm"],
+                *(
+                    cell
+                    for task in row["tasks"].values()
+                    for cell in (f"{task['k']:.2f}", times(task["walltime_ratio"]))
+                ),
+                f"{row['k']:.2f}",
+                f"{row['tau']:.2f}",
+                times(row["walltime_ratio"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def heading(row: dict[str, Any]) -> str:
+    """What one table was measured on."""
+    kind = "greedy" if row["temperature"] == 0 else f"T = {row['temperature']:g}, seed {row['seed']}"
+    length = "" if row["length"] is None else f"length {row['length']}, "
+    head = (
+        f"## {row['benchmark']}: {row['family']}, {length}{row['visual_tokens']} visual tokens, {kind}\n\n"
+        f"{row['prompts']} prompts of {row['visual_tokens_range'][0]} to {row['visual_tokens_range'][1]} visual tokens"
+    )
+    if "tau" not in row:
+        return head + "; every one was answered with a single token, so there is nothing to compare.\n"
+    left_out = f" {row['too_short']} were answered with a single token and are left out." * bool(row["too_short"])
+    return f"{head}, {row['output_tokens']:.0f} tokens per answer.{left_out}"
 
 
 def acceptance_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -145,6 +198,11 @@ def provenance_section(provenances: Sequence[dict[str, Any]]) -> str:
 def optional(value: float | None, layout: str) -> str:
     """A number in a layout, or nothing."""
     return "" if value is None else format(value, layout)
+
+
+def times(ratio: float) -> str:
+    """A ratio as `1.23×`."""
+    return f"{ratio:.2f}×"
 
 
 def between(ends: Sequence[float] | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from ..artifacts import write_json
 from ..checksums import sealed
 from ..measurement import PLAIN
-from ..metrics import Run, acceptance, asked_acceptance, speed
+from ..metrics import Run, acceptance, asked_acceptance, speed, walltime_ratio
 from .run_file import read_lines
 
 KEY = ("benchmark", "family", "length", "temperature", "seed")
@@ -76,6 +76,8 @@ def result_row(arm: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     if runs:
         row |= figures(plain, runs) | phases(runs) | memory(plain, runs)
+        tasks = [line.get("task") for line, used in zip(lines, decoded, strict=True) if used]
+        row["tasks"] = by_task(tasks, plain, runs)
         row |= {f"{name}_acceptance": share for name, share in asked_acceptance(runs).items()}
     is_stock = runs_stock_loop(arm, [run for _, run in pairs])
     is_compiled = bool(lines[0]["arms"][arm].get("compiled"))
@@ -118,10 +120,26 @@ def figures(plain: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:
         "esr": faster.esr.median,
         "esr_quartiles": faster.esr[1:],
         "esr_from_dsr": faster.esr_from_dsr,
+        "walltime_ratio": walltime_ratio(plain, runs),
         "prefill_share": faster.prefill_share.median,
         "plain_ms_per_token": faster.plain_ms_per_token.median,
         "ms_per_token": faster.ms_per_token.median,
     }
+
+
+def by_task(tasks: Sequence[str | None], plain: Sequence[Run], runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Acceptance and wall-time ratio on the prompts of each task; those without a task belong to none."""
+    found = {}
+    for task in sorted({task for task in tasks if task is not None}):
+        base, own = ([run for run, its in zip(those, tasks, strict=True) if its == task] for those in (plain, runs))
+        taken = acceptance(own)
+        found[task] = {
+            "prompts": len(own),
+            "tau": taken.tau,
+            "k": taken.k,
+            "walltime_ratio": walltime_ratio(base, own),
+        }
+    return found
 
 
 def phases(runs: Sequence[Run]) -> dict[str, Any]:

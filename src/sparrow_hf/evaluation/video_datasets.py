@@ -114,7 +114,8 @@ class Conversations(NamedTuple):
     """What a copy of a data set holds.
 
     Attributes:
-        rows: `{"messages"}`, one per question whose video is there.
+        rows: `{"messages"}`, one per question whose video is there; with their `"task"`, which is the name of their
+            file, where the data set has a file for each.
         missing: Names of videos that rows ask about and the copy does not have.
     """
 
@@ -155,7 +156,8 @@ def read_dataset(name: str, folder: Path) -> Conversations:
                 missing.append(str(row[dataset.video]))
                 continue
             content = [{"type": "video", "video": str(video)}, {"type": "text", "text": prompt}]
-            rows.append({"messages": [{"role": "user", "content": content}]})
+            task = {"task": path.stem} if len(dataset.files) > 1 else {}
+            rows.append({"messages": [{"role": "user", "content": content}]} | task)
     if not rows:
         raise BenchmarkError(
             f"{folder} has no question of {dataset.hub_id} with its video ({len(missing)} videos are missing): "
