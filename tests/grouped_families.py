@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import transformers as hf
-from hybrid_families import WINDOWS_AND_FULL, gemma
+from hybrid_families import PER_LAYER_EMBEDDINGS, WINDOWS_AND_FULL, gemma
 
 from families import FAMILY_BY_NAME
 from tiny_targets import Family
@@ -40,5 +40,9 @@ GROUPED_FAMILIES: tuple[tuple[Family, dict[str, int]], ...] = (
     (
         _gemma("gemma4-4:1-1:1", per_layer_config={layer: {"num_key_value_heads": 8} for layer in (1, 3)}),
         {"sliding_attention": 4},
+    ),
+    (
+        _gemma("gemma4-shared-4:1", num_kv_shared_layers=2, **PER_LAYER_EMBEDDINGS),
+        {"sliding_attention": 4, "full_attention": 4},
     ),
 )

@@ -29,6 +29,7 @@ from tiny_targets import FRAME_SIZE, HIDDEN_SIZE, PATCH_SIZE, Family
 #: Shorter than any prompt, so that every window is full.
 WINDOW = 16
 WINDOWS_AND_FULL = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
+PER_LAYER_EMBEDDINGS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 160}
 
 # -- windows ----------------------------------------------------------------------------------------------------------
 
@@ -82,7 +83,9 @@ def gemma(name: str, **text_fields: Any) -> Family:
 _WINDOWED = (
     gemma("gemma4", **WINDOWS_AND_FULL),
     # Every layer also reads an embedding of its own of the token.
-    gemma("gemma4-ple", **WINDOWS_AND_FULL, hidden_size_per_layer_input=8, vocab_size_per_layer_input=160),
+    gemma("gemma4-ple", **WINDOWS_AND_FULL, **PER_LAYER_EMBEDDINGS),
+    # The last two layers read the keys and values of the first two.
+    gemma("gemma4-shared", **WINDOWS_AND_FULL, **PER_LAYER_EMBEDDINGS, num_kv_shared_layers=2),
     gemma("gemma4-full", layer_types=["full_attention"] * 4),
     Family(
         name="gemma4_unified",

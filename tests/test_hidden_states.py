@@ -63,6 +63,27 @@ def test_a_hook_that_never_fired_is_reported() -> None:
         collector.take(1)
 
 
+def test_rows_that_a_target_leaves_out_are_computed_for_a_collector() -> None:
+    """Layers that share keys and values run for the wanted logits only, unless somebody collects their states."""
+    family = FAMILY_BY_NAME["gemma4-shared"]
+    target = family.build_target()
+    for _ in range(2):
+        SparrowDraftModel.from_target(target)
+    assert len(target.get_decoder()._forward_pre_hooks) == 1
+    inputs, collector = family.build_inputs(target), HiddenStateCollector({4: None})
+    rows: list[int] = []
+    target.get_decoder().layers[-1].register_forward_hook(lambda _, args, output: rows.append(output.shape[1]))
+    with torch.no_grad():
+        expected = target(**inputs, output_hidden_states=True)
+        with collector.active():
+            found = target(**inputs, logits_to_keep=1)
+        target(**inputs, logits_to_keep=1)
+    length = inputs["input_ids"].shape[1]
+    assert rows == [length, length, 1]
+    assert torch.equal(collector.take(4), expected.hidden_states[-1])
+    torch.testing.assert_close(found.logits, expected.logits[:, -1:], rtol=0, atol=1e-5)
+
+
 def test_nothing_is_kept_outside_a_collector_or_in_another_thread(target: PreTrainedModel) -> None:
     inputs = FAMILY_BY_NAME["qwen2_5_vl"].build_inputs(target)
     collector = HiddenStateCollector({1: None})

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparrow_hf import hidden_states
 from sparrow_hf.generation import caches, decoding, verification, verifiers
 from sparrow_hf.generation.self_check import Verification
 from sparrow_hf.generation.tree import CandidateTree
@@ -68,6 +69,11 @@ def old_rows_dropped_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caches, "record_past", lambda cache, on: None)
 
 
+def rows_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that share keys and values run for the wanted logits only."""
+    monkeypatch.setattr(hidden_states._AllRowsHook, "__call__", lambda *args: None)
+
+
 def convolutions_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rejected inputs stay in the cache of a convolution."""
     monkeypatch.setattr(caches, "convolution_layers", lambda cache: [])
@@ -85,6 +91,7 @@ BUGS: dict[Callable[[pytest.MonkeyPatch], None], dict[str, Any]] = {
     windows_by_layout: {"family": "gemma4", "draft_fields": TREE},
     one_mask_for_all_kinds: {"family": "gemma4_unified", "draft_fields": TREE},
     old_rows_dropped_too_early: {"family": "gemma4", "draft_fields": CHAIN},
+    rows_left_out: {"family": "gemma4-shared", "draft_fields": CHAIN},
     convolutions_not_cut: {"family": "lfm3_vl", "draft_fields": CHAIN},
     trees_everywhere: {"family": "minimax_m3_vl-sparse", "draft_fields": TREE},
 }

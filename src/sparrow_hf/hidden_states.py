@@ -5,6 +5,7 @@ hooks here keep only what the draft reads. They are installed once, when a draft
 compiled call never fires), and do nothing unless the running thread has a collector.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -159,8 +160,29 @@ class _InputHook(_Hook):
         self.hand_over(args[0] if args else kwargs["hidden_states"])
 
 
-def install_hooks(layers: nn.ModuleList, norm: nn.Module, layer_ids: set[int]) -> None:
-    """Puts one hook on each layer of `layer_ids` (0 = before the first, depth = the final norm) that has none yet."""
+class _AllRowsHook:
+    """Before a decoder runs: while states are collected, no layer may leave rows out.
+
+    A decoder that is told how many logits are wanted may compute its last layers for those rows only (layers that
+    share the keys and values of others leave nothing behind for later rows). The model cuts the rows for its head
+    itself, where the decoder has not.
+    """
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        is_traced = torch.compiler.is_compiling() and _traced is not None
+        if is_traced or _ACTIVE.get() is not None:
+            return args, kwargs | {"logits_to_keep": 0}
+        return None
+
+
+def install_hooks(decoder: Any, norm: nn.Module, layer_ids: set[int]) -> None:
+    """Puts the hooks on a decoder that it has none of yet.
+
+    Args:
+        norm: The norm behind its last layer.
+        layer_ids: Layers whose states are handed over (0 = before the first, depth = the norm).
+    """
+    layers = decoder.layers
     for layer in sorted(layer_ids):
         module = norm if layer == len(layers) else layers[max(layer - 1, 0)]
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
@@ -170,3 +192,6 @@ def install_hooks(layers: nn.ModuleList, norm: nn.Module, layer_ids: set[int]) -
             module.register_forward_pre_hook(_InputHook(layer), with_kwargs=True)
         else:
             module.register_forward_hook(_OutputHook(layer))
+    has_hook = any(isinstance(hook, _AllRowsHook) for hook in decoder._forward_pre_hooks.values())
+    if "logits_to_keep" in inspect.signature(decoder.forward).parameters and not has_hook:
+        decoder.register_forward_pre_hook(_AllRowsHook(), with_kwargs=True)

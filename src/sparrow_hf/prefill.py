@@ -29,7 +29,8 @@ class PrefillSnapshot:
         layers: Layer ids (`hidden_states` convention) of which drafts read the states; their hooks are installed.
 
     Attributes:
-        seconds: From the call of `generate()` to its first token: video encoder and prefill.
+        seconds: From the call of `generate()` to its first token: video encoder and prefill. Longer than plain
+            `generate()`'s where that leaves rows out of layers that share keys and values.
     """
 
     def __init__(

@@ -170,7 +170,7 @@ def bind(config: SparrowDraftConfig, target: PreTrainedModel) -> TargetView:
             "target's own, the acceptance may be lower",
             stacklevel=4,
         )
-    install_hooks(view.layers, view.norm, config.layer_ids_read)
+    install_hooks(view.decoder, view.norm, config.layer_ids_read)
     return view
 
 

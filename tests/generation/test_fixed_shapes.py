@@ -82,7 +82,7 @@ def check_what_is_traced(shape: dict[str, int]) -> None:
 @pytest.mark.full
 @COMPILES
 @pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma4"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma4", "gemma4-shared"])
 def test_compiled_steps_give_the_same_ids(family: str, shape: dict[str, int]) -> None:
     target, inputs = a_target(family)
     draft, plain = a_draft(target, **shape), new_ids(target, inputs)

@@ -162,6 +162,21 @@ def test_sdpa_grouped_folds_plain_steps(make_mask: Callable[[Tensor], Any], monk
     assert torch.equal(register["sdpa"](nn.Module(), query, key, value, mask, scaling=0.3)[0], expected)
 
 
+def test_rows_of_layers_that_share_keys_and_values_have_a_mask() -> None:
+    """Their code leaves rows out, and knows only under the name of sdpa when the others need a mask for that."""
+    name = "gemma4-shared-4:1"
+    target, given = target_of(name, "sdpa_grouped"), FAMILY[name].build_inputs(target_of(name, "sdpa_grouped"))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            target(**given, logits_to_keep=5).logits, target(**given).logits[:, -5:], rtol=0, atol=1e-5
+        )
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    expected = target_of(name, "sdpa").generate(**given, **options).logits
+    found = target.generate(**given, **options, cache_implementation="static").logits
+    for pair in zip(found, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-5)
+
+
 PROGRAM = """
 import torch
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
@@ -393,7 +408,7 @@ def test_the_groups_of_another_kind_of_layer_fail(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(not traces_steps(), reason="an older sdpa expands the keys of single rows, which are plain steps")
 @pytest.mark.parametrize("folds", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["qwen2_5_vl-7:1", "gemma4-4:1"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl-7:1", "gemma4-4:1", "gemma4-shared-4:1"])
 def test_verification_expands_no_keys_and_values(
     name: str, shape: str, folds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

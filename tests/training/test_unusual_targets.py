@@ -1,4 +1,4 @@
-"""Targets that are not plain fp32 modules in memory, offloaded to disk or quantised, teach and verify all the same."""
+"""Targets that are offloaded to disk or quantised, or share keys and values, teach and verify all the same."""
 
 import pytest
 import torch
@@ -6,7 +6,10 @@ from greedy import greedy
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel
-from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments, append_answer
+from sparrow_hf.training import SparrowDataCollator, SparrowTrainer, SparrowTrainingArguments, append_answer
+from sparrow_hf.training.recording import RecordedDataset, record
+
+from families import FAMILY_BY_NAME
 
 
 @pytest.fixture
@@ -45,6 +48,20 @@ def test_an_offloaded_target_trains_the_same_draft(target, offloaded, samples, p
         plain = target.generate(**prompts[0], **greedy(12))
         assert torch.equal(teacher.generate(**prompts[0], **greedy(12), assistant_model=draft), plain)
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_draft_overfits_one_recorded_row_of_a_target_that_shares_keys_and_values(tmp_path):
+    family = FAMILY_BY_NAME["gemma4-shared"]
+    target = family.build_target()
+    prompt = family.build_inputs(target)
+    plain = target.generate(**prompt, **greedy(12))
+    row = append_answer(prompt, plain[0, prompt["input_ids"].shape[1] :].tolist())
+    torch.manual_seed(0)
+    draft = SparrowDraftModel.from_target(target, num_mtp_steps=3, num_draft_levels=3)
+    assert record(draft, [row], tmp_path / "recorded", SparrowDataCollator()) == {}
+    train(draft, target, RecordedDataset(tmp_path / "recorded", draft), tmp_path / "training", steps=80)
+    assert torch.equal(target.generate(**prompt, **greedy(12), assistant_model=draft), plain)
+    assert draft.last_generation.accepted == [3, 3, 2]
 
 
 @pytest.mark.full

@@ -76,7 +76,24 @@ def register_attention(name: str, function: Callable[..., Any], masks_of: str | 
     """
     ATTENTION_FUNCTIONS.register(name, function)
     if masks_of is not None:
-        MASK_FUNCTIONS.register(name, MASK_FUNCTIONS[masks_of])
+        masks = MASK_FUNCTIONS[masks_of]
+        MASK_FUNCTIONS.register(name, masks if name == masks_of else _for_cut_rows(masks))
+
+
+def _for_cut_rows(masks: Callable[..., Any]) -> Callable[..., Any]:
+    """`masks`, but several rows always get a mask where layers share the keys and values of others.
+
+    The code of such models may run these layers for the last rows only. A missing mask would then be read as that of
+    the first rows. The code knows when sdpa needs one, but it asks for the name.
+    """
+
+    @functools.wraps(masks)
+    def made(*args: Any, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
+        shares = "reuse" in (getattr(config, "kv_sharing_modes", None) or ())
+        may_skip = allow_is_causal_skip and not (shares and kwargs["q_length"] > 1)
+        return masks(*args, config=config, allow_is_causal_skip=may_skip, **kwargs)
+
+    return made
 
 
 def query_groups(layers: nn.ModuleList, config: Any) -> dict[str, int]:

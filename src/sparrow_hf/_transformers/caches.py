@@ -8,12 +8,12 @@ from torch import Tensor
 from .names import layer_types_of
 
 #: A layer without a cache of its own: it has no attention, or reads another layer's.
-NO_CACHE = "dummy"
+NO_CACHE = "no_cache"
 
 
 def layer_kinds(config: Any) -> list[str]:
     """What each layer of a text decoder keeps in its cache: `"full_attention"`, `"sliding_attention"`, …"""
-    kinds, _ = layer_types_of(config)
+    kinds = [NO_CACHE if kind == "dummy" else kind for kind in layer_types_of(config)[0]]
     reading_images = getattr(config, "cross_attention_layers", None) or ()
     return ["cross_attention" if index in reading_images else kind for index, kind in enumerate(kinds)]
 
