@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 #: Of `config.json` and of the tensors' names; `sparrow export-vllm` writes the same number.
-FORMAT = 1
+FORMAT = 2
 #: First version of vLLM that is supported, and the first one that is not. Tried: 0.32.0.
 SUPPORTED_VLLM = ("0.32", "0.33")
 
@@ -45,12 +45,12 @@ class SparrowVllmConfig(PretrainedConfig):
     The fields of the decoder layer have the names of a Llama configuration; vLLM itself reads
     `eagle_aux_hidden_state_layer_ids`. All that this plugin alone reads lies in `sparrow`:
 
-        format          1
+        format          2
         method          "eagle3" or "eagle"
         target          model_type, num_hidden_layers, hidden_size, vocab_size, visual_token_ids, rms_norm_eps
         feature_layers  target layers whose text states are read; k = output of layer k, the last one normed
         bridge_layer    target layer whose visual states are read
-        glimpse_stride  every s-th visual row is kept; 0: none
+        glimpse_rows    visual rows that are kept, 0 being a prompt's first, or null: all
         hiding_channels two channels of each head that give up their RoPE pair, so that the last one can hide rows
         after_visual    token that follows a visual run, or null
         qk_norm, input_norm, output_norm, fc_bias, project_visual, position_mode    as in the draft's configuration

@@ -115,8 +115,12 @@ class SparrowDraft(seams.Eagle3Base):
             self.draft_to_target = nn.Parameter(torch.zeros(size, dtype=torch.int64), requires_grad=False)
         if self.fields["method"] == "eagle3":
             self.target_norm = RMSNorm(config.hidden_size, eps=self.fields["target"]["rms_norm_eps"])
+        all_rows = torch.arange(vllm_config.model_config.max_model_len)
+        kept = all_rows if self.fields["glimpse_rows"] is None else torch.tensor(self.fields["glimpse_rows"])
+        self.register_buffer("glimpse", torch.isin(all_rows, kept), persistent=False)
+        self.has_glimpse = len(kept) > 0
         # Kept from `combine_hidden_states` to the forward, which a CUDA graph may replay.
-        room = vllm_config.scheduler_config.max_num_batched_tokens if self.fields["glimpse_stride"] else 0
+        room = vllm_config.scheduler_config.max_num_batched_tokens if self.has_glimpse else 0
         self.register_buffer("bridge", torch.zeros(room, config.hidden_size), persistent=False)
         self._memory: Tensor | None = None
         self._given: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -128,7 +132,7 @@ class SparrowDraft(seams.Eagle3Base):
         if last in states:
             # vLLM hands it over before the norm.
             states[last] = self.target_norm(states[last].contiguous())
-        if self.fields["glimpse_stride"]:
+        if self.has_glimpse:
             self.bridge[: len(hidden_states)] = states[self.fields["bridge_layer"]]
         return self.model.feature_fc(torch.cat([states[layer] for layer in self.fields["feature_layers"]], dim=-1))
 
@@ -159,7 +163,7 @@ class SparrowDraft(seams.Eagle3Base):
                 next_ids=next_ids[:m],
                 next_is_visual=visual[:m] if next_is_visual is None else _padded(next_is_visual.to(device), m),
                 memory=self._memory,
-                glimpse_stride=self.fields["glimpse_stride"],
+                glimpse=self.glimpse,
                 after_visual=self.fields["after_visual"],
                 compact=self.fields["position_mode"] == "compact",
             )
@@ -168,7 +172,7 @@ class SparrowDraft(seams.Eagle3Base):
             found = (rows.next_ids, rows.positions, rows.is_visual, rows.hidden)
             next_ids, positions, visual, hidden = (_padded(x, n) for x in found)
         states = self.model.fc(torch.cat((self.model.embed_tokens(next_ids), hidden_states), dim=-1))
-        if self.fields["glimpse_stride"]:
+        if self.has_glimpse:
             bridge = self.bridge[:n]
             if self.fields["project_visual"]:
                 bridge = self.model.fc(torch.cat((torch.zeros_like(bridge), bridge), dim=-1))

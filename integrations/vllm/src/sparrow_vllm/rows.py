@@ -76,7 +76,7 @@ def describe(
     next_ids: Tensor,
     next_is_visual: Tensor,
     memory: Tensor,
-    glimpse_stride: int,
+    glimpse: Tensor,
     after_visual: int | None,
     compact: bool,
 ) -> Rows:
@@ -88,7 +88,7 @@ def describe(
         next_ids: `(n,)` token after each row.
         next_is_visual: `(n,)` bool: that token is a visual one.
         memory: `(slots + 1,)` int64, zero at first, read and written; the last one is for padding.
-        glimpse_stride: Every so many visual rows one is kept, from the middle of the first stride on; 0: none.
+        glimpse: `(V,)` bool: whether a prompt's visual row 0, 1, … is kept; V is the most that one can have.
         after_visual: Token behind a visual run, for a row before one whose end is not in this forward.
         compact: Positions count kept rows; else all rows.
     """
@@ -116,9 +116,9 @@ def describe(
     until = _next(next_is_visual, rows, end) + 1 - rows
     is_header = ~is_visual & (since + until - 1 <= MAX_FRAME_HEADER_TOKENS)
 
-    kept = ~is_visual & ~is_header
-    if glimpse_stride:
-        kept |= is_visual & ((visual_count - 1) % glimpse_stride == glimpse_stride // 2)
+    # What padding counts is beyond any prompt.
+    in_glimpse = glimpse[(visual_count - 1).clamp(0, len(glimpse) - 1)]
+    kept = torch.where(is_visual, in_glimpse, ~is_header)
     kept_count = _running(kept, start) + kept_before
 
     remembered = (kept_count << _KEPT) | (visual_count << _VISUAL) | (since << _DISTANCE) | next_is_visual
