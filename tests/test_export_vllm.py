@@ -54,8 +54,6 @@ def test_the_built_in_draft(tmp_path: Path) -> None:
         },
         "feature_layers": [24],
         "bridge_layer": 12,
-        # Heads have 32 channels; RoPE turns 15 with 31 slowest.
-        "hiding_channels": [15, 31],
         "after_visual": 4,
         "qk_norm": False,
         "input_norm": True,
@@ -63,9 +61,9 @@ def test_the_built_in_draft(tmp_path: Path) -> None:
         "fc_bias": False,
         "project_visual": False,
         "position_mode": "compact",
-        "draft_vocab_size": None,
     }
     tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors.pop("never_drafted").nonzero().flatten().tolist() == [5, 6]
     draft = SparrowDraftModel.from_pretrained(QWEN / "draft")
     norm = load_target(QWEN / "target")[0].model.language_model.norm.weight
     assert torch.equal(tensors.pop("target_norm.weight"), norm)
@@ -127,9 +125,10 @@ def test_a_reduced_vocabulary(tmp_path: Path) -> None:
     draft = SparrowDraftModel.from_pretrained(QWEN / "draft")
     draft.set_vocabulary([2, 9, 71])
     draft.save_pretrained(tmp_path / "draft")
-    fields = export_vllm(tmp_path / "draft", tmp_path / "out", QWEN / "target", "logarithmic")
-    assert fields["sparrow"]["draft_vocab_size"] == 3
-    assert load_file(tmp_path / "out" / "model.safetensors")["draft_to_target"].tolist() == [2, 9, 71]
+    export_vllm(tmp_path / "draft", tmp_path / "out", QWEN / "target", "logarithmic")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert (~tensors["never_drafted"]).nonzero().flatten().tolist() == [2, 9, 71]
+    assert not any("draft_to_target" in name for name in tensors)
 
 
 @pytest.mark.parametrize(

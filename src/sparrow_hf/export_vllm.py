@@ -73,7 +73,8 @@ def export_vllm(
     with told_if_not_loaded("target", str(source)):
         target_config = AutoConfig.from_pretrained(source, revision=revision)
     fields = exported_config(config, target_config)
-    tensors = {name if name == "draft_to_target" else f"model.{name}": t for name, t in model.state_dict().items()}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != "draft_to_target"}
+    tensors["never_drafted"] = _never_drafted(model)
     if fields["sparrow"]["method"] == "eagle3":
         with told_if_not_loaded("target", str(source)):
             tensors["target_norm.weight"] = _final_norm(source, revision).to(model.dtype)
@@ -126,9 +127,6 @@ def exported_config(config: SparrowDraftConfig, target_config: PreTrainedConfig)
         )
     glimpse_rows = _glimpse_rows(config) if method == "eagle3" else []
     layers_read = {*features, *([] if glimpse_rows == [] else [config.bridge_layer_id])}
-    head_dim = int(config.head_dim or 0)
-    # RoPE turns channel i with channel i + head_dim/2. The last pair turns slowest and says least.
-    hiding_channels = [head_dim // 2 - 1, head_dim - 1]
     names = (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
@@ -154,15 +152,20 @@ def exported_config(config: SparrowDraftConfig, target_config: PreTrainedConfig)
             "feature_layers": features,
             "bridge_layer": config.bridge_layer_id,
             "glimpse_rows": glimpse_rows,
-            "hiding_channels": hiding_channels,
             "after_visual": getattr(target_config, "vision_end_token_id", None),
             "qk_norm": config.block_type == "qwen3",
             **{name: getattr(config, name) for name in ("input_norm", "output_norm", "fc_bias", "project_visual")},
             "position_mode": config.position_mode,
-            "draft_vocab_size": config.draft_vocab_size,
             "position_rule": _POSITION_RULE if target_config.model_type in _OTHER_POSITIONS else None,
         },
     }
+
+
+def _never_drafted(model: SparrowDraftModel) -> Tensor:
+    """`(vocab_size,)` bool: visual tokens, and those that a reduced vocabulary leaves out."""
+    ids = torch.arange(model.config.vocab_size)
+    visual, drafted = torch.isin(ids, torch.tensor(model.config.visual_token_ids)), model.draft_to_target
+    return visual if drafted is None else visual | ~torch.isin(ids, drafted)
 
 
 def _glimpse_rows(config: SparrowDraftConfig) -> list[int] | None:

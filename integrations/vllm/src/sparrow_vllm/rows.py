@@ -28,23 +28,14 @@ _DISTANCE, _VISUAL, _KEPT, _COUNT = 1, 6, 34, (1 << 28) - 1
 
 @dataclass(frozen=True)
 class Batch:
-    """Where the rows of one forward belong. Tensors only, of shapes that the batch's size alone decides.
+    """Where the rows of one forward belong. Tensors only, of shapes that the batch's size alone decides."""
 
-    Attributes:
-        num_rows: n, padding included.
-        starts: `(R + 1,)` first row of each request; those behind the last start are padding.
-        lengths: `(R,)` tokens of each request, the rows of this forward included.
-        blocks: `(R, B)` its KV blocks.
-        block_size: Slots of a block.
-        max_length: Tokens that a request can have.
-    """
-
-    num_rows: int
-    starts: Tensor
-    lengths: Tensor
-    blocks: Tensor
-    block_size: int
-    max_length: int
+    num_rows: int  # n, padding included
+    starts: Tensor  # (R + 1,) first row of each request; those behind the last start are padding
+    lengths: Tensor  # (R,) tokens of each request, the rows of this forward included
+    blocks: Tensor  # (R, B) its KV blocks
+    block_size: int  # slots of a block
+    max_length: int  # tokens that a request can have
 
     def slot(self, request: Tensor, index: Tensor) -> Tensor:
         """KV slot of the token `index` of a request."""
@@ -54,21 +45,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Rows:
-    """What the draft needs of each of the n rows.
+    """What the draft needs of each of the n rows."""
 
-    Attributes:
-        hidden: No row attends to it.
-        is_visual: It enters as a visual state.
-        positions: Its RoPE position.
-        next_ids: The token whose embedding it joins.
-        slots: Its KV slot, −1 for padding.
-    """
-
-    hidden: Tensor
-    is_visual: Tensor
-    positions: Tensor
-    next_ids: Tensor
-    slots: Tensor
+    hidden: Tensor  # no row attends to it
+    is_visual: Tensor  # it enters as a visual state
+    positions: Tensor  # its RoPE position
+    next_ids: Tensor  # the token whose embedding it joins
+    slots: Tensor  # its KV slot, −1 for padding
 
 
 def describe(
