@@ -91,7 +91,9 @@ def test_decoding_and_evaluation_read_the_glimpse_that_the_draft_says(tmp_path, 
     first = int(torch.isin(samples[-1]["input_ids"][0], torch.tensor(draft.config.visual_token_ids)).nonzero()[0])
     # 40 visual tokens: the middles of four tenths, or 0.8·(e^(k/0.8) − 1).
     assert (kept.visual - first).tolist() == {"even": [5, 15, 25, 35], "logarithmic": [0, 1, 8, 33]}[spacing]
-    assert batch.visual_positions[-1].tolist() == kept.is_visual.nonzero().flatten().tolist()
+    everything = read_with_target(draft, samples[-1])
+    expected = everything.visual_states[torch.isin(everything.visual_rows, kept.visual)]
+    torch.testing.assert_close(batch.visual_states[-1], expected)
 
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, target, make_draft, recorded):
