@@ -54,6 +54,7 @@ def test_minus_one_is_the_post_norm_state() -> None:
         {"visual_bridge_layer": 29},
         {"num_glimpse_tokens": -1},
         {"position_mode": "rotary"},
+        {"glimpse_spacing": "linear"},
         {"num_mtp_steps": 0},
         {"num_attention_heads": 28, "num_key_value_heads": 5},
         {"num_draft_levels": 4, "beam_width": 1, "num_tree_nodes": 30},

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from sparrow_hf.draft_inputs import (
+    EVERY_VISUAL_TOKEN,
     MAX_FRAME_HEADER_TOKENS,
     additive_mask,
     causal,
     draft_positions,
+    logarithmic,
     put,
     strided,
 )
@@ -58,6 +60,35 @@ def test_strides_cover_the_whole_video_at_any_length() -> None:
         assert len(picks.unique()) == 64
         assert picks[0] < length / 64
         assert picks[-1] >= length - length / 64
+
+
+def test_logarithmic_distances_grow_by_a_constant_factor() -> None:
+    # c = 2: 2·(e^(k/2) − 1) is 0 · 1.29 · 3.43 · 6.96 · 12.77 · 22.36 · 38.17 · 64.23 · 107.19
+    assert logarithmic(torch.arange(100), 10).tolist() == [0, 1, 3, 6, 12, 22, 38, 64]
+    assert logarithmic(torch.arange(400), 64).tolist() == [
+        *(0, 1, 2, 3, 4, 6, 7, 9, 11, 13, 15, 17, 19, 22, 25, 28, 31, 35, 39, 43, 48, 53, 58, 64, 70, 77, 84, 92, 101),
+        *(110, 120, 131, 143, 155, 169, 184, 200, 217, 236, 256, 278, 302, 327, 355, 385),
+    ]
+    assert [len(logarithmic(torch.arange(length), 64)) for length in (0, 3, 1880, 3200, 25_000)] == [0, 3, 64, 71, 97]
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 64, 1000])
+def test_the_logarithmic_choice_of_a_prefix_is_the_beginning_of_the_choice(count: int) -> None:
+    whole = logarithmic(torch.arange(5000), count).tolist()
+    for length in (*range(60), 500, 4999):
+        assert logarithmic(torch.arange(length), count).tolist() == [row for row in whole if row < length]
+
+
+def test_logarithmic_positions_count_the_visual_tokens_of_the_whole_prompt() -> None:
+    # Visual tokens 0 … 3 of one video and 4 … 6 of another, which begins at position 23; padding is not counted.
+    text = list(range(20, 38))
+    ids = [7, 1, V, V, V, V, *text, V, V, V, 2]
+    kept = keep(ids, 10, glimpse_spacing="logarithmic", attention_mask=torch.tensor([0] + [1] * (len(ids) - 1)))
+    assert kept.visual.tolist() == [2, 3, 5, 26]
+    assert kept.indices.tolist() == [1, 2, 3, 5, *range(6, 24), 26, 27]
+    assert keep(ids, 0, glimpse_spacing="logarithmic").visual.tolist() == []
+    every = keep(ids, EVERY_VISUAL_TOKEN, glimpse_spacing="logarithmic")
+    assert every.visual.tolist() == [2, 3, 4, 5, 24, 25, 26]
 
 
 def test_random_positions_follow_the_generator() -> None:

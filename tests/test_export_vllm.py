@@ -28,7 +28,7 @@ def test_both_packages_agree() -> None:
 
 
 def test_the_built_in_draft(tmp_path: Path) -> None:
-    fields = export_vllm(QWEN / "draft", tmp_path / "out", QWEN / "target", glimpse_stride=7)
+    fields = export_vllm(QWEN / "draft", tmp_path / "out", QWEN / "target", glimpse_spacing="logarithmic")
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert saved == fields and saved["dtype"] == "float32"
     assert saved["architectures"] == ["SparrowDraftModel"] and saved["model_type"] == "sparrow_vllm"
@@ -37,8 +37,11 @@ def test_the_built_in_draft(tmp_path: Path) -> None:
     assert saved["rope_parameters"] == {"rope_type": "default", "rope_theta": 1000000.0}
     rule = saved["sparrow"].pop("position_rule")
     assert "largest of time, height and width" in rule
+    rows = saved["sparrow"].pop("glimpse_rows")
+    assert rows[:12] == [0, 1, 2, 3, 4, 6, 7, 9, 11, 13, 15, 17]
+    assert rows == draft_inputs.logarithmic(torch.arange(saved["max_position_embeddings"]), 64).tolist()
     assert saved["sparrow"] == {
-        "format": 1,
+        "format": 2,
         "method": "eagle3",
         "target": {
             "name": None,
@@ -51,9 +54,6 @@ def test_the_built_in_draft(tmp_path: Path) -> None:
         },
         "feature_layers": [24],
         "bridge_layer": 12,
-        "glimpse_stride": 7,
-        # Heads have 32 channels; RoPE turns 15 with 31 slowest.
-        "hiding_channels": [15, 31],
         "after_visual": 4,
         "qk_norm": False,
         "input_norm": True,
@@ -61,9 +61,9 @@ def test_the_built_in_draft(tmp_path: Path) -> None:
         "fc_bias": False,
         "project_visual": False,
         "position_mode": "compact",
-        "draft_vocab_size": None,
     }
     tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors.pop("never_drafted").nonzero().flatten().tolist() == [5, 6]
     draft = SparrowDraftModel.from_pretrained(QWEN / "draft")
     norm = load_target(QWEN / "target")[0].model.language_model.norm.weight
     assert torch.equal(tensors.pop("target_norm.weight"), norm)
@@ -73,12 +73,12 @@ def test_the_built_in_draft(tmp_path: Path) -> None:
     exported = provenance.pop("exported_for_vllm")
     assert provenance == draft.provenance and provenance
     assert exported["draft_sha256"] == tensor_digest(draft.state_dict())
-    assert exported["glimpse_stride"] == 7
+    assert exported["glimpse_spacing"] == "logarithmic"
 
 
 def test_a_target_without_middle_states_in_vllm(tmp_path: Path) -> None:
     fields = export_vllm(LLAVA / "draft", tmp_path, LLAVA / "target")
-    assert fields["sparrow"]["method"] == "eagle" and fields["sparrow"]["glimpse_stride"] == 0
+    assert fields["sparrow"]["method"] == "eagle" and fields["sparrow"]["glimpse_rows"] == []
     assert "target_norm.weight" not in load_file(tmp_path / "model.safetensors")
     assert fields["sparrow"]["position_rule"] is None
 
@@ -88,18 +88,28 @@ def config_for(target: PreTrainedConfig, **fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("num_glimpse_tokens", "stride"), [(0, 0), (1, 50), (64, 50), (draft_inputs.EVERY_VISUAL_TOKEN, 1)]
+    ("spacing", "num_glimpse_tokens", "rows"),
+    [
+        ("even", 0, []),
+        ("logarithmic", 0, []),
+        ("even", draft_inputs.EVERY_VISUAL_TOKEN, None),
+        ("logarithmic", draft_inputs.EVERY_VISUAL_TOKEN, None),
+        ("logarithmic", 10, [0, 1, 3, 6, 12, 22, 38, 64]),
+    ],
 )
-def test_the_stride_of_a_glimpse(num_glimpse_tokens: int, stride: int) -> None:
-    fields = config_for(Qwen2_5_VLConfig(), num_glimpse_tokens=num_glimpse_tokens, visual_bridge_layer=9)
-    assert fields["sparrow"]["glimpse_stride"] == stride
+def test_the_visual_tokens_of_a_glimpse(spacing: str, num_glimpse_tokens: int, rows: list[int] | None) -> None:
+    glimpse = {"glimpse_spacing": spacing, "num_glimpse_tokens": num_glimpse_tokens, "max_position_embeddings": 100}
+    fields = config_for(Qwen2_5_VLConfig(), **glimpse, visual_bridge_layer=9)
+    assert fields["sparrow"]["glimpse_rows"] == rows
     # What is not read is not asked for.
     depth = Qwen2_5_VLConfig().text_config.num_hidden_layers
-    assert fields["eagle_aux_hidden_state_layer_ids"] == ([9, depth] if stride else [depth])
+    assert fields["eagle_aux_hidden_state_layer_ids"] == ([depth] if rows == [] else [9, depth])
 
 
 def test_several_feature_layers_and_another_bridge() -> None:
-    fields = config_for(Qwen3VLConfig(), feature_layers=[-1, 3, 20], visual_bridge_layer=3)
+    fields = config_for(
+        Qwen3VLConfig(), feature_layers=[-1, 3, 20], visual_bridge_layer=3, glimpse_spacing="logarithmic"
+    )
     depth = Qwen3VLConfig().text_config.num_hidden_layers
     assert fields["sparrow"]["feature_layers"] == [depth, 3, 20]
     assert fields["eagle_aux_hidden_state_layer_ids"] == [3, 20, depth]
@@ -115,9 +125,10 @@ def test_a_reduced_vocabulary(tmp_path: Path) -> None:
     draft = SparrowDraftModel.from_pretrained(QWEN / "draft")
     draft.set_vocabulary([2, 9, 71])
     draft.save_pretrained(tmp_path / "draft")
-    fields = export_vllm(tmp_path / "draft", tmp_path / "out", QWEN / "target")
-    assert fields["sparrow"]["draft_vocab_size"] == 3
-    assert load_file(tmp_path / "out" / "model.safetensors")["draft_to_target"].tolist() == [2, 9, 71]
+    export_vllm(tmp_path / "draft", tmp_path / "out", QWEN / "target", "logarithmic")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert (~tensors["never_drafted"]).nonzero().flatten().tolist() == [2, 9, 71]
+    assert not any("draft_to_target" in name for name in tensors)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +151,9 @@ def test_another_target_of_the_same_family(wrong: dict[str, Any]) -> None:
             {"feature_layers": [2, -1]},
             "of a llava_onevision vLLM hands out the last",
         ),
+        (Qwen2_5_VLConfig(), {}, "64 visual tokens at equal distances, .* with --glimpse-spacing logarithmic, or"),
     ],
-    ids=("activation", "biases", "layers"),
+    ids=("activation", "biases", "layers", "glimpse"),
 )
 def test_parts_that_the_plugin_has_not(target: PreTrainedConfig, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(DraftConfigError, match=message):
@@ -149,21 +161,22 @@ def test_parts_that_the_plugin_has_not(target: PreTrainedConfig, fields: dict[st
 
 
 @pytest.mark.parametrize(
-    ("target", "stride", "error", "message"),
+    ("target", "spacing", "error", "message"),
     [
-        (LLAVA / "target", 50, BindingError, "made for another target: model_type: draft qwen2_5_vl, target llava"),
-        (None, 50, BindingError, r"say where it is \(--target\)"),
-        (QWEN / "nothing", 50, TargetLoadError, "cannot be loaded"),
-        (QWEN / "target", 0, DraftConfigError, "at least 1, found 0"),
+        (LLAVA / "target", None, BindingError, "made for another target: model_type: draft qwen2_5_vl, target llava"),
+        (None, None, BindingError, r"say where it is \(--target\)"),
+        (QWEN / "nothing", None, TargetLoadError, "cannot be loaded"),
+        (QWEN / "target", None, DraftConfigError, "at equal distances"),
+        (QWEN / "target", "linear", DraftConfigError, "must be 'even' or 'logarithmic', found 'linear'"),
     ],
-    ids=("another", "unknown", "missing", "stride"),
+    ids=("another", "unknown", "missing", "even", "spacing"),
 )
 def test_what_cannot_be_exported_leaves_the_folder_alone(
-    tmp_path: Path, target: Path | None, stride: int, error: type[SparrowError], message: str
+    tmp_path: Path, target: Path | None, spacing: str | None, error: type[SparrowError], message: str
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(error, match=message):
-        export_vllm(QWEN / "draft", tmp_path, target, glimpse_stride=stride)
+        export_vllm(QWEN / "draft", tmp_path, target, glimpse_spacing=spacing)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -173,19 +186,19 @@ def test_a_target_without_its_norm(tmp_path: Path) -> None:
     (target / "config.json").write_text((QWEN / "target" / "config.json").read_text())
     (target / "model.safetensors").write_bytes((QWEN / "draft" / "model.safetensors").read_bytes())
     # The draft's own norm has a name like it.
-    assert export_vllm(QWEN / "draft", tmp_path / "out", target)
+    assert export_vllm(QWEN / "draft", tmp_path / "out", target, "logarithmic")
     (target / "model.safetensors").unlink()
     with pytest.raises(TargetLoadError, match="hold 0 norms behind the decoder"):
-        export_vllm(QWEN / "draft", tmp_path / "out", target)
+        export_vllm(QWEN / "draft", tmp_path / "out", target, "logarithmic")
 
 
 def test_the_command(tmp_path: Path) -> None:
-    arguments = [QWEN / "draft", tmp_path / "out", "--target", QWEN / "target", "--glimpse-stride", 9]
+    arguments = [QWEN / "draft", tmp_path / "out", "--target", QWEN / "target", "--glimpse-spacing", "logarithmic"]
     result = CliRunner().invoke(app, ["export-vllm", *map(str, arguments)], env={"COLUMNS": "500"})
     assert result.exit_code == 0, result.output
     serve = {"method": "eagle3", "model": str(tmp_path / "out"), "num_speculative_tokens": 5}
     assert f"vllm serve TARGET --speculative-config '{json.dumps(serve)}'" in result.output
     assert "largest of time, height and width" in result.output
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["sparrow"]["glimpse_stride"] == 9
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["sparrow"]["glimpse_rows"][:3] == [0, 1, 2]
     result = CliRunner().invoke(app, ["export-vllm", str(QWEN / "draft"), str(tmp_path / "other")])
     assert result.exit_code == 2 and "--target" in result.output

@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import dataclass, field
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,7 +9,11 @@ from sparrow_vllm.rows import MAX_FRAME_HEADER_TOKENS, Batch, describe
 
 from sparrow_hf import draft_inputs
 
-VISUAL, AFTER, BLOCK, STRIDE = 1, 2, 4, 3
+VISUAL, AFTER, BLOCK, LONGEST = 1, 2, 4, 1000
+NUM_GLIMPSE = 10
+NO_GLIMPSE = torch.zeros(LONGEST, dtype=torch.bool)
+GLIMPSE = NO_GLIMPSE.clone()
+GLIMPSE[draft_inputs.logarithmic(torch.arange(LONGEST), NUM_GLIMPSE)] = True
 
 
 @dataclass
@@ -36,7 +39,7 @@ def run(requests: list[Request], sizes: list[int], memory: torch.Tensor, padding
         lengths=torch.tensor([span.stop for span in spans]).int(),
         blocks=torch.tensor([request.blocks + [0] * (width - len(request.blocks)) for request in requests]).int(),
         block_size=BLOCK,
-        max_length=1000,
+        max_length=LONGEST,
     )
     ids = torch.tensor(following + [0] * padding)
     rows = describe(
@@ -44,7 +47,7 @@ def run(requests: list[Request], sizes: list[int], memory: torch.Tensor, padding
         next_ids=ids,
         next_is_visual=ids == VISUAL,
         memory=memory,
-        **{"glimpse_stride": STRIDE, "after_visual": AFTER, "compact": True} | options,
+        **{"glimpse": GLIMPSE, "after_visual": AFTER, "compact": True} | options,
     )
     assert rows.slots[len(following) :].tolist() == [-1] * padding
     at = 0
@@ -63,8 +66,7 @@ def run(requests: list[Request], sizes: list[int], memory: torch.Tensor, padding
 def check(request: Request) -> None:
     """Compares with the whole prompt at once, as sparrow_hf reads it."""
     ids = torch.tensor(request.ids[: request.done])
-    with patch.object(draft_inputs, "strided", lambda positions, count: positions[STRIDE // 2 :: STRIDE]):
-        wanted = draft_inputs.draft_positions(ids, [VISUAL], 1)
+    wanted = draft_inputs.draft_positions(ids, [VISUAL], NUM_GLIMPSE, "logarithmic")
     assert list(request.kept) == wanted.indices.tolist()
     assert list(request.kept.values()) == wanted.position_ids("compact").tolist()
     assert request.visual == set((ids == VISUAL).nonzero().flatten().tolist())
@@ -140,18 +142,18 @@ def test_a_header_that_begins_in_an_earlier_piece() -> None:
     """What was read before the next frame could be seen stays; the rest of the header is hidden."""
     request = with_blocks([[7, VISUAL, 8, 9, 10, 11, VISUAL, 12, 13, 95]])[0]
     memory = new_memory()
-    run([request], [4], memory, glimpse_stride=0)
-    run([request], [5], memory, glimpse_stride=0)
+    run([request], [4], memory, glimpse=NO_GLIMPSE)
+    run([request], [5], memory, glimpse=NO_GLIMPSE)
     assert request.kept == {0: 0, 2: 1, 3: 2, 7: 3, 8: 4}
     longer = with_blocks([[7, VISUAL, *range(20, 40), VISUAL, 12, 13, 95]])[0]
-    run([longer], [14], memory, glimpse_stride=0)
-    run([longer], [11], memory, glimpse_stride=0)
+    run([longer], [14], memory, glimpse=NO_GLIMPSE)
+    run([longer], [11], memory, glimpse=NO_GLIMPSE)
     assert list(longer.kept) == [0, *range(2, 22), 23, 24]
 
 
 def test_positions_of_the_prompt_and_no_glimpse() -> None:
     request = with_blocks([[7, 8, VISUAL, VISUAL, VISUAL, AFTER, 9, 95]])[0]
-    run([request], [7], new_memory(), glimpse_stride=0, compact=False)
+    run([request], [7], new_memory(), glimpse=NO_GLIMPSE, compact=False)
     assert request.kept == {0: 0, 1: 1, 5: 5, 6: 6} and request.joined == {0: 8, 1: AFTER, 5: 9, 6: 95}
 
 
@@ -169,5 +171,5 @@ def test_rows_beyond_the_longest_request_are_left_out() -> None:
     memory = new_memory()
     batch = Batch(2, torch.tensor([0, 2]), torch.tensor([11]), torch.tensor([[5, 6, 7]]), BLOCK, max_length=10)
     ids = torch.tensor([3, 4])
-    rows = describe(batch, ids, ids == VISUAL, memory, STRIDE, AFTER, compact=True)
+    rows = describe(batch, ids, ids == VISUAL, memory, GLIMPSE, AFTER, compact=True)
     assert rows.slots.tolist() == [7 * BLOCK + 1, -1]

@@ -52,6 +52,7 @@ SWITCHES = (
 CHOICES: dict[str, tuple[str, ...]] = {
     "block_type": ("qwen2", "qwen3", "llama"),
     "position_mode": ("compact", "original"),
+    "glimpse_spacing": ("even", "logarithmic"),
 }
 TEXTS = ("target_name_or_path", "target_revision", "target_model_type", "transformers_version", "problem_type")
 #: Fields that may be `None`: their default follows from the others, or there is none.

@@ -59,8 +59,11 @@ class SparrowDraftConfig(PreTrainedConfig):
             convention: k = output after k layers, −1 = post-norm. Several are fused by one more linear map.
         visual_bridge_layer (`int`): Layer m whose visual states serve as the bridge (IVSB) and the glimpse; the paper
             takes half of the layers. 0: the projected visual features, as they enter the target's decoder.
-        num_glimpse_tokens (`int`): Visual tokens (evenly strided) kept in the draft's window at inference; 0 = the
-            paper's VATA.
+        num_glimpse_tokens (`int`): Visual tokens kept in the draft's window at inference; 0 = the paper's VATA.
+        glimpse_spacing (`"even"` or `"logarithmic"`): Which visual tokens these are. Even: exactly so many, at equal
+            distances over the whole prompt. Logarithmic: at growing distances from the first one on; so many of 30
+            times as many visual tokens, fewer of a shorter video, more of a longer one. This needs no number of all
+            visual tokens, so vLLM, which reads a prompt in pieces, can follow it.
         num_mtp_steps (`int`): Passes of the draft over a training row (MTP); 2 in the paper.
         position_mode (`"compact"` or `"original"`): RoPE position: the index in the draft's sequence, or
             the index in the prompt (EAGLE-family checkpoints).
@@ -115,6 +118,7 @@ class SparrowDraftConfig(PreTrainedConfig):
     feature_layers: list[int] | None = None
     visual_bridge_layer: int | None = None
     num_glimpse_tokens: int = 64
+    glimpse_spacing: Literal["even", "logarithmic"] = "even"
     num_mtp_steps: int = 4
     position_mode: Literal["compact", "original"] = "compact"
     input_norm: bool = True

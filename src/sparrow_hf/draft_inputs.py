@@ -8,8 +8,11 @@ sequence keeps all text positions and a fixed number of visual ones, in their or
     kind          t     t      t       g       g    t    t   …              (text, glimpse)
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count as count_up
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
@@ -132,10 +135,26 @@ def strided(positions: Tensor, count: int) -> Tensor:
     return positions[picks.long()]
 
 
+def logarithmic(positions: Tensor, count: int) -> Tensor:
+    """Those of the `(V,)` positions that have the index ⌊c·(e^(k/c) − 1)⌋, k = 0, 1, 2, …, where c = `count` / 5.
+
+    The distance of two neighbours grows by a constant factor, so ⌈c·ln(1 + V/c)⌉ positions are kept: `count` of
+    them at about 30·`count` visual tokens, `count` / 7 more whenever V doubles. An index is kept or not whatever
+    comes after it, so the choice among the first tokens of a video is the beginning of the choice among all.
+    """
+    if count in (0, EVERY_VISUAL_TOKEN):
+        return positions[:count]
+    c = count / 5
+    picks = takewhile(lambda pick: pick < len(positions), (int(c * math.expm1(k / c)) for k in count_up()))
+    return positions[list(picks)]
+
+
 def draft_positions(
     input_ids: Tensor,
     visual_token_ids: list[int],
     num_glimpse_tokens: int,
+    glimpse_spacing: str = "even",
+    *,
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
     visual_positions: Tensor | None = None,
@@ -145,7 +164,9 @@ def draft_positions(
     Args:
         input_ids: `(L,)` prompt, or prompt and answer.
         visual_token_ids: The target's placeholder ids.
-        num_glimpse_tokens: Visual positions to keep: evenly strided, or at random with a `generator` (training).
+        num_glimpse_tokens: Visual positions to keep: spaced as `glimpse_spacing` says, or at random with a `generator`
+            (training).
+        glimpse_spacing: `"even"` ([`strided`]) or `"logarithmic"` ([`logarithmic`]).
         attention_mask: `(L,)`, 0 on padding; padding is never kept.
         visual_positions: `(M,)` visual positions to keep, whatever `num_glimpse_tokens` says (analysis).
     """
@@ -156,7 +177,8 @@ def draft_positions(
     if visual_positions is not None:
         chosen = visual_positions
     elif generator is None:
-        chosen = strided(candidates, num_glimpse_tokens)
+        spaced = logarithmic if glimpse_spacing == "logarithmic" else strided
+        chosen = spaced(candidates, num_glimpse_tokens)
     else:
         order = torch.randperm(len(candidates), generator=generator, device=generator.device)
         chosen = candidates[order[:num_glimpse_tokens].to(candidates.device)]

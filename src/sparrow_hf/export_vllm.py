@@ -1,8 +1,7 @@
 """A draft → the files that `sparrow-vllm` (`integrations/vllm`) reads, so that stock vLLM decodes with it.
 
 What differs from the draft's own files: the target's final norm lies beside the weights, since vLLM hands out states
-before it; `config.json` says which states vLLM must hand out; every s-th visual token is kept instead of a number of
-them, since vLLM reads a prompt in pieces and does not say how long a video will be.
+before it; `config.json` says which states vLLM must hand out, and lists the visual tokens that the glimpse keeps.
 """
 
 import os
@@ -10,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from . import artifacts, hub
 from .configuration_sparrow import SparrowDraftConfig
-from .draft_inputs import EVERY_VISUAL_TOKEN
+from .draft_inputs import EVERY_VISUAL_TOKEN, logarithmic
 from .errors import BindingError, DraftConfigError
 from .loading import told_if_not_loaded
 from .model_card import PROVENANCE_FILE
@@ -25,7 +25,7 @@ from .modeling_sparrow import SparrowDraftModel
 from .target_config import visual_token_ids
 
 #: Of the exported files; `sparrow_vllm.config` reads this number and no other.
-FORMAT = 1
+FORMAT = 2
 #: `model_type` of targets of which vLLM hands out the states of any layer (its method "eagle3"). Of others it hands
 #: out the last ones (its method "eagle"), so that there is no glimpse.
 AUXILIARY_STATES = frozenset({"qwen2_5_vl", "qwen3_vl"})
@@ -36,14 +36,13 @@ _POSITION_RULE = (
     "larger of height and width. They differ for videos with more time steps than rows or columns; a draft (or a "
     "target) that learned one of them accepts less under the other."
 )
-DEFAULT_GLIMPSE_STRIDE = 50
 
 
 def export_vllm(
     draft: str | os.PathLike[str],
     output: str | os.PathLike[str],
     target: str | os.PathLike[str] | None = None,
-    glimpse_stride: int = DEFAULT_GLIMPSE_STRIDE,
+    glimpse_spacing: str | None = None,
 ) -> dict[str, Any]:
     """Writes `config.json`, `model.safetensors` and `PROVENANCE.json` of a draft for `sparrow-vllm`.
 
@@ -52,8 +51,7 @@ def export_vllm(
         output: Folder to write to. Earlier files in it stay complete until the new ones are.
         target: Folder or Hub id of its target, whose final norm is read; by default the name in the draft's
             configuration.
-        glimpse_stride: One of so many visual tokens is kept. Drafts without a glimpse keep none, drafts that keep
-            every visual token keep all of them, whatever is given here.
+        glimpse_spacing: Replaces the `glimpse_spacing` of the draft's configuration.
 
     Returns:
         The exported configuration.
@@ -62,11 +60,11 @@ def export_vllm(
         DraftLoadError: The draft cannot be loaded.
         TargetLoadError: The target's configuration or weights cannot be read.
         BindingError: The draft does not fit the target, or no target is known.
-        DraftConfigError: The draft has a part that `sparrow-vllm` does not, or the stride is not positive.
+        DraftConfigError: vLLM cannot follow the spacing of the draft's glimpse, there is no such spacing, or the draft
+            has a part that `sparrow-vllm` does not.
     """
-    if glimpse_stride < 1:
-        raise DraftConfigError(f"the glimpse stride must be at least 1, found {glimpse_stride}")
-    model = SparrowDraftModel.from_pretrained(draft)
+    overrides = {} if glimpse_spacing is None else {"glimpse_spacing": glimpse_spacing}
+    model = SparrowDraftModel.from_pretrained(draft, **overrides)
     config = model.config
     source = target or config.target_name_or_path
     if source is None:
@@ -74,8 +72,9 @@ def export_vllm(
     revision = None if target else config.target_revision
     with told_if_not_loaded("target", str(source)):
         target_config = AutoConfig.from_pretrained(source, revision=revision)
-    fields = exported_config(config, target_config, glimpse_stride)
-    tensors = {name if name == "draft_to_target" else f"model.{name}": t for name, t in model.state_dict().items()}
+    fields = exported_config(config, target_config)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != "draft_to_target"}
+    tensors["never_drafted"] = _never_drafted(model)
     if fields["sparrow"]["method"] == "eagle3":
         with told_if_not_loaded("target", str(source)):
             tensors["target_norm.weight"] = _final_norm(source, revision).to(model.dtype)
@@ -84,7 +83,7 @@ def export_vllm(
             "draft": str(draft),
             "draft_sha256": artifacts.tensor_digest(model.state_dict()),
             "sha256": artifacts.tensor_digest(tensors),
-            "glimpse_stride": fields["sparrow"]["glimpse_stride"],
+            "glimpse_spacing": config.glimpse_spacing,
         }
     }
     with artifacts.atomic_files(Path(output), CONFIG_NAME, hub.is_weights_file) as partial:
@@ -95,14 +94,13 @@ def export_vllm(
     return fields
 
 
-def exported_config(
-    config: SparrowDraftConfig, target_config: PreTrainedConfig, glimpse_stride: int = DEFAULT_GLIMPSE_STRIDE
-) -> dict[str, Any]:
+def exported_config(config: SparrowDraftConfig, target_config: PreTrainedConfig) -> dict[str, Any]:
     """`config.json` of the exported draft; `SparrowVllmConfig` of `sparrow-vllm` says what its fields mean.
 
     Raises:
         BindingError: The draft does not fit the target.
-        DraftConfigError: The draft has a part that `sparrow-vllm` does not.
+        DraftConfigError: vLLM cannot follow the spacing of the draft's glimpse, or the draft has a part that
+            `sparrow-vllm` does not.
     """
     text = target_config.get_text_config()
     found = {
@@ -127,10 +125,8 @@ def exported_config(
             f"this draft reads the states of layers {features}; of a {target_config.model_type} vLLM hands out the "
             "last ones only. Train a draft that reads those (feature_layers [-1])"
         )
-    stride = {0: 0, EVERY_VISUAL_TOKEN: 1}.get(config.num_glimpse_tokens, glimpse_stride) if method == "eagle3" else 0
-    head_dim = int(config.head_dim or 0)
-    # RoPE turns channel i with channel i + head_dim/2. The last pair turns slowest and says least.
-    hiding_channels = [head_dim // 2 - 1, head_dim - 1]
+    glimpse_rows = _glimpse_rows(config) if method == "eagle3" else []
+    layers_read = {*features, *([] if glimpse_rows == [] else [config.bridge_layer_id])}
     names = (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
@@ -143,7 +139,7 @@ def exported_config(
         # Qwen2 has biases on q, k and v alone, Llama on all four or none.
         "qkv_bias": config.attention_bias,
         "attention_bias": config.attention_bias and config.block_type == "llama",
-        "eagle_aux_hidden_state_layer_ids": sorted({*features, *([config.bridge_layer_id] if stride else [])}),
+        "eagle_aux_hidden_state_layer_ids": sorted(layers_read),
         "tie_word_embeddings": False,
         "sparrow": {
             "format": FORMAT,
@@ -155,16 +151,36 @@ def exported_config(
             },
             "feature_layers": features,
             "bridge_layer": config.bridge_layer_id,
-            "glimpse_stride": stride,
-            "hiding_channels": hiding_channels,
+            "glimpse_rows": glimpse_rows,
             "after_visual": getattr(target_config, "vision_end_token_id", None),
             "qk_norm": config.block_type == "qwen3",
             **{name: getattr(config, name) for name in ("input_norm", "output_norm", "fc_bias", "project_visual")},
             "position_mode": config.position_mode,
-            "draft_vocab_size": config.draft_vocab_size,
             "position_rule": _POSITION_RULE if target_config.model_type in _OTHER_POSITIONS else None,
         },
     }
+
+
+def _never_drafted(model: SparrowDraftModel) -> Tensor:
+    """`(vocab_size,)` bool: visual tokens, and those that a reduced vocabulary leaves out."""
+    ids = torch.arange(model.config.vocab_size)
+    visual, drafted = torch.isin(ids, torch.tensor(model.config.visual_token_ids)), model.draft_to_target
+    return visual if drafted is None else visual | ~torch.isin(ids, drafted)
+
+
+def _glimpse_rows(config: SparrowDraftConfig) -> list[int] | None:
+    """Which visual tokens of a prompt the draft reads, the first one being 0, or `None`: all of them."""
+    count = config.num_glimpse_tokens
+    if count == EVERY_VISUAL_TOKEN:
+        return None
+    if count and config.glimpse_spacing == "even":
+        raise DraftConfigError(
+            f"this draft reads {count} visual tokens at equal distances, and vLLM does not say how long a video will "
+            "be: train a draft with --glimpse-spacing logarithmic, or export this one with it; drafts that were "
+            "trained with random visual tokens, as by default, accept as much"
+        )
+    # No prompt has more tokens.
+    return logarithmic(torch.arange(config.max_position_embeddings), count).tolist()
 
 
 def _final_norm(target: str | os.PathLike[str], revision: str | None) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerState
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import BindingError, TrainingDataError
+from sparrow_hf.generation.candidate_generator import SparrowCandidateGenerator
 from sparrow_hf.training import (
     ALL_VISUAL_ROWS,
     TRAINING_PRESETS,
@@ -80,6 +81,19 @@ def test_recorded_states_give_the_losses_of_training_on_the_fly(
     trainer.state.global_step = 4
     if recipe.get("num_visual_rows_max") not in (0, ALL_VISUAL_ROWS):
         assert not torch.equal(losses[0], trainer.compute_loss(draft, trainer.data_collator(recorded)))
+
+
+@pytest.mark.parametrize("spacing", ["even", "logarithmic"])
+def test_decoding_and_evaluation_read_the_glimpse_that_the_draft_says(tmp_path, target, make_draft, samples, spacing):
+    draft = make_draft(glimpse_spacing=spacing)
+    batch = SparrowTrainer(draft, target, arguments(tmp_path)).make_batch(samples, training=False)
+    kept = SparrowCandidateGenerator(draft, samples[-1]["input_ids"][:, : samples[-1]["answer_start"]]).positions
+    first = int(torch.isin(samples[-1]["input_ids"][0], torch.tensor(draft.config.visual_token_ids)).nonzero()[0])
+    # 40 visual tokens: the middles of four tenths, or 0.8·(e^(k/0.8) − 1).
+    assert (kept.visual - first).tolist() == {"even": [5, 15, 25, 35], "logarithmic": [0, 1, 8, 33]}[spacing]
+    everything = read_with_target(draft, samples[-1])
+    expected = everything.visual_states[torch.isin(everything.visual_rows, kept.visual)]
+    torch.testing.assert_close(batch.visual_states[-1], expected)
 
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, target, make_draft, recorded):

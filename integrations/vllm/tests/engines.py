@@ -55,15 +55,14 @@ class Family:
 
 @dataclass
 class Answers:
-    """Token ids of each answer, and the rounds and accepted tokens of all."""
+    """Token ids of each answer, and the rounds of all."""
 
     ids: list[list[int]]
     rounds: int
-    accepted: int
 
     @property
     def acceptance_length(self) -> float:
-        return 1 + self.accepted / self.rounds
+        return tokens_per_round(self.ids, self.rounds)
 
 
 class Engine:
@@ -72,21 +71,18 @@ class Engine:
     def __init__(self, llm: Any):
         self.llm = llm
 
-    def _counts(self) -> tuple[int, int]:
-        names = ("vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens")
-        found = {metric.name: metric.value for metric in self.llm.get_metrics() if metric.name in names}
-        return found.get(names[0], 0), found.get(names[1], 0)
+    def _rounds(self) -> int:
+        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == "vllm:spec_decode_num_drafts")
 
     def answer(self, requests: list[Any], at_once: bool = True, max_tokens: int = 100) -> Answers:
         from vllm import SamplingParams
 
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, skip_special_tokens=False)
-        rounds, accepted = self._counts()
+        before = self._rounds()
         batches = [requests] if at_once else [[request] for request in requests]
         outputs = [output for batch in batches for output in self.llm.generate(batch, sampling, use_tqdm=False)]
-        now = self._counts()
         ids = [list(output.outputs[0].token_ids) for output in outputs]
-        return Answers(ids, now[0] - rounds, now[1] - accepted)
+        return Answers(ids, self._rounds() - before)
 
     def forget(self) -> None:
         """Nothing of earlier prompts is cached."""
@@ -119,13 +115,18 @@ def engine(family: Family, draft: bool = True, **options: Any) -> Iterator[Engin
         cleanup_dist_env_and_memory()
 
 
-#: How far the acceptance length may be from transformers'. vLLM also counts the round that an answer ends in.
+#: How far the acceptance length may be from transformers'.
 TOLERANCE = 0.02
 
 
 def wanted(clips: list[dict[str, Any]], rows: str) -> float:
     """Acceptance length of transformers."""
-    return 1 + sum(clip[rows]["accepted"] for clip in clips) / sum(clip[rows]["rounds"] for clip in clips)
+    return tokens_per_round([clip[rows]["ids"] for clip in clips], sum(clip[rows]["rounds"] for clip in clips))
+
+
+def tokens_per_round(ids: list[list[int]], rounds: int) -> float:
+    """The first token of an answer comes of its prompt. vLLM also counts accepted tokens behind the last one."""
+    return sum(len(answer) - 1 for answer in ids) / rounds
 
 
 def check(answers: Answers, clips: list[dict[str, Any]], rows: str, tolerance: float = TOLERANCE) -> None:

@@ -23,7 +23,7 @@ from transformers import Qwen2_5_VLModel
 from transformers.video_utils import load_video
 
 from sparrow_hf import SparrowDraftModel, draft_inputs, testbed
-from sparrow_hf.export_vllm import DEFAULT_GLIMPSE_STRIDE, export_vllm
+from sparrow_hf.export_vllm import export_vllm
 from sparrow_hf.generation.candidate_generator import SparrowCandidateGenerator
 from sparrow_hf.video import prepare_inputs
 
@@ -37,13 +37,8 @@ from tiny_targets import FRAME_SIZE
 CLIPS = {"qwen2.5-vl": {400: 5, 3200: 3}, "llava-onevision": {400: 5}}
 SEEDS = list(testbed.EVALUATION_SEEDS[:5])
 MAX_NEW_TOKENS = 100
-
-
-@contextmanager
-def glimpse_by_stride(stride: int) -> Iterator[None]:
-    """Drafts keep every s-th visual token, as in vLLM."""
-    with patch.object(draft_inputs, "strided", lambda positions, count: positions[stride // 2 :: stride]):
-        yield
+#: Of the glimpse, in vLLM.
+SPACING = "logarithmic"
 
 
 @contextmanager
@@ -62,27 +57,23 @@ def positions_of_vllm() -> Iterator[None]:
         yield
 
 
-def describe(
-    target: Any, draft: Any, inputs: Any, glimpse: int = 0, max_new_tokens: int = MAX_NEW_TOKENS
-) -> dict[str, Any]:
-    """Ids of the answer; with a draft, its rounds and the tokens accepted in them."""
-    if draft is not None:
-        draft.config.num_glimpse_tokens = glimpse
-    output = target.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, assistant_model=draft)
+def describe(target: Any, draft: Any, inputs: Any) -> dict[str, Any]:
+    """Ids of the answer; with a draft, its rounds."""
+    output = target.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, assistant_model=draft)
     ids = output[0, inputs["input_ids"].shape[1] :].tolist()
     if draft is None:
         return {"ids": ids}
-    stats = draft.last_generation
-    return {"ids": ids, "rounds": stats.rounds, "accepted": sum(stats.accepted)}
+    return {"ids": ids, "rounds": draft.last_generation.rounds}
 
 
 def write(output: Path) -> None:
     torch.set_num_threads(1)
     for family, lengths in CLIPS.items():
         folder, shipped = output / family, testbed.shipped(family)
-        export_vllm(shipped / "draft", folder / "draft", shipped / "target")
+        export_vllm(shipped / "draft", folder / "draft", shipped / "target", SPACING)
         (folder / "target").write_text(str(served_target(shipped / "target", folder)))
         target, processor, draft = testbed.load(family)
+        draft.config.set_tree_shape("chain-5")
         tokens_per_step = testbed.family_of(target).tokens_per_step
         clips = []
         for visual_tokens, seed in ((n, seed) for n, count in lengths.items() for seed in SEEDS[:count]):
@@ -106,7 +97,7 @@ def write(output: Path) -> None:
             print(family, name, flush=True)
             (folder / "clips.json").write_text(json.dumps(clips, default=np.ndarray.tolist))
         for visual_tokens in lengths:
-            for arm in ("even", "stride", "vllm", "none"):
+            for arm in ("even", "logarithmic", "vllm", "none"):
                 if found := [c[arm] for c in clips if c["visual_tokens"] == visual_tokens and arm in c]:
                     print(f"{family} {visual_tokens} {arm}: {acceptance_length(found):.2f}", flush=True)
 
@@ -123,9 +114,9 @@ def write_qwen3_vl(folder: Path) -> None:
     target.save_pretrained(folder / "weights")
     family._processor.save_pretrained(folder / "weights")
     (folder / "target").write_text(str(folder.absolute() / "weights"))
-    draft = SparrowDraftModel.from_target(target, copy_last_layer=True)
+    draft = SparrowDraftModel.from_target(target, copy_last_layer=True, glimpse_spacing=SPACING)
     draft.save_pretrained(folder / "saved")
-    export_vllm(folder / "saved", folder / "draft", folder / "weights", glimpse_stride=5)
+    export_vllm(folder / "saved", folder / "draft", folder / "weights")
     frames = np.random.default_rng(0).integers(256, size=(16, FRAME_SIZE, FRAME_SIZE, 3), dtype=np.uint8)
     metadata = {"fps": 2.0, "total_num_frames": 16, "duration": 8.0, "frames_indices": list(range(16))}
     metadata |= {"width": FRAME_SIZE, "height": FRAME_SIZE, "video_backend": "none"}
@@ -134,8 +125,7 @@ def write_qwen3_vl(folder: Path) -> None:
         text=prompt, videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
     )
     inputs.pop("video_metadata", None)
-    with glimpse_by_stride(5):
-        kept = draft_inputs.draft_positions(inputs["input_ids"][0], draft.config.visual_token_ids, 1)
+    kept = SparrowCandidateGenerator(draft, inputs["input_ids"]).positions
     clip = {
         "name": "frames",
         "visual_tokens": int(draft_inputs.visual_mask(inputs["input_ids"], draft.config.visual_token_ids).sum()),
@@ -166,18 +156,18 @@ def served_target(target: Path, folder: Path) -> Path:
 def answers(family: str, target: Any, draft: Any, inputs: Any) -> dict[str, Any]:
     """Which rows the draft reads (and at which positions the target) → what came out."""
     if family != "qwen2.5-vl":
-        found = {"none": describe(target, draft, inputs, 0)}
+        draft.config.num_glimpse_tokens = 0
+        found = {"none": describe(target, draft, inputs)}
         assert found["none"]["ids"] == describe(target, None, inputs)["ids"]
         return found
-    found = {"even": describe(target, draft, inputs, 64)}
-    with glimpse_by_stride(DEFAULT_GLIMPSE_STRIDE):
-        found["stride"] = describe(target, draft, inputs, 64)
-        with positions_of_vllm():
-            found["vllm"] = describe(target, draft, inputs, 64)
+    found = {}
+    for spacing in ("even", SPACING):
+        draft.config.glimpse_spacing = spacing
+        found[spacing] = describe(target, draft, inputs)
     with positions_of_vllm():
+        found["vllm"] = describe(target, draft, inputs)
         assert found["vllm"]["ids"] == describe(target, None, inputs)["ids"]
-        with glimpse_by_stride(DEFAULT_GLIMPSE_STRIDE):
-            found["state"] = state_behind_prompt(target, without_slowest_pair(draft), inputs)
+        found["state"] = state_behind_prompt(target, without_slowest_pair(draft), inputs)
     return found
 
 
@@ -201,14 +191,13 @@ def state_behind_prompt(target: Any, draft: Any, inputs: Any) -> list[float]:
         own(self, *arguments)
         states.append(self.hidden.flatten().tolist())
 
-    draft.config.num_glimpse_tokens = 64
     with patch.object(SparrowCandidateGenerator, "prefill", prefill):
         target.generate(**inputs, max_new_tokens=2, do_sample=False, assistant_model=draft)
     return states[0]
 
 
 def acceptance_length(found: list[dict[str, Any]]) -> float:
-    return 1 + sum(answer["accepted"] for answer in found) / sum(answer["rounds"] for answer in found)
+    return sum(len(answer["ids"]) - 1 for answer in found) / sum(answer["rounds"] for answer in found)
 
 
 if __name__ == "__main__":

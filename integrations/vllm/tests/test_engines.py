@@ -59,8 +59,8 @@ def with_rows(**changes: Any) -> Any:
 
     own = model.describe
 
-    def describe(batch: Any, next_ids: torch.Tensor, **arguments: Any) -> Any:
-        rows = own(batch, next_ids=next_ids, **arguments)
+    def describe(batch: Any, next_ids: torch.Tensor, *arguments: Any) -> Any:
+        rows = own(batch, next_ids, *arguments)
         return replace(rows, **{name: change(rows, next_ids) for name, change in changes.items()})
 
     return patch.object(model, "describe", describe)

@@ -66,23 +66,24 @@ def test_another_method(method: str) -> None:
         check_fits({"method": "eagle3", "target": TARGET, "position_rule": None}, engine_with(method))
 
 
-@pytest.mark.parametrize("found", ("0.31.4", "0.33.0", "1.32.0", "none"))
+@pytest.mark.parametrize("found", ("0.31.4", "0.33.0", "1.32.0", "0.320.0", "dev"))
 def test_another_vllm(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin_config, "_version", lambda package: None if found == "none" else found)
-    monkeypatch.setattr(plugin_config, "version", lambda package: "0.1.0")
-    with pytest.raises(DraftError, match=rf"supports vLLM >=0\.32,<0\.33, found {found}"):
+    monkeypatch.setattr("vllm.__version__", found)
+    with pytest.raises(DraftError, match=rf"supports vLLM 0\.32, found {found}: install"):
         SparrowVllmConfig(sparrow={"format": plugin_config.FORMAT})
 
 
 def test_another_format() -> None:
-    with pytest.raises(DraftError, match="exported in format 7"):
+    with pytest.raises(
+        DraftError, match="have the export format 7, and this sparrow-vllm reads 2: run `sparrow export-vllm"
+    ):
         SparrowVllmConfig(sparrow={"format": 7})
 
 
 def test_a_draft_that_was_not_exported(tmp_path: Any) -> None:
     register()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "sparrow_draft", "hidden_size": 8}))
-    with pytest.raises(DraftError, match="run `sparrow export-vllm"):
+    with pytest.raises(DraftError, match="the export format none, .* run `sparrow export-vllm DRAFT OUTPUT`"):
         AutoConfig.from_pretrained(tmp_path)
 
 

@@ -48,8 +48,8 @@ def test_frame_headers(qwen3: Family) -> None:
     found = []
     own = model.describe
 
-    def describe(*arguments: Any, **named: Any) -> Any:
-        found.append(own(*arguments, **named))
+    def describe(*arguments: Any) -> Any:
+        found.append(own(*arguments))
         return found[-1]
 
     with engine(qwen3, draft=False, max_model_len=4096) as without:

@@ -55,7 +55,7 @@ def retention(
         shares: 1.0 keeps all; any other share but 0 keeps one row at least.
 
     Returns:
-        Name of the scores, or `"strided"` for even strides as the draft itself takes them → share → rounds.
+        Name of the scores, or `"strided"` for even strides → share → rounds.
     """
     visual = answered.is_visual.nonzero().squeeze(-1).cpu()
     input_ids = _prompt_ids(answered, draft)

@@ -15,8 +15,8 @@ def export_vllm(
     target: Annotated[
         str | None, typer.Option(help="Its target, a folder or a Hub id (default: the one the draft names).")
     ] = None,
-    glimpse_stride: Annotated[
-        int | None, typer.Option(min=1, help="Keep one of so many visual tokens (default: 50).")
+    glimpse_spacing: Annotated[
+        str | None, typer.Option(help="Distances of the visual tokens that it reads (default: those the draft names).")
     ] = None,
 ) -> None:
     """Writes a draft as vLLM with sparrow-vllm reads it.
@@ -26,13 +26,12 @@ def export_vllm(
     """
     import json
 
-    from ..export_vllm import DEFAULT_GLIMPSE_STRIDE
     from ..export_vllm import export_vllm as export
 
     quiet_transformers()
     console = Console()
     with console.status("Exporting"):
-        fields = export(draft, output, target, glimpse_stride or DEFAULT_GLIMPSE_STRIDE)
+        fields = export(draft, output, target, glimpse_spacing)
     sparrow = fields["sparrow"]
     if sparrow["method"] == "eagle":
         console.print("vLLM hands out no middle states of this target: no glimpse there.", soft_wrap=True)

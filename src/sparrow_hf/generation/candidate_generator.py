@@ -34,7 +34,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
         draft: A draft bound to its target.
         input_ids: `(1, L)` the prompt, as far as the target's states of it will be given.
         attention_mask: `(1, L)`, 0 on left padding.
-        positions: Where to read the prompt; by default all text and the draft's `num_glimpse_tokens`.
+        positions: Where to read the prompt; by default all text and the draft's glimpse.
 
     Attributes:
         cache: What the draft has read.
@@ -60,6 +60,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
             input_ids[0],
             config.visual_token_ids or [],
             config.num_glimpse_tokens,
+            config.glimpse_spacing,
             attention_mask=None if attention_mask is None else attention_mask[0],
         )
         self.max_cache_length = 0

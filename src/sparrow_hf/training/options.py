@@ -19,6 +19,7 @@ DRAFT_FIELDS = (
     "feature_layers",
     "visual_bridge_layer",
     "num_glimpse_tokens",
+    "glimpse_spacing",
     "num_mtp_steps",
     "num_draft_levels",
     "position_mode",
@@ -91,6 +92,13 @@ class TrainingOptions:
     )
     num_glimpse_tokens: int | None = field(
         default=None, metadata={"help": "Number of visual tokens that the draft reads when it decodes."}
+    )
+    glimpse_spacing: Literal["even", "logarithmic"] | None = field(
+        default=None,
+        metadata={
+            "help": "Distances of these tokens: 'even', or 'logarithmic', which vLLM can follow too (`sparrow "
+            "export-vllm`)."
+        },
     )
     num_mtp_steps: int | None = field(
         default=None, metadata={"help": "Number of passes of the draft over each training row."}

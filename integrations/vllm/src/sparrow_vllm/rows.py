@@ -28,23 +28,14 @@ _DISTANCE, _VISUAL, _KEPT, _COUNT = 1, 6, 34, (1 << 28) - 1
 
 @dataclass(frozen=True)
 class Batch:
-    """Where the rows of one forward belong. Tensors only, of shapes that the batch's size alone decides.
+    """Where the rows of one forward belong. Tensors only, of shapes that the batch's size alone decides."""
 
-    Attributes:
-        num_rows: n, padding included.
-        starts: `(R + 1,)` first row of each request; those behind the last start are padding.
-        lengths: `(R,)` tokens of each request, the rows of this forward included.
-        blocks: `(R, B)` its KV blocks.
-        block_size: Slots of a block.
-        max_length: Tokens that a request can have.
-    """
-
-    num_rows: int
-    starts: Tensor
-    lengths: Tensor
-    blocks: Tensor
-    block_size: int
-    max_length: int
+    num_rows: int  # n, padding included
+    starts: Tensor  # (R + 1,) first row of each request; those behind the last start are padding
+    lengths: Tensor  # (R,) tokens of each request, the rows of this forward included
+    blocks: Tensor  # (R, B) its KV blocks
+    block_size: int  # slots of a block
+    max_length: int  # tokens that a request can have
 
     def slot(self, request: Tensor, index: Tensor) -> Tensor:
         """KV slot of the token `index` of a request."""
@@ -54,21 +45,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Rows:
-    """What the draft needs of each of the n rows.
+    """What the draft needs of each of the n rows."""
 
-    Attributes:
-        hidden: No row attends to it.
-        is_visual: It enters as a visual state.
-        positions: Its RoPE position.
-        next_ids: The token whose embedding it joins.
-        slots: Its KV slot, −1 for padding.
-    """
-
-    hidden: Tensor
-    is_visual: Tensor
-    positions: Tensor
-    next_ids: Tensor
-    slots: Tensor
+    hidden: Tensor  # no row attends to it
+    is_visual: Tensor  # it enters as a visual state
+    positions: Tensor  # its RoPE position
+    next_ids: Tensor  # the token whose embedding it joins
+    slots: Tensor  # its KV slot, −1 for padding
 
 
 def describe(
@@ -76,7 +59,7 @@ def describe(
     next_ids: Tensor,
     next_is_visual: Tensor,
     memory: Tensor,
-    glimpse_stride: int,
+    glimpse: Tensor,
     after_visual: int | None,
     compact: bool,
 ) -> Rows:
@@ -88,7 +71,7 @@ def describe(
         next_ids: `(n,)` token after each row.
         next_is_visual: `(n,)` bool: that token is a visual one.
         memory: `(slots + 1,)` int64, zero at first, read and written; the last one is for padding.
-        glimpse_stride: Every so many visual rows one is kept, from the middle of the first stride on; 0: none.
+        glimpse: `(V,)` bool: whether a prompt's visual row 0, 1, … is kept; V is the most that one can have.
         after_visual: Token behind a visual run, for a row before one whose end is not in this forward.
         compact: Positions count kept rows; else all rows.
     """
@@ -116,9 +99,9 @@ def describe(
     until = _next(next_is_visual, rows, end) + 1 - rows
     is_header = ~is_visual & (since + until - 1 <= MAX_FRAME_HEADER_TOKENS)
 
-    kept = ~is_visual & ~is_header
-    if glimpse_stride:
-        kept |= is_visual & ((visual_count - 1) % glimpse_stride == glimpse_stride // 2)
+    # What padding counts is beyond any prompt.
+    in_glimpse = glimpse[(visual_count - 1).clamp(0, len(glimpse) - 1)]
+    kept = torch.where(is_visual, in_glimpse, ~is_header)
     kept_count = _running(kept, start) + kept_before
 
     remembered = (kept_count << _KEPT) | (visual_count << _VISUAL) | (since << _DISTANCE) | next_is_visual

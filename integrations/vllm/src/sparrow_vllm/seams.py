@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.models.llama import LlamaDecoderLayer
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 
@@ -20,6 +20,8 @@ from .rows import Batch
 
 #: The draft's base class is one of those that V1's proposer asks for by name.
 Eagle3Base = Eagle3LlamaForCausalLM
+#: Names of a layer's weights in files → in vLLM, where some lie in one tensor.
+STACKED = LlamaModel.hf_to_vllm_mapper
 
 #: Attention backends whose metadata says what a draft needs → where it is defined.
 BACKENDS = {
