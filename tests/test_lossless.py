@@ -14,6 +14,12 @@ def test_random_cases(first: int) -> None:
     assert not {number: what for number, what in found.items() if what is not None}
 
 
+def test_random_cases_of_a_family_with_timm() -> None:
+    pytest.importorskip("timm", reason="the vision tower of perception_lm is timm's, installed for the full tier only")
+    found = {number: mismatch(make_case(number, family="perception_lm", prompt="plain")) for number in range(20)}
+    assert not {number: what for number, what in found.items() if what is not None}
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("first", range(NUM_FAST, NUM_FULL, 90))
 def test_many_random_cases(first: int) -> None:
