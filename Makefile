@@ -61,10 +61,10 @@ test-full: $(VENV)-full/.installed  ## Every test, the long ones included (in an
 	@$(TEST_ENV) $(abspath $(VENV))-full/bin/python -m pytest -n 2 -m "" --timeout 3600 $(PYTEST_ARGS)
 	@cd research && $(TEST_ENV) $(abspath $(VENV))-full/bin/python -m pytest -n 2 -m "" --timeout 3600
 
-support-matrix: install  ## Run every family in every cell, and write docs/support-matrix.md
+support-matrix: $(VENV)-full/.installed  ## Run every family in every cell, and write docs/support-matrix.md
 	@rm -f .support-matrix
-	@SPARROW_SUPPORT_MATRIX=.support-matrix $(TEST_ENV) $(BIN)/python -m pytest -m full tests/test_support_matrix.py
-	@PYTHONPATH=tests $(BIN)/python tests/test_support_matrix.py .support-matrix
+	@SPARROW_SUPPORT_MATRIX=.support-matrix $(TEST_ENV) $(abspath $(VENV))-full/bin/python -m pytest -m full tests/test_support_matrix.py
+	@PYTHONPATH=tests $(abspath $(VENV))-full/bin/python tests/test_support_matrix.py .support-matrix
 	@rm .support-matrix
 
 floor: $(VENV)-floor/.installed  ## Contract and losslessness tests on the oldest versions admitted

@@ -22,11 +22,10 @@ from sparrow_hf._transformers import CACHE, new_cache
 from sparrow_hf.generation import batches
 from sparrow_hf.generation.batch_drafts import BatchDrafter
 
-from families import ALL_FAMILIES, FAMILY_BY_NAME
-from lossless import PROCESSORS, SAMPLERS, EveryNthToken, RecordingStreamer, built_target
+from families import FAMILY_BY_NAME
+from lossless import PROCESSORS, SAMPLERS, SERVED, EveryNthToken, RecordingStreamer, built_target
 from tiny_targets import Family
 
-SERVED = tuple(family for family in ALL_FAMILIES if family.refused is None)
 #: Layers that need prompts of one length.
 COUNTS_PADDING = "minimax_m3_sparse"
 

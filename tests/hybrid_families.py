@@ -23,6 +23,7 @@ from family_parts import (
     qwen_ids,
     qwen_processor,
 )
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from tiny_targets import FRAME_SIZE, HIDDEN_SIZE, PATCH_SIZE, Family
 
@@ -201,6 +202,68 @@ _CHAINS_ONLY = (
     ),
 )
 
+# -- chunks -----------------------------------------------------------------------------------------------------------
+
+#: Shorter than the rows of a round, so that rounds cross one border of a chunk or two.
+CHUNK = 6
+
+# Llama 4 of transformers 5.24.0 reads this of its text model's outputs, which lack it: every forward fails.
+MoeCausalLMOutputWithPast.image_outputs = getattr(MoeCausalLMOutputWithPast, "image_outputs", None)
+
+
+def _llama4(name: str, chains_only: str, **text_fields: Any) -> Family:
+    # The second layer has no rotary embedding. Its queries grow with the row they stand in, which it counts itself.
+    return Family(
+        name=name,
+        model_class=hf.Llama4ForConditionalGeneration,
+        config=lambda text, tokens: hf.Llama4Config(
+            text_config=text
+            | {
+                "head_dim": HEAD_SIZE,
+                "attention_chunk_size": CHUNK,
+                "no_rope_layers": [1, 0, 1, 1],
+                "floor_scale": CHUNK,
+                "attn_scale": 0.5,
+                "num_local_experts": 4,
+                "interleave_moe_layer_step": 2,
+                "intermediate_size_mlp": 64,
+            }
+            | text_fields,
+            vision_config=VISION_SIZES
+            | {
+                "image_size": FRAME_SIZE,
+                "intermediate_size": 64,
+                "vision_output_dim": 16,
+                "projector_input_dim": 16,
+                "projector_output_dim": 16,
+            },
+            image_token_index=tokens["patch_token"],
+        ),
+        processor=lambda tokenizer: hf.Llama4Processor(
+            image_processor=hf.Llama4ImageProcessor(size=SQUARE, max_patches=1),
+            tokenizer=tokenizer,
+            patch_size=PATCH_SIZE,
+        ),
+        named_tokens={
+            "image_token": "<|image|>",
+            "patch_token": "<|patch|>",
+            "image_start_token": "<|image_start|>",
+            "image_end_token": "<|image_end|>",
+        },
+        placeholder_tokens=("patch_token",),
+        video_prompt="",
+        image_prompt="<|image|>\n",
+        reads_videos=False,
+        takes_chunks=False,
+        chains_only=chains_only,
+    )
+
+
+_LLAMA4 = (
+    _llama4("llama4", chains_only="chunked_attention"),
+    _llama4("llama4-full", chains_only="counts positions itself", layer_types=["full_attention"] * 4),
+)
+
 # -- refused ----------------------------------------------------------------------------------------------------------
 
 _REFUSED: list[Family] = [
@@ -336,4 +399,4 @@ if hasattr(hf, "HYV4VLForConditionalGeneration"):  # since transformers 5.24
         )
     )
 
-HYBRID_FAMILIES: tuple[Family, ...] = (*_WINDOWED, *_CHAINS_ONLY, *_REFUSED)
+HYBRID_FAMILIES: tuple[Family, ...] = (*_WINDOWED, *_CHAINS_ONLY, *_LLAMA4, *_REFUSED)

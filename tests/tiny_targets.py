@@ -48,6 +48,7 @@ class Family:
         video_prompt, image_prompt: Placeholder of a video or an image in a prompt; the processor expands it.
         mixes_modalities: The processor takes images and videos in one call.
         max_videos: How many videos the processor takes in a prompt.
+        reads_videos: The processor takes videos. Otherwise the frames of one are images.
         takes_chunks: Plain `generate()` can read its prompt in chunks.
         counts_padding: A padded prompt is refused with a draft.
         videos_kwargs: What the processor must be told about a video beside its frames.
@@ -66,6 +67,7 @@ class Family:
     image_prompt: str
     mixes_modalities: bool = True
     max_videos: int = 2
+    reads_videos: bool = True
     takes_chunks: bool = True
     counts_padding: bool = False
     videos_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -133,6 +135,8 @@ class Family:
             num_frames: Frames of each video.
             seed: Of the pixels. The prompt's ids do not depend on it.
         """
+        if not self.reads_videos:
+            videos, images = 0, images + videos * num_frames
         generator = torch.Generator().manual_seed(seed)
 
         def noise(*shape: int) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ._transformers import (
     NO_CACHE,
     commit_of,
+    decoder_of,
     execution_device,
     layer_kinds,
     name_of,
@@ -62,7 +63,7 @@ class TargetView:
                 f"{', '.join(sorted(CHAIN_LAYERS))}"
             )
         try:
-            self.decoder: Any = self.model.get_decoder()
+            self.decoder: Any = decoder_of(self.model)
             self.layers: nn.ModuleList = self.decoder.layers
             self.norm: Any = next(getattr(self.decoder, name) for name in _NORMS if hasattr(self.decoder, name))
         except (AttributeError, StopIteration) as error:
@@ -88,10 +89,10 @@ class TargetView:
 
     @cached_property
     def obstacle_to_trees(self) -> str:
-        """What does not let its rows branch: layers that follow no mask, or positions that cannot be given."""
+        """What does not let its rows branch: layers that follow no mask, or positions that it counts itself."""
         if self.chain_layers:
             return f"{', '.join(self.chain_layers)} layers"
-        return "" if takes_positions(self.model, self.decoder) else "decoder, which takes no positions,"
+        return "" if takes_positions(self.model, self.decoder) else "decoder, which counts positions itself,"
 
     @cached_property
     def query_groups(self) -> dict[str, int]:

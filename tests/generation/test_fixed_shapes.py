@@ -23,6 +23,7 @@ from sparrow_hf.generation.static_decoding import bucket
 
 from families import ALL_FAMILIES, FAMILY_BY_NAME
 from oracles import drafting_around
+from tiny_targets import Family
 
 NEW = 24
 CHAIN = {"num_tree_nodes": 6, "num_draft_levels": 5, "beam_width": 1}
@@ -91,11 +92,11 @@ def test_compiled_steps_give_the_same_ids(family: str, shape: dict[str, int]) ->
             assert new_ids(target, inputs, assistant_model=draft, **compile_with("inductor")) == plain
 
 
-@pytest.mark.parametrize("family", [family.name for family in ALL_FAMILIES if family.chains_only])
-def test_layers_that_follow_no_mask_are_refused(family: str) -> None:
-    target, inputs = a_target(family)
+@pytest.mark.parametrize("family", [each for each in ALL_FAMILIES if each.chains_only], ids=lambda each: each.name)
+def test_targets_whose_rows_cannot_branch_are_refused(family: Family) -> None:
+    target, inputs = a_target(family.name)
     draft, plain = a_draft(target, **CHAIN), new_ids(target, inputs)
-    with pytest.raises(UnsupportedGenerationError, match="cache_implementation='static' .* layers of the kind"):
+    with pytest.raises(UnsupportedGenerationError, match=f"'static' .* the target's .*{family.chains_only}"):
         new_ids(target, inputs, assistant_model=draft, cache_implementation="static")
     assert new_ids(target, inputs) == plain
 

@@ -1,11 +1,13 @@
 """Recordings: the same training to the last bit, the same files after a kill, never more disk than allowed."""
 
+import copy
 import json
 
 import pytest
 import torch
 from kills import die, files_of, kill_this_process
 
+from sparrow_hf import SparrowDraftModel
 from sparrow_hf.artifacts import earlier_target_digest, tensor_digest
 from sparrow_hf.checksums import DIGESTS_FILE
 from sparrow_hf.errors import DiskBudgetError, TrainingDataError
@@ -130,6 +132,20 @@ def test_damaged_and_foreign_recordings_are_refused(tmp_path, make_draft, sample
     rows.digests.write([provenance, *rows.paths])
     with pytest.raises(TrainingDataError, match="another target"):
         RecordedDataset(tmp_path, make_draft())
+
+
+def test_a_target_in_another_dtype_is_told_which_one_was_recorded(tmp_path, target, make_draft, samples):
+    half = SparrowDraftModel.from_target(copy.deepcopy(target).bfloat16())
+    drafts = {"float32": make_draft(), "bfloat16": half}
+    for recorded, loaded in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        record(drafts[recorded], samples[:1], tmp_path / recorded, SparrowDataCollator())
+        RecordedDataset(tmp_path / recorded, drafts[recorded])
+        with pytest.raises(TrainingDataError) as error:
+            RecordedDataset(tmp_path / recorded, drafts[loaded])
+        assert str(error.value) == (
+            f"{tmp_path / recorded} was recorded from a target in {recorded}, and this one is in {loaded}: train with "
+            f"--target-dtype {recorded}, or record again with --dtype {loaded} into another folder"
+        )
 
 
 def test_a_recording_of_an_earlier_version_is_gone_on_with(tmp_path, target, make_draft, samples):

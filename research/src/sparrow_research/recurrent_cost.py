@@ -1,10 +1,12 @@
 """Measures what recurrent layers cost a round: forwards of a few rows, and what the strategies of carrying make of it.
 
     python -m sparrow_research.recurrent_cost --output research/data/recurrent_cost.json
+    python -m sparrow_research.recurrent_cost --counts --output research/data/recurrent_counts.json
 
 The target is a random Qwen3.5 of the size asked for; its text does not matter. The time of a forward over n rows is
 the median of interleaved ones, each with the copies that `RecurrentCache` makes. From these times follows the speed of
-each strategy, by simulating rounds in which every draft is accepted with the same probability.
+each strategy, by simulating rounds in which every draft is accepted with the same probability. With `--counts`, the
+same is made of what does not depend on the machine: forwards, rows of forwards, and calls of PyTorch's functions.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from transformers import PreTrainedModel, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
@@ -30,6 +33,8 @@ from sparrow_hf.generation.tree import build_tree
 LEVELS = 5
 BUDGETS = (0, 4, 8, 16, 32, 64)
 ACCEPTANCE = (0.5, 0.6, 0.7, 0.8, 0.9)
+#: Tokens that a chain gives, where nothing shortens it.
+TAUS = (2.0, 2.5, 3.0)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80)
 
 
@@ -51,32 +56,79 @@ def random_target(layers: int, width: int, dtype: torch.dtype, device: str) -> P
         return Qwen3_5ForConditionalGeneration._from_config(config, dtype=dtype).eval()
 
 
-@torch.no_grad()
-def forward_seconds(target: PreTrainedModel, prompt_length: int, repeats: int) -> dict[int, float]:
-    """Rows of a forward → median seconds; the rows are rejected, so the states are put back each time."""
+def rejected_rounds(target: PreTrainedModel, prompt_length: int) -> Callable[[int], None]:
+    """Runs a forward over so many rows. They are rejected, so the states are put back each time."""
     ids = torch.randint(8000, (1, prompt_length), device=target.device)
     cache = target(input_ids=ids, use_cache=True, logits_to_keep=1)[CACHE]
     held = RecurrentCache(cache, max_carried=0)
-    seconds: dict[int, list[float]] = {rows: [] for rows in ROWS}
 
-    def run(rows: int) -> float:
+    def run(rows: int) -> None:
         chain = build_tree(list(range(rows + 1)), list(range(-1, rows)), target.device)
-        started = time.perf_counter()
         with held.verifying(chain) as path:
             ids = chain.token_ids[:, :rows]
             target(input_ids=ids, use_cache=True, logits_to_keep=LEVELS + 1, **{CACHE: cache})["logits"].sum().item()
             path.append(0)
         held.carried = []
-        if target.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
 
+    return run
+
+
+@torch.no_grad()
+def forward_seconds(target: PreTrainedModel, prompt_length: int, repeats: int) -> dict[int, float]:
+    """Rows of a forward → median seconds."""
+    run = rejected_rounds(target, prompt_length)
+    seconds: dict[int, list[float]] = {rows: [] for rows in ROWS}
     for repeat in tqdm(range(repeats + 1), desc="forwards"):
         for rows in ROWS:
-            duration = run(rows)
+            started = time.perf_counter()
+            run(rows)
+            if target.device.type == "cuda":
+                torch.cuda.synchronize()
             if repeat > 0:
-                seconds[rows].append(duration)
+                seconds[rows].append(time.perf_counter() - started)
     return {rows: median(found) for rows, found in seconds.items()}
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of PyTorch's functions inside of it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def forward_calls(target: PreTrainedModel, prompt_length: int) -> dict[int, float]:
+    """Rows of a forward → calls of PyTorch's functions."""
+    run, found = rejected_rounds(target, prompt_length), {}
+    for rows in ROWS:
+        with Calls() as calls:
+            run(rows)
+        found[rows] = float(calls.count)
+    return found
+
+
+def acceptance_for(tau: float) -> float:
+    """With which probability each draft of a chain must be accepted for it to give this many tokens."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**level for level in range(LEVELS + 1)) < tau else (low, middle)
+    return low
+
+
+def counted(calls: dict[int, float]) -> dict[str, dict[str, dict[str, float]]]:
+    """What is counted → strategy → τ of the chains → how much of it a token takes, in plain steps."""
+    costs: dict[str, Callable[[int], float]] = {"forwards": lambda rows: 1, "rows": float, "calls": between(calls)}
+    return {
+        name: {
+            str(strategy): {str(tau): round(1 / speed(cost, acceptance_for(tau), strategy), 3) for tau in TAUS}
+            for strategy in ("rows", "reread", *BUDGETS)
+        }
+        for name, cost in costs.items()
+    }
 
 
 def between(seconds: dict[int, float]) -> Callable[[int], float]:
@@ -124,11 +176,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--counts", action="store_true", help="count instead of timing")
     parser.add_argument("--output", type=Path, required=True, help="file of the results")
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
     target = random_target(options.layers, options.width, getattr(torch, options.dtype), options.device)
+    if options.counts:
+        calls = forward_calls(target, options.prompt)
+        of_token = counted(calls)
+        for name, strategies in of_token.items():
+            print(f"{name} per token, in plain steps, at a τ of", *TAUS)
+            for strategy, of_strategy in strategies.items():
+                print(f"{strategy:8}", *(f"{each:.2f}" for each in of_strategy.values()))
+        write_json(options.output, provenance(target, calls=calls, per_token=of_token), indent=2)
+        return
     seconds = forward_seconds(target, options.prompt, options.repeats)
     cost = between(seconds)
     speeds = {
@@ -139,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{rows:3} rows  {found * 1000:8.1f} ms  {found / seconds[1]:.2f} steps")
     print("tokens per step's time, at an acceptance of", *ACCEPTANCE)
     for strategy, of_strategy in speeds.items():
-        print(f"{strategy:8}", *(f"{found:.2f}" for found in of_strategy.values()))
+        print(f"{strategy:8}", *(f"{each:.2f}" for each in of_strategy.values()))
     results = provenance(target, seconds=seconds, speeds=speeds)
     write_json(options.output, results, indent=2)
 

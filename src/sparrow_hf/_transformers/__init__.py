@@ -37,6 +37,7 @@ from .models import (
     attention_of,
     checkpoint_with_cache,
     commit_of,
+    decoder_of,
     execution_device,
     find_file,
     name_of,

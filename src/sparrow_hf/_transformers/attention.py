@@ -133,10 +133,19 @@ def _hands_masks_on(forward: Callable[..., Any]) -> bool:
 
 
 def takes_positions(target: Any, decoder: nn.Module) -> bool:
-    """Whether positions can be handed to a model, and reach its decoder."""
+    """Whether positions can be handed to a model, reach its decoder, and are not counted anew by its layers."""
     outer, inner = (inspect.signature(module.forward).parameters for module in (target, decoder))
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in outer.values())
-    return "position_ids" in inner and ("position_ids" in outer or passes_on)
+    reach = "position_ids" in inner and ("position_ids" in outer or passes_on)
+    layers: Any = decoder.layers
+    return reach and not any(_asks_for_length(type(module).forward) for module in layers.modules())
+
+
+@functools.cache
+def _asks_for_length(forward: Callable[..., Any]) -> bool:
+    """Whether the forward of a module asks the cache how long it is, which says in which row a token stands."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and "get_seq_length" in code.co_names
 
 
 def rope_borders(decoder: nn.Module) -> list[tuple[int, bool]]:

@@ -23,6 +23,13 @@ def unwrap(model: Any) -> Any:
             return model
 
 
+def decoder_of(model: Any) -> Any:
+    """The text decoder of a model, which holds its layers."""
+    decoder = model.get_decoder()
+    # Llama 4 gives the causal language model around it.
+    return decoder if hasattr(decoder, "layers") else decoder.model
+
+
 def run_layer(
     layer: nn.Module,
     hidden_states: Tensor,

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .._transformers import CACHE, NO_CACHE, attention_of, dynamic_copy
+from .._transformers import CACHE, attention_of, dynamic_copy
 from ..configuration_sparrow import TreeShape
 from ..devices import index_of
 from ..errors import UnsupportedGenerationError
 from ..modeling_sparrow import SparrowDraftModel
-from ..targets import TREE_LAYERS, TargetView
+from ..targets import TargetView
 from .self_check import Verification
 from .static_drafts import StaticDrafting
 from .static_verification import StaticVerification
@@ -96,11 +96,11 @@ def check_fixed_shapes(view: TargetView, ways: Verification, recorded: Collectio
         UnsupportedGenerationError: It cannot; what stands in the way is named.
     """
     found = [f"output_{name}" for name in recorded]
-    if unfit := sorted(set(view.layer_kinds) - TREE_LAYERS - {NO_CACHE}):
-        found.append(f"layers of the kind {', '.join(unfit)}")
     if view.rope_borders:
         found.append("rotary embeddings whose frequencies follow the length")
-    if ways.trees != "own":
+    if view.obstacle_to_trees:
+        found.append(f"the target's {view.obstacle_to_trees.rstrip(',')}")
+    elif ways.trees != "own":
         found.append(f"the attention function {attention_of(view.text_config)!r}, which follows no mask of a tree")
     if len({parameter.device for parameter in view.decoder.parameters()}) > 1:
         found.append("a decoder on several devices")

@@ -246,8 +246,9 @@ class RecordedDataset(Dataset):
         draft: The draft to be trained, bound to its target. It may read any of the recorded layers.
 
     Raises:
-        TrainingDataError: There is no recording, or it was made with another target, or without a layer that the
-            draft reads, or a file that was recorded is missing. Reading a row raises it if the row's file is damaged.
+        TrainingDataError: There is no recording, or it was made with another target or dtype, or without a layer that
+            the draft reads, or a file that was recorded is missing. Reading a row raises it if the row's file is
+            damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str], draft: SparrowDraftModel):
@@ -260,6 +261,14 @@ class RecordedDataset(Dataset):
         digest = tensor_digest(draft.target.model.state_dict())
         found = read_description(provenance, draft.target.model, digest)
         if found["target_sha256"] != digest:
+            recorded, loaded = (
+                str(dtype).removeprefix("torch.") for dtype in (found.get("dtype"), draft.target.dtype)
+            )
+            if "dtype" in found and recorded != loaded:
+                raise TrainingDataError(
+                    f"{folder} was recorded from a target in {recorded}, and this one is in {loaded}: train with "
+                    f"--target-dtype {recorded}, or record again with --dtype {loaded} into another folder"
+                )
             raise TrainingDataError(
                 f"{folder} was recorded from another target ({found.get('target') or 'unnamed'}, sha256 "
                 f"{found['target_sha256'][:12]}…; this one has {digest[:12]}…): record this one into another folder"
