@@ -1,0 +1,181 @@
+"""The whole of docs/language.md as one command: from the kept answers to drafts, rivals and tables.
+
+    python -m sparrow_research.language.road --target smollm2 --work runs/language [--device cuda] [--dry-run]
+
+It prints its steps and about how long they take before it starts. Run it again to go on where it was stopped: what is
+complete is not made again, recordings and measurements go on by themselves, trainings from their last checkpoint.
+A draft is trained from the first N answer tokens for every N of `--tokens`, and the rivals from the largest N, all
+with the same number of steps. `python -m sparrow_research.language.text` with `--report` only writes the tables.
+"""
+
+import argparse
+import gzip
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from sparrow_hf.artifacts import write_json, write_text
+
+from .rivals import RIVALS
+
+DATA = Path(__file__).parents[3] / "data" / "language"
+TRAIN = ("train-h100", "train-cpu")
+"""Kept answers, in the order in which they are used."""
+TOKENS = (28_000, 100_000, 459_403)
+VOCABULARY = 8192
+LAYERS = (2, 15, 27, -1)
+"""Recorded states: those of the rival `eagle3`, and the last ones."""
+COMMON = "--copy-last-layer --learning-rate 1e-3 --lr-scheduler-type cosine --adam-beta2 0.95 --weight-decay 0"
+SECONDS = {"record": 0.55, "row": 0.6, "measure": 15.0}
+"""Measured on one quiet CPU thread in fp32: recording a row, a row of a training step (four passes), and 128 tokens
+of a prompt in one arm. A CUDA card takes a small part of it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command that is left out once its file is there.
+
+    Attributes:
+        words: Of `python -m`.
+        makes: The file, or `None`: the command sees by itself what is missing.
+        seconds: About how long it takes on one CPU thread.
+    """
+
+    words: tuple[str, ...]
+    makes: Path | None
+    seconds: float
+
+    @property
+    def is_done(self) -> bool:
+        return self.makes is not None and self.makes.exists()
+
+
+def first_answers(tokens: int) -> Iterator[str]:
+    """The kept training answers up to so many tokens, one line of JSON each."""
+    found = 0
+    for line in chain.from_iterable(lines_of(name) for name in TRAIN):
+        if found >= tokens:
+            return
+        found += len(json.loads(line)["answer_ids"])
+        yield line
+
+
+def lines_of(name: str) -> list[str]:
+    """Kept answers of this name, one line of JSON each."""
+    with gzip.open(DATA / "answers" / f"{name}.jsonl.gz", "rt") as file:
+        return file.readlines()
+
+
+def unpack(work: Path, sizes: Sequence[int]) -> dict[str, int]:
+    """Writes the answers of every size, and those held out, as `sparrow record` reads them; name → rows."""
+    rows = {}
+    for name, lines in (
+        *((f"{size}", list(first_answers(size))) for size in sizes),
+        ("validation", lines_of("validation")),
+    ):
+        folder = work / f"answers-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "answers-00000.jsonl", "".join(lines))
+        rows[name] = len(lines)
+    return rows
+
+
+def plan(
+    target: str,
+    work: Path,
+    rows: dict[str, int],
+    sizes: Sequence[int],
+    steps: int,
+    batch: int,
+    device: str,
+    limit: int,
+) -> list[Step]:
+    """The commands, in their order."""
+    on = ("--target", target)
+    largest = max(sizes)
+    layers = [word for layer in LAYERS for word in ("--feature-layers", str(layer))]
+    vocabulary = work / "vocabulary.safetensors"
+    found = [
+        Step(
+            (
+                *("sparrow_hf.cli", "record", *on, "--answers", f"{work}/answers-{name}", "--output"),
+                *(f"{work}/recording-{name}", "--text-only", "--dtype", "float32", "--device", device, *layers),
+            ),
+            None,
+            count * SECONDS["record"],
+        )
+        for name, count in rows.items()
+    ]
+    answers = f"{work}/answers-{largest}"
+    size = ("--size", str(VOCABULARY))
+    words = ("sparrow_hf.cli", "vocab", *on, "--answers", answers, *size, "--output", str(vocabulary))
+    found.append(Step(words, vocabulary, 20))
+    drafts = {f"sparrow-{size}": (("sparrow_hf.cli", "train"), size) for size in sizes}
+    drafts |= {name: (("sparrow_research.language.rivals", name), largest) for name in RIVALS}
+    for name, (command, tokens) in drafts.items():
+        folder = work / "drafts" / name
+        training = (
+            *("--train", f"{work}/recording-{tokens}", "--held-out", f"{work}/recording-validation"),
+            *("--output", str(folder), "--vocabulary", str(vocabulary), "--target-dtype", "float32"),
+            *("--max-steps", str(steps), "--warmup-steps", str(steps // 20), "--save-steps", str(max(1, steps // 10))),
+            *("--per-device-train-batch-size", str(batch), "--use-cpu", str(device == "cpu").lower()),
+        )
+        resume = ("--resume",) if (folder / "checkpoints").exists() else ()
+        seconds = steps * batch * SECONDS["row"]
+        found.append(Step((*command, *on, *training, *COMMON.split(), *resume), folder / SAFE_WEIGHTS_NAME, seconds))
+    measured = (
+        *("sparrow_research.language.text", *on, "--draft", f"{work}/drafts/sparrow-{largest}", "--compare"),
+        *(f"{name}={work}/drafts/{name}" for name in drafts if name != f"sparrow-{largest}"),
+        *("--limit", str(limit), "--work", f"{work}/measured", "--output", f"{work}/text.json"),
+    )
+    calls = limit * (2 * 9 + len(drafts) + 1)
+    return [*found, Step(measured, None, calls * SECONDS["measure"])]
+
+
+def describe(work: Path, sizes: Sequence[int], steps: int, batch: int) -> None:
+    """Writes beside every draft what `language.text` tables of its training."""
+    for folder in (work / "drafts").iterdir():
+        size = folder.name.removeprefix("sparrow-")
+        tokens = int(size) if size.isdigit() else max(sizes)
+        write_json(folder / "trained.json", {"tokens": tokens, "steps": steps, "rows": batch})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of the road."""
+    parser = argparse.ArgumentParser(description="Train drafts and rivals of a language model, and measure them.")
+    parser.add_argument("--target", required=True, help="folder of the language model")
+    parser.add_argument("--work", type=Path, required=True, help="folder of everything that is made")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="sizes of the training set")
+    parser.add_argument("--steps", type=int, default=1000, help="of every training")
+    parser.add_argument("--batch", type=int, default=16, help="rows of a step")
+    parser.add_argument("--limit", type=int, default=24, help="prompts that are measured")
+    parser.add_argument(
+        "--device", default="cpu", help="where is recorded and trained; drafts are measured on the CPU"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the steps and stop")
+    options = parser.parse_args(arguments)
+
+    rows = unpack(options.work, options.tokens)
+    settings = (options.steps, options.batch)
+    steps = plan(options.target, options.work, rows, options.tokens, *settings, options.device, options.limit)
+    missing = [step for step in steps if not step.is_done]
+    for step in missing:
+        print(f"{step.seconds / 60:6.0f} min  python -m {shlex.join(step.words)}")
+    print(f"{sum(step.seconds for step in missing) / 3600:.1f} hours on one CPU thread, at most", flush=True)
+    if options.dry_run:
+        return
+    for step in missing:
+        if step is missing[-1]:
+            describe(options.work, options.tokens, *settings)
+        subprocess.run([sys.executable, "-m", *step.words], check=True)
+
+
+if __name__ == "__main__":
+    main()
