@@ -111,7 +111,7 @@ class TestCommand:
                 (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         command = ["train", "--target", folder / "target", "--train", folder / "train.jsonl", "--use-cpu"]
         command += ["--output", folder / output, "--max-steps", 1, "--report-to", "none", "--disable-tqdm", "true"]
-        small = ["--num-mtp-steps", 2, "--num-glimpse-tokens", 4]
+        small = [] if "--warm-start" in options else ["--num-mtp-steps", 2, "--num-glimpse-tokens", 4]
         arguments = [str(word) for word in (*command, *small, *options)]
         return CliRunner().invoke(app, arguments, env={"COLUMNS": "400"})
 
@@ -135,3 +135,19 @@ class TestCommand:
         assert given.exit_code == 0 and "The draft proposes" not in given.output, given.output
         assert SparrowDraftModel.from_pretrained(tmp_path / "given").config.tree_shape == chain(2)
         assert calls == [1]
+
+    def test_a_chosen_depth_is_chosen_anew(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A poor draft proposes one token. That is not the depth of what it becomes."""
+        started: list[Any] = []
+
+        def tune(draft: Any, target: Any, prompts: Any, **options: Any) -> Tuning:
+            started.append(draft.config.tree_shape)
+            return Tuning(chain(1), chain(7), {}, {}, {chain(1): 1.1, chain(7): 0.9})
+
+        monkeypatch.setattr(depth, "tune", tune)
+        monkeypatch.setattr(callbacks, "decode", lambda *args: {})
+        held_out = ("--held-out", tmp_path / "held_out.jsonl")
+        for output, start in (("poor", []), ("better", ["--warm-start", tmp_path / "poor"])):
+            done = self.run(tmp_path, output, *held_out, *start)
+            assert done.exit_code == 0 and "The draft proposes chain-1" in done.output, done.output
+        assert started == [chain(7), chain(7)]

@@ -13,6 +13,7 @@ from ..artifacts import tensor_digest
 from ..data.datasets import load_rows
 from ..errors import MissingDependencyError, TrainingDataError, TrainingOptionsError
 from ..modeling_sparrow import SparrowDraftModel
+from ..tree_shapes import chain
 from .arguments import SparrowTrainingArguments
 from .callbacks import DecodingCallback
 from .checkpoints import check_settings, describe_training, digest_of_rows, last_checkpoint
@@ -174,6 +175,12 @@ def prepare_training(
         if arguments.eval_strategy == "no":
             # With held-out rows, evaluation is on by default.
             arguments.eval_strategy, arguments.eval_steps = arguments.save_strategy, arguments.save_steps
+    # An existing draft keeps its configuration, but not a depth that was chosen by what it then accepted.
+    chosen_before = "tuned" in draft.provenance and draft.config.beam_width == 1
+    keeps_depth = options.num_draft_levels is not None or (options.warm_start is not None and not chosen_before)
+    chooses_depth = held_out is not None and not keeps_depth
+    if chooses_depth and options.warm_start is not None:
+        draft.config.set_tree_shape(chain(type(draft.config).num_draft_levels))
     choices = []
     if options.vocabulary is None and options.warm_start is None and draft.config.vocab_size >= REDUCED_SIZE:
         # Neither a recording nor a stream can be counted before it is read.
@@ -215,7 +222,4 @@ def prepare_training(
                 stacklevel=2,
             )
     trainer.seal.settings = settings
-    # An existing draft keeps its configuration.
-    is_shape_given = options.num_draft_levels is not None or options.warm_start is not None
-    chooses_depth = held_out is not None and not is_shape_given
     return TrainingRun(trainer, adapters, checkpoint, Path(options.output), decoding, chooses_depth, choices)
