@@ -3,8 +3,8 @@
 import gc
 import os
 import signal
-import traceback
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def apart(run: Callable[[], Any]) -> None:
-    """Runs something in a process of its own that leaves traces in one, such as torch's compiler: a process that was
-    forked off after it can crash."""
-    child = os.fork()
-    if child == 0:
-        gc.disable()
-        try:
-            run()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+def apart(run: Callable[..., Any], *args: Any) -> None:
+    """Runs a function of a module in a fresh process, for what leaves traces in one, such as torch's compiler.
+
+    A fork would not do: it can wait for ever for a lock that a thread of this process held.
+    """
+    process = get_context("spawn").Process(target=run, args=args)
+    process.start()
+    process.join()
+    assert process.exitcode == 0

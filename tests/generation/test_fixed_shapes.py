@@ -58,7 +58,7 @@ COMPILES = pytest.mark.skipif(not traces_steps(), reason="torch before 2.11 cann
 @COMPILES
 @pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
 def test_steps_are_traced_once_for_all_rounds_calls_and_lengths_of_a_bucket(shape: dict[str, int]) -> None:
-    apart(lambda: check_what_is_traced(shape))
+    apart(check_what_is_traced, shape)
 
 
 def check_what_is_traced(shape: dict[str, int]) -> None:
