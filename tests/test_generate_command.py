@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -321,7 +322,10 @@ def test_a_terminal_shows_which_tokens_were_accepted(videos: Path, monkeypatch: 
         with pytest.raises(SystemExit) as ended:
             app(words, prog_name="sparrow")
         terminal.flush()
-        shown = os.read(reader, 100_000).decode()
+        written = b""
+        while select.select([reader], [], [], 0.5)[0]:  # one reading may give a part
+            written += os.read(reader, 100_000)
+    shown = written.decode()
     assert ended.value.code == 0
     monkeypatch.undo()
     line = json.loads(run(*words, "--json").stdout)
