@@ -1,4 +1,4 @@
-"""The supported architectures, as tiny targets: the nine of the first release here, the others in two files beside.
+"""The supported architectures, as tiny targets: the nine of the first release here, the others in files beside.
 
 Everything a family needs is one entry: its configuration, its processor, and what a prompt holds where a video goes.
 No other test code depends on the family.
@@ -28,6 +28,7 @@ from family_parts import (
 from hybrid_families import HYBRID_FAMILIES
 from more_families import MORE_FAMILIES
 from recurrent_families import RECURRENT_FAMILIES
+from refused_families import REFUSED_FAMILIES
 
 from tiny_targets import FRAME_SIZE, HIDDEN_SIZE, PATCH_SIZE, Family
 
@@ -223,7 +224,13 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 #: All that this version of transformers has.
-ALL_FAMILIES: tuple[Family, ...] = (*FAMILIES, *MORE_FAMILIES, *HYBRID_FAMILIES, *RECURRENT_FAMILIES)
+ALL_FAMILIES: tuple[Family, ...] = (
+    *FAMILIES,
+    *MORE_FAMILIES,
+    *HYBRID_FAMILIES,
+    *REFUSED_FAMILIES,
+    *RECURRENT_FAMILIES,
+)
 
 #: The same, by name.
 FAMILY_BY_NAME: dict[str, Family] = {family.name: family for family in ALL_FAMILIES}

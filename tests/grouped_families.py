@@ -1,10 +1,12 @@
 """Targets whose query heads share KV heads in the proportions of the real models, four and seven to one."""
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import transformers as hf
 from hybrid_families import PER_LAYER_EMBEDDINGS, WINDOWS_AND_FULL, gemma
+from transformers import PreTrainedModel
 
 from families import FAMILY_BY_NAME
 from tiny_targets import Family
@@ -46,3 +48,11 @@ GROUPED_FAMILIES: tuple[tuple[Family, dict[str, int]], ...] = (
         {"sliding_attention": 4, "full_attention": 4},
     ),
 )
+
+FAMILY = {family.name: family for family, _ in GROUPED_FAMILIES}
+GROUPS = {family.name: groups for family, groups in GROUPED_FAMILIES}
+
+
+@cache
+def target_of(name: str, attention: str) -> PreTrainedModel:
+    return FAMILY[name].build_target(attention)

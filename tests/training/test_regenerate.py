@@ -197,10 +197,10 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, nano, processor, rows,
 
 REGENERATE = """
 import sys
-from accelerate import PartialState
+from sparrow_hf.cli.common import launched_processes
 from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.training.regenerate import regenerate
-assert PartialState(cpu=True).num_processes == int(sys.argv[2])
+assert launched_processes(None).num_processes == int(sys.argv[2])
 processor = build_processor()
 target = build_target(processor.tokenizer, num_hidden_layers=2)
 target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]

@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
         for arm, settings in arms.items():
             of_arm = peaks(target, batches, max_new_tokens=options.max_new_tokens, do_sample=False, **settings)
             found.setdefault(str(size), {})[arm] = of_arm
-            print(f"B={size} {arm}: {', '.join(f'{name} {size / 1e6:.2f} MB' for name, size in of_arm.items())}")
+            print(f"B={size} {arm}: {', '.join(f'{name} {peak / 1e6:.2f} MB' for name, peak in of_arm.items())}")
     write_json(options.output, provenance(target, peak_bytes=found), indent=2)
 
 

@@ -246,6 +246,17 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+def launched_processes(device: str | None) -> Any:
+    """This process among those of `torchrun`, as accelerate's `PartialState`, which has to be told that they use CPUs.
+
+    Otherwise each of them would take itself for the only one, and do all the work.
+    """
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
+
+
 def built_in_family(family: str | None, target: str | None) -> str:
     """The family of the built-in models to use, where no target is named.
 

@@ -16,6 +16,7 @@ from .common import (
     OnBadRow,
     OnBadRowOption,
     ProcessorOption,
+    launched_processes,
     quiet_transformers,
     report_skipped,
     size,
@@ -59,8 +60,6 @@ def record(
     Prints the disk space it will take before it starts.
     """
     require("train", "sparrow record")
-    from accelerate import PartialState
-
     from .. import SparrowDraftModel
     from ..data import load_rows
     from ..loading import load_target
@@ -69,7 +68,7 @@ def record(
     from ..training.recording import record as write_recording
 
     quiet_transformers()
-    processes = PartialState(cpu=device == "cpu")
+    processes = launched_processes(device)
     console = Console(quiet=not processes.is_main_process)
     rows = load_rows(answers, split)
     model, its_processor = load_target(target, processor, dtype.value, device or processes.device)

@@ -23,6 +23,7 @@ from .common import (
     PromptsOption,
     SeedOption,
     SplitOption,
+    launched_processes,
     quiet_transformers,
     report_skipped,
     size,
@@ -62,8 +63,6 @@ def regenerate(
     They write the same files as one process.
     """
     require("train", "sparrow regenerate")
-    from accelerate import PartialState
-
     from .. import SparrowDraftModel
     from ..data import load_rows
     from ..loading import load_target
@@ -71,7 +70,7 @@ def regenerate(
     from ..training.regenerate import regenerate as write_answers
 
     quiet_transformers()
-    processes = PartialState(cpu=device == "cpu")
+    processes = launched_processes(device)
     console = Console(quiet=not processes.is_main_process)
     rows = load_rows(prompts, split)
     console.print(
