@@ -16,6 +16,8 @@ DEFAULT, PAPER = "draft:sparrow@chain-5", "draft:paper@chain-5"
 MSD, MSD_BLIND, ALL_ROWS = "draft:msd@chain-5", "draft:msd@chain-5/glimpse=0", "draft:all-rows@chain-5"
 VISPEC, HIVIS = "draft:vispec@chain-5", "draft:hivis@chain-5"
 PROMPT_LOOKUP, BLIND = "prompt-lookup", "draft:sparrow@chain-5/glimpse=0"
+TUNED, TUNED_COMPILED = "draft:sparrow", "draft:sparrow/compiled"
+PLAIN_GROUPED, PLAIN_COMPILED, PLAIN_BOTH = "plain-grouped", "plain-compiled", "plain-grouped-compiled"
 NO_VATA, NO_IVSB, NO_MTP = "draft:paper@chain-5/glimpse=all", "draft:no-bridge@chain-5", "draft:no-mtp@chain-5"
 
 
@@ -23,11 +25,13 @@ class Role(Enum):
     """What an arm is measured for."""
 
     CONTROL = auto()  # what of a speed-up is the loop's
+    BASELINE = auto()  # what plain `generate()` can do faster than by default
     RIVAL = auto()  # what users could take instead
     RECIPE = auto()  # the published recipe, whole and without its parts, and ours with what it leaves out
     GLIMPSE = auto()  # the default with other numbers of visual rows
     DEFAULT = auto()  # the draft that ships, with its chains and trees
     TREE = auto()  # the others' wide trees
+    TUNED = auto()  # the draft that ships, with the chain that ships in its configuration
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class Entry:
 #: In the order of every table.
 ARMS = {
     NO_DRAFT: Entry("our loop without a draft", Role.CONTROL),
+    PLAIN_GROUPED: Entry("plain, grouped attention", Role.BASELINE),
+    PLAIN_COMPILED: Entry("plain, compiled", Role.BASELINE),
+    PLAIN_BOTH: Entry("plain, grouped attention, compiled", Role.BASELINE),
     PROMPT_LOOKUP: Entry("prompt lookup", Role.RIVAL),
     f"assistant:{SIBLING}": Entry("a small sibling LM, blind", Role.RIVAL, "a small sibling"),
     f"specvlm:{SIBLING}": Entry("SpecVLM-like: the sibling on a sifted prompt", Role.RIVAL, "SpecVLM-like"),
@@ -74,6 +81,8 @@ ARMS = {
     "draft:sparrow@chain-7": Entry("**… chain of 7**", Role.DEFAULT),
     "draft:sparrow@30-4-8": Entry("… 30-4-8", Role.DEFAULT),
     "draft:sparrow@48-5-10": Entry("… 48-5-10", Role.DEFAULT),
+    TUNED: Entry("**… its own chain**", Role.TUNED, "Sparrow as it ships"),
+    TUNED_COMPILED: Entry("**… its own chain, compiled**", Role.TUNED, "Sparrow as it ships, compiled"),
     "draft:paper@48-5-10": Entry("Sparrow as published, 48-5-10", Role.TREE),
     "draft:msd@48-5-10": Entry("MSD-like, 48-5-10", Role.TREE),
     "draft:vispec@48-5-10": Entry("ViSpec-like, 48-5-10", Role.TREE),

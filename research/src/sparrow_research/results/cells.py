@@ -19,14 +19,17 @@ from sparrow_hf.measurement import NO_DRAFT
 from sparrow_hf.testbed.benchmark_prompts import clip_prompts, says_what_it_shows
 from sparrow_hf.testbed.captions import STYLES
 
-from .arms import ARMS, BLIND, MSD, PAPER, PROMPT_LOOKUP, VISPEC, Role, arms_of
+from .arms import ARMS, BLIND, DEFAULT, MSD, PAPER, PLAIN_GROUPED, PROMPT_LOOKUP, TUNED, VISPEC, Role, arms_of
 from .drafts import SHIPPED_DRAFT, is_finished
 from .prompts import picture_prompts, text_prompts
 
 MAX_NEW_TOKENS = 320
 
 _DEFAULT = arms_of(Role.DEFAULT)
-_ALL = tuple(ARMS)
+_TUNED = (NO_DRAFT, *arms_of(Role.BASELINE), PROMPT_LOOKUP, DEFAULT, *arms_of(Role.TUNED))
+# Compiled arms and prompt lookup take prefills of their own, which would be nearly all of the time.
+_TUNED_LONG = (NO_DRAFT, PLAIN_GROUPED, DEFAULT, TUNED)
+_ALL = tuple(arm for arm in ARMS if arm not in arms_of(Role.BASELINE, Role.TUNED))
 _LONG = (*arms_of(Role.CONTROL, Role.RIVAL, Role.RECIPE, Role.DEFAULT), BLIND)
 _OTHER_GLIMPSES = tuple(arm for arm in arms_of(Role.GLIMPSE) if arm != BLIND)
 _FEW = (NO_DRAFT, PROMPT_LOOKUP, *_DEFAULT, PAPER, MSD, VISPEC)
@@ -64,13 +67,17 @@ CELLS: dict[str, Cell] = {
     # What the long cells leave out of the sizes of a glimpse.
     "glimpse-13000": Cell(_OTHER_GLIMPSES, 4, 13_000, repeats=3),
     "glimpse-25000": Cell(_OTHER_GLIMPSES, 4, 25_000, repeats=3),
+    "tuned-400": Cell(_TUNED, 16, 400),
+    "tuned-3000": Cell(_TUNED, 16, 3000),
+    "tuned-13000": Cell(_TUNED_LONG, 16, 13_000),
+    "tuned-25000": Cell(_TUNED_LONG, 16, 25_000),
     "sampling-400": Cell(_FEW, 16, 400, temperature=1.0),
     "sampling-3000": Cell(_FEW, 8, 3000, temperature=1.0, repeats=3),
     "pictures": Cell(_FEW, 16, kind="picture"),
     "text": Cell(_FEW, len(STYLES) * 2, kind="text"),
     "bfloat16-400": Cell((NO_DRAFT, *_DEFAULT), 16, 400, dtype="bfloat16"),
 }
-VIDEO, GLIMPSE = "video-", "glimpse-"
+VIDEO, GLIMPSE, AS_SHIPPED = "video-", "glimpse-", "tuned-"
 """Cells of greedy answers about clips are called so; the same stories come first in all of them."""
 
 
