@@ -75,7 +75,7 @@ class StaticVerifier:
 
 
 def bucket(length: int) -> int:
-    """The size of the buffers for a length: at most a quarter longer, so that many lengths have the same."""
+    """The size of the buffers for a length: longer by a quarter or 63 at most, so that many lengths have the same."""
     step = max(64, 1 << length.bit_length() - 3) if length > 64 else 64
     return -(-length // step) * step
 
