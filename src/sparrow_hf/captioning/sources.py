@@ -9,7 +9,8 @@ from typing import Any
 
 from ..data.datasets import load_rows
 from ..data.files import is_url
-from ..data.messages import ROW_INDEX, fingerprint, media_source, text_of
+from ..data.messages import ROW_ERROR, ROW_FOLDER, ROW_INDEX, media_parts, row_name, split_answer, text_of
+from ..data.prepare import own_sampling
 from ..errors import CaptionError, TrainingDataError, VideoError
 from ..testbed import EVALUATION_SEEDS, FAMILIES, make_clip, shipped
 
@@ -31,7 +32,8 @@ class Question:
 
     Attributes:
         name: Different for every question of a source, and the same whenever the source is read again.
-        source: Its first video or image: a path or URL; `None` if it has none, or it is not a file.
+        source: Its first video or image that is a file: a path or URL, as the row names it; `None` if it has none,
+            or the row is malformed.
         row: What [`~sparrow_hf.data.prepare_prompt`] reads.
     """
 
@@ -161,23 +163,18 @@ def _about(name: str, video: str, question: str) -> Question:
 
 
 def _of_row(row: dict[str, Any]) -> Question:
-    """A row by its number and a fingerprint of what it asks, so that other rows are never taken for it."""
-    asked = [row.get("messages"), row.get("fps"), row.get("max_frames")]
-    sources = (source for source in map(_file_of, _parts(row)) if source is not None)
-    return Question(f"row {row[ROW_INDEX]}, {fingerprint(asked)[:8]}", next(sources, None), row)
+    """A row by its number and a fingerprint of what it asks, so that other rows are never taken for it.
 
-
-def _parts(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The parts of a row's messages, as far as they are well-formed."""
-    messages = row.get("messages")
-    for turn in messages if isinstance(messages, list) else []:
-        content = turn.get("content") if isinstance(turn, dict) else None
-        for part in content if isinstance(content, list) else []:
-            if isinstance(part, dict) and part.get("type") in ("image", "video"):
-                yield part
-
-
-def _file_of(part: dict[str, Any]) -> str | None:
-    source = media_source(part)
-    # A file given inside its address would be written out whole.
-    return source if isinstance(source, str) and not source.startswith("data:") else None
+    Relative paths count as they are written: a folder of rows asks the same wherever it lies.
+    """
+    try:
+        messages, own = split_answer(row | {ROW_FOLDER: None})[0], own_sampling(row)
+    except TrainingDataError:
+        # The row's error is told when the row is answered. Here it only needs a name.
+        added = (ROW_INDEX, ROW_FOLDER, ROW_ERROR)
+        written = {name: value for name, value in row.items() if name not in added}
+        return Question(row_name(row[ROW_INDEX], repr(written)), None, row)
+    asked = [messages, own.get("fps"), own.get("max_frames")]
+    shown = (part[part["type"]] for part in media_parts(messages))
+    files = (source for source in shown if isinstance(source, str))
+    return Question(row_name(row[ROW_INDEX], asked), next(files, None), row)
