@@ -192,6 +192,27 @@ def test_demo_of_the_testbed_that_ships(tmp_path: Path):
     assert verdict["tau"] > 3
 
 
+def test_a_temperature_alone_samples(models: tuple[object, ...], tmp_path: Path):
+    """In `regenerate` as in `generate`."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"messages": [{"role": "user", "content": "describe this video ."}]}) + "\n")
+    for number, (options, expected) in enumerate(
+        (
+            ([], {"do_sample": False}),
+            (["--do-sample"], {"do_sample": True, "temperature": 1.0, "top_p": 1.0}),
+            (["--temperature", 0.8], {"do_sample": True, "temperature": 0.8, "top_p": 1.0}),
+            (["--top-p", 0.9], {"do_sample": True, "temperature": 1.0, "top_p": 0.9}),
+        )
+    ):
+        output, length = tmp_path / str(number), ("--max-new-tokens", 4)
+        told = run("regenerate", *models[:2], "--prompts", prompts, "--output", output, *length, *options)
+        assert told.exit_code == 0, told.output
+        settings = json.loads((output / "provenance.json").read_text())["settings"]
+        answered = run("generate", prompts, *models, "--json", *length, *options)
+        assert answered.exit_code == 0, answered.output
+        assert settings == json.loads(answered.stdout)["provenance"]["settings"] == expected | {"max_new_tokens": 4}
+
+
 def test_answers_and_recording_from_a_list_of_prompts(models: tuple[object, ...], clip: Path, tmp_path: Path):
     def ask(*parts: dict[str, str]) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "describe this video ."}]}]}

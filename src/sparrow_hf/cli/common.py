@@ -84,10 +84,18 @@ FpsOption = Annotated[float | None, typer.Option(min=0.01, help=FPS_HELP)]
 MaxFramesOption = Annotated[int | None, typer.Option(min=1, help=MAX_FRAMES_HELP)]
 MaxNewTokensOption = Annotated[int, typer.Option(min=2, help="Maximum length of an answer, in tokens.")]
 DoSampleOption = Annotated[bool, typer.Option("--do-sample", help="Sample the answers instead of decoding greedily.")]
-TEMPERATURE = typer.Option(min=0.01, help="Temperature of --do-sample.")
-TOP_P = typer.Option(min=0.01, max=1.0, help="Nucleus (top-p) of --do-sample.")
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(min=0.01, help="Temperature of sampled answers (default: 1). Samples, as --do-sample does."),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01, max=1.0, help="Nucleus (top-p) of sampled answers (default: 1). Samples, as --do-sample does."
+    ),
+]
 #: torch takes no larger ones.
-SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of --do-sample.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampled answers.")]
 
 
 # -- how a verb ends --------------------------------------------------------------------------------------------------
@@ -268,6 +276,17 @@ def built_in_family(family: str | None, target: str | None) -> str:
     if family is not None and target is not None:
         raise TargetLoadError("--family chooses built-in models: leave it out beside --target.")
     return family or QWEN2_5_VL.name
+
+
+def sampling_of(do_sample: bool, temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    """How answers are chosen, as arguments of `generate()`: greedily, unless one of the three options samples."""
+    if not do_sample and temperature is None and top_p is None:
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": 1.0 if temperature is None else temperature,
+        "top_p": 1.0 if top_p is None else top_p,
+    }
 
 
 def size(num_bytes: float) -> str:

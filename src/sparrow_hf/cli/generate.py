@@ -20,8 +20,6 @@ from .common import (
     BAD_INPUT,
     BAD_ROWS,
     NOT_IDENTICAL,
-    TEMPERATURE,
-    TOP_P,
     AttentionOption,
     DeviceOption,
     DoSampleOption,
@@ -32,8 +30,11 @@ from .common import (
     MaxFramesOption,
     ProcessorOption,
     SeedOption,
+    TemperatureOption,
+    TopPOption,
     built_in_family,
     quiet_transformers,
+    sampling_of,
 )
 
 QUESTION = "Describe this video in detail."
@@ -72,8 +73,8 @@ def generate(
     family: FamilyOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 320,
     do_sample: DoSampleOption = False,
-    temperature: Annotated[float | None, TEMPERATURE] = None,
-    top_p: Annotated[float | None, TOP_P] = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     seed: SeedOption = 0,
     fps: FpsOption = None,
     max_frames: MaxFramesOption = None,
@@ -99,7 +100,7 @@ def generate(
     On a terminal the text appears as it is written, and the tokens that the draft proposed are marked.
     A row that cannot be answered gets one line with its error, and the run goes on.
     At most 2 frames per second and 128 frames of a video are read, if --fps and --max-frames do not say otherwise
-    (built-in models: 8 and 768). --temperature and --top-p sample, as --do-sample does.
+    (built-in models: 8 and 768).
     """
     require("video", "sparrow generate")
     from tqdm import tqdm
@@ -132,7 +133,7 @@ def generate(
             fps=usual_fps if fps is None else fps,
             max_frames=usual_frames if max_frames is None else max_frames,
             seed=seed,
-            settings=settings_of(max_new_tokens, do_sample, temperature, top_p),
+            settings={"max_new_tokens": max_new_tokens} | sampling_of(do_sample, temperature, top_p),
         )
         say(f"{target or f'built-in {family}'} in {captioner.told}")
         conditions = captioner.conditions(target or family, draft, asked.question)
@@ -174,20 +175,6 @@ def generate(
         raise typer.Exit(NOT_IDENTICAL)
     if totals.errors:
         raise typer.Exit(BAD_INPUT if is_single else BAD_ROWS)
-
-
-def settings_of(
-    max_new_tokens: int, do_sample: bool, temperature: float | None, top_p: float | None
-) -> dict[str, Any]:
-    """Arguments of `generate()`."""
-    if not do_sample and temperature is None and top_p is None:
-        return {"max_new_tokens": max_new_tokens, "do_sample": False}
-    return {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": True,
-        "temperature": 1.0 if temperature is None else temperature,
-        "top_p": 1.0 if top_p is None else top_p,
-    }
 
 
 @contextmanager
