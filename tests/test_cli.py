@@ -16,6 +16,7 @@ import sparrow_hf
 from sparrow_hf import _transformers, extras
 from sparrow_hf.cli import app
 from sparrow_hf.generation.emission import TokenEmitter
+from sparrow_hf.loading import load_target
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
 
 VERDICT_KEYS = {"identical", "clips", "visual_tokens", "tau", "k", "per_position", "dsr", "esr"}
@@ -128,12 +129,22 @@ def test_demo_on_a_video_of_ones_own(models: tuple[object, ...], clip: Path):
     assert "IDENTICAL" in result.output
 
 
-def test_a_single_wrong_token_is_an_error(models: tuple[object, ...], clip: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_single_wrong_token_is_an_error(
+    models: tuple[object, ...], clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     right = TokenEmitter.choose
     monkeypatch.setattr(TokenEmitter, "choose", lambda self, *args: (right(self, *args) + 1) % 300)
     result = run("demo", *models, "--video", clip, "--max-new-tokens", 4)
     assert result.exit_code == 1
     assert "NOT IDENTICAL" in result.output
+
+    # Elsewhere two nearly equal tokens may swap.
+    target, processor = load_target(str(models[1]))
+    for part in (target.to(torch.bfloat16), processor):
+        part.save_pretrained(tmp_path)
+    result = run("demo", "--target", tmp_path, *models[2:], "--video", clip, "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.output
+    assert "NOT IDENTICAL" in result.output and "in bfloat16 two nearly equal tokens may swap" in result.output
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ NOT_IDENTICAL, BAD_INPUT, BAD_ROWS, RAN_OUT, INTERRUPTED, UNREAD, TERMINATED = 1
 """Exit codes besides 0."""
 
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 a text differs from plain generate(), 2 an input is wrong or missing, 3 done but some rows "
-    "have an error, 4 disk or memory ran out, 130 Ctrl-C, 141 whoever read the output has gone, 143 SIGTERM. "
-    "--debug shows the traceback of an error."
+    "Exit codes: 0 done, 1 an fp32 text differs from plain generate(), 2 an input is wrong or missing, 3 done but "
+    "some rows have an error, 4 disk or memory ran out, 130 Ctrl-C, 141 whoever read the output has gone, 143 "
+    "SIGTERM. --debug shows the traceback of an error."
 )
 
 #: A dependency's error may hold whole files.

@@ -21,7 +21,7 @@ from ..data.prepare import prepare_prompt
 from ..draft_inputs import visual_mask
 from ..errors import SparrowError
 from ..loading import load_target, told_if_not_loaded
-from ..measurement import NO_DRAFT, PLAIN, Arm, compare, warm_up
+from ..measurement import NO_DRAFT, PLAIN, Arm, compare, is_exact, warm_up
 from ..metrics import Acceptance, Run, Speed, acceptance, speed
 from ..modeling_sparrow import SparrowDraftModel
 from ..streaming import ProvenanceStreamer
@@ -301,7 +301,7 @@ def _verdict_line(verdict: Verdict) -> Text:
     different = [run for runs in verdict.runs.values() for run in runs if run.differs_at is not None]
     if different:
         where = f"NOT IDENTICAL in {len(different)} runs, first at token {different[0].differs_at}"
-        if verdict.provenance["dtype"] != "float32":
+        if not is_exact(verdict.provenance["dtype"]):
             where += f" (in {verdict.provenance['dtype']} two nearly equal tokens may swap; fp32 is exact)"
         head = Text(where, style="bold red")
     else:
