@@ -7,7 +7,7 @@ from mimetypes import MimeTypes
 from pathlib import Path
 from typing import Any
 
-from ..data.datasets import load_rows
+from ..data.datasets import ROW_FILES, SAVED_DATASETS, load_rows
 from ..data.files import is_url
 from ..data.messages import ROW_ERROR, ROW_FOLDER, ROW_INDEX, media_parts, row_name, split_answer, text_of
 from ..data.prepare import own_sampling
@@ -15,10 +15,6 @@ from ..errors import CaptionError, TrainingDataError, VideoError
 from ..testbed import EVALUATION_SEEDS, FAMILIES, make_clip, shipped
 
 QUESTION = "Describe this video in detail."
-#: Endings of files that hold rows. One that is named may also be `.json`, which lies beside many a video.
-ROW_FILES = (".jsonl", ".parquet")
-#: Files that `save_to_disk` writes.
-SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")
 #: Python's own table, which is the same on every system. A file of a type that it does not know may be a video.
 TYPES = MimeTypes(filenames=())
 OTHER_TYPES = ("text/", "image/", "application/")
@@ -83,7 +79,7 @@ def read_questions(source: str, question: str | None = None, output: Path | None
         CaptionError: There are rows and a question, the question is a file, or the output is one of the inputs.
     """
     path, about = Path(source), question or QUESTION
-    is_rows = path.suffix.lower() in (*ROW_FILES, ".json")
+    is_rows = path.suffix.lower() in ROW_FILES
     if not source.strip():
         raise VideoError("The name of the video is empty. Name a video, a folder or rows.")
     if question and os.path.isfile(question):

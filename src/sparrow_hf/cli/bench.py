@@ -13,6 +13,7 @@ from ..errors import BenchmarkError
 from .common import (
     MAX_FRAMES_HELP,
     NOT_IDENTICAL,
+    ROWS,
     Dtype,
     DtypeOption,
     FamilyOption,
@@ -49,8 +50,8 @@ def bench(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="Data set whose rows hold 'messages' (a .jsonl or .parquet file, a folder, or a Hub id), or a local "
-            "copy of a public one: videodetailcaption:FOLDER, mvbench:FOLDER, longvideobench:FOLDER, mlvu:FOLDER."
+            help=f"Data set whose rows hold 'messages' ({ROWS}), or a local copy of a public one: "
+            "videodetailcaption:FOLDER, mvbench:FOLDER, longvideobench:FOLDER, mlvu:FOLDER."
         ),
     ] = None,
     testbed: Annotated[

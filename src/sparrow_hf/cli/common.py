@@ -35,6 +35,7 @@ MAX_ERROR_CHARACTERS = 500
 FAMILY_HELP = "The built-in models to use: qwen2.5-vl (the default) or llava-onevision."
 FPS_HELP = "Maximum number of frames per second to read of a video."
 MAX_FRAMES_HELP = "Maximum number of frames to read of a video."
+ROWS = "a .jsonl, .json or .parquet file, a folder of them or one of save_to_disk, or a Hub id"
 PROCESSOR_HELP = "Processor of --target, if it is in another folder or Hub repository."
 
 
@@ -68,13 +69,7 @@ AttentionOption = Annotated[
     str | None,
     typer.Option(help="Attention implementation of the target, such as sdpa (default: transformers' choice)."),
 ]
-PromptsOption = Annotated[
-    str,
-    typer.Option(
-        help="Data set whose rows hold 'messages': a .jsonl or .parquet file, a folder written by save_to_disk, "
-        "or a Hub id."
-    ),
-]
+PromptsOption = Annotated[str, typer.Option(help=f"Data set whose rows hold 'messages': {ROWS}.")]
 SplitOption = Annotated[str, typer.Option(help="Split of --prompts to read.")]
 OnBadRowOption = Annotated[
     OnBadRow,

@@ -54,7 +54,8 @@ def generate(
         str | None,
         typer.Argument(
             help="A video file or its URL, a folder of videos, or rows that hold 'messages': a .jsonl, .json or "
-            ".parquet file or a folder of them. Without it, the built-in models describe a generated clip."
+            ".parquet file, a folder of them or one of save_to_disk. Without it, the built-in models describe a "
+            "generated clip."
         ),
     ] = None,
     question: Annotated[

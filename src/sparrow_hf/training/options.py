@@ -37,7 +37,8 @@ class TrainingOptions:
     target: str = field(metadata={"help": "The video LLM to draft for: a folder or a Hub id."})
     train: str = field(
         metadata={
-            "help": "Rows to train on: a folder of answers, a recording, a .jsonl or .parquet file, or a Hub data set."
+            "help": "Rows to train on: a folder of answers, a recording, a .jsonl, .json or .parquet file, a folder "
+            "of them or one of save_to_disk, or a Hub id."
         }
     )
     output: str = field(
