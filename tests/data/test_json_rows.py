@@ -87,6 +87,17 @@ def test_a_folder_of_files_and_a_part_of_it(tmp_path: Path) -> None:
         load_rows(tmp_path, split="train[:2]", streaming=True)
 
 
+def test_a_compressed_file_is_decompressed_as_often_however_many_rows_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened, right = tmp_path / "rows.jsonl.gz", [], gzip.open
+    path.write_bytes(gzip.compress(lines(*(GOOD | {"id": number} for number in range(100)))))
+    monkeypatch.setattr(gzip, "open", lambda *args: (opened.append(args), right(*args))[1])
+    rows = load_rows(path)
+    assert [rows[index]["id"] for index in reversed(range(100))] == [*reversed(range(100))]
+    assert 1 <= len(opened) <= 2
+
+
 def test_json_files_of_a_folder_are_read_where_they_are_alone(tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / f"{number}.json").write_text(json.dumps([GOOD | {"id": number}]))

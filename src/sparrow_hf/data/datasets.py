@@ -157,14 +157,19 @@ class JsonRows:
         files: Their names; those that end in `.gz` are compressed.
 
     Attributes:
-        places: Of each row: the row itself, from a list; else its file, where its line starts and the line's number.
+        places: Of each row: the row itself, from a list or a compressed file; else its file, where its line starts and
+            the line's number.
     """
 
     def __init__(self, files: Sequence[str]):
         self.places: list[Any] = []
         for file in files:
-            listed = _listed(file)
-            self.places += _lines(file) if listed is None else listed
+            if file.endswith(".gz"):
+                # To go to a line of a compressed file is to decompress all before it.
+                self.places += read_json([file])
+            else:
+                listed = _listed(file)
+                self.places += _lines(file) if listed is None else listed
 
     def __len__(self) -> int:
         return len(self.places)
