@@ -27,6 +27,16 @@ def test_dashes_and_underscores_are_one(tmp_path):
         assert parse_options([*NEEDED, "--use-cpu", *words])[1].learning_rate == 1e-3
 
 
+def test_options_of_other_verbs_have_their_names_here_too(tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_text("dtype: bfloat16\nprocessor: p\n")
+    assert parse_options(NEEDED)[0].target_dtype == "auto"
+    for words in (["--dtype", "bfloat16"], ["--dtype=bfloat16"], ["--config", str(config)]):
+        assert parse_options([*NEEDED, *words])[0].target_dtype == "bfloat16"
+    options = parse_options([*NEEDED, "--config", str(config), "--dtype", "float16"])[0]
+    assert (options.target_dtype, options.processor, options.draft_dtype) == ("float16", "p", "float32")
+
+
 def test_a_preset_in_the_file_counts(tmp_path):
     config = tmp_path / "recipe.yaml"
     config.write_text("preset: paper\n")

@@ -27,6 +27,10 @@ DRAFT_FIELDS = (
 )
 
 
+#: Names of options in the other verbs → what they are called here, where the draft has a dtype too.
+ALIASES = {"dtype": "target_dtype"}
+
+
 @dataclass
 class TrainingOptions:
     """Options of `sparrow train` besides [`SparrowTrainingArguments`]: target, rows, draft, and what to do.
@@ -54,8 +58,16 @@ class TrainingOptions:
     )
 
     target_revision: str | None = field(default=None, metadata={"help": "Revision of the target on the Hub."})
+    processor: str | None = field(
+        default=None,
+        metadata={"help": "Processor of the target, if it is in another folder or Hub repository."},
+    )
     target_dtype: str = field(
-        default="auto", metadata={"help": "Dtype of the target: auto, float32, bfloat16 or float16."}
+        default="auto",
+        metadata={
+            "help": "Dtype of the target: auto, float32, bfloat16 or float16. --dtype, as the other verbs call it, is "
+            "the same option."
+        },
     )
     device: str | None = field(
         default=None,
@@ -153,7 +165,7 @@ def parse_options(words: Sequence[str]) -> tuple[TrainingOptions, SparrowTrainin
     Raises:
         TrainingOptionsError: A name is unknown, a value has the wrong type, or something needed is missing.
     """
-    words = [_with_underscores(word) for word in words]
+    words = [_with_field(word) for word in words]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config")
     first.add_argument("--preset")
@@ -207,9 +219,16 @@ def _fields_of(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
     return {item.name: values[item.name] for item in dataclasses.fields(kind) if item.init}
 
 
-def _with_underscores(word: str) -> str:
+def _field_of(name: str) -> str:
+    """The field that an option's name means."""
+    name = name.replace("-", "_")
+    return ALIASES.get(name, name)
+
+
+def _with_field(word: str) -> str:
+    """A word of the command line, an option by the name of its field."""
     name, equals, value = word.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+    return f"--{_field_of(name.removeprefix('--'))}{equals}{value}" if word.startswith("--") else word
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
@@ -219,7 +238,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
         raise TrainingOptionsError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
         raise TrainingOptionsError(f"{file} must hold `name: value` lines and nothing nested")
-    return {str(name).replace("-", "_"): value for name, value in found.items()}
+    return {_field_of(str(name)): value for name, value in found.items()}
 
 
 def _set_defaults(parser: HfArgumentParser, values: dict[str, Any]) -> None:
