@@ -10,8 +10,10 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..configuration_sparrow import SparrowDraftConfig
 from ..errors import TrainingOptionsError
 from .arguments import DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainingArguments
+from .vocabulary import MIN_COVERAGE, REDUCED_SIZE
 
 #: Options that are fields of [`SparrowDraftConfig`] too. Only those that were given are passed on.
 DRAFT_FIELDS = (
@@ -49,7 +51,11 @@ class TrainingOptions:
         metadata={"help": "Folder to write the draft to; checkpoints go into its subfolder `checkpoints`."}
     )
     held_out: str | None = field(
-        default=None, metadata={"help": "Rows to evaluate on. They must not share a video with the training rows."}
+        default=None,
+        metadata={
+            "help": "Rows to evaluate on, at every checkpoint (--save-steps) unless --eval-strategy says when. They "
+            "must not share a video with the training rows."
+        },
     )
     preset: Literal["default", "paper"] = field(default="default", metadata={"help": "Recipe to start from."})
     streaming: bool = field(
@@ -88,7 +94,10 @@ class TrainingOptions:
         default=None,
         metadata={
             "help": "File of `sparrow vocab`; the draft proposes only the tokens in it. 'full': all tokens. By "
-            "default, of targets with 32,768 tokens or more, the most frequent ones of the training answers."
+            f"default, a new draft for a target of {REDUCED_SIZE:,} tokens or more proposes the most frequent ones of "
+            # Without a per cent sign, which argparse would take for a place to fill in.
+            f"the training answers, if at least {MIN_COVERAGE:g} of the held-out answers' tokens are among them, else "
+            "all."
         },
     )
     copy_last_layer: bool = field(
@@ -98,10 +107,13 @@ class TrainingOptions:
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of decoder layers of the draft."})
     feature_layers: list[int] | None = field(
         default=None,
-        metadata={"help": "Target layers whose text states the draft reads; -1 is the state after the final norm."},
+        metadata={
+            "help": "Target layers whose text states the draft reads; -1 is the state after the final norm (the "
+            "default)."
+        },
     )
     visual_bridge_layer: int | None = field(
-        default=None, metadata={"help": "Target layer whose visual states the draft reads."}
+        default=None, metadata={"help": "Target layer whose visual states the draft reads; by default the middle one."}
     )
     num_glimpse_tokens: int | None = field(
         default=None, metadata={"help": "Number of visual tokens that the draft reads when it decodes."}
@@ -109,15 +121,19 @@ class TrainingOptions:
     glimpse_spacing: Literal["even", "logarithmic"] | None = field(
         default=None,
         metadata={
-            "help": "Distances of these tokens: 'even', or 'logarithmic', which vLLM can follow too (`sparrow "
-            "export-vllm`)."
+            "help": "Distances of the visual tokens that the draft reads when it decodes: 'even', or 'logarithmic', "
+            "which vLLM can follow too (`sparrow export-vllm`)."
         },
     )
     num_mtp_steps: int | None = field(
         default=None, metadata={"help": "Number of passes of the draft over each training row."}
     )
     num_draft_levels: int | None = field(
-        default=None, metadata={"help": "Number of levels that the draft proposes in one round."}
+        default=None,
+        metadata={
+            "help": "Number of levels that the draft proposes in one round. Not given, it is chosen on the held-out "
+            "rows at the end, if there are any."
+        },
     )
     position_mode: Literal["compact", "original"] | None = field(
         default=None,
@@ -212,7 +228,9 @@ def describe_options() -> dict[str, list[tuple[str, str, str]]]:
 def _default_of(item: dataclasses.Field[Any]) -> str:
     if item.default is dataclasses.MISSING:
         return "required"
-    return "" if item.default is None else str(item.default)
+    # What is not given here is what a new draft's configuration says.
+    default = getattr(SparrowDraftConfig, item.name) if item.name in DRAFT_FIELDS else item.default
+    return "" if default is None else str(default)
 
 
 def _fields_of(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
