@@ -15,6 +15,8 @@ from ..errors import CaptionError, TrainingDataError, VideoError
 from ..testbed import EVALUATION_SEEDS, FAMILIES, make_clip, shipped
 
 QUESTION = "Describe this video in detail."
+"""What is asked about a video where nothing else is."""
+
 #: Python's own table, which is the same on every system. A file of a type that it does not know may be a video.
 TYPES = MimeTypes(filenames=())
 OTHER_TYPES = ("text/", "image/", "application/")

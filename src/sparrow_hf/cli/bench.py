@@ -139,8 +139,6 @@ def bench(
     Texts that transformers' own assisted loop samples do not count for it,
     nor do those of compiled or grouped arms, whose targets round differently.
     """
-    import torch
-
     from ..artifacts import tensor_digest
     from ..evaluation.arms import BASELINES, Arms
     from ..evaluation.benchmark import Benchmark
@@ -149,7 +147,7 @@ def bench(
     from ..evaluation.results import write_results
     from ..loading import load_target
     from ..measurement import is_exact
-    from ..testbed import shipped
+    from ..testbed import named_or_built_in
     from ..testbed.benchmark_prompts import clip_prompts, knows_the_world, says_what_it_shows
 
     quiet_transformers()
@@ -168,12 +166,7 @@ def bench(
         raise BenchmarkError(
             "--visual-tokens is an option of --testbed: set the length of your own videos with --max-frames"
         )
-    family = built_in_family(family, target)
-    if target is None:
-        # The model is so small that a second thread slows it down.
-        torch.set_num_threads(1)
-        folder = shipped(family)
-        target, draft, device = str(folder / "target"), draft or str(folder / "draft"), device or "cpu"
+    target, draft, device = named_or_built_in(target, draft, device, built_in_family(family, target))
     conversations = None if prompts is None else read_conversations(prompts, split, limit)
     model, its_processor = load_target(target, processor, dtype.value, device)
     if conversations is None:

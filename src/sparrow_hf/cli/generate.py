@@ -37,8 +37,6 @@ from .common import (
     sampling_of,
 )
 
-QUESTION = "Describe this video in detail."
-NO_DRAFT = "none"
 #: fps and max_frames by default: for targets of your own, and for the built-in ones, which know dense clips.
 SAMPLING, BUILT_IN_SAMPLING = (2.0, 128), (8.0, 768)
 #: The progress shows the speed of the last answers.
@@ -59,7 +57,7 @@ def generate(
         ),
     ] = None,
     question: Annotated[
-        str | None, typer.Argument(help=f"Question about each video (default: {QUESTION}).", show_default=False)
+        str | None, typer.Argument(help="Question about each video (default: to describe it in detail).")
     ] = None,
     output: Annotated[
         Path | None,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -122,16 +121,9 @@ def load_models(
         DemoError: The draft is not named, not there, or is not what it should be.
         TargetLoadError: The target or its processor is not there, or there is no such family.
     """
-    from ..testbed import shipped
+    from ..testbed import named_or_built_in
 
-    if target is None:
-        # The model is so small that a second thread slows it down.
-        torch.set_num_threads(1)
-        device = device or "cpu"
-        folder = shipped(family)
-        target, draft = str(folder / "target"), draft or str(folder / "draft")
-    elif draft is None:
-        raise DemoError("A target of your own needs a draft made for it: name one with --draft.")
+    target, draft, device = named_or_built_in(target, draft, device, family, DemoError)
     model, its_processor = load_target(target, processor, device=device)
     with told_if_not_loaded("draft", draft, DemoError):
         return Models(model, its_processor, SparrowDraftModel.from_pretrained(draft).eval())
