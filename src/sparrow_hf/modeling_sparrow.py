@@ -184,7 +184,8 @@ class SparrowDraftModel(SavedDraft):
 
         Args:
             target: The video LLM to draft for.
-            copy_last_layer: Start the draft's decoder layers from the target's last ones instead of at random.
+            copy_last_layer: Start the draft's decoder layers and its norm from the target's last ones. `sparrow train`
+                also fits FC to them (see `training/first_weights.py`), which is most of the gain.
             overrides: Fields of the draft's configuration.
 
         Raises:
@@ -202,6 +203,9 @@ class SparrowDraftModel(SavedDraft):
         if copy_last_layer:
             for layer, source in zip(draft.layers, view.layers[-config.num_hidden_layers :], strict=True):
                 _copy_weights(source, layer)
+            if config.output_norm:
+                with torch.no_grad():
+                    draft.norm.weight.copy_(view.norm.weight)
         draft.bind(target)
         return draft
 

@@ -36,8 +36,8 @@ def record(
     feature_layers: Annotated[
         list[int] | None,
         typer.Option(
-            help="Layer whose text states drafts read; -1 is the last (default: -1). Repeat the option for several "
-            "layers."
+            help="Layer whose text states drafts read; -1 is the state after the final norm. Repeat the option for "
+            "several layers (default: -1, and the last layer but one, for `sparrow train --copy-last-layer`)."
         ),
     ] = None,
     bridge_layer: Annotated[
@@ -64,6 +64,7 @@ def record(
     from ..data import load_rows
     from ..loading import load_target
     from ..training.data import SparrowDataCollator
+    from ..training.first_weights import entry_layer
     from ..training.recording import check_disk_budget, estimate_recording_bytes
     from ..training.recording import record as write_recording
 
@@ -73,6 +74,9 @@ def record(
     rows = load_rows(answers, split)
     model, its_processor = load_target(target, processor, dtype.value, device or processes.device)
     # Only its configuration counts: which layers are kept.
+    draft = SparrowDraftModel.from_target(model, visual_bridge_layer=bridge_layer)
+    if feature_layers is None and entry_layer(draft.config) > 0:
+        feature_layers = [entry_layer(draft.config), -1]
     draft = SparrowDraftModel.from_target(model, feature_layers=feature_layers, visual_bridge_layer=bridge_layer)
     collator = SparrowDataCollator(
         its_processor, draft.config.visual_token_ids, on_bad_row.value, fps=fps, max_frames=max_frames

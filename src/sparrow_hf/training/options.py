@@ -101,7 +101,11 @@ class TrainingOptions:
         },
     )
     copy_last_layer: bool = field(
-        default=False, metadata={"help": "Initialise the draft's layers as copies of the target's last ones."}
+        default=False,
+        metadata={
+            "help": "Start the draft as the target's last layers: copied, and fed by a linear map that is fitted to "
+            "some of the training rows."
+        },
     )
 
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of decoder layers of the draft."})

@@ -19,6 +19,7 @@ from .callbacks import DecodingCallback
 from .checkpoints import check_settings, describe_training, digest_of_rows, last_checkpoint
 from .curves import plot_curves
 from .depth import write_depth
+from .first_weights import entry_layer, fit_fc, reader_of
 from .leakage import refuse_shared_media
 from .lora import add_lora, merge_lora
 from .options import TrainingOptions
@@ -139,6 +140,35 @@ def rows_of(source: str, draft: SparrowDraftModel, streaming: bool = False) -> A
     return load_rows(source, streaming=True) if streaming else load_rows(source)
 
 
+def start_as_last_layers(options: TrainingOptions, trainer: SparrowTrainer) -> str:
+    """Fits FC of a draft whose layers are copies of the target's last ones, to rows drawn from those to be trained on.
+
+    Returns:
+        What was done, as a sentence.
+
+    Raises:
+        TrainingDataError: A row is bad, and bad rows are refused.
+    """
+    draft = trainer.draft
+    reader = reader_of(draft)
+    try:
+        rows = rows_of(options.train, reader, options.streaming)
+    except TrainingDataError:
+        # It was opened for the draft before, so this is all that it lacks.
+        return (
+            f"FC starts at random, because {options.train} lacks layer {entry_layer(draft.config)}: record it too "
+            f"(`sparrow record --feature-layers {entry_layer(draft.config)}`, beside the others) to start from a fit."
+        )
+    if not options.streaming:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(trainer.args.seed))
+        rows = map(rows.__getitem__, order.tolist())
+    explained, count = fit_fc(draft, reader, rows, trainer.data_collator, show_progress=not trainer.args.disable_tqdm)
+    return (
+        f"FC starts as the best linear estimate of what enters layer {entry_layer(draft.config) + 1} of the target: "
+        f"fitted to {count:,} tokens, it explains {explained:.0%} of it."
+    )
+
+
 def prepare_training(
     options: TrainingOptions,
     arguments: SparrowTrainingArguments,
@@ -200,6 +230,8 @@ def prepare_training(
         eval_dataset=held_out,
         processing_class=processor,
     )
+    if options.copy_last_layer and checkpoint is None:
+        choices.append(start_as_last_layers(options, trainer))
     decoding = None
     if held_out is not None and not isinstance(held_out, RecordedDataset):
         decoded = [held_out[index] for index in range(min(DECODED_ROWS, len(held_out)))]

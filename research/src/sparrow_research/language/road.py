@@ -31,8 +31,8 @@ TRAIN = ("train-h100", "train-cpu")
 """Kept answers, in the order in which they are used."""
 TOKENS = (28_000, 100_000, 459_403)
 VOCABULARY = 8192
-LAYERS = (2, 15, 27, -1)
-"""Recorded states: those of the rival `eagle3`, and the last ones."""
+LAYERS = (2, 15, 27, 29, -1)
+"""Recorded states: those of the rival `eagle3`, what enters the last layer, and the last ones."""
 COMMON = "--copy-last-layer --learning-rate 1e-3 --lr-scheduler-type cosine --adam-beta2 0.95 --weight-decay 0"
 SECONDS = {"record": 0.55, "row": 0.6, "measure": 15.0}
 """Measured on one quiet CPU thread in fp32: recording a row, a row of a training step (four passes), and 128 tokens
