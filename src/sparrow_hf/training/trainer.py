@@ -219,7 +219,7 @@ class SparrowTrainer(Trainer):
         if num_items_in_batch is not None:
             # Gradients are averaged over processes, but every process has divided by the losses of all of them.
             loss = loss * self.accelerator.num_processes
-        return (loss, count_acceptance(batch, matches)) if return_outputs else loss
+        return (loss, count_acceptance(batch, matches, num_passes)) if return_outputs else loss
 
     def report_skipped(self, skipped: list[tuple[int | None, str]]) -> None:
         """Notes rows that were left out, as (index, reason), and warns of each once."""
