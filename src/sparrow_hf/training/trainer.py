@@ -233,8 +233,10 @@ class SparrowTrainer(Trainer):
         row = torch.zeros((1, 1, self.draft.config.hidden_size), dtype=self.draft.dtype, device=self.args.device)
         position = torch.zeros((1, 1), dtype=torch.long, device=self.args.device)
         everything = [model(row, position).last_hidden_state, *self.draft.parameters()]
-        loss = sum(part.sum() for part in everything) * 0.0
-        counts = torch.zeros((1, 3 * self.draft.config.num_draft_levels + 1), device=self.args.device)
+        # Of the types that a batch with samples gives: processes gather both.
+        loss = sum(part.sum() for part in everything).float() * 0.0
+        width = 3 * self.draft.config.num_draft_levels + 1
+        counts = torch.zeros((1, width), dtype=torch.long, device=self.args.device)
         return (loss, counts) if return_outputs else loss
 
     def get_batch_samples(
@@ -258,14 +260,29 @@ class SparrowTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss and acceptance counts of one batch, the latter in the place of logits."""
-        inputs = on_device(self, inputs)
+        """Loss and acceptance counts of one batch, the latter in the place of logits. Each row counts once."""
+        inputs = on_device(self, self._without_repeated(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, counts = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
         # The evaluation loop calls compute_metrics only if there are labels.
         return loss, counts, torch.zeros_like(counts)
+
+    def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch without the rows with which accelerate fills up the last batches of several processes.
+
+        rows of the last batches     process 0 │ process 1 │ …      each has `size` of them
+        of the dataset               0 … remainder−1                the others are its first rows again
+        """
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        size = state.active_dataloader.total_batch_size // self.args.world_size
+        own = state.remainder - self.args.process_index * size
+        samples = inputs["samples"]
+        places = inputs.get("places", range(len(samples)))
+        return inputs | {"samples": [sample for sample, place in zip(samples, places, strict=True) if place < own]}
 
     # -- what it reports ----------------------------------------------------------------------------------------------
 
