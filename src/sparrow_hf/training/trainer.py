@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from .._transformers import on_device
+from .._transformers import on_device, use_one_gpu
 from ..data.prepare import kind_of
 from ..draft_inputs import draft_positions, visual_mask
 from ..modeling_sparrow import SparrowDraftModel
@@ -65,6 +65,10 @@ class SparrowTrainer(Trainer):
         **kwargs: Any,
     ):
         model.bind(target)
+        if args.n_gpu > 1:
+            # One process that sees several: the base class would wrap the draft in `nn.DataParallel`, whose copies are
+            # bound to no target and cannot share the keys of the passes.
+            use_one_gpu(args)
         super().__init__(
             model=model,
             args=args,
