@@ -304,6 +304,15 @@ class RecordedDataset(Dataset):
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise TrainingDataError(f"{self.paths[index]} is damaged ({error}): {REMEDY}") from error
 
+    def row_keys(self) -> list[str]:
+        """What tells the rows apart: the digest of each row's file, or its path in a recording without digests."""
+        known = self.digests.known or {}
+        digests = [known.get(path.relative_to(self.digests.folder).as_posix()) for path in self.paths]
+        return [
+            str(path.resolve()) if digest is None else f"recorded row sha256:{digest}"
+            for path, digest in zip(self.paths, digests, strict=True)
+        ]
+
     def answer_length(self, index: int) -> int:
         """Tokens of a row's answer."""
         self._check(index)

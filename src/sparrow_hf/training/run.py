@@ -157,7 +157,7 @@ def prepare_training(
     Raises:
         TrainingOptionsError: The options contradict each other or the files in the output folder, or differ from those
             of the training that is resumed.
-        TrainingDataError: There are no rows, or training and held-out rows share a video.
+        TrainingDataError: There are no rows, or training and held-out rows share a video, image or prompt.
         BindingError: The draft to start from fits another target.
     """
     checkpoint = check_output(options)
@@ -169,9 +169,8 @@ def prepare_training(
     held_out = None
     if options.held_out is not None:
         held_out = rows_of(options.held_out, draft)
-        if not isinstance(train, RecordedDataset) and not isinstance(held_out, RecordedDataset):
-            with PartialState().main_process_first():
-                refuse_shared_media(train, held_out)
+        with PartialState().main_process_first():
+            refuse_shared_media(train, held_out)
         if arguments.eval_strategy == "no":
             # With held-out rows, evaluation is on by default.
             arguments.eval_strategy, arguments.eval_steps = arguments.save_strategy, arguments.save_steps
