@@ -1,8 +1,10 @@
 """Resuming a training: every part of a checkpoint is the one that was written, and the training is the same."""
 
 import copy
+import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from transformers import PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.artifacts import tensor_digest
+from sparrow_hf.checksums import DIGESTS_FILE, Digests
 from sparrow_hf.errors import TrainingOptionsError
-from sparrow_hf.training import SparrowDataCollator, SparrowTrainer, SparrowTrainingArguments
-from sparrow_hf.training.checkpoints import check_checkpoint, check_settings, last_checkpoint
+from sparrow_hf.training import SparrowDataCollator, SparrowTrainer, SparrowTrainingArguments, checkpoints
+from sparrow_hf.training.checkpoints import SETTINGS_FILE, check_checkpoint, check_settings, last_checkpoint
 from sparrow_hf.training.options import parse_options
 from sparrow_hf.training.recording import record
 from sparrow_hf.training.run import TrainingRun, prepare_training
@@ -196,3 +199,58 @@ def test_a_training_that_logs_nothing_has_a_draft_and_no_curves(
     run.run()
     assert SparrowDraftModel.from_pretrained(tmp_path) and not (tmp_path / "curves.png").exists()
     assert run.notes == ["There are no curves: nothing was logged in 2 steps (--logging-steps 5)."]
+
+
+@pytest.mark.parametrize("left", ["nothing", "digests", "settings", "settings and half a line"])
+def test_a_stop_while_a_checkpoint_is_sealed_leaves_one_that_is_resumed(
+    prepare: Callable[..., TrainingRun], output: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    whole = SparrowDraftModel.from_pretrained(output).state_dict()
+    folder = output / "checkpoints"
+    settings = json.loads((folder / "checkpoint-1" / SETTINGS_FILE).read_text())
+    shutil.rmtree(folder / "checkpoint-2")
+    for name in (SETTINGS_FILE, DIGESTS_FILE):
+        (folder / "checkpoint-1" / name).unlink()
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    where = {"nothing": (Digests, "write"), "digests": (checkpoints, "write_json")}.get(left, (Digests, "add"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*where, stop)
+        checkpoints.seal_checkpoint(folder / "checkpoint-1", settings)
+    if left == "settings and half a line":
+        with (folder / "checkpoint-1" / DIGESTS_FILE).open("a") as file:
+            file.write("0123")
+    there = {path.name for path in (folder / "checkpoint-1").iterdir()} & {SETTINGS_FILE, DIGESTS_FILE}
+    assert there == {"nothing": set(), "digests": {DIGESTS_FILE}}.get(left, {SETTINGS_FILE, DIGESTS_FILE})
+
+    said = {"nothing": "carries no digests", "digests": "nothing tells whether these are the options"}.get(left)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again = prepare(output, "--resume").run().state_dict()
+    told = [str(warning.message) for warning in caught if "checkpoint-1" in str(warning.message)]
+    assert len(told) == (said is not None) and all(said in message for message in told if said)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_settings_that_a_stop_left_without_a_digest_are_compared(
+    prepare: Callable[..., TrainingRun], output: Path
+) -> None:
+    digests = output / "checkpoints" / "checkpoint-2" / DIGESTS_FILE
+    *lines, last = digests.read_text().splitlines(keepends=True)
+    assert last.endswith(f"  {SETTINGS_FILE}\n")
+    digests.write_text("".join(lines))
+    with pytest.raises(TrainingOptionsError, match="seed: 42, now 7"):
+        prepare(output, "--resume", "--seed", 7)
+
+
+def test_arguments_of_another_version_of_transformers_are_not_compared(
+    prepare: Callable[..., TrainingRun], output: Path
+) -> None:
+    path = output / "checkpoints" / "checkpoint-2" / SETTINGS_FILE
+    settings = json.loads(path.read_text())
+    settings["arguments"]["an_argument_of_then"] = 1
+    del settings["arguments"]["weight_decay"]
+    checkpoints.seal_checkpoint(path.parent, settings)
+    prepare(output, "--resume")
