@@ -63,6 +63,7 @@ def record(
     from .. import SparrowDraftModel
     from ..data import load_rows
     from ..loading import load_target
+    from ..training.checkpoints import digest_of_rows
     from ..training.data import SparrowDataCollator
     from ..training.recording import check_disk_budget, estimate_recording_bytes
     from ..training.recording import record as write_recording
@@ -91,6 +92,7 @@ def record(
         visual_rows=not text_only,
         max_disk_gb=max_disk_gb,
         show_progress=processes.is_main_process,
+        source={"answers": digest_of_rows(answers), "split": split},
     )
     report_skipped(Console(), skipped, len(rows))
     processes.wait_for_everyone()

@@ -67,7 +67,7 @@ class Recorder:
         visual_rows: Keep the bridge layer's states of all visual positions, for drafts that read some of them. They
             are most of a recording of videos; without them, drafts can be trained on text only.
         max_bytes: Maximum size of the recording on disk.
-        source: Which rows are read; a run that continues a recording must have the same.
+        source: Which rows are read, and how; a run that continues a recording must have the same.
 
     Raises:
         TrainingDataError: The folder holds a recording of another target, of other layers, or of another source.
@@ -98,7 +98,9 @@ class Recorder:
                     self.digests.write([provenance, *self.rows_folder.glob("row-*.safetensors")])
                 self.digests.check(provenance)
                 found = read_description(provenance, draft.target.model, wanted["target_sha256"])
-                check_made_alike(folder, found, wanted, TrainingDataError)
+                # An earlier version described less.
+                known = {name: value for name, value in wanted.items() if name in found}
+                check_made_alike(folder, found, known, TrainingDataError)
             else:
                 write_json(provenance, wanted, indent=2)
                 self.digests.add(provenance)
@@ -164,6 +166,7 @@ def record(
     visual_rows: bool = True,
     max_disk_gb: float | None = None,
     show_progress: bool = False,
+    source: Mapping[str, Any] | None = None,
 ) -> dict[int, str]:
     """Runs the target over every answered row once. Processes of `accelerate launch` share the rows.
 
@@ -175,6 +178,8 @@ def record(
         visual_rows: See [`Recorder`].
         max_disk_gb: Maximum size of the recording on disk, in 10⁹ bytes; checked before every file.
         show_progress: Show a progress bar over the rows of this process.
+        source: Where the rows are from, as JSON holds it, for example their [`~checkpoints.digest_of_rows`]. A run
+            that continues the recording must have the same, as many rows, and the same sampling of videos.
 
     Returns:
         Index of each row this process left out → reason.
@@ -188,7 +193,7 @@ def record(
         folder,
         visual_rows=visual_rows,
         max_bytes=None if max_disk_gb is None else max_disk_gb * 1e9,
-        source={"rows": len(rows)},
+        source={"rows": len(rows), "fps": collator.fps, "max_frames": collator.max_frames, **(source or {})},
     )
     processes = PartialState()
     own = range(len(rows))[processes.process_index :: processes.num_processes]
