@@ -133,8 +133,17 @@ def build_draft(
 
 
 def rows_of(source: str, draft: SparrowDraftModel, streaming: bool = False) -> Any:
-    """Rows of a recording, or of anything [`load_rows`] reads."""
+    """Rows of a recording, or of anything [`load_rows`] reads.
+
+    Raises:
+        TrainingOptionsError: A recording is to be streamed.
+        TrainingDataError: There are no such rows.
+    """
     if (Path(source) / PROVENANCE_FILE).is_file():
+        if streaming:
+            raise TrainingOptionsError(
+                f"--streaming: {source} is a recording, whose rows are read one by one anyway; leave this option out"
+            )
         return RecordedDataset(source, draft)
     return load_rows(source, streaming=True) if streaming else load_rows(source)
 
@@ -171,9 +180,6 @@ def prepare_training(
         held_out = rows_of(options.held_out, draft)
         with PartialState().main_process_first():
             refuse_shared_media(train, held_out)
-        if arguments.eval_strategy == "no":
-            # With held-out rows, evaluation is on by default.
-            arguments.eval_strategy, arguments.eval_steps = arguments.save_strategy, arguments.save_steps
     # An existing draft keeps its configuration, but not a depth that was chosen by what it then accepted.
     chosen_before = "tuned" in draft.provenance and draft.config.beam_width == 1
     keeps_depth = options.num_draft_levels is not None or (options.warm_start is not None and not chosen_before)
