@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.artifacts import tensor_digest
 from sparrow_hf.checksums import DIGESTS_FILE, Digests
 from sparrow_hf.errors import TrainingOptionsError
 from sparrow_hf.training import SparrowDataCollator, SparrowTrainer, SparrowTrainingArguments, checkpoints
+from sparrow_hf.training import run as runs
 from sparrow_hf.training.checkpoints import SETTINGS_FILE, check_checkpoint, check_settings, last_checkpoint
 from sparrow_hf.training.options import parse_options
 from sparrow_hf.training.recording import record
@@ -29,12 +30,20 @@ SMALL = ("--max-steps", "2", "--save-steps", "1", "--learning-rate", "0.01", "--
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory, target: PreTrainedModel, samples: list[Any]) -> Path:
-    """Two recordings of the same target, of other rows."""
+    """Recordings of the same target: two of the same rows in another order, and one of other rows."""
     folder = tmp_path_factory.mktemp("rows")
     draft = SparrowDraftModel.from_target(target)
     record(draft, samples, folder / "a", SparrowDataCollator())
     record(draft, list(reversed(samples)), folder / "b", SparrowDataCollator())
+    # The same videos and questions, and shorter answers.
+    record(draft, [shortened(sample) for sample in samples[:2]], folder / "c", SparrowDataCollator())
     return folder
+
+
+def shortened(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample without the last token of its answer."""
+    shape = sample["input_ids"].shape
+    return {name: value[:, :-1] if getattr(value, "shape", None) == shape else value for name, value in sample.items()}
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +263,66 @@ def test_arguments_of_another_version_of_transformers_are_not_compared(
     del settings["arguments"]["weight_decay"]
     checkpoints.seal_checkpoint(path.parent, settings)
     prepare(output, "--resume")
+
+
+class Evaluations(TrainerCallback):
+    """Steps and figures of the evaluations."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[int, dict[str, float]]] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        self.done.append((state.global_step, metrics))
+
+
+def test_a_training_that_is_resumed_at_its_end_trains_no_step(
+    prepare: Callable[..., TrainingRun], rows: Path, tmp_path: Path
+) -> None:
+    # The second epoch ends after the fourth step.
+    words = ("--max-steps", 3, "--logging-steps", 1, "--held-out", rows / "c", "--num-draft-levels", 3)
+    run = prepare(tmp_path, *words)
+    whole = {name: tensor.clone() for name, tensor in run.run().state_dict().items()}
+    (tmp_path / "model.safetensors").unlink()
+    again = prepare(tmp_path, *words, "--resume")
+    evaluations = Evaluations()
+    again.trainer.add_callback(evaluations)
+    trained = again.run().state_dict()
+    assert again.trainer.state.global_step == 3
+    losses = [entry["step"] for entry in again.trainer.state.log_history if "loss" in entry]
+    assert losses == [1, 2, 3]
+    # The held-out rows may be others than before.
+    assert [step for step, _ in evaluations.done] == [3]
+    assert all(torch.equal(trained[name], tensor) for name, tensor in whole.items())
+    saved = SparrowDraftModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in whole.items())
+    assert not (tmp_path / "checkpoints" / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ((), [1, 2]),
+        (("--eval-steps", 2), [2]),
+        (("--eval-strategy", "no"), [2]),
+        (("--save-strategy", "no"), [2]),
+        (("--eval-delay", 5), [2]),
+        # What is left is the best draft, which may be another than the last one.
+        (("--load-best-model-at-end", "true"), [1, 2, 2]),
+    ],
+)
+def test_a_finished_draft_is_evaluated_once(
+    prepare: Callable[..., TrainingRun],
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[Any, ...],
+    steps: list[int],
+) -> None:
+    run = prepare(tmp_path, "--held-out", rows / "c", *words)
+    evaluations, chosen_by = Evaluations(), []
+    run.trainer.add_callback(evaluations)
+    monkeypatch.setattr(runs, "write_depth", lambda draft, output, decoding, metrics: chosen_by.append(metrics) or "")
+    run.run()
+    assert [step for step, _ in evaluations.done] == steps
+    (metrics,) = chosen_by
+    assert metrics["eval_tau"] >= 1 and metrics["eval_accepted_1"] == evaluations.done[-1][1]["eval_accepted_1"]

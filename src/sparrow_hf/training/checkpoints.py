@@ -149,6 +149,11 @@ def digest_of_rows(source: str | os.PathLike[str]) -> str:
 # -- checking ---------------------------------------------------------------------------------------------------------
 
 
+def step_of(checkpoint: str | os.PathLike[str]) -> int:
+    """How many steps were trained when a checkpoint was saved, from the name of its folder."""
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
 def check_checkpoint(checkpoint: str | os.PathLike[str], parts: Sequence[str] = ()) -> None:
     """Raises unless every part of a checkpoint is there, as it was written. No part is loaded.
 

@@ -16,7 +16,7 @@ from ..modeling_sparrow import SparrowDraftModel
 from ..tree_shapes import chain
 from .arguments import SparrowTrainingArguments
 from .callbacks import DecodingCallback
-from .checkpoints import check_settings, describe_training, digest_of_rows, last_checkpoint
+from .checkpoints import check_settings, describe_training, digest_of_rows, last_checkpoint, step_of
 from .curves import plot_curves
 from .depth import write_depth
 from .leakage import refuse_shared_media
@@ -68,7 +68,7 @@ class TrainingRun:
         With held-out rows, the depth of the draft's chains is chosen last, unless it was given.
         """
         self.trainer.train(resume_from_checkpoint=self.checkpoint)
-        metrics = {} if self.trainer.eval_dataset is None else self.trainer.evaluate()
+        metrics = self._metrics()
         draft = self.trainer.draft if self.adapters is None else merge_lora(self.adapters)
         if self.trainer.is_world_process_zero():
             draft.save_pretrained(self.output)
@@ -85,6 +85,19 @@ class TrainingRun:
             if self.chooses_depth:
                 self.notes.append(write_depth(draft, self.output, self.decoding, metrics))
         return draft
+
+    def _metrics(self) -> dict[str, float]:
+        """Figures of the finished draft on the held-out rows: those of its last step, if it was evaluated there."""
+        if self.trainer.eval_dataset is None:
+            return {}
+        state = self.trainer.state
+        last = [entry for entry in state.log_history if entry["step"] == state.global_step]
+        known = {name: value for entry in last for name, value in entry.items() if name.startswith("eval_")}
+        # Neither the best draft nor one that was resumed at its end is what this process evaluated last.
+        nothing_trained = self.checkpoint is not None and step_of(self.checkpoint) >= state.global_step
+        if not known or nothing_trained or self.trainer.args.load_best_model_at_end:
+            return self.trainer.evaluate()
+        return known
 
 
 def check_output(options: TrainingOptions) -> str | None:

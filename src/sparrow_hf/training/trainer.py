@@ -247,6 +247,10 @@ class SparrowTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """As in the base class, with the number of losses of the accumulated batches as `num_items_in_batch`."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            # A training that is resumed at its last step: the base class would train one more.
+            self.control.should_training_stop = True
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         # One loss per answer token but the first.
         losses = sum(
