@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from sparrow_hf import SparrowDraftModel
+from sparrow_hf import SparrowDraftModel, targets
 from sparrow_hf.artifacts import tensor_digest
 from sparrow_hf.checksums import DIGESTS_FILE, Digests
 from sparrow_hf.errors import TrainingOptionsError
@@ -326,3 +326,14 @@ def test_a_finished_draft_is_evaluated_once(
     assert [step for step, _ in evaluations.done] == steps
     (metrics,) = chosen_by
     assert metrics["eval_tau"] >= 1 and metrics["eval_accepted_1"] == evaluations.done[-1][1]["eval_accepted_1"]
+
+
+def test_the_target_is_read_once_for_its_digest(
+    prepare: Callable[..., TrainingRun], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = []
+    monkeypatch.setattr(
+        targets, "tensor_digest", lambda tensors: digests.append(tensor_digest(tensors)) or digests[-1]
+    )
+    run = prepare(tmp_path, "--held-out", rows / "c")
+    assert len(digests) == 1 and run.trainer.seal.settings["target_sha256"] == digests[0]

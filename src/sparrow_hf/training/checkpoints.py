@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..artifacts import check_made_alike, tensor_digest, write_json
+from ..artifacts import check_made_alike, write_json
 from ..checksums import DIGESTS_FILE, Digests, digest_of_files, file_digest, read_json
 from ..errors import TrainingOptionsError
 
@@ -98,12 +98,11 @@ def seal_checkpoint(checkpoint: Path, settings: dict[str, Any]) -> None:
     digests.add(checkpoint / SETTINGS_FILE)
 
 
-def describe_training(trainer: Trainer, target: Any, **sources: Any) -> dict[str, Any]:
+def describe_training(trainer: Trainer, **sources: Any) -> dict[str, Any]:
     """What decides the trained weights, as JSON holds it: arguments, draft, target, and where the rows are from.
 
     Args:
         trainer: A [`SparrowTrainer`].
-        target: Its target.
         sources: Further settings, digests of the rows among them.
     """
     draft: Any = trainer.model
@@ -123,7 +122,7 @@ def describe_training(trainer: Trainer, target: Any, **sources: Any) -> dict[str
         "processes": trainer.args.world_size,
         "draft": configuration,
         "draft_dtype": str(draft.dtype),
-        "target_sha256": tensor_digest(target.state_dict()),
+        "target_sha256": draft.target.sha256,
         **sources,
     }
     return json.loads(json.dumps(settings, default=str))

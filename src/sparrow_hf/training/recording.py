@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from .._transformers import commit_of
 from ..artifacts import (
@@ -34,7 +33,6 @@ from ..artifacts import (
     check_made_alike,
     earlier_target_digest,
     remove_partial_files,
-    tensor_digest,
     write_json,
 )
 from ..checksums import Digests, read_json
@@ -45,6 +43,7 @@ from ..draft_inputs import draft_positions
 from ..errors import DiskBudgetError, TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 from ..target_config import published_name
+from ..targets import TargetView
 from .data import SparrowDataCollator, TrainingStates, read_with_target
 
 PROVENANCE_FILE = "recording.json"
@@ -97,7 +96,7 @@ class Recorder:
                     self.digests.warn_without()
                     self.digests.write([provenance, *self.rows_folder.glob("row-*.safetensors")])
                 self.digests.check(provenance)
-                found = read_description(provenance, draft.target.model, wanted["target_sha256"])
+                found = read_description(provenance, draft.target)
                 # An earlier version described less.
                 known = {name: value for name, value in wanted.items() if name in found}
                 check_made_alike(folder, found, known, TrainingDataError)
@@ -263,8 +262,8 @@ class RecordedDataset(Dataset):
         self.digests = digests_of(Path(folder))
         self.digests.warn_without()
         self.digests.check(provenance)
-        digest = tensor_digest(draft.target.model.state_dict())
-        found = read_description(provenance, draft.target.model, digest)
+        digest = draft.target.sha256
+        found = read_description(provenance, draft.target)
         if found["target_sha256"] != digest:
             recorded, loaded = (
                 str(dtype).removeprefix("torch.") for dtype in (found.get("dtype"), draft.target.dtype)
@@ -372,7 +371,7 @@ def describe(draft: SparrowDraftModel, visual_rows: bool) -> dict[str, Any]:
     return {
         "target": published_name(target.config),
         "target_revision": commit_of(target.config),
-        "target_sha256": tensor_digest(target.state_dict()),
+        "target_sha256": draft.target.sha256,
         "transformers": transformers.__version__,
         "dtype": str(draft.target.dtype),
         "text_layers": recorded_layers(draft.config),
@@ -385,13 +384,12 @@ def digests_of(folder: Path) -> Digests:
     return Digests(folder, TrainingDataError, REMEDY)
 
 
-def read_description(path: Path, target: PreTrainedModel, target_sha256: str) -> dict[str, Any]:
+def read_description(path: Path, target: TargetView) -> dict[str, Any]:
     """The settings of a recording, as this version would have written them.
 
     Args:
         path: Path of `recording.json`.
         target: The target that should have been recorded.
-        target_sha256: Its digest.
 
     Raises:
         TrainingDataError: It is not the description of a recording.
@@ -402,6 +400,6 @@ def read_description(path: Path, target: PreTrainedModel, target_sha256: str) ->
         raise TrainingDataError(f"{path} does not describe a recording (see its {', '.join(lacks)}): {REMEDY}")
     recorded = found["target_sha256"]
     # An earlier version recorded the same weights under another digest; recordings are too large to be made again.
-    if recorded != target_sha256 and recorded == earlier_target_digest(target.state_dict()):
-        found["target_sha256"] = target_sha256
+    if recorded != target.sha256 and recorded == earlier_target_digest(target.model.state_dict()):
+        found["target_sha256"] = target.sha256
     return found

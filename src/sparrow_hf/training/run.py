@@ -225,7 +225,6 @@ def prepare_training(
         trainer.add_callback(decoding)
     settings = describe_training(
         trainer,
-        target,
         train=digest_of_rows(options.train),
         lora=options.lora,
         vocabulary=None if draft.draft_to_target is None else tensor_digest({"ids": draft.draft_to_target}),
