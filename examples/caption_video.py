@@ -26,8 +26,10 @@ def main() -> None:
         target = AutoModelForImageTextToText.from_pretrained(options.target, dtype="auto", device_map="auto")
         processor = AutoProcessor.from_pretrained(options.target)
         draft = SparrowDraftModel.from_pretrained(options.draft)
+        fps, max_frames = 2.0, 128  # the frames that the draft was trained with
     else:
         target, processor, draft = testbed.load()
+        fps, max_frames = 8.0, 768
 
     with tempfile.TemporaryDirectory() as folder:
         if options.video:
@@ -35,7 +37,8 @@ def main() -> None:
             messages = [{"role": "user", "content": [{"type": "video", "video": options.video}, question]}]
         else:
             messages = testbed.make_clip(Path(folder) / "clip.mp4", testbed.EVALUATION_SEEDS[0]).messages
-        inputs = prepare_inputs(processor, messages).to(target.device)
+        inputs = prepare_inputs(processor, messages, fps=fps, max_frames=max_frames)
+        inputs = inputs.to(target.device, target.dtype)
 
     output = target.generate(**inputs, assistant_model=draft, max_new_tokens=512)
     print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

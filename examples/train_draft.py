@@ -32,6 +32,7 @@ def main() -> None:
         processor = AutoProcessor.from_pretrained(options.target)
         prompts = load_rows(options.prompts)
         num_held_out, longest, learning_rate = 8, 1024, 1e-4
+        fps, max_frames = 2.0, 128  # of your videos when the draft is used, too
     else:
         target, processor = testbed.load_target()
         clips = options.output / "clips"
@@ -39,8 +40,18 @@ def main() -> None:
         made = (testbed.make_clip(clips / f"{seed}.mp4", seed, visual_tokens=24) for seed in testbed.TRAIN_SEEDS[:5])
         prompts = [{"messages": clip.messages} for clip in made]
         num_held_out, longest, learning_rate = 1, 24, 2e-3
+        fps, max_frames = None, None
 
-    regenerate(target, processor, prompts, options.output / "answers", max_new_tokens=longest, do_sample=False)
+    regenerate(
+        target,
+        processor,
+        prompts,
+        options.output / "answers",
+        max_new_tokens=longest,
+        do_sample=False,
+        fps=fps,
+        max_frames=max_frames,
+    )
     rows = list(read_answers(options.output / "answers"))
     held_out, rows = rows[:num_held_out], rows[num_held_out:]
 

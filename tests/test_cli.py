@@ -16,6 +16,7 @@ import sparrow_hf
 from sparrow_hf import _transformers, extras
 from sparrow_hf.cli import app
 from sparrow_hf.generation.emission import TokenEmitter
+from sparrow_hf.loading import load_target
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
 
 VERDICT_KEYS = {"identical", "clips", "visual_tokens", "tau", "k", "per_position", "dsr", "esr"}
@@ -128,12 +129,22 @@ def test_demo_on_a_video_of_ones_own(models: tuple[object, ...], clip: Path):
     assert "IDENTICAL" in result.output
 
 
-def test_a_single_wrong_token_is_an_error(models: tuple[object, ...], clip: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_single_wrong_token_is_an_error(
+    models: tuple[object, ...], clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     right = TokenEmitter.choose
     monkeypatch.setattr(TokenEmitter, "choose", lambda self, *args: (right(self, *args) + 1) % 300)
     result = run("demo", *models, "--video", clip, "--max-new-tokens", 4)
     assert result.exit_code == 1
     assert "NOT IDENTICAL" in result.output
+
+    # Elsewhere two nearly equal tokens may swap.
+    target, processor = load_target(str(models[1]))
+    for part in (target.to(torch.bfloat16), processor):
+        part.save_pretrained(tmp_path)
+    result = run("demo", "--target", tmp_path, *models[2:], "--video", clip, "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.output
+    assert "NOT IDENTICAL" in result.output and "in bfloat16 two nearly equal tokens may swap" in result.output
 
 
 @pytest.mark.parametrize(
@@ -190,6 +201,27 @@ def test_demo_of_the_testbed_that_ships(tmp_path: Path):
     verdict = json.loads(file.read_text())
     assert verdict["identical"] is True
     assert verdict["tau"] > 3
+
+
+def test_a_temperature_alone_samples(models: tuple[object, ...], tmp_path: Path):
+    """In `regenerate` as in `generate`."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"messages": [{"role": "user", "content": "describe this video ."}]}) + "\n")
+    for number, (options, expected) in enumerate(
+        (
+            ([], {"do_sample": False}),
+            (["--do-sample"], {"do_sample": True, "temperature": 1.0, "top_p": 1.0}),
+            (["--temperature", 0.8], {"do_sample": True, "temperature": 0.8, "top_p": 1.0}),
+            (["--top-p", 0.9], {"do_sample": True, "temperature": 1.0, "top_p": 0.9}),
+        )
+    ):
+        output, length = tmp_path / str(number), ("--max-new-tokens", 4)
+        told = run("regenerate", *models[:2], "--prompts", prompts, "--output", output, *length, *options)
+        assert told.exit_code == 0, told.output
+        settings = json.loads((output / "provenance.json").read_text())["settings"]
+        answered = run("generate", prompts, *models, "--json", *length, *options)
+        assert answered.exit_code == 0, answered.output
+        assert settings == json.loads(answered.stdout)["provenance"]["settings"] == expected | {"max_new_tokens": 4}
 
 
 def test_answers_and_recording_from_a_list_of_prompts(models: tuple[object, ...], clip: Path, tmp_path: Path):

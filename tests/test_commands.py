@@ -1,6 +1,7 @@
 """All steps of a user on the command line: prompts about videos → answers → recording → draft → generate."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,20 @@ def test_warm_start_and_lora(work: Path, tmp_path: Path) -> None:
     assert first.keys() == adapted.keys()
     changed = {name for name in first if not torch.equal(first[name], adapted[name])}
     assert "fc.weight" in changed and not any("norm" in name for name in changed)
+
+
+def test_a_processor_that_lies_elsewhere(work: Path, tmp_path: Path) -> None:
+    for name in ("alone", "processor"):
+        shutil.copytree(work / "target", tmp_path / name)
+    for path in (tmp_path / "alone").iterdir():
+        if not path.name.startswith(("config", "generation_config", "model")):
+            path.unlink()
+    alone = train(work, tmp_path / "draft", "--target", tmp_path / "alone", "--inspect", 0)
+    assert alone.exit_code == 2 and "processor" in alone.output and "cannot be loaded" in alone.output
+    options = ("--target", tmp_path / "alone", "--processor", tmp_path / "processor", "--dtype", "float32")
+    told = train(work, tmp_path / "draft", *options, *SMALL, "--inspect", 0)
+    assert told.exit_code == 0, told.output
+    assert told.output == train(work, tmp_path / "draft", *SMALL, "--inspect", 0).output
 
 
 def test_inspect_and_dry_run(work: Path, tmp_path: Path) -> None:

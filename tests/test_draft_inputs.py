@@ -11,6 +11,7 @@ from sparrow_hf.draft_inputs import (
     additive_mask,
     causal,
     draft_positions,
+    frame_header_mask,
     logarithmic,
     put,
     strided,
@@ -52,6 +53,18 @@ def test_frame_headers_are_not_text_but_a_question_between_images_is() -> None:
     assert keep([50, V, *header, V, 51], glimpse=0).indices.tolist() == [0, len(header) + 3]
     question = [*header, 60]
     assert keep([50, V, *question, V, 51], glimpse=0).indices.tolist() == [0, *range(2, 2 + len(question)), 19 + 1]
+
+
+def test_frame_headers_by_their_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.02, 0.05, 0.1, 0.5, 0.0, 1.0):
+        for length in (0, 1, 2, 40, 300):
+            is_visual = torch.rand(length, generator=generator) < share
+            places = is_visual.nonzero().flatten().tolist()
+            expected = torch.zeros(length, dtype=torch.bool)
+            for before, after in zip(places, places[1:], strict=False):
+                expected[before + 1 : after] = after - before - 1 <= MAX_FRAME_HEADER_TOKENS
+            assert torch.equal(frame_header_mask(is_visual), expected)
 
 
 def test_strides_cover_the_whole_video_at_any_length() -> None:

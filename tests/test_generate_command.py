@@ -233,14 +233,16 @@ def test_one_video_prints_its_text_and_nothing_else(models: tuple[object, ...], 
     assert told["text"] == json.loads(second.stdout)["text"] != line["text"]
 
 
+@pytest.mark.parametrize(("dtype", "code"), [("float32", 1), ("bfloat16", 0)])
 def test_a_text_that_differs_is_told(
-    models: tuple[object, ...], videos: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, code: int, models: tuple[object, ...], videos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = TokenEmitter.choose
     monkeypatch.setattr(TokenEmitter, "choose", lambda self, *args: (right(self, *args) + 1) % 300)
-    result = run("generate", videos / "a.mp4", *models, *SHORT, "--compare")
-    assert result.exit_code == 1
+    result = run("generate", videos / "a.mp4", *models, *SHORT, "--compare", "--dtype", dtype)
+    assert result.exit_code == code
     assert "NOT IDENTICAL to plain generate()" in result.stderr
+    assert ("two nearly equal tokens may swap" in result.stderr) == (dtype == "bfloat16")
 
 
 def test_out_of_memory_is_the_error_of_a_row(

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoProcessor
 
-from sparrow_hf import extras
+from sparrow_hf import extras, loading
 from sparrow_hf.errors import BenchmarkError, MissingDependencyError, TargetLoadError
 from sparrow_hf.loading import default_device, load_target, told_if_not_loaded, usable_dtype
 from sparrow_hf.testbed import shipped
@@ -23,6 +24,13 @@ def test_a_target_and_its_processor(tmp_path: Path) -> None:
         load_target(TARGET, str(tmp_path), device="cpu")
     with pytest.raises(TargetLoadError, match="cannot be loaded: "):
         load_target(TARGET, device="cuda:99")
+
+
+def test_a_revision_is_that_of_the_targets_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "load_without_processor", lambda *arguments: None)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda source, revision: (source, revision))
+    assert load_target("here", revision="v2")[1] == ("here", "v2")
+    assert load_target("here", "elsewhere", revision="v2")[1] == ("elsewhere", None)
 
 
 def test_a_target_goes_to_the_accelerator_if_there_is_one() -> None:

@@ -329,7 +329,7 @@ def test_exit_codes_are_documented_where_they_are_looked_for() -> None:
     page = (Path(__file__).parents[1] / "docs" / "generate.md").read_text()
     for words in (["--help"], ["generate", "--help"], ["train", "--help"]):
         told = " ".join(CliRunner().invoke(app, words, env={"COLUMNS": "200"}).output.split())
-        assert "Exit codes: 0 done, 1 a text differs" in told
+        assert "Exit codes: 0 done, 1 an fp32 text differs" in told
     codes = (0, common.NOT_IDENTICAL, common.BAD_INPUT, common.BAD_ROWS, common.RAN_OUT, common.INTERRUPTED)
     for code in (*codes, common.UNREAD, common.TERMINATED):
         assert f"| {code} |" in page

@@ -120,6 +120,20 @@ def test_a_tree_is_chosen_if_it_is_faster(machine: Any, target: Any, draft: Any,
     assert tune(draft, target, prompts(target)).shape == TreeShape(24, 8, 4)
 
 
+@pytest.mark.parametrize("shape", ["10-3-3", "chain-20"])
+def test_a_shape_that_nothing_else_predicts_is_measured_itself(
+    machine: dict[str, Any], target: Any, draft: Any, shape: str
+) -> None:
+    kept = draft.config.tree_shape
+    draft.config.set_tree_shape(shape)
+    try:
+        found = tune(draft, target, prompts(target), trees=())
+    finally:
+        draft.config.set_tree_shape(kept)
+    assert shape in {row["shape"] for row in found.rows()}
+    assert found.evidence()["configured"] == shape
+
+
 def test_answers_of_one_token_are_refused(machine: Any, target: Any, draft: Any, monkeypatch: Any) -> None:
     empty = Run(1, 0, 0, [], 0, 0.1, 0.0)
     monkeypatch.setattr(tuning, "compare", lambda _, arms, *args, **kwargs: {arm.name: empty for arm in arms})

@@ -24,7 +24,7 @@ def steps_of(work: Path) -> list[road.Step]:
 def test_every_draft_is_trained_by_the_same_options(tmp_path: Path) -> None:
     trainings = [step for step in steps_of(tmp_path) if "--max-steps" in step.words]
     names = [Path(step.words[step.words.index("--output") + 1]).name for step in trainings]
-    assert names == ["sparrow-1000", "sparrow-2000", *RIVALS]
+    assert names == ["sparrow-1000", "sparrow-2000", *(f"{name}-2000" for name in RIVALS)]
     for step in trainings:
         options, arguments = parse_options(list(step.words[2:]))
         assert (arguments.max_steps, arguments.warmup_steps, arguments.learning_rate) == (40, 2, 1e-3)
@@ -37,12 +37,30 @@ def test_what_is_made_is_left_out_and_a_stopped_training_goes_on(tmp_path: Path)
     made = tmp_path / "drafts" / "sparrow-1000" / "model.safetensors"
     made.parent.mkdir(parents=True)
     made.touch()
-    (tmp_path / "drafts" / "eagle" / "checkpoints").mkdir(parents=True)
+    # One was killed before its first checkpoint, one after it.
+    (tmp_path / "drafts" / "hivis-2000" / "checkpoints").mkdir(parents=True)
+    checkpoint = tmp_path / "drafts" / "eagle-2000" / "checkpoints" / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
     missing = [" ".join(step.words) for step in steps_of(tmp_path) if not step.is_done]
     assert not any("drafts/sparrow-1000 --vocabulary" in words for words in missing)
     resumed = [words for words in missing if words.endswith("--resume")]
     assert len(resumed) == 1 and resumed[0].startswith("sparrow_research.language.rivals eagle ")
     assert "sparrow_research.language.text" in missing[-1]
+
+
+def test_a_draft_keeps_what_its_training_was(tmp_path: Path) -> None:
+    for name in ("sparrow-1000", "eagle-2000"):
+        (tmp_path / "drafts" / name).mkdir(parents=True)
+    road.describe(tmp_path, steps=40, batch=16)
+    (tmp_path / "drafts" / "hivis-3000").mkdir()
+    road.describe(tmp_path, steps=80, batch=8)
+    told = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("drafts/*/trained.json")}
+    assert told == {
+        "sparrow-1000": {"tokens": 1000, "steps": 40, "rows": 16},
+        "eagle-2000": {"tokens": 2000, "steps": 40, "rows": 16},
+        "hivis-3000": {"tokens": 3000, "steps": 80, "rows": 8},
+    }
 
 
 def test_a_dry_run_says_what_it_takes(tmp_path: Path, capsys) -> None:

@@ -74,17 +74,18 @@ class PhaseClock:
     """
 
     def __init__(self, device: torch.device):
-        self._on_cuda = device.type == "cuda"
+        self._device = device
         self._seconds: dict[str, float] = {}
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        if self._on_cuda:
+        if self._device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            # Another GPU may be the current one.
+            start.record(torch.cuda.current_stream(self._device))
             yield
-            end.record()
+            end.record(torch.cuda.current_stream(self._device))
             self._pending.append((name, start, end))
         else:
             begin = time.perf_counter()

@@ -119,12 +119,11 @@ def visual_mask(input_ids: Tensor, visual_token_ids: list[int]) -> Tensor:
 
 def frame_header_mask(is_visual: Tensor) -> Tensor:
     """`(L,)` bool: text positions between two visual runs at most [`MAX_FRAME_HEADER_TOKENS`] apart."""
-    visual_positions = is_visual.nonzero().squeeze(-1)
-    header = torch.zeros_like(is_visual)
-    gaps = visual_positions[1:] - visual_positions[:-1] - 1
-    for gap in ((gaps > 0) & (gaps <= MAX_FRAME_HEADER_TOKENS)).nonzero().squeeze(-1).tolist():
-        header[visual_positions[gap] + 1 : visual_positions[gap + 1]] = True
-    return header
+    at, far = torch.arange(len(is_visual), device=is_visual.device), 2 * len(is_visual) + MAX_FRAME_HEADER_TOKENS
+    # The nearest visual position on either side of each.
+    before = at.where(is_visual, -far).cummax(0).values
+    after = at.where(is_visual, far).flip(0).cummin(0).values.flip(0)
+    return ~is_visual & (after - before <= MAX_FRAME_HEADER_TOKENS + 1)
 
 
 def strided(positions: Tensor, count: int) -> Tensor:

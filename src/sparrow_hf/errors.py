@@ -35,7 +35,7 @@ class VocabularyError(SparrowError, ValueError):
 
 
 class UnsupportedTargetError(SparrowError, ValueError):
-    """The target is of an architecture the package cannot speculate for (unknown block, stateful, sliding window)."""
+    """Several tokens in one forward of the target may not give what one at a time gives, or it lacks a part."""
 
 
 class UnsupportedGenerationError(SparrowError, ValueError):

@@ -60,8 +60,7 @@ def export_vllm(
         DraftLoadError: The draft cannot be loaded.
         TargetLoadError: The target's configuration or weights cannot be read.
         BindingError: The draft does not fit the target, or no target is known.
-        DraftConfigError: vLLM cannot follow the spacing of the draft's glimpse, there is no such spacing, or the draft
-            has a part that `sparrow-vllm` does not.
+        DraftConfigError: There is no such spacing, or as [`exported_config`] says.
     """
     overrides = {} if glimpse_spacing is None else {"glimpse_spacing": glimpse_spacing}
     model = SparrowDraftModel.from_pretrained(draft, **overrides)
@@ -97,10 +96,13 @@ def export_vllm(
 def exported_config(config: SparrowDraftConfig, target_config: PreTrainedConfig) -> dict[str, Any]:
     """`config.json` of the exported draft; `SparrowVllmConfig` of `sparrow-vllm` says what its fields mean.
 
+    Of a target of the method "eagle" vLLM hands out no middle states: the draft's glimpse is left out.
+
     Raises:
         BindingError: The draft does not fit the target.
-        DraftConfigError: vLLM cannot follow the spacing of the draft's glimpse, or the draft has a part that
-            `sparrow-vllm` does not.
+        DraftConfigError: Of the method "eagle3": vLLM cannot follow the spacing of the draft's glimpse. Of "eagle":
+            the draft reads text states of another layer than the last. Of both: the draft has a part that
+            `sparrow-vllm` does not (an activation other than SiLU, Qwen3 layers with biases).
     """
     text = target_config.get_text_config()
     found = {

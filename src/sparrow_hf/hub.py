@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def check_draft(
     # Quantised weights go by other names, which only their loader knows.
     if getattr(config, "quantization_config", None) is None:
         _check_shapes(source, shapes, draft_class, config)
-    check_digest(source, variant, **hub_options)
+    check_digest(files, stored_digest(source, **hub_options))
 
 
 def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[bool, tuple[int, ...]]]:
@@ -206,21 +206,14 @@ def stored_digest(source: str | Path, **hub_options: Any) -> str | None:
     return None if config is None else read_json(config, DraftLoadError, AGAIN).get("tensors_sha256")
 
 
-def check_digest(source: str | Path, variant: str | None = None, **hub_options: Any) -> None:
+def check_digest(files: Sequence[Path], expected: str | None) -> None:
     """Compares the stored tensors of a draft with the digest in its `config.json`, if it has one.
-
-    Args:
-        source: Folder or Hub repository.
-        variant: Of the weights.
-        hub_options: See [`find_file`].
 
     Raises:
         DraftLoadError: They are not those that were saved.
     """
-    expected = stored_digest(source, **hub_options)
     if expected is None:
         return
-    files = find_weights(source, variant, **hub_options)
     found = tensor_digest(StoredTensors(files))
     if found != expected:
         raise DraftLoadError(

@@ -49,7 +49,7 @@ def load_target(
         processor: The same of its processor, if it lies elsewhere.
         dtype: "auto" is the checkpoint's own.
         device: By default the accelerator, else the CPU; "auto" spreads the target over all GPUs.
-        revision: Of both on the Hub.
+        revision: Of the target on the Hub, and of its processor, unless that lies elsewhere.
         attention: Attention implementation, such as "sdpa"; by default the one that transformers chooses.
 
     Raises:
@@ -59,7 +59,7 @@ def load_target(
     model = load_without_processor(target, dtype, device, revision, attention)
     source = processor or target
     with told_if_not_loaded("processor", source):
-        return model, AutoProcessor.from_pretrained(source, revision=revision)
+        return model, AutoProcessor.from_pretrained(source, revision=revision if processor is None else None)
 
 
 def load_without_processor(

@@ -287,6 +287,15 @@ def prefill_once(
     return PrefillSnapshot(target, inputs, settings, set().union(*(arm.layers_read for arm in arms)))
 
 
+def is_exact(dtype: str) -> bool:
+    """Whether a text in this dtype, such as `"float32"`, must be plain `generate()`'s, token for token.
+
+    In bf16 and fp16 a forward over several tokens rounds differently from a forward over one, which may swap two
+    nearly equal tokens: there a difference is told, but no fault.
+    """
+    return dtype in ("float32", "float64")
+
+
 def first_difference(reference: Sequence[int], tokens: Sequence[int]) -> int | None:
     """Index of the first token that differs, a missing or surplus one included; `None` if both are the same."""
     for index, (expected, found) in enumerate(zip(reference, tokens, strict=False)):

@@ -1,4 +1,5 @@
-"""The figures of merit of `generate()` calls, each defined and computed here and nowhere else. Pure functions.
+"""The figures of merit of `generate()` calls, each defined and computed here. Pure functions. By what the depth of a
+chain is chosen is in `tree_costs.py`.
 
 * τ, tokens per target forward after the prefill, and k, accepted draft tokens per round. A round is one target forward
   after the prefill. Both are pooled: totals over all clips, not a mean of means.

@@ -265,7 +265,8 @@ class SparrowDraftModel(SavedDraft):
         hidden_states = hidden_states.to(self.target.dtype)
         if not full_vocabulary and (reduced_head := reduced_head or self.reduced_head()) is not None:
             return reduced_head(hidden_states).float()
-        logits = self.target.head(hidden_states).float()
+        # On several devices, a head that is tied to the embedding answers beside it.
+        logits = self.target.head(hidden_states).to(hidden_states.device).float()
         # The target would read a drafted placeholder as visual input.
         return logits.index_fill_(-1, self._placeholders(logits), float("-inf"))
 

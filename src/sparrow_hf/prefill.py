@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ._transformers import CACHE, replaced_prefill, unwrap
+from ._transformers import CACHE, grow_in_place, grows_in_place, replaced_prefill, unwrap
 from .clocks import StopWatch
 from .hidden_states import HiddenStateCollector, replay
 
@@ -60,6 +60,8 @@ class PrefillSnapshot:
             outputs = copy.copy(self._outputs)
             # `generate()` goes on with the cache of these outputs, in the place of the empty one it made.
             outputs[CACHE] = copy.deepcopy(self._cache)
+            if grows_in_place(model_kwargs[CACHE]):
+                grow_in_place(outputs[CACHE])
             return outputs
 
         with replaced_prefill(self._model, repeat):

@@ -1,7 +1,6 @@
 """The parts of a target that the package uses: decoder, embedding, head, device. No code depends on the family.
 
-What is read from a target's configuration (placeholder ids, the shape of a decoder layer) is in
-`configuration_sparrow.py`.
+What is read from a target's configuration (placeholder ids, the shape of a decoder layer) is in `target_config.py`.
 """
 
 import warnings
@@ -127,7 +126,10 @@ class TargetView:
         head = self.head
         if type(head) is nn.Linear and head.weight.device.type != "meta":
             ids = token_ids.to(head.weight.device)
-            rows, offsets = head.weight.detach()[ids], None if head.bias is None else head.bias.detach()[ids]
+            # On several devices, a head that is tied to the embedding lies beside it and not where the draft runs.
+            rows, offsets = (
+                None if each is None else each.detach()[ids].to(token_ids.device) for each in (head.weight, head.bias)
+            )
             return lambda states: functional.linear(states, rows, offsets)
         return lambda states: head(states)[..., token_ids]
 

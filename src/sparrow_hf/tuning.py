@@ -143,6 +143,9 @@ def tune(
     shapes = [ROOT_ALONE, *map(chain, DEPTHS)]
     if how_to_verify(draft.target).trees is not None:
         shapes += [shape for shape in map(parse_tree_shape, trees) if shape not in shapes]
+    if configured not in shapes and (configured.beam_width > 1 or configured.num_draft_levels > MAX_DEPTH):
+        # It decodes again beside the best, and its costs follow from no other shape's.
+        shapes.append(configured)
     arms = _arms(draft, shapes)
     calls = (len(arms) + num_verified + 2) * repeats + 1
     done, total = 0, calls * sum(map(len, prompts.values()))

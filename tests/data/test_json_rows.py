@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from sparrow_hf.captioning import read_questions
 from sparrow_hf.data import load_rows
 from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.testbed.nano import build_processor
 from sparrow_hf.training import SparrowDataCollator, refuse_shared_media
+from sparrow_hf.training.checkpoints import digest_of_rows
 
 GOOD: dict[str, Any] = {"messages": [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "a dot"}]}
 #: Lines that are no rows → what is said of them.
@@ -83,6 +85,35 @@ def test_a_folder_of_files_and_a_part_of_it(tmp_path: Path) -> None:
         load_rows(tmp_path, split="train[:0]")
     with pytest.raises(TrainingDataError, match="no splits but 'train'"):
         load_rows(tmp_path, split="train[:2]", streaming=True)
+
+
+def test_a_compressed_file_is_decompressed_as_often_however_many_rows_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened, right = tmp_path / "rows.jsonl.gz", [], gzip.open
+    path.write_bytes(gzip.compress(lines(*(GOOD | {"id": number} for number in range(100)))))
+    monkeypatch.setattr(gzip, "open", lambda *args: (opened.append(args), right(*args))[1])
+    rows = load_rows(path)
+    assert [rows[index]["id"] for index in reversed(range(100))] == [*reversed(range(100))]
+    assert 1 <= len(opened) <= 2
+
+
+def test_json_files_of_a_folder_are_read_where_they_are_alone(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.json").write_text(json.dumps([GOOD | {"id": number}]))
+    assert [row["id"] for row in load_rows(tmp_path)] == [0, 1]
+    assert [row["id"] for row in load_rows(tmp_path, streaming=True)] == [0, 1]
+    assert [question.row["id"] for question in read_questions(str(tmp_path))] == [0, 1]
+    before = digest_of_rows(tmp_path)
+    (tmp_path / "1.json").write_text(json.dumps([GOOD | {"id": 5}]))
+    assert digest_of_rows(tmp_path) != before
+    # Beside rows they describe them, as the `provenance.json` of answers does.
+    (tmp_path / "rows.jsonl").write_bytes(lines(GOOD | {"id": 9}))
+    assert [row["id"] for row in load_rows(tmp_path)] == [9]
+    with pytest.raises(TrainingDataError, match=r"needs a column 'messages'; it has dtype"):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "provenance.json").write_text('{"dtype": "float32"}')
+        load_rows(tmp_path / "other")
 
 
 def test_every_column_of_turns_counts(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
+from av.video import reformatter
 from numbered_videos import SLOW_THEN_FAST, numbers_of, write
 
 from sparrow_hf.data import video_file
@@ -46,6 +48,26 @@ def test_a_window_is_decoded_from_the_key_frame_before_it(tmp_path: Path, decode
     frames, metadata = read_video(path, 4, start=times[15] - 0.01)
     assert numbers_of(frames) == [15, 17, 19, 21, 23]
     assert metadata.sampled_fps == pytest.approx(4, rel=0.15)
+
+
+def test_one_converter_serves_all_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, converted = write(tmp_path / "a.mp4"), []
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+    class Counted:
+        def __init__(self) -> None:
+            self.converter = right()
+            converted.append(0)
+
+        def reformat(self, *arguments: Any) -> Any:
+            converted[-1] += 1
+            return self.converter.reformat(*arguments)
+
+    right = reformatter.VideoReformatter
+    monkeypatch.setattr(reformatter, "VideoReformatter", Counted)
+    assert np.array_equal(read_video(path)[0], frames)
+    assert converted == [len(frames)]
 
 
 def test_a_window_inside_a_frame_shows_it(tmp_path: Path) -> None:

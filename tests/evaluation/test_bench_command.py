@@ -1,6 +1,7 @@
 """`sparrow bench` from the command line, on an untrained target."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sparrow_hf.artifacts import tensor_digest
 from sparrow_hf.checksums import SEAL, sealed
 from sparrow_hf.cli import app
 from sparrow_hf.generation.emission import TokenEmitter
+from sparrow_hf.measurement import Arm
 from sparrow_hf.testbed.nano import load_target
 from sparrow_hf.testbed.world import make_clip
 
@@ -116,14 +118,33 @@ def test_a_sampled_text_of_transformers_own_loop_is_no_wrong_one(models: list[ob
     for arm, code in (("prompt-lookup", 0), ("none", 1)):
         command = (*options, "--name", arm, "--arms", arm)
         assert bench(tmp_path, *command).exit_code == 0
-        path = tmp_path / "runs" / f"{arm}.jsonl"
-        line = json.loads(path.read_text())
-        line["runs"][arm]["differs_at"] = 3
-        # As if it had been measured so.
-        line = sealed({name: value for name, value in line.items() if name != SEAL})
-        path.write_text(json.dumps(line) + "\n")
+        as_if_different(tmp_path / "runs" / f"{arm}.jsonl", arm)
         result = bench(tmp_path, *command)
         assert (result.exit_code, "to do: 0 calls" in result.output) == (code, True), result.output
+
+
+def as_if_different(path: Path, arm: str) -> None:
+    """The run file of one measured prompt as if a token of this arm had differed."""
+    line = json.loads(path.read_text())
+    line["runs"][arm]["differs_at"] = 3
+    line = sealed({name: value for name, value in line.items() if name != SEAL})
+    path.write_text(json.dumps(line) + "\n")
+
+
+def test_only_arms_of_this_benchmark_that_round_alike_count(
+    models: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Compiling takes long, and who rounds how is not the matter here.
+    monkeypatch.setattr(Arm, "prepared", lambda self, target: nullcontext({}))
+    options = [*models, "--testbed", "--visual-tokens", 32, "--limit", 1]
+    for arm, code in (("draft/compiled", 0), ("plain-grouped", 0), ("draft", 1)):
+        command = (*options, "--name", arm.replace("/", "-"), "--arms", arm)
+        assert bench(tmp_path / arm, *command).exit_code == 0
+        as_if_different(next((tmp_path / arm / "runs").glob("*.jsonl")), arm)
+        assert bench(tmp_path / arm, *command).exit_code == code
+    # A benchmark in the same folder has texts that differ, which is not the fault of this one.
+    assert bench(tmp_path / "draft", *options, "--name", "other", "--arms", "draft").exit_code == 0
+    assert {row["benchmark"] for row in read_rows(tmp_path / "draft")} == {"draft", "other"}
 
 
 @pytest.mark.parametrize(

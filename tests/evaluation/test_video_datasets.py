@@ -63,6 +63,21 @@ def test_mvbench_distinguishes_videos_of_one_name(tmp_path: Path):
     assert not missing
 
 
+def test_mvbench_asks_about_a_part_of_the_video(tmp_path: Path):
+    row = {"video": "1.mp4", "question": "What next?", "candidates": ["a", "b"], "answer": "a"}
+    windows = [{"start": 0.25, "end": 0.75}, {"start": 0.5}, {"start": None, "end": None}, {}]
+    write_json(tmp_path / "action_sequence.json", [row | window for window in windows])
+    make_clip(tmp_path / "star" / "1.mp4", 1, 32)
+    rows = read_conversations(f"mvbench:{tmp_path}").rows
+    told = [{name: row["messages"][0]["content"][0].get(f"video_{name}") for name in ("start", "end")} for row in rows]
+    assert told == [{"start": None, "end": None} | window for window in windows]
+    processor = build_processor()
+    prompts = conversation_prompts(processor, rows)
+    counts = [int(visual_mask(prompt.read()["input_ids"], [processor.video_token_id]).sum()) for prompt in prompts]
+    assert counts[0] < counts[1] < counts[2] == counts[3]
+    assert len({prompt.name.split(", ")[1] for prompt in prompts}) == 3
+
+
 def test_long_video_bench(tmp_path: Path):
     row = {
         "video_id": "x", "id": "x_0", "video_path": "x.mp4", "subtitle_path": "x_en.json", "question": "What next?",

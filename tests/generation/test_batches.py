@@ -180,6 +180,41 @@ def test_pace(kwargs: dict[str, Any], own_pace: bool, monkeypatch: pytest.Monkey
     assert paces == [own_pace]
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision"])
+def test_prompts_without_padding_go_at_their_own_pace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, target = FAMILY_BY_NAME[name], built_target(name, "eager")
+    draft = SparrowDraftModel.from_target(target, num_draft_levels=3)
+    inputs = batch_of(family, target, [{"videos": 1, "seed": 3}, {"videos": 1, "seed": 4}])
+    assert inputs["attention_mask"].all()
+    plain = target.generate(**inputs, max_new_tokens=16, do_sample=False)
+    ragged: list[RaggedCache] = []
+    monkeypatch.setattr(batches, "RaggedCache", lambda *args: ragged.append(RaggedCache(*args)) or ragged[-1])
+    for seed in range(4):
+        futures = plain[:, inputs["input_ids"].shape[1] :].tolist()
+        with drafting_around(futures, adversarial=True, seed=seed):
+            ours = target.generate(**inputs, max_new_tokens=16, do_sample=False, assistant_model=draft)
+        assert torch.equal(plain, ours)
+    assert len(ragged) == 4
+
+
+@pytest.mark.parametrize("own_pace", [True, False])
+@pytest.mark.parametrize("stop", [{"eos_token_id": list(range(40, 80))}, {"stopping_criteria": [EveryNthToken(5)]}])
+def test_what_is_behind_the_end_of_a_sequence_is_not_counted(stop: dict[str, Any], own_pace: bool) -> None:
+    family, target = FAMILY_BY_NAME["qwen2_5_vl"], built_target("qwen2_5_vl", "eager")
+    draft = SparrowDraftModel.from_target(target, num_draft_levels=4)
+    inputs = batch_of(family, target, PROMPTS)
+    kwargs = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1} | stop
+    kwargs |= {} if own_pace else {"return_dict_in_generate": True}
+    plain = target.generate(**inputs, **kwargs)
+    new = (plain if own_pace else plain.sequences)[:, inputs["input_ids"].shape[1] :].tolist()
+    # The rows are padded from their ends on; what they have before is text.
+    text = [len(row) - next((n for n, token in enumerate(reversed(row)) if token != 0), len(row)) for row in new]
+    assert min(text) < max(text)
+    with drafting_around(new, adversarial=False):
+        target.generate(**inputs, **kwargs, assistant_model=draft)
+    assert draft.last_generation.new_tokens == sum(text)
+
+
 def test_processors_that_treat_rows_alone_exist() -> None:
     assert all(hasattr(logits_process, name) for name in ROW_BY_ROW)
 

@@ -1,12 +1,14 @@
 """What the target's cache holds after a round, whatever happened in it."""
 
+import random
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from sparrow_hf._transformers import recurrent_states
+from sparrow_hf._transformers import drop_newest, grow_in_place, recurrent_states, slabs
 from sparrow_hf.generation.caches import RaggedCache, RecurrentCache, hold
 from sparrow_hf.generation.tree import CandidateTree, build_chains, build_tree
 
@@ -33,11 +35,35 @@ def held_rows(cache: DynamicCache) -> list[list[float]]:
     return [flat(layer.keys) for layer in cache.layers]
 
 
-@pytest.fixture
-def cache() -> DynamicCache:
+@pytest.fixture(params=["ordinary", "in place", "in little place"])
+def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> DynamicCache:
+    """One that is given back copies its rows to grow, the others do not, or hardly ever."""
     cache = DynamicCache()
     add_rows(cache, PREFIX)
+    if request.param != "ordinary":
+        monkeypatch.setattr(slabs, "ROOM", 512 if request.param == "in place" else 2)
+        grow_in_place(cache)
     return cache
+
+
+def test_growing_in_place_holds_what_growing_by_copies_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "ROOM", 7)
+    chance = random.Random(0)
+    ordinary, in_place = DynamicCache(), DynamicCache()
+    caches = [ordinary, in_place]
+    for each in caches:
+        add_rows(each, PREFIX)
+    grow_in_place(in_place)
+    for step in range(200):
+        new = [float(10 * step + row) for row in range(chance.randint(1, 12))]
+        dropped = chance.randint(0, len(new))
+        for each in caches:
+            add_rows(each, new)
+        assert held_rows(ordinary) == held_rows(in_place)
+        for each in caches:
+            drop_newest(each, dropped)
+        assert held_rows(ordinary) == held_rows(in_place)
+    assert in_place.get_seq_length() > 500
 
 
 @pytest.mark.parametrize("path", [[0], [0, 1], [0, 2, 4]])

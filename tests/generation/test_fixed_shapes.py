@@ -15,10 +15,10 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel
-from sparrow_hf._transformers import CACHE
+from sparrow_hf._transformers import CACHE, slab_layers
 from sparrow_hf.errors import UnsupportedGenerationError
 from sparrow_hf.generation import static_decoding, static_verification
-from sparrow_hf.generation.fixed_steps import traces_steps
+from sparrow_hf.generation.fixed_steps import FixedStep, traces_steps
 from sparrow_hf.generation.static_decoding import bucket
 
 from families import ALL_FAMILIES, FAMILY_BY_NAME
@@ -96,8 +96,13 @@ def test_compiled_steps_give_the_same_ids(family: str, shape: dict[str, int]) ->
 def test_targets_whose_rows_cannot_branch_are_refused(family: Family) -> None:
     target, inputs = a_target(family.name)
     draft, plain = a_draft(target, **CHAIN), new_ids(target, inputs)
+    ran: list[int] = []
+    hooks = [module.register_forward_pre_hook(lambda *_: ran.append(1)) for module in target.modules()]
     with pytest.raises(UnsupportedGenerationError, match=f"'static' .* the target's .*{family.chains_only}"):
         new_ids(target, inputs, assistant_model=draft, cache_implementation="static")
+    assert not ran
+    for hook in hooks:
+        hook.remove()
     assert new_ids(target, inputs) == plain
 
 
@@ -147,6 +152,47 @@ def test_a_returned_cache_goes_on() -> None:
     said = {"input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
     rest = target.generate(**said, **{CACHE: cache}, max_new_tokens=NEW - NEW // 2, do_sample=False)
     assert rest[0, inputs["input_ids"].shape[1] :].tolist() == plain
+
+
+@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
+def test_a_step_may_run_several_times_before_it_is_captured(
+    shape: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where a step warms up before its kernels are recorded."""
+    run = FixedStep.__call__
+
+    def as_on_cuda(self: FixedStep) -> Any:
+        if not hasattr(self, "is_warm"):
+            self.is_warm = True
+            for _ in range(3):
+                run(self)
+        return run(self)
+
+    monkeypatch.setattr(FixedStep, "__call__", as_on_cuda)
+    target, inputs = a_target()
+    draft, plain = a_draft(target, **shape), new_ids(target, inputs)
+    # A random draft is hardly ever right: no row has to be moved.
+    assert new_ids(target, inputs, assistant_model=draft, cache_implementation="static") == plain
+    (session,) = draft.target.static_sessions.values()
+    for rows in (rows for layer in slab_layers(session.verification.cache) for rows in layer.slab):
+        rows.copy_(torch.arange(rows.shape[2])[:, None].expand_as(rows))
+    session.verification.move(7, [0, 2, 4])
+    for rows in (rows for layer in slab_layers(session.verification.cache) for rows in layer.slab):
+        assert rows[0, 0, 7:10, 0].tolist() == [7, 9, 11]
+
+
+def test_numbers_that_are_none_stay_in_their_call() -> None:
+    target, inputs = a_target()
+    draft, plain = a_draft(target, **TREE), new_ids(target, inputs)
+    norm = target.get_decoder().layers[0].input_layernorm.weight
+    with torch.no_grad():
+        kept = norm.clone()
+        norm.fill_(float("nan"))
+        target.generate(**inputs, assistant_model=draft, cache_implementation="static", max_new_tokens=NEW)
+        norm.copy_(kept)
+    (session,) = draft.target.static_sessions.values()
+    assert new_ids(target, inputs, assistant_model=draft, cache_implementation="static") == plain
+    assert list(draft.target.static_sessions.values()) == [session]
 
 
 def test_an_earlier_call_leaves_nothing_behind() -> None:

@@ -1,7 +1,9 @@
 """What a draft cannot be combined with is refused before any part of the target runs, its vision tower included."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf._transformers import CACHE
 from sparrow_hf.errors import UnsupportedGenerationError
+from sparrow_hf.generation.refusals import _OTHER_WAYS
 
 from batches import batch_of
 from families import FAMILY_BY_NAME
@@ -49,22 +52,32 @@ def test_the_vision_tower_is_watched(setting) -> None:
         target.generate(**inputs, assistant_model=draft, max_new_tokens=2)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"num_beams": 3}, "num_beams=3"),
-        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
-        ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
-        ({"use_cache": False}, "use_cache=False"),
-        ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
-        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
-        ({"assistant_early_exit": 2}, "assistant_early_exit=2"),
-        ({"use_mtp": True}, "use_mtp=True"),
-        ({"speculation_type": "dflash"}, "speculation_type='dflash'"),
-        ({"dola_layers": "high"}, "dola_layers='high'"),
-        ({"dola_layers": [1], "use_cache": False}, r"use_cache=False; dola_layers=\[1\]"),
-    ],
-)
+#: Options of a call, and what is said of them.
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"num_beams": 3}, "num_beams=3"),
+    ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
+    ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
+    ({"use_cache": False}, "use_cache=False"),
+    ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
+    ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
+    ({"assistant_early_exit": 2}, "assistant_early_exit=2"),
+    ({"use_mtp": True}, "use_mtp=True"),
+    ({"speculation_type": "dflash"}, "speculation_type='dflash'"),
+    ({"dola_layers": "high"}, "dola_layers='high'"),
+    ({"dola_layers": [1], "use_cache": False}, r"use_cache=False; dola_layers=\[1\]"),
+]
+
+
+def test_the_page_of_refusals_names_every_option() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "support-matrix.md").read_text()
+    section = page.partition("## What is refused")[2].partition("\n## ")[0]
+    of_others = {"synced_gpus", "inputs_embeds", "output_attentions", "output_hidden_states"}
+    refused_options = {name for kwargs, _ in OPTIONS for name in kwargs} - {"do_sample"} | of_others
+    assert refused_options >= set(_OTHER_WAYS)
+    assert not {name for name in refused_options if not re.search(rf"`{name}\b", section)}
+
+
+@pytest.mark.parametrize(("kwargs", "message"), OPTIONS)
 def test_options(setting, kwargs: dict[str, Any], message: str) -> None:
     target, draft, inputs = setting
     with refused(target, message):

@@ -207,6 +207,41 @@ def test_nothing_but_the_mask_grows_with_the_video(target: PreTrainedModel, shap
         assert sum(after.sizes) - sum(before.sizes) == of_a_token * more_tokens
 
 
+class Concatenated(TorchDispatchMode):
+    """Notes how many numbers every concatenation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ == "cat":
+            self.sizes.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize("keeps_cache", [False, True])
+def test_the_rows_of_the_target_are_not_copied_in_a_round(target: PreTrainedModel, keeps_cache: bool) -> None:
+    """Unless the cache is given back: it is then the one that plain `generate()` makes."""
+    copied, decode = [], _transformers.decoding
+    for num_frames in (4, 40):
+        inputs = FAMILY.build_inputs(target, num_frames=num_frames)
+        draft = SparrowDraftModel.from_target(target, num_glimpse_tokens=2)
+        concatenated = Concatenated()
+
+        @contextmanager
+        def noted(target: Any, noted: Concatenated = concatenated) -> Iterator[None]:
+            with decode(target), noted:
+                yield
+
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": keeps_cache}
+        with mock.patch.object(_transformers, "decoding", noted):
+            target.generate(**inputs, **options, assistant_model=draft)
+        copied.append(sum(concatenated.sizes))
+    assert (copied[0] < copied[1]) == keeps_cache
+
+
 def visual_tokens(target: PreTrainedModel, num_frames: int) -> int:
     ids = FAMILY.build_inputs(target, num_frames=num_frames)["input_ids"]
     return int(torch.isin(ids, torch.tensor(FAMILY.visual_token_ids)).sum())

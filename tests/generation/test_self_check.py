@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf._transformers import CACHE, new_cache
 from sparrow_hf.cli import app
 from sparrow_hf.errors import UnsupportedTargetError
 from sparrow_hf.generation import self_check
@@ -65,6 +66,42 @@ def test_rows_that_are_quantised_one_by_one_are_served() -> None:
     plain = target.generate(**inputs, max_new_tokens=8)
     assert torch.equal(plain, target.generate(**inputs, assistant_model=draft, max_new_tokens=8))
     assert how_to_verify(draft.target).untold == ["modules of the kind SeparateRows"]
+
+
+def test_a_second_turn_keeps_its_positions() -> None:
+    """What is tried before a call must not touch what the model noted of the first turn's video."""
+    family, said = FAMILY_BY_NAME["qwen2_5_vl"], torch.tensor([[20, 21, 22]])
+    texts = []
+    for kind in (None, SeparateRows):
+        target = family.build_target()
+        if kind is not None:
+            for layer in target.get_decoder().layers:
+                layer.mlp.up_proj = kind(layer.mlp.up_proj)
+        inputs = family.build_inputs(target, videos=1, num_frames=8)
+        for assistant in (None, SparrowDraftModel.from_target(target)):
+            cache = new_cache(target)
+            first = target.generate(**inputs, max_new_tokens=6, do_sample=False, **{CACHE: cache})
+            ids = torch.cat((first, said), dim=1)
+            turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: cache}
+            texts.append(target.generate(**turn, max_new_tokens=12, do_sample=False, assistant_model=assistant))
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[2], texts[3])
+
+
+def test_too_little_memory_says_nothing_about_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = quantised(SeparateRows)
+    draft = SparrowDraftModel.from_target(target)
+    inputs = FAMILY_BY_NAME["llava_onevision"].build_inputs(target)
+    logits = self_check._Prompt._logits
+
+    def out_of_memory(*args: Any, **kwargs: Any) -> Tensor:
+        raise torch.OutOfMemoryError("2 GB")
+
+    monkeypatch.setattr(self_check._Prompt, "_logits", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        target.generate(**inputs, assistant_model=draft, max_new_tokens=4)
+    monkeypatch.setattr(self_check._Prompt, "_logits", logits)
+    target.generate(**inputs, assistant_model=draft, max_new_tokens=4)
 
 
 def test_nothing_is_tried_where_all_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

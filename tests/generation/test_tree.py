@@ -71,12 +71,6 @@ def test_scores_that_are_not_numbers_give_no_tree(beam: int) -> None:
     assert pool.best_tree(root_token=5, num_nodes=4, device="cpu") is None
 
 
-def test_no_level_is_the_bare_root() -> None:
-    tree = CandidatePool(beam_width=4).best_tree(root_token=5, num_nodes=30, device="cpu")
-    assert tree is not None
-    assert tree.token_ids.tolist() == [[5]]
-
-
 @settings(deadline=None, max_examples=60)
 @given(beam=st.integers(1, 6), levels=st.integers(1, 5), nodes=st.integers(2, 40), seed=st.integers(0, 10_000))
 def test_best_tree_is_the_best_prefix_closed_set(beam: int, levels: int, nodes: int, seed: int) -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 
+from sparrow_hf import SparrowDraftConfig
 from sparrow_hf.errors import TrainingOptionsError
-from sparrow_hf.training.options import parse_options
+from sparrow_hf.training.options import DRAFT_FIELDS, describe_options, parse_options
 
 NEEDED = ["--target", "t", "--train", "rows.jsonl", "--output", "draft"]
 
@@ -25,6 +26,28 @@ def test_command_line_before_file_before_preset(tmp_path):
 def test_dashes_and_underscores_are_one(tmp_path):
     for words in (["--learning-rate", "1e-3"], ["--learning_rate=1e-3"], ["--learning-rate=1e-3"]):
         assert parse_options([*NEEDED, "--use-cpu", *words])[1].learning_rate == 1e-3
+
+
+def test_options_of_other_verbs_have_their_names_here_too(tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_text("dtype: bfloat16\nprocessor: p\n")
+    assert parse_options(NEEDED)[0].target_dtype == "auto"
+    for words in (["--dtype", "bfloat16"], ["--dtype=bfloat16"], ["--config", str(config)]):
+        assert parse_options([*NEEDED, *words])[0].target_dtype == "bfloat16"
+    options = parse_options([*NEEDED, "--config", str(config), "--dtype", "float16"])[0]
+    assert (options.target_dtype, options.processor, options.draft_dtype) == ("float16", "p", "float32")
+
+
+def test_the_help_shows_what_a_new_draft_is():
+    told = {name: (default, text) for options in describe_options().values() for name, default, text in options}
+    configured = SparrowDraftConfig()
+    for name in DRAFT_FIELDS:
+        default, text = told[f"--{name.replace('_', '-')}"]
+        # Of a list, or of what depends on the target, the text says it.
+        assert default == str(getattr(configured, name)) or "default" in text, name
+    assert told["--num-draft-levels"][0] == "7" and told["--glimpse-spacing"][0] == "even"
+    assert "32,768 tokens" in told["--vocabulary"][1] and "at least 0.995 of" in told["--vocabulary"][1]
+    assert told["--target"][0] == "required" and told["--held-out"][0] == ""
 
 
 def test_a_preset_in_the_file_counts(tmp_path):

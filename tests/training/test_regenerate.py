@@ -1,6 +1,7 @@
 """The target's own answers: batched as alone, resumed as whole, and ready to train on."""
 
 import contextlib
+import inspect
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from kills import die, files_of, kill_this_process
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf.cli.regenerate import regenerate as regenerate_command
 from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.testbed.world import make_clip
@@ -52,6 +54,12 @@ def rows(tmp_path_factory):
     rows = [{"messages": clip.messages, "id": index} for index, clip in enumerate(clips)]
     # An assistant turn is what the target is to write itself.
     return rows + [{"messages": [turn, {"role": "assistant", "content": "first ,"}]} for turn in text]
+
+
+def test_the_command_writes_files_of_the_same_size():
+    command, function = (inspect.signature(each).parameters for each in (regenerate_command, regenerate))
+    for name in ("shard_size", "batch_size", "max_new_tokens", "seed"):
+        assert command[name].default == function[name].default, name
 
 
 def test_answers_of_a_batch_are_those_of_each_prompt(nano, processor, rows):

@@ -58,7 +58,17 @@ from .names import (
     missing_names,
 )
 from .seam import install_seam
-from .slabs import dynamic_copy, empty, has_windows, move_rows, slab_cache, slab_layers, take_rows
+from .slabs import (
+    dynamic_copy,
+    empty,
+    grow_in_place,
+    grows_in_place,
+    has_windows,
+    move_rows,
+    slab_cache,
+    slab_layers,
+    take_rows,
+)
 from .steps import (
     advance,
     compile_config,

@@ -1,4 +1,4 @@
-"""A target's cache in memory of a fixed size: rows are written where they belong, and nothing is copied to grow."""
+"""A target's cache in memory that has room: rows are written where they belong, and nothing is copied to grow."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +9,9 @@ from transformers import DynamicCache
 
 from .caches import is_windowed
 from .names import DynamicLayer
+
+#: Rows that a slab gets beyond those it must hold, where it is not known how many will come.
+ROOM = 512
 
 
 class SlabLayer(DynamicLayer):
@@ -21,7 +24,7 @@ class SlabLayer(DynamicLayer):
     all of it under a mask.
 
     Args:
-        num_rows: Rows of the slab.
+        num_rows: Rows of the slab. When they are full, a larger slab takes its place.
         is_sliding: The layer's attention sees a window. The slab keeps all rows; the mask knows the window.
     """
 
@@ -47,7 +50,8 @@ class SlabLayer(DynamicLayer):
     def hold(self, num_rows: int) -> None:
         """The first `num_rows` rows of the slab are what the layer holds."""
         if self.slab is not None:
-            self.keys, self.values = (rows[:, :, :num_rows] for rows in self.slab)
+            keys, values = self.slab
+            self.keys, self.values = keys.narrow(2, 0, num_rows), values.narrow(2, 0, num_rows)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.at is not None and self.slab is not None:
@@ -56,13 +60,37 @@ class SlabLayer(DynamicLayer):
             return self.slab
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        start, count = self.keys.shape[2], key_states.shape[2]
+        if start + count > self.num_rows:
+            self._enlarge(start + count + ROOM)
         assert self.slab is not None
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        for rows, states in zip(self.slab, (key_states, value_states), strict=True):
-            rows[:, :, start:end] = states
-        self.hold(end)
+        keys, values = self.slab
+        keys.narrow(2, start, count).copy_(key_states)
+        values.narrow(2, start, count).copy_(value_states)
+        self.hold(start + count)
         return self.keys, self.values
+
+    def _enlarge(self, num_rows: int) -> None:
+        held = self.keys, self.values
+        self.slab, self.num_rows, self.is_initialized = None, num_rows, False
+        self.update(*held)
+
+
+def grow_in_place(cache: DynamicCache) -> None:
+    """Gives layers of full attention room behind their rows; those that hold rows already copy them once.
+
+    An ordinary layer copies all of its rows in every forward. In a long video that takes longer than the forward.
+    """
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = roomy = SlabLayer(0)
+            if layer.is_initialized:
+                roomy.update(layer.keys, layer.values)
+
+
+def grows_in_place(cache: DynamicCache) -> bool:
+    """Whether [`grow_in_place`] has seen a cache."""
+    return any(isinstance(layer, SlabLayer) for layer in cache.layers)
 
 
 def slab_cache(config: Any, num_rows: int) -> DynamicCache:
@@ -104,10 +132,15 @@ def take_rows(slabs: DynamicCache, cache: DynamicCache) -> None:
 
 
 def empty(cache: DynamicCache) -> None:
-    """Forgets all rows; the memory stays."""
+    """Forgets all rows; the memory stays.
+
+    It is zeroed: attention reads all of it, and what is not a number stays so under a mask.
+    """
     for layer in slab_layers(cache):
         layer.at = None
         layer.hold(0)
+        for rows in layer.slab or ():
+            rows.zero_()
 
 
 def move_rows(layers: Sequence[SlabLayer], sources: Tensor, destinations: Tensor) -> None:

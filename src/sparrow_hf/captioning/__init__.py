@@ -2,10 +2,11 @@
 
 from .answers import Totals, answer_all, given_before, open_answers, total
 from .caption import NO_DRAFT, Captioner, load_models
-from .sources import Question, Questions, built_in_clip, read_questions
+from .sources import QUESTION, Question, Questions, built_in_clip, read_questions
 
 __all__ = [
     "NO_DRAFT",
+    "QUESTION",
     "Captioner",
     "Question",
     "Questions",

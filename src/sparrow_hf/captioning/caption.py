@@ -22,7 +22,7 @@ from ..modeling_sparrow import SparrowDraftModel
 from ..resources import ran_out
 from ..signals import raise_stop_in
 from ..target_config import visual_token_ids
-from ..testbed import shipped
+from ..testbed import named_or_built_in
 from .sources import Question
 
 DRAFT = "draft"
@@ -51,16 +51,8 @@ def load_models(
         CaptionError: The draft is not named, or cannot be loaded.
         TargetLoadError: See [`~sparrow_hf.loading.load_target`].
     """
-    if target is None:
-        # The model is so small that a second thread slows it down.
-        torch.set_num_threads(1)
-        folder = shipped(family)
-        target, draft, device = str(folder / "target"), draft or str(folder / "draft"), device or "cpu"
-    elif draft is None:
-        raise CaptionError(
-            f"a target of your own needs a draft made for it: name one with --draft, or plain generate() with --draft "
-            f"{NO_DRAFT}"
-        )
+    remedy = f"name one with --draft, or plain generate() with --draft {NO_DRAFT}"
+    target, draft, device = named_or_built_in(target, draft, device, family, CaptionError, remedy)
     model, its_processor = load_target(target, processor, dtype, device, attention=attention)
     if dtype == "auto" and (usable := usable_dtype(model.dtype, model.device)) != model.dtype:
         model = model.to(usable)

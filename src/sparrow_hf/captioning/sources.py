@@ -7,17 +7,16 @@ from mimetypes import MimeTypes
 from pathlib import Path
 from typing import Any
 
-from ..data.datasets import load_rows
+from ..data.datasets import ROW_FILES, SAVED_DATASETS, load_rows
 from ..data.files import is_url
-from ..data.messages import ROW_INDEX, fingerprint, media_source, text_of
+from ..data.messages import ROW_ERROR, ROW_FOLDER, ROW_INDEX, media_parts, row_name, split_answer, text_of
+from ..data.prepare import own_sampling
 from ..errors import CaptionError, TrainingDataError, VideoError
 from ..testbed import EVALUATION_SEEDS, FAMILIES, make_clip, shipped
 
 QUESTION = "Describe this video in detail."
-#: Endings of files that hold rows. One that is named may also be `.json`, which lies beside many a video.
-ROW_FILES = (".jsonl", ".parquet")
-#: Files that `save_to_disk` writes.
-SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")
+"""What is asked about a video where nothing else is."""
+
 #: Python's own table, which is the same on every system. A file of a type that it does not know may be a video.
 TYPES = MimeTypes(filenames=())
 OTHER_TYPES = ("text/", "image/", "application/")
@@ -31,7 +30,8 @@ class Question:
 
     Attributes:
         name: Different for every question of a source, and the same whenever the source is read again.
-        source: Its first video or image: a path or URL; `None` if it has none, or it is not a file.
+        source: Its first video or image that is a file: a path or URL, as the row names it; `None` if it has none,
+            or the row is malformed.
         row: What [`~sparrow_hf.data.prepare_prompt`] reads.
     """
 
@@ -81,7 +81,7 @@ def read_questions(source: str, question: str | None = None, output: Path | None
         CaptionError: There are rows and a question, the question is a file, or the output is one of the inputs.
     """
     path, about = Path(source), question or QUESTION
-    is_rows = path.suffix.lower() in (*ROW_FILES, ".json")
+    is_rows = path.suffix.lower() in ROW_FILES
     if not source.strip():
         raise VideoError("The name of the video is empty. Name a video, a folder or rows.")
     if question and os.path.isfile(question):
@@ -161,23 +161,18 @@ def _about(name: str, video: str, question: str) -> Question:
 
 
 def _of_row(row: dict[str, Any]) -> Question:
-    """A row by its number and a fingerprint of what it asks, so that other rows are never taken for it."""
-    asked = [row.get("messages"), row.get("fps"), row.get("max_frames")]
-    sources = (source for source in map(_file_of, _parts(row)) if source is not None)
-    return Question(f"row {row[ROW_INDEX]}, {fingerprint(asked)[:8]}", next(sources, None), row)
+    """A row by its number and a fingerprint of what it asks, so that other rows are never taken for it.
 
-
-def _parts(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The parts of a row's messages, as far as they are well-formed."""
-    messages = row.get("messages")
-    for turn in messages if isinstance(messages, list) else []:
-        content = turn.get("content") if isinstance(turn, dict) else None
-        for part in content if isinstance(content, list) else []:
-            if isinstance(part, dict) and part.get("type") in ("image", "video"):
-                yield part
-
-
-def _file_of(part: dict[str, Any]) -> str | None:
-    source = media_source(part)
-    # A file given inside its address would be written out whole.
-    return source if isinstance(source, str) and not source.startswith("data:") else None
+    Relative paths count as they are written: a folder of rows asks the same wherever it lies.
+    """
+    try:
+        messages, own = split_answer(row | {ROW_FOLDER: None})[0], own_sampling(row)
+    except TrainingDataError:
+        # The row's error is told when the row is answered. Here it only needs a name.
+        added = (ROW_INDEX, ROW_FOLDER, ROW_ERROR)
+        written = {name: value for name, value in row.items() if name not in added}
+        return Question(row_name(row[ROW_INDEX], repr(written)), None, row)
+    asked = [messages, own.get("fps"), own.get("max_frames")]
+    shown = (part[part["type"]] for part in media_parts(messages))
+    files = (source for source in shown if isinstance(source, str))
+    return Question(row_name(row[ROW_INDEX], asked), next(files, None), row)

@@ -13,6 +13,7 @@ from ..errors import BenchmarkError
 from .common import (
     MAX_FRAMES_HELP,
     NOT_IDENTICAL,
+    ROWS,
     Dtype,
     DtypeOption,
     FamilyOption,
@@ -49,8 +50,8 @@ def bench(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="Data set whose rows hold 'messages' (a .jsonl or .parquet file, a folder, or a Hub id), or a local "
-            "copy of a public one: videodetailcaption:FOLDER, mvbench:FOLDER, longvideobench:FOLDER, mlvu:FOLDER."
+            help=f"Data set whose rows hold 'messages' ({ROWS}), or a local copy of a public one: "
+            "videodetailcaption:FOLDER, mvbench:FOLDER, longvideobench:FOLDER, mlvu:FOLDER."
         ),
     ] = None,
     testbed: Annotated[
@@ -134,19 +135,19 @@ def bench(
 
     Prints the number of calls before it starts.
     The same command continues a stopped run.
-    The exit code is 1 if the fp32 text of an arm differs from plain generate().
-    Texts that transformers' own assisted loop samples do not count for it.
+    The exit code is 1 if the fp32 text of an arm of this benchmark differs from plain generate().
+    Texts that transformers' own assisted loop samples do not count for it,
+    nor do those of compiled or grouped arms, whose targets round differently.
     """
-    import torch
-
     from ..artifacts import tensor_digest
     from ..evaluation.arms import BASELINES, Arms
     from ..evaluation.benchmark import Benchmark
     from ..evaluation.prompts import conversation_prompts, read_conversations
     from ..evaluation.report import write_report
-    from ..evaluation.results import is_plain, write_results
+    from ..evaluation.results import write_results
     from ..loading import load_target
-    from ..testbed import shipped
+    from ..measurement import is_exact
+    from ..testbed import named_or_built_in
     from ..testbed.benchmark_prompts import clip_prompts, knows_the_world, says_what_it_shows
 
     quiet_transformers()
@@ -165,12 +166,7 @@ def bench(
         raise BenchmarkError(
             "--visual-tokens is an option of --testbed: set the length of your own videos with --max-frames"
         )
-    family = built_in_family(family, target)
-    if target is None:
-        # The model is so small that a second thread slows it down.
-        torch.set_num_threads(1)
-        folder = shipped(family)
-        target, draft, device = str(folder / "target"), draft or str(folder / "draft"), device or "cpu"
+    target, draft, device = named_or_built_in(target, draft, device, built_in_family(family, target))
     conversations = None if prompts is None else read_conversations(prompts, split, limit)
     model, its_processor = load_target(target, processor, dtype.value, device)
     if conversations is None:
@@ -223,9 +219,10 @@ def bench(
         write_report(output, report, layout.value)
     console.print(results_table(rows))
     console.print(f"results in {output}" + (f", tables in {report}" if report else ""))
-    # Compiled or grouped, the target itself rounds differently.
-    ours = [row for row in rows if not is_plain(row["arm"])]
-    if any(row["first_differences"] and row["provenance"]["dtype"] == "float32" for row in ours):
+    # The first arm is plain generate() itself. Compiled or grouped, the target rounds differently.
+    counted = {arm.name for arm in chosen_arms[1:] if not arm.is_compiled and arm.attention is None}
+    ours = [row for row in rows if row["benchmark"] == name and row["arm"] in counted]
+    if any(row["first_differences"] and is_exact(row["provenance"]["dtype"]) for row in ours):
         raise typer.Exit(NOT_IDENTICAL)
 
 

@@ -24,9 +24,9 @@ NOT_IDENTICAL, BAD_INPUT, BAD_ROWS, RAN_OUT, INTERRUPTED, UNREAD, TERMINATED = 1
 """Exit codes besides 0."""
 
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 a text differs from plain generate(), 2 an input is wrong or missing, 3 done but some rows "
-    "have an error, 4 disk or memory ran out, 130 Ctrl-C, 141 whoever read the output has gone, 143 SIGTERM. "
-    "--debug shows the traceback of an error."
+    "Exit codes: 0 done, 1 an fp32 text differs from plain generate(), 2 an input is wrong or missing, 3 done but "
+    "some rows have an error, 4 disk or memory ran out, 130 Ctrl-C, 141 whoever read the output has gone, 143 "
+    "SIGTERM. --debug shows the traceback of an error."
 )
 
 #: A dependency's error may hold whole files.
@@ -35,6 +35,7 @@ MAX_ERROR_CHARACTERS = 500
 FAMILY_HELP = "The built-in models to use: qwen2.5-vl (the default) or llava-onevision."
 FPS_HELP = "Maximum number of frames per second to read of a video."
 MAX_FRAMES_HELP = "Maximum number of frames to read of a video."
+ROWS = "a .jsonl, .json or .parquet file, a folder of them or one of save_to_disk, or a Hub id"
 PROCESSOR_HELP = "Processor of --target, if it is in another folder or Hub repository."
 
 
@@ -68,13 +69,7 @@ AttentionOption = Annotated[
     str | None,
     typer.Option(help="Attention implementation of the target, such as sdpa (default: transformers' choice)."),
 ]
-PromptsOption = Annotated[
-    str,
-    typer.Option(
-        help="Data set whose rows hold 'messages': a .jsonl or .parquet file, a folder written by save_to_disk, "
-        "or a Hub id."
-    ),
-]
+PromptsOption = Annotated[str, typer.Option(help=f"Data set whose rows hold 'messages': {ROWS}.")]
 SplitOption = Annotated[str, typer.Option(help="Split of --prompts to read.")]
 OnBadRowOption = Annotated[
     OnBadRow,
@@ -84,10 +79,18 @@ FpsOption = Annotated[float | None, typer.Option(min=0.01, help=FPS_HELP)]
 MaxFramesOption = Annotated[int | None, typer.Option(min=1, help=MAX_FRAMES_HELP)]
 MaxNewTokensOption = Annotated[int, typer.Option(min=2, help="Maximum length of an answer, in tokens.")]
 DoSampleOption = Annotated[bool, typer.Option("--do-sample", help="Sample the answers instead of decoding greedily.")]
-TEMPERATURE = typer.Option(min=0.01, help="Temperature of --do-sample.")
-TOP_P = typer.Option(min=0.01, max=1.0, help="Nucleus (top-p) of --do-sample.")
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(min=0.01, help="Temperature of sampled answers (default: 1). Samples, as --do-sample does."),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01, max=1.0, help="Nucleus (top-p) of sampled answers (default: 1). Samples, as --do-sample does."
+    ),
+]
 #: torch takes no larger ones.
-SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of --do-sample.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampled answers.")]
 
 
 # -- how a verb ends --------------------------------------------------------------------------------------------------
@@ -268,6 +271,17 @@ def built_in_family(family: str | None, target: str | None) -> str:
     if family is not None and target is not None:
         raise TargetLoadError("--family chooses built-in models: leave it out beside --target.")
     return family or QWEN2_5_VL.name
+
+
+def sampling_of(do_sample: bool, temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    """How answers are chosen, as arguments of `generate()`: greedily, unless one of the three options samples."""
+    if not do_sample and temperature is None and top_p is None:
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": 1.0 if temperature is None else temperature,
+        "top_p": 1.0 if top_p is None else top_p,
+    }
 
 
 def size(num_bytes: float) -> str:

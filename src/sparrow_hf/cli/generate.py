@@ -20,8 +20,6 @@ from .common import (
     BAD_INPUT,
     BAD_ROWS,
     NOT_IDENTICAL,
-    TEMPERATURE,
-    TOP_P,
     AttentionOption,
     DeviceOption,
     DoSampleOption,
@@ -32,12 +30,13 @@ from .common import (
     MaxFramesOption,
     ProcessorOption,
     SeedOption,
+    TemperatureOption,
+    TopPOption,
     built_in_family,
     quiet_transformers,
+    sampling_of,
 )
 
-QUESTION = "Describe this video in detail."
-NO_DRAFT = "none"
 #: fps and max_frames by default: for targets of your own, and for the built-in ones, which know dense clips.
 SAMPLING, BUILT_IN_SAMPLING = (2.0, 128), (8.0, 768)
 #: The progress shows the speed of the last answers.
@@ -53,11 +52,12 @@ def generate(
         str | None,
         typer.Argument(
             help="A video file or its URL, a folder of videos, or rows that hold 'messages': a .jsonl, .json or "
-            ".parquet file or a folder of them. Without it, the built-in models describe a generated clip."
+            ".parquet file, a folder of them or one of save_to_disk. Without it, the built-in models describe a "
+            "generated clip."
         ),
     ] = None,
     question: Annotated[
-        str | None, typer.Argument(help=f"Question about each video (default: {QUESTION}).", show_default=False)
+        str | None, typer.Argument(help="Question about each video (default: to describe it in detail).")
     ] = None,
     output: Annotated[
         Path | None,
@@ -72,8 +72,8 @@ def generate(
     family: FamilyOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 320,
     do_sample: DoSampleOption = False,
-    temperature: Annotated[float | None, TEMPERATURE] = None,
-    top_p: Annotated[float | None, TOP_P] = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     seed: SeedOption = 0,
     fps: FpsOption = None,
     max_frames: MaxFramesOption = None,
@@ -99,12 +99,13 @@ def generate(
     On a terminal the text appears as it is written, and the tokens that the draft proposed are marked.
     A row that cannot be answered gets one line with its error, and the run goes on.
     At most 2 frames per second and 128 frames of a video are read, if --fps and --max-frames do not say otherwise
-    (built-in models: 8 and 768). --temperature and --top-p sample, as --do-sample does.
+    (built-in models: 8 and 768).
     """
     require("video", "sparrow generate")
     from tqdm import tqdm
 
     from .. import captioning
+    from ..measurement import is_exact
 
     quiet_transformers()
     if source is None and (target or question or output):
@@ -132,7 +133,7 @@ def generate(
             fps=usual_fps if fps is None else fps,
             max_frames=usual_frames if max_frames is None else max_frames,
             seed=seed,
-            settings=settings_of(max_new_tokens, do_sample, temperature, top_p),
+            settings={"max_new_tokens": max_new_tokens} | sampling_of(do_sample, temperature, top_p),
         )
         say(f"{target or f'built-in {family}'} in {captioner.told}")
         conditions = captioner.conditions(target or family, draft, asked.question)
@@ -168,26 +169,13 @@ def generate(
     totals = captioning.total(lines)
     if as_json and output is not None:
         print(json.dumps(asdict(totals) | {"output": str(output)}))
-    for sentence in told_of(totals, is_single, output):
+    exact = is_exact(conditions["dtype"])
+    for sentence in told_of(totals, is_single, output, exact):
         say(sentence)
-    if totals.different:
+    if totals.different and exact:
         raise typer.Exit(NOT_IDENTICAL)
     if totals.errors:
         raise typer.Exit(BAD_INPUT if is_single else BAD_ROWS)
-
-
-def settings_of(
-    max_new_tokens: int, do_sample: bool, temperature: float | None, top_p: float | None
-) -> dict[str, Any]:
-    """Arguments of `generate()`."""
-    if not do_sample and temperature is None and top_p is None:
-        return {"max_new_tokens": max_new_tokens, "do_sample": False}
-    return {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": True,
-        "temperature": 1.0 if temperature is None else temperature,
-        "top_p": 1.0 if top_p is None else top_p,
-    }
 
 
 @contextmanager
@@ -215,7 +203,7 @@ def rate_of(totals: Any) -> str:
     return f"{totals.tokens_per_second:.1f} tokens/s" + (f", {totals.errors} errors" if totals.errors else "")
 
 
-def told_of(totals: Any, is_single: bool, output: Path | None) -> Iterator[str]:
+def told_of(totals: Any, is_single: bool, output: Path | None, exact: bool) -> Iterator[str]:
     """The figures of a run, one sentence after the other."""
     answered = totals.rows - totals.errors
     if not is_single:
@@ -227,9 +215,8 @@ def told_of(totals: Any, is_single: bool, output: Path | None) -> Iterator[str]:
     if totals.different is not None:
         compared = f"{totals.speedup:.2f}× as fast as plain generate()"
         if totals.different:
-            yield (
-                f"NOT IDENTICAL to plain generate(): {', '.join(totals.different)}; {compared} (in bf16 and fp16 "
-                "two nearly equal tokens may swap; fp32 is exact)"
+            yield f"NOT IDENTICAL to plain generate(): {', '.join(totals.different)}; {compared}" + (
+                "" if exact else " (in bf16 and fp16 two nearly equal tokens may swap; fp32 is exact)"
             )
         else:
             yield f"IDENTICAL to plain generate(), {compared}"

@@ -8,8 +8,6 @@ from rich.console import Console
 
 from ..extras import require
 from .common import (
-    TEMPERATURE,
-    TOP_P,
     DeviceOption,
     DoSampleOption,
     Dtype,
@@ -23,9 +21,12 @@ from .common import (
     PromptsOption,
     SeedOption,
     SplitOption,
+    TemperatureOption,
+    TopPOption,
     launched_processes,
     quiet_transformers,
     report_skipped,
+    sampling_of,
     size,
 )
 
@@ -40,8 +41,8 @@ def regenerate(
     split: SplitOption = "train",
     max_new_tokens: MaxNewTokensOption = 1024,
     do_sample: DoSampleOption = False,
-    temperature: Annotated[float, TEMPERATURE] = 1.0,
-    top_p: Annotated[float, TOP_P] = 1.0,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     seed: SeedOption = 0,
     fps: FpsOption = None,
     max_frames: MaxFramesOption = None,
@@ -84,7 +85,6 @@ def regenerate(
 
     context.obj.keeps(kept)
     model, its_processor = load_target(target, processor, dtype.value, device or processes.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if do_sample else {"do_sample": False}
     shards = write_answers(
         model,
         its_processor,
@@ -99,7 +99,7 @@ def regenerate(
         max_frames=max_frames,
         on_bad_row=on_bad_row.value,
         show_progress=processes.is_main_process,
-        **sampling,
+        **sampling_of(do_sample, temperature, top_p),
     )
     processes.wait_for_everyone()
     report_skipped(console, read_skipped(output), len(rows))

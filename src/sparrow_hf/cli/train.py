@@ -56,6 +56,7 @@ def train(context: typer.Context) -> None:
         )
     target, processor = load_target(
         options.target,
+        options.processor,
         dtype=options.target_dtype,
         device=options.device or processes.device,
         revision=options.target_revision,

@@ -81,14 +81,13 @@ def tune(
     Says first how long it takes. The weights of the draft stay as they are.
     """
     require("video", "sparrow tune")
-    import torch
     from tqdm import tqdm
 
     from .. import SparrowDraftModel
     from ..evaluation.prompts import conversation_prompts, read_conversations
     from ..evaluation.provenance import provenance
     from ..loading import load_target, told_if_not_loaded
-    from ..testbed import shipped
+    from ..testbed import named_or_built_in
     from ..testbed.benchmark_prompts import clip_prompts
     from ..tree_shapes import tree_name
     from ..tuning import TREES, write_shape
@@ -107,13 +106,7 @@ def tune(
             f"the shape is written into the draft's folder, and {draft} is none: download the draft and give its "
             "folder, or only look with --dry-run"
         )
-    if target is None:
-        # The model is so small that a second thread slows it down.
-        torch.set_num_threads(1)
-        folder = shipped(family)
-        target, draft, device = str(folder / "target"), draft or str(folder / "draft"), device or "cpu"
-    elif draft is None:
-        raise BenchmarkError("a target of your own needs a draft made for it: name one with --draft")
+    target, draft, device = named_or_built_in(target, draft, device, family, BenchmarkError)
     conversations = None if prompts is None else read_conversations(prompts, split, limit)
     model, its_processor = load_target(target, processor, dtype.value, device)
     with told_if_not_loaded("draft", draft, BenchmarkError):

@@ -22,6 +22,10 @@ from .dialects import TURN_COLUMNS, has_turns
 from .messages import ROW_ERROR, ROW_FOLDER, ROW_INDEX
 from .sources import shown
 
+#: Endings of files that hold rows.
+ROW_FILES = (".jsonl", ".parquet", ".json")
+#: One of them is in every folder that `save_to_disk` writes.
+SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")
 #: Rows at the start of JSON files of which one at least must be a conversation.
 ROWS_LOOKED_AT = 100
 
@@ -71,7 +75,9 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
 
     Args:
         source: A `.jsonl`, `.json` or `.parquet` file, a folder of such files, a folder made by `save_to_disk`, or a
-            Hub id. Relative paths of videos and images start at the file's folder.
+            Hub id. Of a folder with files of several kinds, the `.jsonl` files are read, or else the `.parquet` files:
+            `.json` files often describe those beside them. Relative paths of videos and images start at the file's
+            folder.
         split: Split of a Hub dataset, or of a `DatasetDict` on disk. Plain files have only `"train"`.
         streaming: Read row by row, without a copy in the cache; the trainer then needs `max_steps`.
 
@@ -107,8 +113,8 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
     # Readers raise many types of errors.
     except Exception as error:
         raise TrainingDataError(
-            f"no rows can be read from {source}, split {split!r} ({type(error).__name__}: {error}): name a .jsonl or "
-            ".parquet file, a folder of them, a folder of save_to_disk, or a dataset of the Hub"
+            f"no rows can be read from {source}, split {split!r} ({type(error).__name__}: {error}): name a .jsonl, "
+            ".json or .parquet file, a folder of them, a folder of save_to_disk, or a dataset of the Hub"
         ) from error
     columns = rows.column_names
     if columns is not None and not set(TURN_COLUMNS) & set(columns):
@@ -151,14 +157,19 @@ class JsonRows:
         files: Their names; those that end in `.gz` are compressed.
 
     Attributes:
-        places: Of each row: the row itself, from a list; else its file, where its line starts and the line's number.
+        places: Of each row: the row itself, from a list or a compressed file; else its file, where its line starts and
+            the line's number.
     """
 
     def __init__(self, files: Sequence[str]):
         self.places: list[Any] = []
         for file in files:
-            listed = _listed(file)
-            self.places += _lines(file) if listed is None else listed
+            if file.endswith(".gz"):
+                # To go to a line of a compressed file is to decompress all before it.
+                self.places += read_json([file])
+            else:
+                listed = _listed(file)
+                self.places += _lines(file) if listed is None else listed
 
     def __len__(self) -> int:
         return len(self.places)
@@ -229,8 +240,10 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
 
 def _data_files(folder: Path) -> list[str]:
     """The data files of a folder, all of the kind that comes first; none in a folder of `save_to_disk`."""
-    for pattern in ("*.jsonl", "*.parquet"):
-        files = sorted(map(str, folder.glob(pattern)))
+    for ending in ROW_FILES:
+        files = sorted(map(str, folder.glob(f"*{ending}")))
+        if ending == ".json" and any((folder / name).exists() for name in SAVED_DATASETS):
+            return []
         if files:
             return files
     return []

@@ -135,6 +135,11 @@ def fingerprint(conversation: Any) -> str:
     return hashlib.sha256(json.dumps(_alike(conversation), default=media_digest).encode()).hexdigest()
 
 
+def row_name(index: int, asked: Any) -> str:
+    """What a row is called in files of results: its number, and the start of the fingerprint of what it asks."""
+    return f"row {index}, {fingerprint(asked)[:8]}"
+
+
 def _alike(value: Any) -> Any:
     """The same conversation with every turn that holds nothing but text written as text."""
     if isinstance(value, (list, tuple)):

@@ -47,9 +47,13 @@ class VideoFile:
     """
 
     def __init__(self, name: str, file: Path | BinaryIO) -> None:
+        from av.video.reformatter import VideoReformatter
+
         self.name = name
         self.file = file
         self._shown_size: tuple[int, int] | None = None
+        # A frame's own one is set up anew for every frame.
+        self._reformatter = VideoReformatter()
 
     def frame_times(self, start: float = 0.0, end: float | None = None) -> FrameTimes:
         """When the frames are on screen, found without decoding where packets tell.
@@ -99,10 +103,7 @@ class VideoFile:
             self._shown_size = with_square_pixels(frame.width, frame.height, self._pixel_aspect)
         # The frames of a stream may change their size; a player keeps its window.
         width, height = self._shown_size
-        if (width, height) == (frame.width, frame.height):
-            picture = frame.to_ndarray(format="rgb24")
-        else:
-            picture = frame.to_ndarray(format="rgb24", width=width, height=height)
+        picture = self._reformatter.reformat(frame, width, height, "rgb24").to_ndarray()
         matrix = display_matrix(frame)
         return picture if matrix is None else turned(picture, matrix)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,7 +20,7 @@ from ..data.prepare import prepare_prompt
 from ..draft_inputs import visual_mask
 from ..errors import SparrowError
 from ..loading import load_target, told_if_not_loaded
-from ..measurement import NO_DRAFT, PLAIN, Arm, compare, warm_up
+from ..measurement import NO_DRAFT, PLAIN, Arm, compare, is_exact, warm_up
 from ..metrics import Acceptance, Run, Speed, acceptance, speed
 from ..modeling_sparrow import SparrowDraftModel
 from ..streaming import ProvenanceStreamer
@@ -122,16 +121,9 @@ def load_models(
         DemoError: The draft is not named, not there, or is not what it should be.
         TargetLoadError: The target or its processor is not there, or there is no such family.
     """
-    from ..testbed import shipped
+    from ..testbed import named_or_built_in
 
-    if target is None:
-        # The model is so small that a second thread slows it down.
-        torch.set_num_threads(1)
-        device = device or "cpu"
-        folder = shipped(family)
-        target, draft = str(folder / "target"), draft or str(folder / "draft")
-    elif draft is None:
-        raise DemoError("A target of your own needs a draft made for it: name one with --draft.")
+    target, draft, device = named_or_built_in(target, draft, device, family, DemoError)
     model, its_processor = load_target(target, processor, device=device)
     with told_if_not_loaded("draft", draft, DemoError):
         return Models(model, its_processor, SparrowDraftModel.from_pretrained(draft).eval())
@@ -301,7 +293,7 @@ def _verdict_line(verdict: Verdict) -> Text:
     different = [run for runs in verdict.runs.values() for run in runs if run.differs_at is not None]
     if different:
         where = f"NOT IDENTICAL in {len(different)} runs, first at token {different[0].differs_at}"
-        if verdict.provenance["dtype"] != "float32":
+        if not is_exact(verdict.provenance["dtype"]):
             where += f" (in {verdict.provenance['dtype']} two nearly equal tokens may swap; fp32 is exact)"
         head = Text(where, style="bold red")
     else:

@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 
 from ..data.datasets import load_rows
 from ..data.dialects import without_turns
-from ..data.messages import ROW_INDEX, fingerprint, naming_row, split_answer
+from ..data.messages import ROW_INDEX, naming_row, row_name, split_answer
 from ..data.prepare import own_sampling, prepare_prompt
 from ..errors import BenchmarkError
 from .benchmark import Prompt
@@ -72,8 +72,7 @@ def conversation_prompts(
         with naming_row(row.get(ROW_INDEX)):
             messages, own = split_answer(row)[0], own_sampling(row)
         task = None if row.get("task") is None else str(row["task"])
-        key = fingerprint([messages, own] if own else messages)
-        name = f"row {row[ROW_INDEX]}, {key[:8]}"
+        name = row_name(row[ROW_INDEX], [messages, own] if own else messages)
         lengths: list[int | None] = [*sorted(set(max_frames))] or [None]
         if "max_frames" in own:
             lengths = [own["max_frames"]]

@@ -29,12 +29,15 @@ class VideoDataset:
         files: File name (a glob) of the rows → folder that their videos lie below; `""` is the whole copy.
         video: Column of the video's name; a name without a suffix may have any of `VIDEO_SUFFIXES`.
         prompt: Makes the text of a row's question.
+        window: Columns of the seconds at which the part of the video begins and ends that a row asks about, if it has
+            them.
     """
 
     hub_id: str
     files: Mapping[str, str]
     video: str
     prompt: Callable[[Row], str]
+    window: tuple[str, str] | None = None
 
 
 def ask_for_choice(question: str, options: list[str]) -> str:
@@ -81,6 +84,7 @@ DATASETS: dict[str, VideoDataset] = {
         },
         video="video",
         prompt=_with_candidates,
+        window=("start", "end"),
     ),
     "longvideobench": VideoDataset(
         hub_id="longvideobench/LongVideoBench",
@@ -155,7 +159,8 @@ def read_dataset(name: str, folder: Path) -> Conversations:
             if video is None:
                 missing.append(str(row[dataset.video]))
                 continue
-            content = [{"type": "video", "video": str(video)}, {"type": "text", "text": prompt}]
+            shown = {"type": "video", "video": str(video)} | _window_of(dataset, row)
+            content = [shown, {"type": "text", "text": prompt}]
             task = {"task": path.stem} if len(dataset.files) > 1 else {}
             rows.append({"messages": [{"role": "user", "content": content}]} | task)
     if not rows:
@@ -164,6 +169,12 @@ def read_dataset(name: str, folder: Path) -> Conversations:
             f"expected {', '.join(list(dataset.files)[:3])} … and unpacked videos below it"
         )
     return Conversations(rows, missing)
+
+
+def _window_of(dataset: VideoDataset, row: Row) -> dict[str, Any]:
+    """The part of the video that a row asks about, as settings of a message's part."""
+    columns = dict(zip(("video_start", "video_end"), dataset.window or (), strict=False))
+    return {setting: row[column] for setting, column in columns.items() if row.get(column) is not None}
 
 
 def _row_files(dataset: VideoDataset, folder: Path) -> Iterator[tuple[Path, str]]:

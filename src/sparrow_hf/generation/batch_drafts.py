@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .._transformers import cache_tensors, drop_newest
+from ..devices import index_of, on_device
 from ..draft_inputs import additive_mask, causal
 from ..modeling_sparrow import SparrowDraftModel
 from .caches import pack_rows
@@ -44,7 +45,7 @@ class BatchDrafter:
         self._hidden = torch.cat(hidden)
         summaries = [reader.visual_summary for reader in readers if reader.visual_summary is not None]
         self._visual_summary = torch.cat(summaries) if summaries else None
-        self._next_position_ids = torch.tensor([[reader.next_position_id] for reader in readers], device=draft.device)
+        self._next_position_ids = on_device([[reader.next_position_id] for reader in readers], draft.device)
 
     def keep(self, rows: Collection[int]) -> None:
         """Drops every sequence that is not one of `rows`, indices in the batch."""
@@ -55,7 +56,7 @@ class BatchDrafter:
         if self._num_levels == 0 or not kept:
             return
         self._ends = [self._ends[index] for index in kept]
-        indices = torch.tensor(kept, device=self._hidden.device)
+        indices = on_device(kept, self._hidden.device)
         self._cache.batch_select_indices(indices)
         drop_newest(self._cache, self._cache.get_seq_length() - max(self._ends))
         self._hidden, self._next_position_ids = self._hidden[indices], self._next_position_ids[indices]
@@ -74,8 +75,8 @@ class BatchDrafter:
         device = self._hidden.device
         new = [next_tokens[row] for row in self.rows]
         counts, most = [len(tokens) for tokens in new], max(map(len, new))
-        token_ids = torch.tensor([tokens + tokens[-1:] * (most - len(tokens)) for tokens in new], device=device)
-        states = features[self.rows, :most].to(device=device, dtype=self._draft.dtype)
+        token_ids = on_device([tokens + tokens[-1:] * (most - len(tokens)) for tokens in new], device)
+        states = features[index_of(self.rows, features.device), :most].to(device=device, dtype=self._draft.dtype)
         # keys     those of the text so far | n0 n1 n2      each sees all up to itself; those that a sequence has not
         # queries                             n0 n1 n2      come last, and are dropped
         among_new = causal(torch.arange(most, device=device), most).expand(len(new), -1, -1)
@@ -84,7 +85,7 @@ class BatchDrafter:
             self._next_position_ids + torch.arange(most, device=device),
             torch.cat((self._prefix()[:, None].expand(-1, most, -1), among_new), dim=2),
         )
-        kept = torch.tensor(counts, device=device)
+        kept = on_device(counts, device)
         self._hidden = hidden[torch.arange(len(new), device=device), kept - 1][:, None]
         self._next_position_ids = self._next_position_ids + kept[:, None]
         pack_rows(self._cache, self._ends, counts, most)
@@ -121,7 +122,7 @@ class BatchDrafter:
         if not is_number.all():
             self.failed_drafts += 1
             warn_of_failed_draft(self.failed_drafts)
-        rows = torch.tensor(self.rows, device=chains.device)
+        rows = on_device(self.rows, chains.device)
         # Where the scores are not numbers, anything is as good as their best token, except a placeholder.
         drafted = drafted.to(chains.device).where(is_number.to(chains.device), roots[rows][:, None])
         chains[rows, 1:] = drafted
@@ -129,7 +130,7 @@ class BatchDrafter:
 
     def _prefix(self) -> Tensor:
         """`(R, length)` bool: the rows of the cache that are text."""
-        ends = torch.tensor(self._ends, device=self._hidden.device)
+        ends = on_device(self._ends, self._hidden.device)
         return causal(ends - 1, self._cache.get_seq_length())
 
     def _forward(self, embeds: Tensor, position_ids: Tensor, visible: Tensor) -> Tensor:

@@ -80,6 +80,8 @@ class BatchEmitter:
         self._max_new = generation_config.max_length - input_ids.shape[1]
         self._streamer = streamer
         self._is_finished = [False] * len(input_ids)
+        #: Tokens of each finished sequence up to its end.
+        self._lengths: dict[int, int] = {}
         # Without a token that ends the text, plain decoding goes on with finished sequences until all are.
         pad = pad_token(generation_config)
         has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
@@ -98,6 +100,11 @@ class BatchEmitter:
             new = on_device(unread, self._prompts.device).T.to(self._prompts.dtype)
             self._input_ids = torch.cat((self._input_ids, new), dim=1)
         return self._input_ids
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Tokens of all sequences so far, without what was chosen or padded behind the end of one."""
+        return sum(self._lengths.get(row, len(tokens)) for row, tokens in enumerate(self.new_tokens))
 
     @property
     def open_rows(self) -> list[int]:
@@ -243,6 +250,9 @@ class BatchEmitter:
         else:
             length = self._prompts.shape[1] + len(self._columns)
             stops = [self._rules.stop(token, length) for token in column]
+        for row, stop in enumerate(stops):
+            if stop:
+                self._lengths.setdefault(row, len(self._columns))
         self._is_finished = [was or stop for was, stop in zip(self._is_finished, stops, strict=True)]
         self.finished = all(self._is_finished)
         if self._streamer is not None:

@@ -50,6 +50,9 @@ def decode_batch(
     in_step = not may_part(view, ways, logits_processor, generation_config, model_kwargs)
     emitter = BatchEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer, in_step)
     recorded = recorded_outputs(generation_config)
+    outlives_call = _transformers.outlives_call(model_kwargs[CACHE], generation_config)
+    if not outlives_call:
+        _transformers.grow_in_place(model_kwargs[CACHE])
     clock = PhaseClock(draft.device)
     stats = GenerationStats(draft.config.tree_shape.num_draft_levels, clock, num_sequences=len(input_ids))
     draft.last_generation = stats
@@ -63,13 +66,18 @@ def decode_batch(
     # Prefill. Only what is new to the target's cache passes the hooks.
     new = num_new_positions(input_ids, generation_config, model_kwargs)
     with clock.phase("draft"):
+        prompts = input_ids[:, -new:].to(draft.device)
+        masks = None if mask is None else mask[:, -new:].to(draft.device)
         readers = [
-            SparrowCandidateGenerator(draft, ids[None, -new:], None if mask is None else mask[row : row + 1, -new:])
-            for row, ids in enumerate(input_ids)
+            SparrowCandidateGenerator(draft, ids[None], None if masks is None else masks[row : row + 1])
+            for row, ids in enumerate(prompts)
         ]
         reading = RowCollectors([HiddenStateCollector(reader.layers_to_collect) for reader in readers])
     with clock.phase("prefill"), reading.active():
         logits, first_position, model_kwargs = prefill(target, input_ids, generation_config, model_kwargs, recorded)
+    if not in_step and model_kwargs.get("attention_mask") is None:
+        # Prompts without padding have none; rows behind the end of a sequence need one.
+        model_kwargs["attention_mask"] = input_ids.new_ones((len(input_ids), model_kwargs[CACHE].get_seq_length()))
     first_tokens = emitter.start(logits)
     stats.new_tokens = len(first_tokens)
     del logits
@@ -89,11 +97,14 @@ def decode_batch(
                 with clock.phase("draft"):
                     drafter.keep(emitter.open_rows)
                     levels = min(emitter.budget - 1, verifier.max_levels())
-                    tree = build_chains(drafter.propose(emitter.roots, emitter.fill, levels))
+                    tree = build_chains(
+                        drafter.propose(emitter.roots.to(view.device), emitter.fill.to(view.device), levels)
+                    )
                     chains = tree.token_ids.tolist()
                 with clock.phase("verify"), verifier.verifying(tree) as (logits, path):
                     taken = emitter.accept(logits, chains, path)
-                count(taken, chains, drafter.rows, stats)
+                stats.accepted += [num_accepted(taken[row], chains[row]) for row in drafter.rows]
+                stats.new_tokens = emitter.num_text_tokens
                 if not emitter.finished:
                     with clock.phase("draft"):
                         drafter.keep(emitter.open_rows)
@@ -102,7 +113,7 @@ def decode_batch(
                 stats.failed_drafts = drafter.failed_drafts
     finally:
         with _transformers.decoding(target), clock.phase("verify"):
-            verifier.close(_transformers.outlives_call(cache, generation_config))
+            verifier.close(outlives_call)
 
     if streamer is not None:
         streamer.end()
@@ -127,16 +138,12 @@ def may_part(
         # trees takes the ones and follows the others.
         and ways.trees is not None
         and _transformers.makes_masks(_transformers.attention_of(view.text_config))
-        and model_kwargs.get("attention_mask") is not None
         and set(view.layer_kinds) <= {"full_attention", _transformers.NO_CACHE}
         # The frequencies of a forward follow the longest position in it.
         and not view.rope_borders
     )
 
 
-def count(taken: list[list[int]], chains: list[list[int]], rows: list[int], stats: GenerationStats) -> None:
-    """Notes what a round gave to the sequences that were drafted for."""
-    for row in rows:
-        drafted = [token == expected for token, expected in zip(taken[row], chains[row][1:], strict=False)]
-        stats.accepted.append(sum(drafted))
-        stats.new_tokens += len(taken[row])
+def num_accepted(taken: list[int], chain: list[int]) -> int:
+    """How many drafted tokens of its chain a sequence took in a round."""
+    return sum(token == drafted for token, drafted in zip(taken, chain[1:], strict=False))

@@ -176,7 +176,7 @@ class RaggedCache(HeldCache):
 
     @property
     def rows_since_prefill(self) -> Tensor:
-        return torch.tensor(self._rows, device=cache_tensors(self._cache)[0][0].device)[:, None]
+        return on_device(self._rows, cache_tensors(self._cache)[0][0].device)[:, None]
 
     def step_mask(self, mask: Tensor, num_new: int) -> Tensor:
         return pad(self.prefix_mask(mask), (0, num_new), value=1)
@@ -207,7 +207,7 @@ def pack_rows(cache: DynamicCache, ends: Sequence[int], kept: Sequence[int], num
         to = torch.tensor(ends)[:, None] + torch.arange(most)
         for tensors in cache_tensors(cache):
             for entries in tensors:
-                to = to.to(entries.device)
+                to = to.to(entries.device, non_blocking=True)
                 moved = entries[:, :, start : start + most].clone()
                 entries.scatter_(2, to[:, None, :, None].expand_as(moved), moved)
     longest = max(end + count for end, count in zip(ends, kept, strict=True))

@@ -144,8 +144,11 @@ class SparrowCandidateGenerator(CandidateGenerator):
         """RoPE of consecutive positions, `(1, count, head_dim)` each, cut from that of many positions."""
         offset = start - self._first_position
         if offset + count > self._rotary[0].shape[1]:
-            self._first_position, offset = start, 0
-            ids = torch.arange(start, start + max(count, ROTARY_ROWS), device=self.device)
+            # From the end of the text on: after the drafts of a round, `extend` goes back to it.
+            self._first_position = self.next_position_id
+            offset = start - self._first_position
+            end = max(start + count, self._first_position + ROTARY_ROWS)
+            ids = torch.arange(self._first_position, end, device=self.device)
             self._rotary = self.draft.rotary_emb(embeds, ids[None])
         cos, sin = self._rotary
         return cos[:, offset : offset + count], sin[:, offset : offset + count]

@@ -18,11 +18,11 @@ from .emission import TokenEmitter
 from .fixed_steps import traces_steps
 from .refusals import check_inputs
 from .self_check import how_to_verify
-from .static_decoding import StaticSession, StaticVerifier, check_fixed_shapes, static_session
+from .static_decoding import StaticSession, StaticVerifier, static_session
 from .static_drafts import StaticCandidateGenerator
 from .stats import GenerationStats
 from .tree import CandidateTree
-from .verification import walk
+from .verification import on_device_of, walk
 from .verifiers import TargetVerifier, Verifier
 
 
@@ -54,7 +54,6 @@ def speculative_decode(
         _decode(target, draft, emitter, recorded, generation_config, model_kwargs, None)
         cache = model_kwargs[CACHE]
     else:
-        check_fixed_shapes(draft.target, how_to_verify(draft.target), recorded)
         compiles = _transformers.compiles(target, model_kwargs[CACHE], generation_config)
         if compiles and not traces_steps():
             warnings.warn("torch before 2.11 cannot compile a draft's steps: they run as they are", stacklevel=2)
@@ -81,13 +80,16 @@ def _decode(
     """Prefill and rounds until the emitter has finished; in fixed shapes with a session."""
     input_ids, mask = emitter.input_ids, model_kwargs.get("attention_mask")
     cache = model_kwargs[CACHE]
+    outlives_call = _transformers.outlives_call(cache, generation_config)
+    if session is None and not outlives_call:
+        _transformers.grow_in_place(cache)
     clock = PhaseClock(draft.device)
     stats = GenerationStats(draft.config.tree_shape.num_draft_levels, clock)
     draft.last_generation = stats
 
     # Prefill. Only what is new to the target's cache passes the hooks.
     new = num_new_positions(input_ids, generation_config, model_kwargs)
-    prompt = draft, input_ids[:, -new:], None if mask is None else mask[:, -new:]
+    prompt = draft, input_ids[:, -new:].to(draft.device), None if mask is None else mask[:, -new:].to(draft.device)
     with clock.phase("draft"):
         if session is None:
             generator = SparrowCandidateGenerator(*prompt)
@@ -134,7 +136,7 @@ def _decode(
                 stats.failed_drafts = generator.failed_drafts
     finally:
         with _transformers.decoding(target), clock.phase("verify"):
-            verifier.close(_transformers.outlives_call(cache, generation_config))
+            verifier.close(outlives_call)
 
 
 def prefill(
@@ -152,7 +154,7 @@ def prefill(
     outputs = _transformers.prefill(target, input_ids, generation_config, model_kwargs)
     # The encoded video is not used after the prefill, and its size grows with the video.
     model_kwargs.pop("mm_encoder_outputs", None)
-    model_kwargs = _transformers.advance(target, outputs, model_kwargs)
+    model_kwargs = on_device_of(outputs.logits, _transformers.advance(target, outputs, model_kwargs))
     for name in recorded:
         recorded[name] += (outputs[name],)
     return outputs.logits[:, -1], model_kwargs["position_ids"][..., -1:], model_kwargs

@@ -119,6 +119,7 @@ def recorded_step(outputs: Any, name: str, past_length: int, lead: int, path: li
             steps.append(tuple(layer[:, row : row + 1] for layer in outputs[name]))
         else:
             prefix = past_length + lead
-            keys = list(range(prefix)) + [prefix + ancestor for ancestor in path[: depth + 1]]
-            steps.append(tuple(layer[:, :, row : row + 1, keys] for layer in outputs[name]))
+            ancestors = [prefix + ancestor for ancestor in path[: depth + 1]]
+            of_node = (layer[:, :, row : row + 1] for layer in outputs[name])
+            steps.append(tuple(torch.cat((each[..., :prefix], each[..., ancestors]), dim=-1) for each in of_node))
     return steps

@@ -1,12 +1,16 @@
 """One function of fixed shapes, run many times: compiled by torch, and on CUDA replayed as one graph of kernels."""
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+#: Of a process, one capture at a time.
+_CAPTURING = threading.Lock()
 
 #: Runs before a capture: libraries choose their kernels and take their workspace in the first ones.
 _WARM_UPS = 2
@@ -55,7 +59,8 @@ class FixedStep:
                 self._function()
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # On a stream of this device, whichever was captured on before; other threads may go on with their own work.
+        with _CAPTURING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._outputs = self._function()
         graph.replay()
         self._graph = graph

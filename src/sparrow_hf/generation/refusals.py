@@ -1,7 +1,8 @@
 """Checks of a `generate()` call with a draft. They run before the vision tower and refuse what cannot be combined.
 
-What depends on the target alone (its layers, its vocabulary) is refused when the draft is made or bound, in
-`targets.py` and `configuration_sparrow.py`.
+What depends on the target alone is refused when the draft is made or bound (`targets.py`, `target_config.py`,
+`self_check.py`), what fixed shapes cannot have in `static_decoding.py` and `integration.py`. `docs/support-matrix.md`
+lists all of it.
 """
 
 from typing import Any

@@ -6,6 +6,8 @@ a forward. Hooks are not tried: they would see tokens that nobody generated.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -128,19 +130,31 @@ def measure(view: TargetView) -> Verification:
     if function is not None:
         let_follow_masks(name, function)
         ways.append("eager")
-    prompt = _Prompt(view)
-    for way in ways:
-        # Masks of ours say nothing to layers that are no attention.
-        if found.chains is None and (way == "own" or not obstacle) and prompt.agrees(_CHAIN, way, found):
-            found.chains = way
-        # FlashAttention does not ignore a 4-D mask: it fails, on a GPU in a way that ends the process.
-        if way == "own" and _transformers.takes_flat_masks_only(name):
-            continue
-        if found.trees is None and not obstacle and prompt.agrees(_TREE, way, found):
-            found.trees = way
+    with _keeping_position_offsets(view.model):
+        prompt = _Prompt(view)
+        for way in ways:
+            # Masks of ours say nothing to layers that are no attention.
+            if found.chains is None and (way == "own" or not obstacle) and prompt.agrees(_CHAIN, way, found):
+                found.chains = way
+            # FlashAttention does not ignore a 4-D mask: it fails, on a GPU in a way that ends the process.
+            if way == "own" and _transformers.takes_flat_masks_only(name):
+                continue
+            if found.trees is None and not obstacle and prompt.agrees(_TREE, way, found):
+                found.trees = way
     if found.trees is None and not obstacle:
         found.why_no_trees = f"attention function {name!r}"
     return found
+
+
+@contextmanager
+def _keeping_position_offsets(model: nn.Module) -> Iterator[None]:
+    """Puts back what models with M-RoPE note of the last prompt: a second turn of the caller's continues from it."""
+    kept = [(module, module.rope_deltas) for module in model.modules() if "rope_deltas" in vars(module)]
+    try:
+        yield
+    finally:
+        for module, deltas in kept:
+            module.rope_deltas = deltas
 
 
 class _Prompt:
@@ -166,6 +180,9 @@ class _Prompt:
         try:
             with following_masks(way == "eager"):
                 together = self._logits(tree, own_mask=way == "eager" or not tree.is_chain)
+        except torch.OutOfMemoryError:
+            # That says nothing about the target.
+            raise
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return False
         differences = []

@@ -34,7 +34,7 @@ class StaticSession:
     def __init__(self, draft: SparrowDraftModel, num_rows: tuple[int, int], compile_config: dict[str, Any] | None):
         self._view, shape = draft.target, draft.config.tree_shape
         max_path = shape.num_draft_levels + 1
-        num_nodes = max(shape.num_tree_nodes, 1)
+        num_nodes = shape.num_tree_nodes
         layers = draft.config.feature_layer_ids
         self.verification = StaticVerification(draft.target, num_rows[0], num_nodes, max_path, layers, compile_config)
         self.drafting = StaticDrafting(draft, num_rows[1], shape, max_path, compile_config)
@@ -75,7 +75,7 @@ class StaticVerifier:
 
 
 def bucket(length: int) -> int:
-    """The size of the buffers for a length: at most a quarter longer, so that many lengths have the same."""
+    """The size of the buffers for a length: longer by a quarter or 63 at most, so that many lengths have the same."""
     step = max(64, 1 << length.bit_length() - 3) if length > 64 else 64
     return -(-length // step) * step
 
@@ -84,7 +84,7 @@ def rows_needed(shape: TreeShape, max_length: int) -> tuple[int, int]:
     """Rows of the target's and of the draft's slabs: for `max_length` tokens, and what is drafted behind them."""
     newest = shape.num_draft_levels + 1
     return (
-        bucket(max_length + max(shape.num_tree_nodes, 1)),
+        bucket(max_length + shape.num_tree_nodes),
         bucket(max_length + newest + shape.beam_width * shape.num_draft_levels),
     )
 

@@ -118,6 +118,10 @@ class StaticVerification:
         self._inputs |= others | {CACHE: self.cache}
         for layer in slab_layers(self.cache):
             layer.at = self._at
+        # On CUDA the first run of a step is several, and rows that are moved twice are the wrong ones. On this path
+        # every row stays where it is.
+        self._path.copy_(torch.arange(self._max_path).repeat(2))
+        self._move()
 
     def forward(self, tree: CandidateTree, past: int) -> tuple[Tensor, list[Tensor]]:
         """One forward of the target; its logits `(1, N, V)` and states `(1, N, H)` hold until the next."""

@@ -1,4 +1,7 @@
-"""Stop rules that need no device: the text's length, and the tokens that end it."""
+"""Stop rules that need no device: the text's length, and the tokens that end it.
+
+All other criteria (stop strings, time limits, those of a user) run in `emission.py` and `batch_emission.py`.
+"""
 
 import sys
 from dataclasses import dataclass

@@ -131,8 +131,6 @@ class CandidatePool:
 
     def best_tree(self, root_token: int, num_nodes: int, device: torch.device | str) -> CandidateTree | None:
         """The `num_nodes − 1` most probable candidates under their root, or `None` if a score is not a number."""
-        if not self._scores:
-            return build_chain(torch.full((1, 1), root_token, device=device), [])
         return tree_of_nodes(root_token, self.best(num_nodes).tolist(), device=device)
 
     def best(self, num_nodes: int) -> Tensor:

@@ -78,6 +78,15 @@ def verification_inputs(
     return inputs
 
 
+def on_device_of(logits: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`model_kwargs` with what has an entry per token beside the target's outputs.
+
+    Inputs of a call may lie elsewhere. transformers then moves them in every step, but only if the ids do too.
+    """
+    moved = {key: model_kwargs[key].to(logits.device) for key in _PER_TOKEN_KEYS if model_kwargs.get(key) is not None}
+    return model_kwargs | moved
+
+
 def advance_in_place(target: Any, outputs: Any, model_kwargs: dict[str, Any], num_new_tokens: int) -> dict[str, Any]:
     """`model_kwargs` after a round, without what has an entry per token: it stays as [`verification_inputs`] reads it.
 

@@ -6,11 +6,12 @@ They work offline right after installation: `load()` gives the models, `make_cli
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
+import torch
 from transformers.utils import logging
 
-from ..errors import TargetLoadError
+from ..errors import SparrowError, TargetLoadError
 from .families import FAMILIES, LLAVA_ONEVISION, QWEN2_5_VL, Family, family_of
 from .nano import ASSETS, content_accuracy, load_target
 from .world import EVALUATION_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS, Clip, make_clip
@@ -60,6 +61,54 @@ def shipped(family: str = QWEN2_5_VL.name) -> Path:
     return folder
 
 
+@overload
+def named_or_built_in(
+    target: str | None, draft: str | None, device: str | None, family: str
+) -> tuple[str, str | None, str | None]: ...
+
+
+@overload
+def named_or_built_in(
+    target: str | None,
+    draft: str | None,
+    device: str | None,
+    family: str,
+    without_draft: type[SparrowError],
+    remedy: str = ...,
+) -> tuple[str, str, str | None]: ...
+
+
+def named_or_built_in(
+    target: str | None,
+    draft: str | None,
+    device: str | None,
+    family: str,
+    without_draft: type[SparrowError] | None = None,
+    remedy: str = "name one with --draft",
+) -> tuple[str, str | None, str | None]:
+    """The target, draft and device that were named, or the built-in ones where no target was.
+
+    Built-in models run on the CPU, on one thread from here on: they are so small that a second one slows them down.
+
+    Args:
+        target, draft: Folders or Hub ids.
+        device: Of the target.
+        family: Of the built-in models.
+        without_draft: What is raised if a target is named and no draft; by default it needs none.
+        remedy: What to do about it, as the end of a sentence.
+
+    Raises:
+        TargetLoadError: There is no such family, or its models do not ship with this version.
+    """
+    if target is None:
+        torch.set_num_threads(1)
+        folder = shipped(family)
+        return str(folder / "target"), draft or str(folder / "draft"), device or "cpu"
+    if draft is None and without_draft is not None:
+        raise without_draft(f"a target of your own needs a draft made for it: {remedy}")
+    return target, draft, device
+
+
 __all__ = [
     "EVALUATION_SEEDS",
     "FAMILIES",
@@ -73,5 +122,6 @@ __all__ = [
     "load",
     "load_target",
     "make_clip",
+    "named_or_built_in",
     "shipped",
 ]

@@ -132,8 +132,8 @@ def digest_of_rows(source: str | os.PathLike[str]) -> str:
     """Digest of the rows at a path, wherever it is: of their files, or of the digests beside them.
 
     Args:
-        source: A file, or a folder: answers, a recording, `.jsonl` or `.parquet` files, or one of `save_to_disk`. The
-            name of a data set on the Hub stands for itself.
+        source: A file, or a folder: answers, a recording, files of rows, or one of `save_to_disk`. The name of a data
+            set on the Hub stands for itself.
     """
     path = Path(source)
     if not path.exists():
@@ -142,7 +142,8 @@ def digest_of_rows(source: str | os.PathLike[str]) -> str:
         return file_digest(path / DIGESTS_FILE)
     kinds = (".jsonl", ".parquet", ".arrow", ".safetensors")
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in kinds]
-    return digest_of_files(path, files)
+    # Beside the others, `.json` files hold no rows.
+    return digest_of_files(path, files or path.rglob("*.json"))
 
 
 # -- checking ---------------------------------------------------------------------------------------------------------

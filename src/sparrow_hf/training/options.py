@@ -10,8 +10,10 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..configuration_sparrow import SparrowDraftConfig
 from ..errors import TrainingOptionsError
 from .arguments import DRAFT_PRESETS, TRAINING_PRESETS, SparrowTrainingArguments
+from .vocabulary import MIN_COVERAGE, REDUCED_SIZE
 
 #: Options that are fields of [`SparrowDraftConfig`] too. Only those that were given are passed on.
 DRAFT_FIELDS = (
@@ -27,6 +29,10 @@ DRAFT_FIELDS = (
 )
 
 
+#: Names of options in the other verbs → what they are called here, where the draft has a dtype too.
+ALIASES = {"dtype": "target_dtype"}
+
+
 @dataclass
 class TrainingOptions:
     """Options of `sparrow train` besides [`SparrowTrainingArguments`]: target, rows, draft, and what to do.
@@ -37,7 +43,8 @@ class TrainingOptions:
     target: str = field(metadata={"help": "The video LLM to draft for: a folder or a Hub id."})
     train: str = field(
         metadata={
-            "help": "Rows to train on: a folder of answers, a recording, a .jsonl or .parquet file, or a Hub data set."
+            "help": "Rows to train on: a folder of answers, a recording, a .jsonl, .json or .parquet file, a folder "
+            "of them or one of save_to_disk, or a Hub id."
         }
     )
     output: str = field(
@@ -46,8 +53,8 @@ class TrainingOptions:
     held_out: str | None = field(
         default=None,
         metadata={
-            "help": "Rows to evaluate on, by default whenever a checkpoint is saved. They must not share a video, "
-            "image or prompt with the training rows."
+            "help": "Rows to evaluate on, at every checkpoint (--save-steps) unless --eval-strategy says when. They "
+            "must not share a video, image or prompt with the training rows."
         },
     )
     preset: Literal["default", "paper"] = field(default="default", metadata={"help": "Recipe to start from."})
@@ -57,8 +64,16 @@ class TrainingOptions:
     )
 
     target_revision: str | None = field(default=None, metadata={"help": "Revision of the target on the Hub."})
+    processor: str | None = field(
+        default=None,
+        metadata={"help": "Processor of the target, if it is in another folder or Hub repository."},
+    )
     target_dtype: str = field(
-        default="auto", metadata={"help": "Dtype of the target: auto, float32, bfloat16 or float16."}
+        default="auto",
+        metadata={
+            "help": "Dtype of the target: auto, float32, bfloat16 or float16. --dtype, as the other verbs call it, is "
+            "the same option."
+        },
     )
     device: str | None = field(
         default=None,
@@ -79,7 +94,10 @@ class TrainingOptions:
         default=None,
         metadata={
             "help": "File of `sparrow vocab`; the draft proposes only the tokens in it. 'full': all tokens. By "
-            "default, of targets with 32,768 tokens or more, the most frequent ones of the training answers."
+            f"default, a new draft for a target of {REDUCED_SIZE:,} tokens or more proposes the most frequent ones of "
+            # Without a per cent sign, which argparse would take for a place to fill in.
+            f"the training answers, if at least {MIN_COVERAGE:g} of the held-out answers' tokens are among them, else "
+            "all."
         },
     )
     copy_last_layer: bool = field(
@@ -89,10 +107,13 @@ class TrainingOptions:
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of decoder layers of the draft."})
     feature_layers: list[int] | None = field(
         default=None,
-        metadata={"help": "Target layers whose text states the draft reads; -1 is the state after the final norm."},
+        metadata={
+            "help": "Target layers whose text states the draft reads; -1 is the state after the final norm (the "
+            "default)."
+        },
     )
     visual_bridge_layer: int | None = field(
-        default=None, metadata={"help": "Target layer whose visual states the draft reads."}
+        default=None, metadata={"help": "Target layer whose visual states the draft reads; by default the middle one."}
     )
     num_glimpse_tokens: int | None = field(
         default=None, metadata={"help": "Number of visual tokens that the draft reads when it decodes."}
@@ -100,15 +121,19 @@ class TrainingOptions:
     glimpse_spacing: Literal["even", "logarithmic"] | None = field(
         default=None,
         metadata={
-            "help": "Distances of these tokens: 'even', or 'logarithmic', which vLLM can follow too (`sparrow "
-            "export-vllm`)."
+            "help": "Distances of the visual tokens that the draft reads when it decodes: 'even', or 'logarithmic', "
+            "which vLLM can follow too (`sparrow export-vllm`)."
         },
     )
     num_mtp_steps: int | None = field(
         default=None, metadata={"help": "Number of passes of the draft over each training row."}
     )
     num_draft_levels: int | None = field(
-        default=None, metadata={"help": "Number of levels that the draft proposes in one round."}
+        default=None,
+        metadata={
+            "help": "Number of levels that the draft proposes in one round. Not given, it is chosen on the held-out "
+            "rows at the end, if there are any."
+        },
     )
     position_mode: Literal["compact", "original"] | None = field(
         default=None,
@@ -160,7 +185,7 @@ def parse_options(words: Sequence[str]) -> tuple[TrainingOptions, SparrowTrainin
     Raises:
         TrainingOptionsError: A name is unknown, a value has the wrong type, or something needed is missing.
     """
-    words = [_with_underscores(word) for word in words]
+    words = [_with_field(word) for word in words]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config")
     first.add_argument("--preset")
@@ -218,16 +243,25 @@ def describe_options() -> dict[str, list[tuple[str, str, str]]]:
 def _default_of(item: dataclasses.Field[Any]) -> str:
     if item.default is dataclasses.MISSING:
         return "required"
-    return "" if item.default is None else str(item.default)
+    # What is not given here is what a new draft's configuration says.
+    default = getattr(SparrowDraftConfig, item.name) if item.name in DRAFT_FIELDS else item.default
+    return "" if default is None else str(default)
 
 
 def _fields_of(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
     return {item.name: values[item.name] for item in dataclasses.fields(kind) if item.init}
 
 
-def _with_underscores(word: str) -> str:
+def _field_of(name: str) -> str:
+    """The field that an option's name means."""
+    name = name.replace("-", "_")
+    return ALIASES.get(name, name)
+
+
+def _with_field(word: str) -> str:
+    """A word of the command line, an option by the name of its field."""
     name, equals, value = word.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+    return f"--{_field_of(name.removeprefix('--'))}{equals}{value}" if word.startswith("--") else word
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
@@ -237,7 +271,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
         raise TrainingOptionsError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
         raise TrainingOptionsError(f"{file} must hold `name: value` lines and nothing nested")
-    return {str(name).replace("-", "_"): value for name, value in found.items()}
+    return {_field_of(str(name)): value for name, value in found.items()}
 
 
 def _set_defaults(parser: HfArgumentParser, values: dict[str, Any]) -> None:

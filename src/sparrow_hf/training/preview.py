@@ -141,9 +141,8 @@ def estimate_cost(trainer: SparrowTrainer, target: nn.Module) -> CostEstimate:
 
     trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    steps = trainer.state.max_steps if args.max_steps <= 0 else args.max_steps
-    per_step = args.train_batch_size * args.gradient_accumulation_steps
-    if args.max_steps <= 0:
+    steps, per_step = args.max_steps, args.train_batch_size * args.gradient_accumulation_steps
+    if steps <= 0:
         # Without a dataset of known length there is no number of epochs to count.
         steps = round(args.num_train_epochs * len(trainer.train_dataset) / (per_step * args.world_size))
     # Weights, and Adam's two averages of them.

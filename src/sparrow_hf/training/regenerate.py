@@ -48,7 +48,7 @@ def regenerate(
     output_dir: str | os.PathLike[str],
     *,
     draft: SparrowDraftModel | None = None,
-    shard_size: int = 256,
+    shard_size: int = 64,
     batch_size: int = 1,
     max_new_tokens: int = 1024,
     seed: int = 0,

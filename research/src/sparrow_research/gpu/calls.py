@@ -98,10 +98,10 @@ def measure_arm(
 ) -> dict[str, Any]:
     """A row on one way to decode one prompt.
 
-    The first call meets every length of the cache for the first time, and compiles where that is asked for. Then a
-    round's time is what a call of many tokens takes beyond one of few, over the rounds that it has more: what happens
-    once in a call (the draft's prefill, recording of graphs) is not in it. Last, with a draft, a token's time with
-    planted drafts, taken in the same way.
+    In the first call every length of the cache is new to the libraries, and it compiles where that is asked for. A
+    round's time is what a later call of many tokens takes beyond one of few, over the rounds that it has more: what
+    happens once in a call (the draft's prefill, recording of graphs) is not in it. Last, with a draft, a token's time
+    with planted drafts, taken in the same way.
     """
     sizes = session.sizes
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from sparrow_hf.artifacts import write_json, write_text
+from sparrow_hf.training.checkpoints import last_checkpoint
 
 from .rivals import RIVALS
 
@@ -100,8 +101,9 @@ def plan(
     """The commands, in their order."""
     on = ("--target", target)
     largest = max(sizes)
+    own = f"-{largest}"
     layers = [word for layer in LAYERS for word in ("--feature-layers", str(layer))]
-    vocabulary = work / "vocabulary.safetensors"
+    vocabulary = work / f"vocabulary-{largest}.safetensors"
     found = [
         Step(
             (
@@ -118,7 +120,7 @@ def plan(
     words = ("sparrow_hf.cli", "vocab", *on, "--answers", answers, *size, "--output", str(vocabulary))
     found.append(Step(words, vocabulary, 20))
     drafts = {f"sparrow-{size}": (("sparrow_hf.cli", "train"), size) for size in sizes}
-    drafts |= {name: (("sparrow_research.language.rivals", name), largest) for name in RIVALS}
+    drafts |= {f"{name}-{largest}": (("sparrow_research.language.rivals", name), largest) for name in RIVALS}
     for name, (command, tokens) in drafts.items():
         folder = work / "drafts" / name
         training = (
@@ -127,24 +129,24 @@ def plan(
             *("--max-steps", str(steps), "--warmup-steps", str(steps // 20), "--save-steps", str(max(1, steps // 10))),
             *("--per-device-train-batch-size", str(batch), "--use-cpu", str(device == "cpu").lower()),
         )
-        resume = ("--resume",) if (folder / "checkpoints").exists() else ()
+        resume = ("--resume",) if last_checkpoint(folder / "checkpoints") else ()
         seconds = steps * batch * SECONDS["row"]
         found.append(Step((*command, *on, *training, *COMMON.split(), *resume), folder / SAFE_WEIGHTS_NAME, seconds))
     measured = (
         *("sparrow_research.language.text", *on, "--draft", f"{work}/drafts/sparrow-{largest}", "--compare"),
-        *(f"{name}={work}/drafts/{name}" for name in drafts if name != f"sparrow-{largest}"),
+        *(f"{name.removesuffix(own)}={work}/drafts/{name}" for name in drafts if name != f"sparrow-{largest}"),
         *("--limit", str(limit), "--work", f"{work}/measured", "--output", f"{work}/text.json"),
     )
     calls = limit * (2 * 9 + len(drafts) + 1)
     return [*found, Step(measured, None, calls * SECONDS["measure"])]
 
 
-def describe(work: Path, sizes: Sequence[int], steps: int, batch: int) -> None:
-    """Writes beside every draft what `language.text` tables of its training."""
+def describe(work: Path, steps: int, batch: int) -> None:
+    """Writes beside every draft what `language.text` tables of its training; those of earlier runs have it."""
     for folder in (work / "drafts").iterdir():
-        size = folder.name.removeprefix("sparrow-")
-        tokens = int(size) if size.isdigit() else max(sizes)
-        write_json(folder / "trained.json", {"tokens": tokens, "steps": steps, "rows": batch})
+        file, tokens = folder / "trained.json", int(folder.name.rpartition("-")[2])
+        if not file.exists():
+            write_json(file, {"tokens": tokens, "steps": steps, "rows": batch})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -173,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     for step in missing:
         if step is missing[-1]:
-            describe(options.work, options.tokens, *settings)
+            describe(options.work, *settings)
         subprocess.run([sys.executable, "-m", *step.words], check=True)
 
 

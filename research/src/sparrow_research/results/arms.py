@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from sparrow_hf.measurement import NO_DRAFT
+from sparrow_hf.measurement import NO_DRAFT, PLAIN
 
 from .drafts import SIBLING
 
@@ -98,8 +98,8 @@ def arms_of(*roles: Role) -> tuple[str, ...]:
 
 
 def name_of(arm: str) -> str:
-    """What a sentence calls an arm."""
-    return ARMS[arm].name or ARMS[arm].label
+    """What a sentence calls an arm; plain `generate()` has no entry and keeps its name."""
+    return arm if arm == PLAIN else ARMS[arm].name or ARMS[arm].label
 
 
 def legend_of(arm: str) -> str:

@@ -58,7 +58,7 @@ def measure_draft_steps(target: Any, processor: Any, draft_folder: Path, runs: P
             generators = {tokens: prefilled_generator(target, draft, inputs) for tokens, inputs in prompts.items()}
             seconds: dict[int, list[float]] = {tokens: [] for tokens in generators}
             for repeat in range(REPEATS):
-                # Interleaved, and in turns first: whatever else the machine does meets all lengths alike.
+                # Interleaved, each first in turn: other work on the machine slows all lengths by about as much.
                 for tokens in sorted(generators, reverse=bool(repeat % 2)):
                     start = time.perf_counter()
                     generators[tokens].propose(max_levels=generators[tokens].shape.num_draft_levels)

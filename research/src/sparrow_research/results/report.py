@@ -12,8 +12,8 @@ from sparrow_hf.evaluation.report import between, numbers, optional, provenance_
 
 from ..retrain import CLIPS
 from .analyses import COMMAND
-from .arms import ARMS, DEFAULT
-from .cells import GLIMPSE, VIDEO, command
+from .arms import ARMS, DEFAULT, TUNED, TUNED_COMPILED, name_of
+from .cells import AS_SHIPPED, GLIMPSE, VIDEO, command
 from .claims import OURS, PAPERS, paragraph
 from .drafts import MEANINGS
 from .figures import draw_all
@@ -163,6 +163,15 @@ def summary(results: Results, family: str) -> str:
         "Greedy, by visual tokens: τ / DSR.\n",
         arms_table(results, family, {f"{VIDEO}{length}": f"{length:,}" for length in lengths}),
     ]
+    tuned = results.lengths(family, AS_SHIPPED)
+    if tuned:
+        parts += [
+            "What plain `generate()` can do, and the default as it ships. It drafts a chain of "
+            f"{results.shipped_depth(family)}. τ / DSR.\n",
+            arms_table(results, family, {f"{AS_SHIPPED}{length}": f"{length:,}" for length in tuned}),
+            "The same, over the fastest arm without a draft of this package: DSR over its DSR.\n",
+            over_best_table(results, family, tuned),
+        ]
     others = [cell for cell in OTHERS if results.cell(family, cell)]
     if others:
         parts += ["Other prompts: τ / DSR.\n", arms_table(results, family, {cell: OTHERS[cell] for cell in others})]
@@ -189,6 +198,25 @@ def arms_table(results: Results, family: str, cells: Mapping[str, str]) -> str:
     prompts = [max((row["prompts"] for row in results.cell(family, cell)), default=0) for cell in cells]
     heads = [f"{head} ({count} prompts)" for head, count in zip(cells.values(), prompts, strict=True)]
     return table(["arm", *heads], rows)
+
+
+def over_best_table(results: Results, family: str, lengths: Sequence[int]) -> str:
+    """What the default as it ships gains over the fastest of plain `generate()`'s ways and prompt lookup."""
+    cells = [f"{AS_SHIPPED}{length}" for length in lengths]
+    shown = [DEFAULT, TUNED, TUNED_COMPILED]
+    rows = [
+        [
+            ARMS[arm].label,
+            *(
+                "" if (row := results.row(family, cell, arm)) is None else f"{row['dsr_over_best']:.2f}"
+                for cell in cells
+            ),
+        ]
+        for arm in shown
+    ]
+    fastest = [results.cell(family, cell)[0]["best_baseline"] for cell in cells]
+    rows.append(["the fastest without a draft", *map(name_of, fastest)])
+    return table(["arm", *(f"{length:,}" for length in lengths)], rows)
 
 
 def phases(results: Results, family: str) -> str:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .cells import VIDEO
+from .arms import TUNED
+from .cells import AS_SHIPPED, VIDEO
 
 NAMES = {"qwen2_5_vl": "Qwen2.5-VL", "llava_onevision": "LLaVA-OneVision"}
 
@@ -39,10 +40,16 @@ class Results:
         """The row of one arm; `None` if it was not measured."""
         return next((row for row in self.cell(family, cell) if row["arm"] == arm), None)
 
-    def lengths(self, family: str) -> list[int]:
-        """Visual tokens of the greedy video cells, shortest first."""
+    def lengths(self, family: str, kind: str = VIDEO) -> list[int]:
+        """Visual tokens of the greedy video cells, or of those of another kind, shortest first."""
         cells = {row["benchmark"] for row in self.rows if row["family"] == family}
-        return sorted(int(cell.removeprefix(VIDEO)) for cell in cells if cell.startswith(VIDEO))
+        return sorted(int(cell.removeprefix(kind)) for cell in cells if cell.startswith(kind))
+
+    def shipped_depth(self, family: str) -> int:
+        """Tokens of the chain that the default draft has in its configuration, as it was measured."""
+        row = self.row(family, f"{AS_SHIPPED}{self.lengths(family, AS_SHIPPED)[0]}", TUNED)
+        assert row is not None
+        return row["tree"][1]
 
     def by_length(self, family: str, arm: str) -> dict[int, dict[str, Any]]:
         """Length → the arm's figures over the clips that all lengths share; of arms that all lengths have."""
