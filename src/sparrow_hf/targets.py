@@ -25,6 +25,7 @@ from ._transformers import (
     takes_positions,
     unwrap,
 )
+from .artifacts import tensor_digest
 from .configuration_sparrow import SparrowDraftConfig
 from .errors import BindingError, UnsupportedTargetError
 from .hidden_states import install_hooks
@@ -100,6 +101,11 @@ class TargetView:
         Without kinds whose attention modules do anything with a mask but give it to the attention function.
         """
         return query_groups(self.layers, self.text_config)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of its weights, computed once: a target is frozen, and a large one takes long to read."""
+        return tensor_digest(self.model.state_dict())
 
     def is_view_of(self, target: PreTrainedModel) -> bool:
         """Whether this is a view of `target` with its current embedding and head."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import EvalPrediction
 
+from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments
 from sparrow_hf.training.acceptance import acceptance_metrics, count_acceptance, simulate_rounds
 from sparrow_hf.training.passes import DraftBatch
 
@@ -31,7 +32,7 @@ def test_rounds_and_figures_by_hand():
     # sample 1: from 0 one matches → next start 2: one matches, the second would lie past the end → over
     assert [int(length) for length in simulate_rounds(batch, [first, second])] == [2, 2, 1, 1]
 
-    counts = count_acceptance(batch, [first, second])
+    counts = count_acceptance(batch, [first, second], 2)
     # rows: 9 in the first pass, 5 + 2 in the second; positions after the end of sample 1 are not counted
     assert counts.tolist() == [[4 + 3, 4 + 1, 9, 7, 4, 2, 4]]
     pooled = np.concatenate([counts.numpy(), counts.numpy()])
@@ -44,3 +45,45 @@ def test_rounds_and_figures_by_hand():
         "accepted_1": 1.0,
         "accepted_2": 0.5,
     }
+
+
+def test_a_batch_of_short_answers_has_as_many_counts_as_one_of_long_answers():
+    # Chains of three tokens; an answer of one loss has one pass, an answer of four has three.
+    short = count_acceptance(batch_of(1), [torch.tensor([[True]])], 3)
+    passes = [torch.ones(1, 4).bool(), torch.tensor([[1, 0, 1]]).bool(), torch.ones(1, 2).bool()]
+    long = count_acceptance(batch_of(4), passes, 3)
+    # The short one is a round of one token. The long one: three tokens from loss 0, and the round is the whole answer.
+    assert short.tolist() == [[1, 0, 0, 1, 0, 0, 1, 0, 0, 1]]
+    assert long.tolist() == [[4, 2, 2, 4, 3, 2, 1, 1, 1, 1]]
+    pooled = np.concatenate([short.numpy(), long.numpy()])
+    metrics = acceptance_metrics(EvalPrediction(predictions=pooled, label_ids=pooled))
+    assert metrics == {
+        "agreement_1": 1.0,
+        "agreement_2": pytest.approx(2 / 3),
+        "agreement_3": 1.0,
+        "k": 2.0,
+        "tau": 3.0,
+        "accepted_1": 1.0,
+        "accepted_2": 0.5,
+        "accepted_3": 0.5,
+    }
+
+
+def test_figures_do_not_depend_on_how_rows_are_batched(tmp_path, target, make_draft, samples):
+    start = samples[0]["answer_start"]
+    # One word and the end of the turn: one loss.
+    word = {
+        name: value[:, : start + 2] if getattr(value, "shape", None) == samples[0]["input_ids"].shape else value
+        for name, value in samples[0].items()
+    }
+    found = []
+    for size in (1, 2, 3):
+        args = SparrowTrainingArguments(
+            str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, per_device_eval_batch_size=size
+        )
+        trainer = SparrowTrainer(make_draft(num_draft_levels=5), target, args, eval_dataset=[word, *samples[:2]])
+        metrics = trainer.evaluate()
+        found.append({name: metrics[name] for name in metrics if name.startswith(("eval_a", "eval_k", "eval_tau"))})
+    assert set(found[2]) >= {"eval_accepted_5", "eval_agreement_5", "eval_k", "eval_tau"}
+    # All rows in one batch: nothing is put together.
+    assert found[0] == found[1] == found[2]

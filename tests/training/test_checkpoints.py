@@ -1,21 +1,25 @@
 """Resuming a training: every part of a checkpoint is the one that was written, and the training is the same."""
 
 import copy
+import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
-from sparrow_hf import SparrowDraftModel
+from sparrow_hf import SparrowDraftModel, targets
 from sparrow_hf.artifacts import tensor_digest
+from sparrow_hf.checksums import DIGESTS_FILE, Digests
 from sparrow_hf.errors import TrainingOptionsError
-from sparrow_hf.training import SparrowDataCollator, SparrowTrainer, SparrowTrainingArguments
-from sparrow_hf.training.checkpoints import check_checkpoint, check_settings, last_checkpoint
+from sparrow_hf.training import SparrowDataCollator, SparrowTrainer, SparrowTrainingArguments, checkpoints
+from sparrow_hf.training import run as runs
+from sparrow_hf.training.checkpoints import SETTINGS_FILE, check_checkpoint, check_settings, last_checkpoint
 from sparrow_hf.training.options import parse_options
 from sparrow_hf.training.recording import record
 from sparrow_hf.training.run import TrainingRun, prepare_training
@@ -26,12 +30,20 @@ SMALL = ("--max-steps", "2", "--save-steps", "1", "--learning-rate", "0.01", "--
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory, target: PreTrainedModel, samples: list[Any]) -> Path:
-    """Two recordings of the same target, of other rows."""
+    """Recordings of the same target: two of the same rows in another order, and one of other rows."""
     folder = tmp_path_factory.mktemp("rows")
     draft = SparrowDraftModel.from_target(target)
     record(draft, samples, folder / "a", SparrowDataCollator())
     record(draft, list(reversed(samples)), folder / "b", SparrowDataCollator())
+    # The same videos and questions, and shorter answers.
+    record(draft, [shortened(sample) for sample in samples[:2]], folder / "c", SparrowDataCollator())
     return folder
+
+
+def shortened(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample without the last token of its answer."""
+    shape = sample["input_ids"].shape
+    return {name: value[:, :-1] if getattr(value, "shape", None) == shape else value for name, value in sample.items()}
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +208,132 @@ def test_a_training_that_logs_nothing_has_a_draft_and_no_curves(
     run.run()
     assert SparrowDraftModel.from_pretrained(tmp_path) and not (tmp_path / "curves.png").exists()
     assert run.notes == ["There are no curves: nothing was logged in 2 steps (--logging-steps 5)."]
+
+
+@pytest.mark.parametrize("left", ["nothing", "digests", "settings", "settings and half a line"])
+def test_a_stop_while_a_checkpoint_is_sealed_leaves_one_that_is_resumed(
+    prepare: Callable[..., TrainingRun], output: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    whole = SparrowDraftModel.from_pretrained(output).state_dict()
+    folder = output / "checkpoints"
+    settings = json.loads((folder / "checkpoint-1" / SETTINGS_FILE).read_text())
+    shutil.rmtree(folder / "checkpoint-2")
+    for name in (SETTINGS_FILE, DIGESTS_FILE):
+        (folder / "checkpoint-1" / name).unlink()
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    where = {"nothing": (Digests, "write"), "digests": (checkpoints, "write_json")}.get(left, (Digests, "add"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*where, stop)
+        checkpoints.seal_checkpoint(folder / "checkpoint-1", settings)
+    if left == "settings and half a line":
+        with (folder / "checkpoint-1" / DIGESTS_FILE).open("a") as file:
+            file.write("0123")
+    there = {path.name for path in (folder / "checkpoint-1").iterdir()} & {SETTINGS_FILE, DIGESTS_FILE}
+    assert there == {"nothing": set(), "digests": {DIGESTS_FILE}}.get(left, {SETTINGS_FILE, DIGESTS_FILE})
+
+    said = {"nothing": "carries no digests", "digests": "nothing tells whether these are the options"}.get(left)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again = prepare(output, "--resume").run().state_dict()
+    told = [str(warning.message) for warning in caught if "checkpoint-1" in str(warning.message)]
+    assert len(told) == (said is not None) and all(said in message for message in told if said)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_settings_that_a_stop_left_without_a_digest_are_compared(
+    prepare: Callable[..., TrainingRun], output: Path
+) -> None:
+    digests = output / "checkpoints" / "checkpoint-2" / DIGESTS_FILE
+    *lines, last = digests.read_text().splitlines(keepends=True)
+    assert last.endswith(f"  {SETTINGS_FILE}\n")
+    digests.write_text("".join(lines))
+    with pytest.raises(TrainingOptionsError, match="seed: 42, now 7"):
+        prepare(output, "--resume", "--seed", 7)
+
+
+def test_arguments_of_another_version_of_transformers_are_not_compared(
+    prepare: Callable[..., TrainingRun], output: Path
+) -> None:
+    path = output / "checkpoints" / "checkpoint-2" / SETTINGS_FILE
+    settings = json.loads(path.read_text())
+    settings["arguments"]["an_argument_of_then"] = 1
+    del settings["arguments"]["weight_decay"]
+    checkpoints.seal_checkpoint(path.parent, settings)
+    prepare(output, "--resume")
+
+
+class Evaluations(TrainerCallback):
+    """Steps and figures of the evaluations."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[int, dict[str, float]]] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        self.done.append((state.global_step, metrics))
+
+
+def test_a_training_that_is_resumed_at_its_end_trains_no_step(
+    prepare: Callable[..., TrainingRun], rows: Path, tmp_path: Path
+) -> None:
+    # The second epoch ends after the fourth step.
+    words = ("--max-steps", 3, "--logging-steps", 1, "--held-out", rows / "c", "--num-draft-levels", 3)
+    run = prepare(tmp_path, *words)
+    whole = {name: tensor.clone() for name, tensor in run.run().state_dict().items()}
+    (tmp_path / "model.safetensors").unlink()
+    again = prepare(tmp_path, *words, "--resume")
+    evaluations = Evaluations()
+    again.trainer.add_callback(evaluations)
+    trained = again.run().state_dict()
+    assert again.trainer.state.global_step == 3
+    losses = [entry["step"] for entry in again.trainer.state.log_history if "loss" in entry]
+    assert losses == [1, 2, 3]
+    # The held-out rows may be others than before.
+    assert [step for step, _ in evaluations.done] == [3]
+    assert all(torch.equal(trained[name], tensor) for name, tensor in whole.items())
+    saved = SparrowDraftModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in whole.items())
+    assert not (tmp_path / "checkpoints" / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ((), [1, 2]),
+        (("--eval-steps", 2), [2]),
+        (("--eval-strategy", "no"), [2]),
+        (("--save-strategy", "no"), [2]),
+        (("--eval-delay", 5), [2]),
+        # What is left is the best draft, which may be another than the last one.
+        (("--load-best-model-at-end", "true"), [1, 2, 2]),
+    ],
+)
+def test_a_finished_draft_is_evaluated_once(
+    prepare: Callable[..., TrainingRun],
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[Any, ...],
+    steps: list[int],
+) -> None:
+    run = prepare(tmp_path, "--held-out", rows / "c", *words)
+    evaluations, chosen_by = Evaluations(), []
+    run.trainer.add_callback(evaluations)
+    monkeypatch.setattr(runs, "write_depth", lambda draft, output, decoding, metrics: chosen_by.append(metrics) or "")
+    run.run()
+    assert [step for step, _ in evaluations.done] == steps
+    (metrics,) = chosen_by
+    assert metrics["eval_tau"] >= 1 and metrics["eval_accepted_1"] == evaluations.done[-1][1]["eval_accepted_1"]
+
+
+def test_the_target_is_read_once_for_its_digest(
+    prepare: Callable[..., TrainingRun], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = []
+    monkeypatch.setattr(
+        targets, "tensor_digest", lambda tensors: digests.append(tensor_digest(tensors)) or digests[-1]
+    )
+    run = prepare(tmp_path, "--held-out", rows / "c")
+    assert len(digests) == 1 and run.trainer.seal.settings["target_sha256"] == digests[0]

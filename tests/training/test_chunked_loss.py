@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparrow_hf.training import chunked_loss as module
 from sparrow_hf.training.chunked_loss import chunked_loss
@@ -122,3 +123,26 @@ def test_without_gradients_nothing_is_differentiated(make_draft) -> None:
     with torch.no_grad():
         losses, _ = chunked_loss(draft, WEIGHTS, *torch.randn(2, ROWS, draft.config.hidden_size))
     assert not losses.requires_grad
+
+
+def test_what_the_target_says_about_a_part_of_the_vocabulary_needs_one_tensor_of_the_whole(make_draft) -> None:
+    draft = make_draft()
+    states = 3 * torch.randn(7, draft.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    part = torch.arange(0, 60, 2)
+    expected = draft.compute_logits(states).log_softmax(-1)
+    draft.set_vocabulary(part)
+    whole: dict[int, torch.Tensor] = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.numel() == expected.numel():
+                # Held, so that no other one gets the same memory.
+                whole[made.untyped_storage().data_ptr()] = made
+            return made
+
+    with Watch():
+        log_probs, tokens = module._target(draft, states)
+    assert len(whole) == 1
+    torch.testing.assert_close(log_probs, expected[:, part], atol=1e-6, rtol=1e-6)
+    assert torch.equal(tokens, expected.argmax(-1))

@@ -7,7 +7,8 @@ from rows import ask, video
 
 from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.testbed.world import make_clip
-from sparrow_hf.training import media_keys, refuse_shared_media
+from sparrow_hf.training import SparrowDataCollator, media_keys, refuse_shared_media
+from sparrow_hf.training.recording import RecordedDataset, record
 
 
 @pytest.fixture
@@ -29,3 +30,34 @@ def test_shared_media_are_refused(folder):
         TrainingDataError, match="held-out row 1 and training row 0: .*held-out row 2 and training row 3"
     ):
         refuse_shared_media(train, held_out)
+
+
+def test_rows_that_show_nothing_are_compared_by_their_prompts(folder):
+    said = {"messages": [{"role": "user", "content": "what is red ?"}]}
+    train = [ask(), ask(video("a.mp4"))]
+    # The same question about another video is another row.
+    refuse_shared_media(train, [said, ask(video("b.mp4"))])
+    with pytest.raises(TrainingDataError, match="1 held-out .* held-out row 1 and training row 0: prompt sha256:"):
+        # Another answer to the same prompt.
+        refuse_shared_media(train, [said, ask(answer={"role": "assistant", "content": "two"})])
+
+
+def test_recordings_that_share_rows_are_refused(tmp_path, make_draft, samples):
+    draft = make_draft()
+    for name, rows in {"a": samples[:2], "again": samples[1:3], "other": samples[2:]}.items():
+        record(draft, rows, tmp_path / name, SparrowDataCollator())
+    a, again, other = (RecordedDataset(tmp_path / name, draft) for name in ("a", "again", "other"))
+    refuse_shared_media(a, other)
+    with pytest.raises(
+        TrainingDataError, match="1 held-out .* held-out row 0 and training row 1: recorded row sha256:"
+    ):
+        refuse_shared_media(a, again)
+    with pytest.raises(TrainingDataError, match="2 held-out"):
+        refuse_shared_media(a, a)
+    (tmp_path / "a" / "digests.sha256").unlink()
+    with pytest.warns(UserWarning, match="no digests"):
+        old = RecordedDataset(tmp_path / "a", draft)
+    with pytest.raises(TrainingDataError, match="2 held-out .*row-000000.safetensors"):
+        refuse_shared_media(old, old)
+    # Nothing tells which conversations these are.
+    refuse_shared_media(a, [ask()])

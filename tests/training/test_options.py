@@ -66,6 +66,8 @@ def test_a_preset_in_the_file_counts(tmp_path):
         ([*NEEDED, "--preset", "papers"], "papers"),
         ([*NEEDED, "--lora", "8"], "--warm-start"),
         ([*NEEDED, "--warm-start", "d", "--num-mtp-steps", "2"], "num_mtp_steps"),
+        ([*NEEDED, "--warm-start", "d", "--copy-last-layer"], "leave out --copy-last-layer"),
+        ([*NEEDED, "--output-dir", "x"], "--output-dir x: checkpoints are always in draft/checkpoints"),
         ([*NEEDED, "--num-visual-rows-min", "9", "--num-visual-rows-max", "3"], "num_visual_rows"),
         ([*NEEDED, "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -81,3 +83,22 @@ def test_bad_files_are_refused(tmp_path, text):
     config.write_text(text)
     with pytest.raises(TrainingOptionsError):
         parse_options([*NEEDED, "--config", str(config)])
+
+
+@pytest.mark.parametrize(
+    ("words", "evaluated"),
+    [
+        ("", ("no", None)),
+        ("--held-out h", ("steps", 40)),
+        ("--held-out h --save-strategy epoch", ("epoch", 40)),
+        ("--held-out h --save-strategy best --metric-for-best-model tau", ("steps", 40)),
+        ("--held-out h --load-best-model-at-end true", ("steps", 40)),
+        ("--held-out h --eval-steps 20", ("steps", 20)),
+        ("--held-out h --eval-strategy epoch", ("epoch", None)),
+        ("--held-out h --eval-strategy no", ("no", None)),
+        ("--output-dir draft/checkpoints --eval-strategy no", ("no", None)),
+    ],
+)
+def test_held_out_rows_are_evaluated_where_checkpoints_are_saved_unless_it_is_said(words, evaluated):
+    _, arguments = parse_options([*NEEDED, "--use-cpu", "--save-steps", "40", *words.split()])
+    assert (arguments.eval_strategy, arguments.eval_steps) == evaluated

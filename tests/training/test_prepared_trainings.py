@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf.errors import TrainingOptionsError
 from sparrow_hf.training import SparrowDataCollator
 from sparrow_hf.training.options import parse_options
 from sparrow_hf.training.recording import record
@@ -45,3 +47,10 @@ def test_by_default_a_seed_gives_the_same_draft_of_this_package(
         drafts.append(prepare_training(options, arguments, target, None).trainer.draft)  # type: ignore[arg-type]
     assert type(drafts[0]) is SparrowDraftModel
     assert torch.equal(drafts[0].fc.weight, drafts[1].fc.weight)
+
+
+def test_a_recording_is_not_streamed(target: PreTrainedModel, samples: list[Any], tmp_path: Path) -> None:
+    record(SparrowDraftModel.from_target(target), samples[:1], tmp_path / "rows", SparrowDataCollator())
+    words = f"--target t --train {tmp_path}/rows --output {tmp_path}/draft --max-steps 1 --use-cpu --streaming"
+    with pytest.raises(TrainingOptionsError, match="--streaming: .* is a recording"):
+        prepare_training(*parse_options(words.split()), target, None)  # type: ignore[arg-type]

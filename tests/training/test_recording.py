@@ -186,3 +186,26 @@ def test_a_killed_recording_goes_on_and_ends_the_same(tmp_path, make_draft, samp
     run("whole")
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
     assert len(files_of(tmp_path / "whole")) == 6
+
+
+def test_a_recording_goes_on_with_the_same_rows_read_the_same_way_only(tmp_path, make_draft, samples):
+    def run(source="a", **sampling):
+        record(make_draft(), samples, tmp_path, SparrowDataCollator(**sampling), source={"answers": source})
+
+    run(max_frames=8)
+    run(max_frames=8)
+    with pytest.raises(TrainingDataError, match="max_frames: 8, now None"):
+        run()
+    with pytest.raises(TrainingDataError, match="fps: None, now 2.0"):
+        run(max_frames=8, fps=2.0)
+    with pytest.raises(TrainingDataError, match="answers: 'a', now 'b'"):
+        run("b", max_frames=8)
+    # An earlier version did not write these down.
+    provenance = tmp_path / recording.PROVENANCE_FILE
+    written = json.loads(provenance.read_text())
+    provenance.write_text(
+        json.dumps({name: written[name] for name in written if name not in ("answers", "fps", "max_frames")})
+    )
+    (tmp_path / DIGESTS_FILE).unlink()
+    with pytest.warns(UserWarning, match="carries no digests"):
+        run("b", fps=2.0)

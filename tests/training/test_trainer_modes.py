@@ -51,3 +51,14 @@ def test_a_compiled_training(target, make_draft, samples, tmp_path, attention) -
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
     plain = losses(target, make_draft, samples, tmp_path, mtp_attention=attention)
     assert losses(target, make_draft, samples, tmp_path, mtp_attention=attention, **compiled)[1:] == plain[1:]
+
+
+def test_one_process_trains_on_one_gpu(target, make_draft, tmp_path) -> None:
+    arguments = SparrowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    assert arguments.device.type == "cpu"
+    # As if it saw two.
+    arguments._n_gpu = 2
+    draft = make_draft()
+    trainer = SparrowTrainer(draft, target, arguments)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == arguments.per_device_train_batch_size
+    assert trainer._wrap_model(draft) is draft

@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 from greedy import greedy
 from safetensors.torch import save_file
+from transformers import EvalPrediction
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments, append_answer
+from sparrow_hf.training.acceptance import acceptance_metrics
 
 from families import FAMILY_BY_NAME
 
@@ -45,13 +47,28 @@ def main(folder: Path, batch_per_process: int) -> None:
         num_visual_rows_max=6,
         hidden_state_noise=0.1,
     )
-    trainer = SparrowTrainer(draft, target, arguments, train_dataset=samples, eval_dataset=samples)
+
+    def figures(prediction: EvalPrediction) -> dict[str, float]:
+        return acceptance_metrics(prediction) | {"rounds": float(prediction.predictions[:, -1].sum())}
+
+    trainer = SparrowTrainer(
+        draft, target, arguments, train_dataset=samples, eval_dataset=samples, compute_metrics=figures
+    )
     trainer.train()
     measured = trainer.evaluate()
+    # Four rows in a step, whatever the number of processes; the last step has three.
+    arguments.per_device_eval_batch_size = batch_per_process
+    of_seven = trainer.evaluate(samples[:7])
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         evaluated = {name: measured[name] for name in ("eval_loss", "eval_tau", "eval_k")}
-        report = {"processes": arguments.world_size, "losses": losses, "evaluated": evaluated}
+        counted = {name: of_seven[name] for name in ("eval_tau", "eval_rounds", "eval_agreement_1")}
+        report = {
+            "processes": arguments.world_size,
+            "losses": losses,
+            "evaluated": evaluated,
+            "of seven": counted,
+        }
         (folder / "report.json").write_text(json.dumps(report))
         save_file(draft.state_dict(), folder / "weights.safetensors")
 

@@ -45,6 +45,7 @@ from .models import (
     run_layer,
     smart_resize,
     unwrap,
+    use_one_gpu,
 )
 from .names import (
     ACTIVATIONS,

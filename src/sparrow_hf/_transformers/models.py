@@ -81,6 +81,11 @@ def on_device(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return trainer._prepare_inputs(inputs)
 
 
+def use_one_gpu(arguments: Any) -> None:
+    """Lets a `Trainer` of these arguments train on one GPU, however many the process sees."""
+    arguments._n_gpu = 1
+
+
 def smart_resize(*args: Any, **kwargs: Any) -> tuple[int, int]:
     """Height and width that Qwen's processors give a picture; it needs torchvision to import."""
     from transformers.models.qwen2_vl import image_processing_qwen2_vl

@@ -63,6 +63,7 @@ def record(
     from .. import SparrowDraftModel
     from ..data import load_rows
     from ..loading import load_target
+    from ..training.checkpoints import digest_of_rows
     from ..training.data import SparrowDataCollator
     from ..training.first_weights import entry_layer
     from ..training.recording import check_disk_budget, estimate_recording_bytes
@@ -95,6 +96,7 @@ def record(
         visual_rows=not text_only,
         max_disk_gb=max_disk_gb,
         show_progress=processes.is_main_process,
+        source={"answers": digest_of_rows(answers), "split": split},
     )
     report_skipped(Console(), skipped, len(rows))
     processes.wait_for_everyone()

@@ -11,23 +11,26 @@ from .. import metrics
 from .passes import DraftBatch
 
 
-def count_acceptance(batch: DraftBatch, matches: Sequence[Tensor]) -> Tensor:
+def count_acceptance(batch: DraftBatch, matches: Sequence[Tensor], levels: int) -> Tensor:
     """Counts that add up over batches; [`acceptance_metrics`] reads them.
 
     Args:
         batch: The batch the passes ran on.
-        matches: Per pass s, `(B, J−s)` bool: the draft's most probable token at loss u + s is the target's.
+        matches: Per pass s, `(B, J−s)` bool: the draft's most probable token at loss u + s is the target's. Answers
+            that are shorter than a chain have fewer passes.
+        levels: Tokens D of the chains, the same for all batches of an evaluation.
 
     Returns:
-        `(1, 3·D + 1)` for D passes: matching losses and all losses of each pass, rounds that accepted at least 1 … D
-        tokens, and all rounds.
+        `(1, 3·D + 1)`: matching losses and all losses of each pass, rounds that accepted at least 1 … D tokens, and
+        all rounds.
     """
-    passes = len(matches)
-    agreed = [(match & batch.has_loss(step)).sum() for step, match in enumerate(matches)]
-    losses = [batch.has_loss(step).sum() for step in range(passes)]
+    agreed = [int((match & batch.has_loss(step)).sum()) for step, match in enumerate(matches)]
+    losses = [int(batch.has_loss(step).sum()) for step in range(len(matches))]
+    not_run = [0] * (levels - len(matches))
     accepted = simulate_rounds(batch, matches)
-    reaching = metrics.count_reaching(accepted, passes)
-    return torch.cat((torch.stack((*agreed, *losses)), agreed[0].new_tensor([*reaching, len(accepted)])))[None]
+    reaching = metrics.count_reaching(accepted, levels)
+    counts = (*agreed, *not_run, *losses, *not_run, *reaching, len(accepted))
+    return torch.tensor([counts], device=batch.num_losses.device)
 
 
 def simulate_rounds(batch: DraftBatch, matches: Sequence[Tensor]) -> list[int]:

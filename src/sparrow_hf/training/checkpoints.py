@@ -1,12 +1,14 @@
 """Checkpoints of a training: sealed with digests and settings when they are written, checked before one is resumed.
 
-A `Trainer` writes the files of a checkpoint one after the other. When it is done, `training.json` (what decides the
-trained weights) and `digests.sha256` are added; a checkpoint without them is half written, or of an earlier version.
+A `Trainer` writes the files of a checkpoint one after the other, its own state last. Then `digests.sha256` and
+`training.json` (what decides the trained weights) are added. A process may be stopped in between, see
+[`seal_checkpoint`]; earlier versions added neither.
 """
 
 import json
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..artifacts import check_made_alike, tensor_digest, write_json
+from ..artifacts import check_made_alike, write_json
 from ..checksums import DIGESTS_FILE, Digests, digest_of_files, file_digest, read_json
 from ..errors import TrainingOptionsError
 
@@ -79,18 +81,28 @@ class SealCheckpoints(TrainerCallback):
 
 
 def seal_checkpoint(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings of a training into a checkpoint, and then the digests of all its files."""
+    """Writes the digests of a checkpoint's files, then the settings of the training, and then their digest.
+
+    A training can be resumed from whatever a stop in between leaves:
+
+        no digests, no settings              as a checkpoint of an earlier version, with a warning
+        digests, no settings                 with a warning: the settings cannot be compared
+        digests, settings without a digest   the settings are compared; they are written atomically
+
+    Settings without digests are none of these: the digests were lost later.
+    """
+    digests = _digests_of(checkpoint)
+    own = (DIGESTS_FILE, SETTINGS_FILE)
+    digests.write([path for path in checkpoint.rglob("*") if path.is_file() and path.name not in own])
     write_json(checkpoint / SETTINGS_FILE, settings, indent=2)
-    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != DIGESTS_FILE]
-    _digests_of(checkpoint).write(files)
+    digests.add(checkpoint / SETTINGS_FILE)
 
 
-def describe_training(trainer: Trainer, target: Any, **sources: Any) -> dict[str, Any]:
+def describe_training(trainer: Trainer, **sources: Any) -> dict[str, Any]:
     """What decides the trained weights, as JSON holds it: arguments, draft, target, and where the rows are from.
 
     Args:
         trainer: A [`SparrowTrainer`].
-        target: Its target.
         sources: Further settings, digests of the rows among them.
     """
     draft: Any = trainer.model
@@ -110,7 +122,7 @@ def describe_training(trainer: Trainer, target: Any, **sources: Any) -> dict[str
         "processes": trainer.args.world_size,
         "draft": configuration,
         "draft_dtype": str(draft.dtype),
-        "target_sha256": tensor_digest(target.state_dict()),
+        "target_sha256": draft.target.sha256,
         **sources,
     }
     return json.loads(json.dumps(settings, default=str))
@@ -137,6 +149,11 @@ def digest_of_rows(source: str | os.PathLike[str]) -> str:
 # -- checking ---------------------------------------------------------------------------------------------------------
 
 
+def step_of(checkpoint: str | os.PathLike[str]) -> int:
+    """How many steps were trained when a checkpoint was saved, from the name of its folder."""
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
 def check_checkpoint(checkpoint: str | os.PathLike[str], parts: Sequence[str] = ()) -> None:
     """Raises unless every part of a checkpoint is there, as it was written. No part is loaded.
 
@@ -154,8 +171,7 @@ def check_checkpoint(checkpoint: str | os.PathLike[str], parts: Sequence[str] = 
     digests.warn_without()
     digests.check_all()
     written = digests.known if digests.known is not None else {path.name for path in folder.iterdir()}
-    settings = () if digests.known is None else (SETTINGS_FILE,)
-    for names in (WEIGHTS, *((part,) for part in (_STATE_FILE, *settings, *parts))):
+    for names in (WEIGHTS, *((part,) for part in (_STATE_FILE, *parts))):
         if not any(name in written for name in names):
             raise TrainingOptionsError(
                 f"{folder / names[0]} is missing, or not in {DIGESTS_FILE}, so the training cannot go on as it was: "
@@ -171,7 +187,7 @@ def check_settings(checkpoint: str | os.PathLike[str], wanted: dict[str, Any]) -
         wanted: From [`describe_training`].
 
     Returns:
-        The settings of the checkpoint, `{}` if it is of an earlier version and has none.
+        The settings of the checkpoint, `{}` if it has none.
 
     Raises:
         TrainingOptionsError: They differ in something that decides the weights, or cannot be read.
@@ -179,25 +195,36 @@ def check_settings(checkpoint: str | os.PathLike[str], wanted: dict[str, Any]) -
     folder = Path(checkpoint)
     path = folder / SETTINGS_FILE
     digests = _digests_of(folder)
-    if digests.known is None and not path.exists():
+    if digests.lists(path):
+        digests.check(path)
+    elif not path.exists():
+        if digests.known is not None:
+            warnings.warn(
+                f"{folder} has no {SETTINGS_FILE}, because the process was stopped when it saved: nothing tells "
+                "whether these are the options, rows and target of the first run",
+                UserWarning,
+                stacklevel=2,
+            )
         return {}
-    digests.check(path)
     found = read_json(path, TrainingOptionsError, _remedy(folder))
     # Versions of transformers differ in the arguments they know.
-    both = {
-        name: {key: value[key] for key in value.keys() & found[name].keys()} if isinstance(value, dict) else value
-        for name, value in wanted.items()
-        if name in found and name != "steps"
-    }
+    shared = [name for name in wanted if name in found and name != "steps"]
     check_made_alike(
         folder,
-        found,
-        both,
+        {name: _only_of(found[name], wanted[name]) for name in shared},
+        {name: _only_of(wanted[name], found[name]) for name in shared},
         TrainingOptionsError,
         "--resume goes on with the options, rows and target of the first run; repeat them, or train on from its "
         "weights with --warm-start and another --output",
     )
     return found
+
+
+def _only_of(value: Any, other: Any) -> Any:
+    """A setting; of one that is made of several, those that `other` has too."""
+    if not isinstance(value, dict) or not isinstance(other, dict):
+        return value
+    return {name: each for name, each in value.items() if name in other}
 
 
 def _digests_of(checkpoint: Path) -> Digests:

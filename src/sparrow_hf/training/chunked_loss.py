@@ -88,9 +88,14 @@ class _LossOfRows(torch.autograd.Function):
 @torch.no_grad()
 def _target(draft: SparrowDraftModel, states: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the tokens that the draft can propose, and the target's most probable token of all."""
-    log_probs = draft.compute_logits(states, full_vocabulary=True).log_softmax(-1)
-    tokens = log_probs.argmax(-1)
-    return log_probs if draft.draft_to_target is None else log_probs[:, draft.draft_to_target], tokens
+    logits = draft.compute_logits(states, full_vocabulary=True)
+    tokens = logits.argmax(-1)
+    if draft.draft_to_target is None:
+        return logits.log_softmax(-1), tokens
+    highest = logits.gather(-1, tokens[:, None])
+    kept = logits[:, draft.draft_to_target] - highest
+    # In place: the logits of the whole vocabulary are held once.
+    return kept - logits.sub_(highest).exp_().sum(-1, keepdim=True).log_(), tokens
 
 
 class _Judge:

@@ -123,7 +123,8 @@ def check_sample(input_ids: Tensor, answer_start: int, visual_token_ids: list[in
 
 
 class SparrowDataCollator:
-    """Turns dataset rows into `{"samples": [...], "skipped": [...]}`: one unpadded sample per good row.
+    """Turns dataset rows into `{"samples": [...], "places": [...], "skipped": [...]}`: one unpadded sample per good
+    row, and its place among the rows.
 
     The draft's short sequences are padded after the target has run; videos are never padded.
 
@@ -155,15 +156,16 @@ class SparrowDataCollator:
         self.max_frames = max_frames
 
     def __call__(self, rows: Sequence[Mapping[str, Any] | TrainingStates]) -> dict[str, list[Any]]:
-        samples, skipped = [], []
-        for row in rows:
+        samples, places, skipped = [], [], []
+        for place, row in enumerate(rows):
             try:
                 samples.append(self.prepare(row))
+                places.append(place)
             except TrainingDataError as error:
                 if not self.may_skip(row):
                     raise
                 skipped.append((as_row(row).get(ROW_INDEX), str(error)))
-        return {"samples": samples, "skipped": skipped}
+        return {"samples": samples, "places": places, "skipped": skipped}
 
     def may_skip(self, row: Mapping[str, Any] | TrainingStates) -> bool:
         """Whether the bad row `row` is left out; never without a processor, because then the collator is at fault."""

@@ -1,13 +1,14 @@
-"""Checks that training and held-out rows share no video or image."""
+"""Checks that training and held-out rows share no video, image or prompt."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..data.files import is_url
-from ..data.messages import clean_messages, media_digest, media_parts
+from ..data.messages import clean_messages, fingerprint, media_digest, media_parts, split_answer
 from ..errors import SparrowError, TrainingDataError
 from .data import as_row
+from .recording import RecordedDataset
 
 #: Pairs of rows that [`refuse_shared_media`] names.
 MAX_NAMED_PAIRS = 10
@@ -34,27 +35,39 @@ def _media_key(source: Any) -> str:
 
 
 def refuse_shared_media(train: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]]) -> None:
-    """Raises [`TrainingDataError`] if a held-out row shows a video or image that a training row shows.
+    """Raises [`TrainingDataError`] if training and held-out rows share a video, image or prompt.
+
+    Rows that show something are compared by what they show, others by their prompts, and recorded rows by their files.
+    A recording and rows of another kind cannot be compared.
 
     Rows that cannot be read for another reason are ignored here; the collator reports them.
     """
-    first_row = {key: index for index, keys in reversed(list(_all_media_keys(train))) for key in keys}
+    if isinstance(train, RecordedDataset) != isinstance(held_out, RecordedDataset):
+        return
+    first_row = {key: index for index, keys in reversed(list(_all_keys(train))) for key in keys}
     shared = [
         f"held-out row {index} and training row {first_row[key]}: {key}"
-        for index, keys in _all_media_keys(held_out)
+        for index, keys in _all_keys(held_out)
         for key in sorted(keys & first_row.keys())
     ]
     if shared:
         rest = f"; and {len(shared) - MAX_NAMED_PAIRS} more" if len(shared) > MAX_NAMED_PAIRS else ""
         raise TrainingDataError(
-            f"{len(shared)} held-out videos or images are trained on: {'; '.join(shared[:MAX_NAMED_PAIRS])}{rest}. "
-            "Split by video, not by row: figures on seen videos mean nothing."
+            f"{len(shared)} held-out videos, images or prompts are trained on: {'; '.join(shared[:MAX_NAMED_PAIRS])}"
+            f"{rest}. Split by video, not by row: figures on what was trained on mean nothing."
         )
 
 
-def _all_media_keys(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, set[str]]]:
+def _all_keys(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, set[str]]]:
+    if isinstance(rows, RecordedDataset):
+        yield from ((index, {key}) for index, key in enumerate(rows.row_keys()))
+        return
     for index, row in enumerate(rows):
         try:
-            yield index, media_keys(as_row(row))
+            yield index, _keys(as_row(row))
         except SparrowError:
             continue
+
+
+def _keys(row: Mapping[str, Any]) -> set[str]:
+    return media_keys(row) or {f"prompt sha256:{fingerprint(split_answer(row)[0])}"}

@@ -54,7 +54,7 @@ class TrainingOptions:
         default=None,
         metadata={
             "help": "Rows to evaluate on, at every checkpoint (--save-steps) unless --eval-strategy says when. They "
-            "must not share a video with the training rows."
+            "must not share a video, image or prompt with the training rows."
         },
     )
     preset: Literal["default", "paper"] = field(default="default", metadata={"help": "Recipe to start from."})
@@ -172,6 +172,10 @@ class TrainingOptions:
             raise TrainingOptionsError(
                 f"--warm-start keeps its draft's configuration: leave out {', '.join(given)}, or train a new draft"
             )
+        if self.warm_start is not None and self.copy_last_layer:
+            raise TrainingOptionsError(
+                "--warm-start starts from its draft's weights: leave out --copy-last-layer, or train a new draft"
+            )
 
 
 def parse_options(words: Sequence[str]) -> tuple[TrainingOptions, SparrowTrainingArguments]:
@@ -196,15 +200,26 @@ def parse_options(words: Sequence[str]) -> tuple[TrainingOptions, SparrowTrainin
         preset = known.preset or config.get("preset", "default")
         if preset not in TRAINING_PRESETS:
             raise TrainingOptionsError(f"unknown preset {preset!r}; known: {', '.join(TRAINING_PRESETS)}")
-        _set_defaults(parser, TRAINING_PRESETS[preset] | config | {"preset": preset})
+        # Whether to evaluate is decided below, unless it was said.
+        _set_defaults(parser, {"eval_strategy": None} | TRAINING_PRESETS[preset] | config | {"preset": preset})
         # argparse would end the process with its own exit code where it cannot read a value.
         parser.error = _refuse
         namespace = parser.parse_args(rest)
     except argparse.ArgumentError as error:
         raise TrainingOptionsError(str(error)) from error
     values = vars(namespace)
-    if values["output_dir"] is None:
-        values["output_dir"] = str(Path(values["output"]) / "checkpoints")
+    checkpoints = str(Path(values["output"]) / "checkpoints")
+    if values["output_dir"] not in (None, checkpoints):
+        raise TrainingOptionsError(
+            f"--output-dir {values['output_dir']}: checkpoints are always in {checkpoints}, where --resume looks for "
+            "them; leave this option out"
+        )
+    values["output_dir"] = checkpoints
+    if values["eval_strategy"] is None and values["held_out"] is not None:
+        # Whenever a checkpoint is saved; which one is the best, evaluations every few steps tell.
+        values["eval_strategy"] = "steps" if values["save_strategy"] == "best" else values["save_strategy"]
+        values["eval_steps"] = values["eval_steps"] or values["save_steps"]
+    values["eval_strategy"] = values["eval_strategy"] or "no"
     try:
         options = TrainingOptions(**_fields_of(TrainingOptions, values))
         arguments = SparrowTrainingArguments(**_fields_of(SparrowTrainingArguments, values))

@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from .._transformers import commit_of
 from ..artifacts import (
@@ -34,7 +33,6 @@ from ..artifacts import (
     check_made_alike,
     earlier_target_digest,
     remove_partial_files,
-    tensor_digest,
     write_json,
 )
 from ..checksums import Digests, read_json
@@ -45,6 +43,7 @@ from ..draft_inputs import draft_positions
 from ..errors import DiskBudgetError, TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 from ..target_config import published_name
+from ..targets import TargetView
 from .data import SparrowDataCollator, TrainingStates, read_with_target
 
 PROVENANCE_FILE = "recording.json"
@@ -67,7 +66,7 @@ class Recorder:
         visual_rows: Keep the bridge layer's states of all visual positions, for drafts that read some of them. They
             are most of a recording of videos; without them, drafts can be trained on text only.
         max_bytes: Maximum size of the recording on disk.
-        source: Which rows are read; a run that continues a recording must have the same.
+        source: Which rows are read, and how; a run that continues a recording must have the same.
 
     Raises:
         TrainingDataError: The folder holds a recording of another target, of other layers, or of another source.
@@ -97,8 +96,10 @@ class Recorder:
                     self.digests.warn_without()
                     self.digests.write([provenance, *self.rows_folder.glob("row-*.safetensors")])
                 self.digests.check(provenance)
-                found = read_description(provenance, draft.target.model, wanted["target_sha256"])
-                check_made_alike(folder, found, wanted, TrainingDataError)
+                found = read_description(provenance, draft.target)
+                # An earlier version described less.
+                known = {name: value for name, value in wanted.items() if name in found}
+                check_made_alike(folder, found, known, TrainingDataError)
             else:
                 write_json(provenance, wanted, indent=2)
                 self.digests.add(provenance)
@@ -164,6 +165,7 @@ def record(
     visual_rows: bool = True,
     max_disk_gb: float | None = None,
     show_progress: bool = False,
+    source: Mapping[str, Any] | None = None,
 ) -> dict[int, str]:
     """Runs the target over every answered row once. Processes of `accelerate launch` share the rows.
 
@@ -175,6 +177,8 @@ def record(
         visual_rows: See [`Recorder`].
         max_disk_gb: Maximum size of the recording on disk, in 10⁹ bytes; checked before every file.
         show_progress: Show a progress bar over the rows of this process.
+        source: Where the rows are from, as JSON holds it, for example their [`~checkpoints.digest_of_rows`]. A run
+            that continues the recording must have the same, as many rows, and the same sampling of videos.
 
     Returns:
         Index of each row this process left out → reason.
@@ -188,7 +192,7 @@ def record(
         folder,
         visual_rows=visual_rows,
         max_bytes=None if max_disk_gb is None else max_disk_gb * 1e9,
-        source={"rows": len(rows)},
+        source={"rows": len(rows), "fps": collator.fps, "max_frames": collator.max_frames, **(source or {})},
     )
     processes = PartialState()
     own = range(len(rows))[processes.process_index :: processes.num_processes]
@@ -258,8 +262,8 @@ class RecordedDataset(Dataset):
         self.digests = digests_of(Path(folder))
         self.digests.warn_without()
         self.digests.check(provenance)
-        digest = tensor_digest(draft.target.model.state_dict())
-        found = read_description(provenance, draft.target.model, digest)
+        digest = draft.target.sha256
+        found = read_description(provenance, draft.target)
         if found["target_sha256"] != digest:
             recorded, loaded = (
                 str(dtype).removeprefix("torch.") for dtype in (found.get("dtype"), draft.target.dtype)
@@ -303,6 +307,15 @@ class RecordedDataset(Dataset):
             return from_tensors(self.config, load_file(self.paths[index])).to_row()
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise TrainingDataError(f"{self.paths[index]} is damaged ({error}): {REMEDY}") from error
+
+    def row_keys(self) -> list[str]:
+        """What tells the rows apart: the digest of each row's file, or its path in a recording without digests."""
+        known = self.digests.known or {}
+        digests = [known.get(path.relative_to(self.digests.folder).as_posix()) for path in self.paths]
+        return [
+            str(path.resolve()) if digest is None else f"recorded row sha256:{digest}"
+            for path, digest in zip(self.paths, digests, strict=True)
+        ]
 
     def answer_length(self, index: int) -> int:
         """Tokens of a row's answer."""
@@ -358,7 +371,7 @@ def describe(draft: SparrowDraftModel, visual_rows: bool) -> dict[str, Any]:
     return {
         "target": published_name(target.config),
         "target_revision": commit_of(target.config),
-        "target_sha256": tensor_digest(target.state_dict()),
+        "target_sha256": draft.target.sha256,
         "transformers": transformers.__version__,
         "dtype": str(draft.target.dtype),
         "text_layers": recorded_layers(draft.config),
@@ -371,13 +384,12 @@ def digests_of(folder: Path) -> Digests:
     return Digests(folder, TrainingDataError, REMEDY)
 
 
-def read_description(path: Path, target: PreTrainedModel, target_sha256: str) -> dict[str, Any]:
+def read_description(path: Path, target: TargetView) -> dict[str, Any]:
     """The settings of a recording, as this version would have written them.
 
     Args:
         path: Path of `recording.json`.
         target: The target that should have been recorded.
-        target_sha256: Its digest.
 
     Raises:
         TrainingDataError: It is not the description of a recording.
@@ -388,6 +400,6 @@ def read_description(path: Path, target: PreTrainedModel, target_sha256: str) ->
         raise TrainingDataError(f"{path} does not describe a recording (see its {', '.join(lacks)}): {REMEDY}")
     recorded = found["target_sha256"]
     # An earlier version recorded the same weights under another digest; recordings are too large to be made again.
-    if recorded != target_sha256 and recorded == earlier_target_digest(target.state_dict()):
-        found["target_sha256"] = target_sha256
+    if recorded != target.sha256 and recorded == earlier_target_digest(target.model.state_dict()):
+        found["target_sha256"] = target.sha256
     return found

@@ -27,7 +27,7 @@ from ..data.dialects import without_turns
 from ..data.files import is_url
 from ..data.messages import ROW_FOLDER, ROW_INDEX, media_digest, naming_row, split_answer
 from ..data.prepare import prepare_prompt, tokenizer_of
-from ..errors import TrainingDataError
+from ..errors import SparrowError, TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 from .data import as_row
 
@@ -298,9 +298,20 @@ def generate_answers(
         prompts: What its processor returned for each prompt.
         pad_token_id: Fills up short prompts on the left, and ends short answers.
         settings: Arguments of `generate()`.
+
+    Raises:
+        TrainingDataError: The prompts cannot be batched.
     """
     inputs = {name: value.to(target.device) for name, value in left_pad(prompts, pad_token_id).items()}
-    output = target.generate(**inputs, pad_token_id=pad_token_id, **settings)
+    try:
+        output = target.generate(**inputs, pad_token_id=pad_token_id, **settings)
+    except ValueError as error:
+        if isinstance(error, SparrowError) or len({frozenset(prompt) for prompt in prompts}) == 1:
+            raise
+        # GLM 4.xV cannot tell the images of one prompt from the videos of another.
+        raise TrainingDataError(
+            f"the target does not read these prompts in one batch ({error}): use batch_size=1 for these rows"
+        ) from error
     eos = target.generation_config.eos_token_id
     ends = set(eos if isinstance(eos, list) else [eos])
     answers = []
@@ -313,25 +324,32 @@ def generate_answers(
 def left_pad(prompts: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
     """One batch of several processed prompts: ids and masks padded on the left, visual tensors one after the other.
 
+    Prompts may differ in what they show: a prompt without a video adds nothing to the videos of the batch.
+
     Raises:
-        TrainingDataError: Visual tensors of different shapes cannot be joined; generate these prompts one by one.
+        TrainingDataError: Tensors cannot be joined: their shapes differ, they number the patches of one prompt, or a
+            prompt lacks one that has an entry for every token. Generate these prompts one by one.
     """
     if len(prompts) == 1:
         return dict(prompts[0])
     length = max(prompt["input_ids"].shape[1] for prompt in prompts)
     batch: dict[str, Tensor] = {}
-    for name, first in prompts[0].items():
-        parts = [prompt[name] for prompt in prompts]
-        if first.shape == prompts[0]["input_ids"].shape:
+    for name in dict.fromkeys(name for prompt in prompts for name in prompt):
+        holders = [prompt for prompt in prompts if name in prompt]
+        parts = [prompt[name] for prompt in holders]
+        per_token = all(prompt[name].shape == prompt["input_ids"].shape for prompt in holders)
+        # Molmo 2 numbers the patches of a prompt: in a batch these would be those of the first one.
+        is_numbers = name.endswith("_token_pooling")
+        if per_token and len(holders) == len(prompts):
             # Masks and token types of padding are 0.
             fill = pad_token_id if name == "input_ids" else 0
             padded = [torch.nn.functional.pad(part, (length - part.shape[1], 0), value=fill) for part in parts]
             batch[name] = torch.cat(padded)
-        elif all(part.shape[1:] == first.shape[1:] for part in parts):
+        elif not per_token and len({part.shape[1:] for part in parts}) == 1 and (len(parts) == 1 or not is_numbers):
             batch[name] = torch.cat(parts)
         else:
+            shapes = ", ".join(str(tuple(prompt[name].shape)) if name in prompt else "none" for prompt in prompts)
             raise TrainingDataError(
-                f"the prompts' {name} have shapes {', '.join(str(tuple(part.shape)) for part in parts)} and cannot be "
-                "batched: use batch_size=1 for this family"
+                f"the prompts' {name} have shapes {shapes} and cannot be batched: use batch_size=1 for these rows"
             )
     return batch

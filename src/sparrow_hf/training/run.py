@@ -16,7 +16,7 @@ from ..modeling_sparrow import SparrowDraftModel
 from ..tree_shapes import chain
 from .arguments import SparrowTrainingArguments
 from .callbacks import DecodingCallback
-from .checkpoints import check_settings, describe_training, digest_of_rows, last_checkpoint
+from .checkpoints import check_settings, describe_training, digest_of_rows, last_checkpoint, step_of
 from .curves import plot_curves
 from .depth import write_depth
 from .first_weights import entry_layer, fit_fc, reader_of
@@ -69,7 +69,7 @@ class TrainingRun:
         With held-out rows, the depth of the draft's chains is chosen last, unless it was given.
         """
         self.trainer.train(resume_from_checkpoint=self.checkpoint)
-        metrics = {} if self.trainer.eval_dataset is None else self.trainer.evaluate()
+        metrics = self._metrics()
         draft = self.trainer.draft if self.adapters is None else merge_lora(self.adapters)
         if self.trainer.is_world_process_zero():
             draft.save_pretrained(self.output)
@@ -86,6 +86,19 @@ class TrainingRun:
             if self.chooses_depth:
                 self.notes.append(write_depth(draft, self.output, self.decoding, metrics))
         return draft
+
+    def _metrics(self) -> dict[str, float]:
+        """Figures of the finished draft on the held-out rows: those of its last step, if it was evaluated there."""
+        if self.trainer.eval_dataset is None:
+            return {}
+        state = self.trainer.state
+        last = [entry for entry in state.log_history if entry["step"] == state.global_step]
+        known = {name: value for entry in last for name, value in entry.items() if name.startswith("eval_")}
+        # Neither the best draft nor one that was resumed at its end is what this process evaluated last.
+        nothing_trained = self.checkpoint is not None and step_of(self.checkpoint) >= state.global_step
+        if not known or nothing_trained or self.trainer.args.load_best_model_at_end:
+            return self.trainer.evaluate()
+        return known
 
 
 def check_output(options: TrainingOptions) -> str | None:
@@ -134,8 +147,17 @@ def build_draft(
 
 
 def rows_of(source: str, draft: SparrowDraftModel, streaming: bool = False) -> Any:
-    """Rows of a recording, or of anything [`load_rows`] reads."""
+    """Rows of a recording, or of anything [`load_rows`] reads.
+
+    Raises:
+        TrainingOptionsError: A recording is to be streamed.
+        TrainingDataError: There are no such rows.
+    """
     if (Path(source) / PROVENANCE_FILE).is_file():
+        if streaming:
+            raise TrainingOptionsError(
+                f"--streaming: {source} is a recording, whose rows are read one by one anyway; leave this option out"
+            )
         return RecordedDataset(source, draft)
     return load_rows(source, streaming=True) if streaming else load_rows(source)
 
@@ -187,7 +209,7 @@ def prepare_training(
     Raises:
         TrainingOptionsError: The options contradict each other or the files in the output folder, or differ from those
             of the training that is resumed.
-        TrainingDataError: There are no rows, or training and held-out rows share a video.
+        TrainingDataError: There are no rows, or training and held-out rows share a video, image or prompt.
         BindingError: The draft to start from fits another target.
     """
     checkpoint = check_output(options)
@@ -199,12 +221,8 @@ def prepare_training(
     held_out = None
     if options.held_out is not None:
         held_out = rows_of(options.held_out, draft)
-        if not isinstance(train, RecordedDataset) and not isinstance(held_out, RecordedDataset):
-            with PartialState().main_process_first():
-                refuse_shared_media(train, held_out)
-        if arguments.eval_strategy == "no":
-            # With held-out rows, evaluation is on by default.
-            arguments.eval_strategy, arguments.eval_steps = arguments.save_strategy, arguments.save_steps
+        with PartialState().main_process_first():
+            refuse_shared_media(train, held_out)
     # An existing draft keeps its configuration, but not a depth that was chosen by what it then accepted.
     chosen_before = "tuned" in draft.provenance and draft.config.beam_width == 1
     keeps_depth = options.num_draft_levels is not None or (options.warm_start is not None and not chosen_before)
@@ -239,7 +257,6 @@ def prepare_training(
         trainer.add_callback(decoding)
     settings = describe_training(
         trainer,
-        target,
         train=digest_of_rows(options.train),
         lora=options.lora,
         vocabulary=None if draft.draft_to_target is None else tensor_digest({"ids": draft.draft_to_target}),

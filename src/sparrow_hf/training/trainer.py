@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from .._transformers import on_device
+from .._transformers import on_device, use_one_gpu
 from ..data.prepare import kind_of
 from ..draft_inputs import draft_positions, visual_mask
 from ..modeling_sparrow import SparrowDraftModel
@@ -65,6 +65,10 @@ class SparrowTrainer(Trainer):
         **kwargs: Any,
     ):
         model.bind(target)
+        if args.n_gpu > 1:
+            # One process that sees several: the base class would wrap the draft in `nn.DataParallel`, whose copies are
+            # bound to no target and cannot share the keys of the passes.
+            use_one_gpu(args)
         super().__init__(
             model=model,
             args=args,
@@ -219,7 +223,7 @@ class SparrowTrainer(Trainer):
         if num_items_in_batch is not None:
             # Gradients are averaged over processes, but every process has divided by the losses of all of them.
             loss = loss * self.accelerator.num_processes
-        return (loss, count_acceptance(batch, matches)) if return_outputs else loss
+        return (loss, count_acceptance(batch, matches, num_passes)) if return_outputs else loss
 
     def report_skipped(self, skipped: list[tuple[int | None, str]]) -> None:
         """Notes rows that were left out, as (index, reason), and warns of each once."""
@@ -233,14 +237,20 @@ class SparrowTrainer(Trainer):
         row = torch.zeros((1, 1, self.draft.config.hidden_size), dtype=self.draft.dtype, device=self.args.device)
         position = torch.zeros((1, 1), dtype=torch.long, device=self.args.device)
         everything = [model(row, position).last_hidden_state, *self.draft.parameters()]
-        loss = sum(part.sum() for part in everything) * 0.0
-        counts = torch.zeros((1, 3 * self.draft.config.num_draft_levels + 1), device=self.args.device)
+        # Of the types that a batch with samples gives: processes gather both.
+        loss = sum(part.sum() for part in everything).float() * 0.0
+        width = 3 * self.draft.config.num_draft_levels + 1
+        counts = torch.zeros((1, width), dtype=torch.long, device=self.args.device)
         return (loss, counts) if return_outputs else loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """As in the base class, with the number of losses of the accumulated batches as `num_items_in_batch`."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            # A training that is resumed at its last step: the base class would train one more.
+            self.control.should_training_stop = True
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         # One loss per answer token but the first.
         losses = sum(
@@ -258,14 +268,29 @@ class SparrowTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss and acceptance counts of one batch, the latter in the place of logits."""
-        inputs = on_device(self, inputs)
+        """Loss and acceptance counts of one batch, the latter in the place of logits. Each row counts once."""
+        inputs = on_device(self, self._without_repeated(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, counts = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
         # The evaluation loop calls compute_metrics only if there are labels.
         return loss, counts, torch.zeros_like(counts)
+
+    def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch without the rows with which accelerate fills up the last batches of several processes.
+
+        rows of the last batches     process 0 │ process 1 │ …      each has `size` of them
+        of the dataset               0 … remainder−1                the others are its first rows again
+        """
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        size = state.active_dataloader.total_batch_size // self.args.world_size
+        own = state.remainder - self.args.process_index * size
+        samples = inputs["samples"]
+        places = inputs.get("places", range(len(samples)))
+        return inputs | {"samples": [sample for sample, place in zip(samples, places, strict=True) if place < own]}
 
     # -- what it reports ----------------------------------------------------------------------------------------------
 
