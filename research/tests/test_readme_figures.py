@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sparrow_research.results.arms import DEFAULT, Role, arms_of, name_of
+from sparrow_research.results.arms import DEFAULT, TUNED, TUNED_COMPILED, Role, arms_of, name_of
+from sparrow_research.results.cells import AS_SHIPPED
 from sparrow_research.results.table import NAMES, Results
 
 RESEARCH = Path(__file__).parents[1]
@@ -60,6 +61,22 @@ def test_the_default_and_its_best_rival() -> None:
     assert (min(cache_rows), max(cache_rows)) in {
         tuple(map(int, pair)) for pair in re.findall(r"(\d+) to (\d+) rows", README)
     }
+
+
+def test_the_draft_as_it_ships() -> None:
+    results = Results.read(DATA / "results.json")
+    for model_type, name in NAMES.items():
+        for length in results.lengths(model_type, AS_SHIPPED):
+            cell = f"{AS_SHIPPED}{length}"
+            own, compiled = (results.row(model_type, cell, arm) for arm in (TUNED, TUNED_COMPILED))
+            assert own is not None
+            figures = [own["tau"], own["dsr"], own["dsr_over_best"]]
+            figures += [compiled["dsr"], compiled["dsr_over_best"]] if compiled is not None else []
+            ((*_, tau, dsr, over, compiled_dsr, compiled_over),) = table_rows(
+                f"{name}, chain of {results.shipped_depth(model_type)}", f"{length:,}"
+            )
+            told = numbers(" ".join((tau, dsr, over, compiled_dsr, compiled_over)))
+            assert told == [round(figure, 2) for figure in figures]
 
 
 def counts_ahead() -> list[int]:
