@@ -17,7 +17,8 @@ from sparrow_hf.training import (
     SparrowTrainingArguments,
     recording,
 )
-from sparrow_hf.training.recording import RecordedDataset, Recorder, estimate_recording_bytes, record
+from sparrow_hf.training.recording import RecordedDataset, Recorder, record
+from sparrow_hf.training.recording_size import estimate_recording_bytes
 
 
 def train(folder, draft, target, rows, **settings):

@@ -60,24 +60,23 @@ def record(
     Prints the disk space it will take before it starts.
     """
     require("train", "sparrow record")
-    from .. import SparrowDraftModel
+    from .. import SparrowDraftConfig, SparrowDraftModel
     from ..data import load_rows
     from ..loading import load_target
     from ..training.checkpoints import digest_of_rows
     from ..training.data import SparrowDataCollator
     from ..training.first_weights import entry_layer
-    from ..training.recording import check_disk_budget, estimate_recording_bytes
     from ..training.recording import record as write_recording
+    from ..training.recording_size import check_disk_budget, estimate_recording_bytes
 
     quiet_transformers()
     processes = launched_processes(device)
     console = Console(quiet=not processes.is_main_process)
     rows = load_rows(answers, split)
     model, its_processor = load_target(target, processor, dtype.value, device or processes.device)
+    if feature_layers is None and (entry := entry_layer(SparrowDraftConfig.from_target_config(model.config))) > 0:
+        feature_layers = [entry, -1]
     # Only its configuration counts: which layers are kept.
-    draft = SparrowDraftModel.from_target(model, visual_bridge_layer=bridge_layer)
-    if feature_layers is None and entry_layer(draft.config) > 0:
-        feature_layers = [entry_layer(draft.config), -1]
     draft = SparrowDraftModel.from_target(model, feature_layers=feature_layers, visual_bridge_layer=bridge_layer)
     collator = SparrowDataCollator(
         its_processor, draft.config.visual_token_ids, on_bad_row.value, fps=fps, max_frames=max_frames

@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..configuration_sparrow import SparrowDraftConfig
+from ..data.prepare import kind_of
 from ..draft_inputs import draft_positions
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
-from .data import SparrowDataCollator, TrainingStates, kind_of, read_with_target
+from .data import SparrowDataCollator, TrainingStates, read_with_target
 
 #: Text positions that FC is fitted to at most; several times as many as it has inputs.
 MOST_POSITIONS = 40_000

@@ -34,6 +34,8 @@ SHAPES = ("chain-3", "chain-5", "chain-7", "chain-10", "30-4-8", "48-5-10")
 OTHERS = ("none", "prompt-lookup")
 COMPARED_SHAPE = "chain-5"
 TEMPERATURES = (0.0, 1.0)
+COMMAND = "python -m sparrow_research.language.text --target FOLDER --draft DRAFT --compare NAME=DRAFT … --work DIR"
+"""Kept with the figures. Where target and drafts lay says nothing to others; their digests are kept too."""
 MARK = "## Measured\n"
 """What follows it in the report is written anew."""
 
@@ -76,6 +78,7 @@ def measure(
             temperatures,
             max_new_tokens=max_new_tokens,
             repeats=repeats,
+            command=f"{COMMAND} --limit {limit} --max-new-tokens {max_new_tokens} --shapes {' '.join(shapes)}",
             conditions={"target_sha256": sha256, "draft_sha256": sorted(arms.weights.values())},
         )
         with benchmark.open_runs(work) as runs:
