@@ -18,7 +18,7 @@ def test_a_smaller_training_set_is_the_beginning_of_a_larger_one() -> None:
 
 def steps_of(work: Path) -> list[road.Step]:
     rows = road.unpack(work, (1_000, 2_000))
-    return road.plan("target", work, rows, (1_000, 2_000), 40, 16, "cpu", 2)
+    return road.plan("target", work, rows, (1_000, 2_000), 40, 16, 5e-4, "cpu", "bfloat16", 2)
 
 
 def test_every_draft_is_trained_by_the_same_options(tmp_path: Path) -> None:
@@ -27,7 +27,8 @@ def test_every_draft_is_trained_by_the_same_options(tmp_path: Path) -> None:
     assert names == ["sparrow-1000", "sparrow-2000", *(f"{name}-2000" for name in RIVALS)]
     for step in trainings:
         options, arguments = parse_options(list(step.words[2:]))
-        assert (arguments.max_steps, arguments.warmup_steps, arguments.learning_rate) == (40, 2, 1e-3)
+        assert (arguments.max_steps, arguments.warmup_steps, arguments.learning_rate) == (40, 2, 5e-4)
+        assert arguments.bf16 and options.target_dtype == "bfloat16"
         assert options.copy_last_layer and options.train.startswith(str(tmp_path))
     sets = [step.words[step.words.index("--train") + 1] for step in trainings]
     assert sets == [f"{tmp_path}/recording-{size}" for size in (1000, *[2000] * 5)]

@@ -89,13 +89,18 @@ class _LossOfRows(torch.autograd.Function):
 def _target(draft: SparrowDraftModel, states: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the tokens that the draft can propose, and the target's most probable token of all."""
     logits = draft.compute_logits(states, full_vocabulary=True)
-    tokens = logits.argmax(-1)
+    tokens = _most_probable(logits)
     if draft.draft_to_target is None:
         return logits.log_softmax(-1), tokens
     highest = logits.gather(-1, tokens[:, None])
     kept = logits[:, draft.draft_to_target] - highest
     # In place: the logits of the whole vocabulary are held once.
     return kept - logits.sub_(highest).exp_().sum(-1, keepdim=True).log_(), tokens
+
+
+def _most_probable(logits: Tensor) -> Tensor:
+    """`(n, D)` → `(n,)`; of equals the first. On a CPU, `argmax` takes twice as long."""
+    return logits.max(-1).indices
 
 
 class _Judge:
@@ -116,7 +121,7 @@ class _Judge:
     def __call__(self, predicted: Tensor) -> tuple[Tensor, Tensor]:
         """`(n, H)` predictions → `(n,)` losses and `(n,)` bool."""
         logits = self.draft.compute_logits(predicted, reduced_head=self.reduced_head)
-        tokens = logits.detach().argmax(-1)
+        tokens = _most_probable(logits.detach())
         if self.draft.draft_to_target is not None:
             tokens = self.draft.draft_to_target[tokens]
         losses = mixed_loss(self.weights, predicted, self.states, logits, self.log_probs)

@@ -17,8 +17,9 @@ LIST_MLE_TOKENS = 10
 def soft_cross_entropy(draft_logits: Tensor, target_log_probs: Tensor) -> Tensor:
     """Cross-entropy of the draft's distribution against the target's (EAGLE): `(n, D)`, `(n, D)` → `(n,)`."""
     target = target_log_probs.exp()
-    # 0 · −∞ is NaN: tokens the target excludes contribute nothing.
-    return -(target * draft_logits.log_softmax(-1).masked_fill(target == 0, 0.0)).sum(-1)
+    # 0 · −∞ is NaN, 0 · (lowest finite number) is 0: tokens the target excludes contribute nothing.
+    log_probs = draft_logits.log_softmax(-1)
+    return -(target * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
 
 
 def probability_l1(draft_logits: Tensor, target_log_probs: Tensor) -> Tensor:

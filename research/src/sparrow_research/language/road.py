@@ -1,6 +1,6 @@
 """The whole of docs/language.md as one command: from the kept answers to drafts, rivals and tables.
 
-    python -m sparrow_research.language.road --target smollm2 --work runs/language [--device cuda] [--dry-run]
+    python -m sparrow_research.language.road --target smollm2 --work runs/language [--bf16] [--device cuda] [--dry-run]
 
 It prints its steps and about how long they take before it starts. Run it again to go on where it was stopped: what is
 complete is not made again, recordings and measurements go on by themselves, trainings from their last checkpoint.
@@ -33,10 +33,10 @@ TOKENS = (28_000, 100_000, 459_403)
 VOCABULARY = 8192
 LAYERS = (2, 15, 27, 29, -1)
 """Recorded states: those of the rival `eagle3`, what enters the last layer, and the last ones."""
-COMMON = "--copy-last-layer --learning-rate 1e-3 --lr-scheduler-type cosine --adam-beta2 0.95 --weight-decay 0"
-SECONDS = {"record": 0.55, "row": 0.6, "measure": 15.0}
-"""Measured on one quiet CPU thread in fp32: recording a row, a row of a training step (four passes), and 128 tokens
-of a prompt in one arm. A CUDA card takes a small part of it."""
+COMMON = "--copy-last-layer --num-mtp-steps 3 --lr-scheduler-type cosine --adam-beta2 0.95 --weight-decay 0"
+SECONDS = {"record": 0.55, "row": 0.45, "measure": 15.0}
+"""Measured on one quiet CPU thread in fp32: recording a row, a row of a training step (three passes), and 128 tokens
+of a prompt in one arm. A CPU with bf16 arithmetic takes half of the first two, a CUDA card a small part."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,12 @@ def plan(
     sizes: Sequence[int],
     steps: int,
     batch: int,
+    learning_rate: float,
     device: str,
+    dtype: str,
     limit: int,
 ) -> list[Step]:
-    """The commands, in their order."""
+    """The commands, in their order. `dtype` is that of recorded states, and of the arithmetic of training."""
     on = ("--target", target)
     largest = max(sizes)
     own = f"-{largest}"
@@ -108,7 +110,7 @@ def plan(
         Step(
             (
                 *("sparrow_hf.cli", "record", *on, "--answers", f"{work}/answers-{name}", "--output"),
-                *(f"{work}/recording-{name}", "--text-only", "--dtype", "float32", "--device", device, *layers),
+                *(f"{work}/recording-{name}", "--text-only", "--dtype", dtype, "--device", device, *layers),
             ),
             None,
             count * SECONDS["record"],
@@ -125,7 +127,8 @@ def plan(
         folder = work / "drafts" / name
         training = (
             *("--train", f"{work}/recording-{tokens}", "--held-out", f"{work}/recording-validation"),
-            *("--output", str(folder), "--vocabulary", str(vocabulary), "--target-dtype", "float32"),
+            *("--output", str(folder), "--vocabulary", str(vocabulary), "--target-dtype", dtype),
+            *("--learning-rate", str(learning_rate), "--bf16", str(dtype == "bfloat16").lower()),
             *("--max-steps", str(steps), "--warmup-steps", str(steps // 20), "--save-steps", str(max(1, steps // 10))),
             *("--per-device-train-batch-size", str(batch), "--use-cpu", str(device == "cpu").lower()),
         )
@@ -156,7 +159,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of everything that is made")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="sizes of the training set")
     parser.add_argument("--steps", type=int, default=1000, help="of every training")
-    parser.add_argument("--batch", type=int, default=16, help="rows of a step")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--bf16", action="store_true", help="record and train in bf16: faster where it is arithmetic")
     parser.add_argument("--limit", type=int, default=24, help="prompts that are measured")
     parser.add_argument(
         "--device", default="cpu", help="where is recorded and trained; drafts are measured on the CPU"
@@ -166,7 +171,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     rows = unpack(options.work, options.tokens)
     settings = (options.steps, options.batch)
-    steps = plan(options.target, options.work, rows, options.tokens, *settings, options.device, options.limit)
+    steps = plan(
+        options.target,
+        options.work,
+        rows,
+        options.tokens,
+        *settings,
+        options.learning_rate,
+        options.device,
+        "bfloat16" if options.bf16 else "float32",
+        options.limit,
+    )
     missing = [step for step in steps if not step.is_done]
     for step in missing:
         print(f"{step.seconds / 60:6.0f} min  python -m {shlex.join(step.words)}")
