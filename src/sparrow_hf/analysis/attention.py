@@ -98,13 +98,16 @@ def attention_modules(view: TargetView) -> list[Any]:
     """The attention module of every layer.
 
     Raises:
-        UnsupportedTargetError: A layer is not of full attention, or has no `self_attn` with separate projections.
+        UnsupportedTargetError: A layer is not of full attention, or has no `self_attn` with separate projections, or
+            its module has no `apply_rotary_pos_emb` (Llama 4 has one of complex numbers).
     """
     if others := sorted(set(view.layer_kinds) - {"full_attention"}):
         raise _unsupported(view, f"are of the kind {', '.join(others)}")
     modules = [getattr(layer, "self_attn", None) for layer in view.layers]
     if not all(hasattr(module, f"{name}_proj") for module in modules for name in "qkvo"):
         raise _unsupported(view, "have no self_attn with q_proj, k_proj, v_proj and o_proj")
+    if not all(hasattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb") for module in modules):
+        raise _unsupported(view, "rotate queries and keys in a way that is unknown here")
     return modules
 
 
