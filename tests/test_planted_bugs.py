@@ -56,7 +56,7 @@ def unprocessed_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     choose = TokenEmitter.choose
 
     def without_processor(self: TokenEmitter, logits: Tensor, argmax: int | None = None) -> int:
-        self._processor = LogitsProcessorList()
+        self.choice._processor = LogitsProcessorList()
         return choose(self, logits, argmax)
 
     monkeypatch.setattr(TokenEmitter, "choose", without_processor)
@@ -114,7 +114,7 @@ def criteria_once_per_round(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def accept_then_check(tree: Any, logits: Any, emitter: TokenEmitter, *args: Any) -> None:
         accept(tree, logits, emitter, *args)
-        emitter.finished = bool(emitter._criteria(emitter.input_ids, emitter.scores).all())
+        emitter.finished = bool(emitter._criteria(emitter.input_ids, emitter.choice.scores).all())
 
     monkeypatch.setattr(TokenEmitter, "commit", commit_unchecked)
     monkeypatch.setattr(decoding, "accept", accept_then_check)

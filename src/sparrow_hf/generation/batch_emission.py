@@ -25,6 +25,7 @@ from transformers.generation import BaseStreamer, EosTokenCriteria
 
 from .._transformers import pad_token
 from ..devices import on_device
+from .emission import TokenChoice
 from .stop_rules import stop_rules
 
 #: Processors of transformers that treat every sequence by itself and keep nothing from one call to the next.
@@ -57,6 +58,7 @@ class BatchEmitter:
     Attributes:
         new_tokens: For each sequence, the tokens chosen so far; they may be ahead of the columns.
         finished: Whether every sequence is.
+        choice: How tokens are chosen, with the scores and logits of those chosen.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class BatchEmitter:
         self._processor = logits_processor
         self._criteria = stopping_criteria
         self._rules = stop_rules(stopping_criteria)
-        self._do_sample = generation_config.do_sample
+        self.choice = TokenChoice(logits_processor, generation_config)
         self._max_new = generation_config.max_length - input_ids.shape[1]
         self._streamer = streamer
         self._is_finished = [False] * len(input_ids)
@@ -88,9 +90,6 @@ class BatchEmitter:
         self._pad = int(pad) if has_end and pad is not None else None
         ends = [each.eos_token_id.tolist() for each in stopping_criteria if type(each) is EosTokenCriteria]
         self._ends = frozenset(itertools.chain.from_iterable(ends))
-        wants_dict = generation_config.return_dict_in_generate
-        self.scores: tuple[Tensor, ...] | None = () if wants_dict and generation_config.output_scores else None
-        self.logits: tuple[Tensor, ...] | None = () if wants_dict and generation_config.output_logits else None
 
     @property
     def input_ids(self) -> Tensor:
@@ -122,12 +121,6 @@ class BatchEmitter:
         return on_device([tokens[-1] for tokens in self.new_tokens], self._prompts.device)
 
     @property
-    def _takes_argmax(self) -> bool:
-        """Whether tokens are the argmax of the raw logits, which nobody wants to see."""
-        plain = not self._do_sample and len(self._processor) == 0
-        return plain and self.scores is None and self.logits is None
-
-    @property
     def fill(self) -> Tensor:
         """`(B,)` what follows in sequences that are not open."""
         return self.roots if self._pad is None else torch.full_like(self.roots, self._pad)
@@ -148,7 +141,7 @@ class BatchEmitter:
         # node        0  1  2  3
         expected = [[*tokens[1:], -1] for tokens in chains]
         # Read from the device at once, node by node.
-        best = logits.argmax(dim=-1).T.tolist() if self._takes_argmax else None
+        best = logits.argmax(dim=-1).T.tolist() if self.choice.is_argmax else None
         if self._in_step:
             self._accept_in_step(logits, best, expected, path)
         else:
@@ -168,7 +161,7 @@ class BatchEmitter:
     ) -> None:
         for node in range(logits.shape[1]):
             path.append(node)
-            chosen = self._choose_column(logits[:, node]) if best is None else best[node]
+            chosen = self.choice(self.input_ids, logits[:, node]) if best is None else best[node]
             if self._pad is not None:
                 chosen = [self._pad if was else token for token, was in zip(chosen, self._is_finished, strict=True)]
             for tokens, token in zip(self.new_tokens, chosen, strict=True):
@@ -176,19 +169,6 @@ class BatchEmitter:
             self._commit(chosen)
             if self.finished or any(row[node] != token for row, token in zip(expected, chosen, strict=True)):
                 return
-
-    def _choose_column(self, logits: Tensor) -> list[int]:
-        """The B tokens after the current columns, from `(B, V)` raw logits."""
-        # A copy, because processors may write in place, and the caller may keep the raw logits.
-        raw = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
-        scores = self._processor(self.input_ids, raw)
-        if self.scores is not None:
-            self.scores += (scores,)
-        if self.logits is not None:
-            self.logits += (raw,)
-        if self._do_sample:
-            return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)[:, 0].tolist()
-        return scores.argmax(dim=-1).tolist()
 
     # -- each at its own pace -----------------------------------------------------------------------------------------
 
@@ -246,7 +226,7 @@ class BatchEmitter:
         """Appends a token to every sequence, checks every criterion on all of them, and hands them to the streamer."""
         self._columns.append(column)
         if self._rules is None:
-            stops = self._criteria(self.input_ids, self.scores).tolist()
+            stops = self._criteria(self.input_ids, self.choice.scores).tolist()
         else:
             length = self._prompts.shape[1] + len(self._columns)
             stops = [self._rules.stop(token, length) for token in column]

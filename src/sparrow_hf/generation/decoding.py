@@ -177,8 +177,8 @@ def returned(
         return emitter.input_ids
     return GenerateOutput(
         sequences=emitter.input_ids,
-        scores=emitter.scores,
-        logits=emitter.logits,
+        scores=emitter.choice.scores,
+        logits=emitter.choice.logits,
         attentions=recorded.get("attentions"),
         hidden_states=recorded.get("hidden_states"),
         **{CACHE: cache},
@@ -190,7 +190,7 @@ def accept(
 ) -> None:
     """One round: walks the tree with the target's `(1, N, V)` logits, committing tokens; `path` gets their nodes."""
     # Read from the device at once.
-    argmax = logits[0].argmax(dim=-1).tolist() if emitter.takes_argmax else None
+    argmax = logits[0].argmax(dim=-1).tolist() if emitter.choice.is_argmax else None
 
     def choose(node: int) -> int:
         return emitter.choose(logits[:, node], None if argmax is None else argmax[node])

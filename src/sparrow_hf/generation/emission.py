@@ -11,6 +11,37 @@ from ..devices import on_device
 from .stop_rules import stop_rules
 
 
+class TokenChoice:
+    """Chooses the next tokens from the target's raw logits, and keeps scores and logits that a call asks for."""
+
+    def __init__(self, logits_processor: LogitsProcessorList, generation_config: GenerationConfig):
+        self._processor = logits_processor
+        self._do_sample = generation_config.do_sample
+        wants_dict = generation_config.return_dict_in_generate
+        self.scores: tuple[Tensor, ...] | None = () if wants_dict and generation_config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if wants_dict and generation_config.output_logits else None
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether a token is simply the argmax of the raw logits, and nobody wants to see these: then the tokens after
+        all nodes of a tree can be read at once."""
+        plain = not self._do_sample and len(self._processor) == 0
+        return plain and self.scores is None and self.logits is None
+
+    def __call__(self, input_ids: Tensor, logits: Tensor) -> list[int]:
+        """The tokens after `(B, t)` sequences, from `(B, V)` raw logits of any float dtype."""
+        # A copy, because processors may write in place, and the caller may keep the raw logits.
+        raw = logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
+        scores = self._processor(input_ids, raw)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (raw,)
+        if self._do_sample:
+            return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)[:, 0].tolist()
+        return scores.argmax(dim=-1).tolist()
+
+
 class TokenEmitter:
     """Turns the target's logits into committed tokens.
 
@@ -22,6 +53,7 @@ class TokenEmitter:
 
     Attributes:
         new_tokens: The committed tokens.
+        choice: How a token is chosen, with the scores and logits of those chosen.
     """
 
     def __init__(
@@ -36,14 +68,10 @@ class TokenEmitter:
         self.finished = False
         self._prompt_length = input_ids.shape[1]
         self._input_ids = input_ids
-        self._processor = logits_processor
+        self.choice = TokenChoice(logits_processor, generation_config)
         self._criteria = stopping_criteria
         self._rules = stop_rules(stopping_criteria)
-        self._do_sample = generation_config.do_sample
         self._streamer = streamer
-        wants_dict = generation_config.return_dict_in_generate
-        self.scores: tuple[Tensor, ...] | None = () if wants_dict and generation_config.output_scores else None
-        self.logits: tuple[Tensor, ...] | None = () if wants_dict and generation_config.output_logits else None
 
     @property
     def length(self) -> int:
@@ -62,32 +90,14 @@ class TokenEmitter:
             self._input_ids = torch.cat((self._input_ids, new), dim=-1)
         return self._input_ids
 
-    @property
-    def takes_argmax(self) -> bool:
-        """Whether a token is simply the argmax of the raw logits, and nobody wants to see these: then the tokens after
-        all nodes of a tree can be read at once."""
-        plain = not self._do_sample and len(self._processor) == 0
-        return plain and self.scores is None and self.logits is None
-
     def choose(self, logits: Tensor, argmax: int | None = None) -> int:
         """The token after the current sequence.
 
         Args:
             logits: `(1, V)` raw logits of the target, any float dtype.
-            argmax: Their argmax, if it is known and [`~TokenEmitter.takes_argmax`] holds.
+            argmax: Their argmax, if it is known and [`TokenChoice.is_argmax`] holds.
         """
-        if argmax is not None:
-            return argmax
-        # A copy, because processors may write in place, and the caller may keep the raw logits.
-        raw = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
-        scores = self._processor(self.input_ids, raw)
-        if self.scores is not None:
-            self.scores += (scores,)
-        if self.logits is not None:
-            self.logits += (raw,)
-        if self._do_sample:
-            return int(torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1))
-        return int(scores.argmax(dim=-1))
+        return self.choice(self.input_ids, logits)[0] if argmax is None else argmax
 
     def commit(self, token: int) -> None:
         """Appends a token, checks every stopping criterion on it, and hands it to the streamer.
@@ -96,7 +106,7 @@ class TokenEmitter:
         """
         self.new_tokens.append(token)
         if self._rules is None:
-            self.finished = bool(self._criteria(self.input_ids, self.scores).all())
+            self.finished = bool(self._criteria(self.input_ids, self.choice.scores).all())
         else:
             self.finished = self._rules.stop(token, self.length)
         if self._streamer is not None:

@@ -129,7 +129,7 @@ def plan(
             *("--train", f"{work}/recording-{tokens}", "--held-out", f"{work}/recording-validation"),
             *("--output", str(folder), "--vocabulary", str(vocabulary), "--target-dtype", dtype),
             *("--learning-rate", str(learning_rate), "--bf16", str(dtype == "bfloat16").lower()),
-            *("--max-steps", str(steps), "--warmup-steps", str(steps // 20), "--save-steps", str(max(1, steps // 10))),
+            *("--max-steps", str(steps), "--warmup-steps", str(steps // 20), "--save-steps", str(max(1, steps // 4))),
             *("--per-device-train-batch-size", str(batch), "--use-cpu", str(device == "cpu").lower()),
         )
         resume = ("--resume",) if last_checkpoint(folder / "checkpoints") else ()
