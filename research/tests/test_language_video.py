@@ -183,9 +183,7 @@ def test_a_tower_learns_the_words(text: tuple[Any, Any]) -> None:
     exact = torch.stack(
         [torch.stack([words.embeddings[slot][label] for slot, label in enumerate(row)]) for row in words.labels(told)]
     )
-    assert all(
-        (each.argmax(-1) == words.labels(told)[:, slot]).all() for slot, each in enumerate(words.logits(exact))
-    )
+    assert all((each.argmax(-1) == words.labels(told)[:, slot]).all() for slot, each in enumerate(words.logits(exact)))
     before = training.losses(frames, told)[2].item()
     for _ in range(12):
         training.step()

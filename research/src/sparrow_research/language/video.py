@@ -2,8 +2,8 @@
 
     python -m sparrow_research.language.video --smollm2 FOLDER --work FOLDER [--dry-run]
 
-It prints its steps and about how long they take before it starts. Run it again to go on where it was stopped: files that
-are there are not made again, and answers, trainings, recordings and measurements go on by themselves.
+It prints its steps and about how long they take before it starts. Run it again to go on where it was stopped: files
+that are there are not made again, and answers, trainings, recordings and measurements go on by themselves.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .road import COMMON, VOCABULARY, Step
 ANSWERS, TOWER_STEPS, TEXT_STEPS, DRAFT_STEPS, DRAFT_ROWS = 1536, 900, 500, 400, 8
 CLIPS = 300
 SECONDS = {"answer": 1.1, "tower": 1.2, "text": 6.0, "row": 1.0, "draft": 0.3, "check": 2400.0, "tau": 3600.0}
-"""Estimates for one CPU thread with bf16 arithmetic: an answer, steps of the trainings, a row of the draft's set read or
-written, a row of its training, and the two measurements."""
+"""Estimates for one CPU thread with bf16 arithmetic: an answer, steps of the trainings, a row of the draft's set read
+or written, a row of its training, and the two measurements."""
 PACKAGE = "sparrow_research.language"
 
 
@@ -100,7 +100,15 @@ def plan(smollm2: Path, work: Path) -> list[Step]:
                 *("sparrow_hf.cli", "train", *on, "--train", f"{work}/recording-train"),
                 *("--held-out", f"{work}/recording-validation", "--output", str(draft), "--target-dtype", "bfloat16"),
                 *("--vocabulary", str(vocabulary), "--max-steps", str(DRAFT_STEPS), "--warmup-steps"),
-                *(str(DRAFT_STEPS // 20), "--save-steps", str(DRAFT_STEPS // 10), "--bf16", "true", "--use-cpu", "true"),
+                *(
+                    str(DRAFT_STEPS // 20),
+                    "--save-steps",
+                    str(DRAFT_STEPS // 10),
+                    "--bf16",
+                    "true",
+                    "--use-cpu",
+                    "true",
+                ),
                 *("--per-device-train-batch-size", str(DRAFT_ROWS), *COMMON.split(), *resume),
             ),
             draft / SAFE_WEIGHTS_NAME,

@@ -85,7 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(options.target, dtype=torch.bfloat16).eval()
-    write_answers(model, AutoTokenizer.from_pretrained(options.target), options.output, options.rows, options.first_seed)
+    write_answers(
+        model, AutoTokenizer.from_pretrained(options.target), options.output, options.rows, options.first_seed
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m sparrow_research.language.video_clips --output FOLDER [--train N] [--validation N]
 
-Every clip is asked two things, of two kinds (`video_facts.PROMPTS`). Training clips come after those of the target's own
-training, validation clips from their own seeds. Most are short, some have up to 3,000 visual tokens.
+Every clip is asked two things, of two kinds (`video_facts.PROMPTS`). Training clips come after those of the target's
+own training, validation clips from their own seeds. Most are short, some have up to 3,000 visual tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def length_of(rng: np.random.Generator) -> int:
 
 
 def rows_of(seed: int, folder: Path) -> list[dict[str, Any]]:
-    """Writes the clip `seed`, if it is missing, and returns its conversations, their paths relative to the folder's parent."""
+    """Writes the clip `seed`, if it is missing; returns its conversations, with paths as beside the folder."""
     rng = np.random.default_rng([seed, 17])
     file = folder / f"{seed}.mp4"
     tokens = length_of(rng)

@@ -1,8 +1,8 @@
 """What a rendered clip shows, in words: for the vision tower, for a language model that reads text, and as questions.
 
 The tower turns every frame into `SLOTS` visual tokens. What it is taught to give for each is the input embedding of a
-word, so that a frame reads like a short text to a language model: a *soft caption*. All words of a frame can be seen in
-that frame; motion cannot, it is the change of the two digits (column and row) or of the size from frame to frame.
+word, so that a frame reads like a short text to a language model: a *soft caption*. All words of a frame can be seen
+in that frame; motion cannot, it is the change of the two digits (column and row) or of the size from frame to frame.
 """
 
 from __future__ import annotations
@@ -155,7 +155,9 @@ def questions(story: Story) -> Iterator[Question]:
         yield Question("motion", f"What does the shape do {where}?", f"It {MOVES[scene.motion]}.")
         nothing = "There is no dot."
         yield Question("dot", f"What colour is the dot {where}?", f"{dot.colour.capitalize()}." if dot else nothing)
-        yield Question("corner", f"In which corner is the dot {where}?", f"{dot.corner.capitalize()}." if dot else nothing)
+        yield Question(
+            "corner", f"In which corner is the dot {where}?", f"{dot.corner.capitalize()}." if dot else nothing
+        )
 
 
 def long_exact(story: Story, rng: np.random.Generator) -> Question:

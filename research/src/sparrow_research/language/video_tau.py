@@ -3,8 +3,8 @@
     python -m sparrow_research.language.video_tau --target FOLDER --draft FOLDER --work DIR --output FILE
 
 The same stories at every length, long answers, greedy, bf16: there a text can differ from plain `generate()` from a
-near-tie on, so nothing is compared and nothing is timed here; `language.text --prompts` does both in fp32. Every call is a
-line of a file; run it again to go on.
+near-tie on, so nothing is compared and nothing is timed here; `language.text --prompts` does both in fp32. Every call is
+a line of a file; run it again to go on.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def pooled(calls: Sequence[dict[str, Any]]) -> float:
 def retention(calls: Sequence[dict[str, Any]], long: int, short: int) -> dict[str, Any]:
     """τ at one length over τ at another, on the clips that both have; the interval resamples clips."""
     found = {(each["length"], each["seed"]): each for each in calls}
-    pairs = [(found[long, seed], found[short, seed]) for length, seed in found if length == long and (short, seed) in found]
+    pairs = [
+        (found[long, seed], found[short, seed]) for length, seed in found if length == long and (short, seed) in found
+    ]
 
     def ratio(chosen: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> float:
         return pooled([pair[0] for pair in chosen]) / pooled([pair[1] for pair in chosen])

@@ -35,7 +35,7 @@ SHARPNESS = 4.0
 
 
 class Words:
-    """The words of every slot: `classes`, word → class of each slot, and `embeddings` `(words of the slot, hidden)`."""
+    """The words of every slot: `classes`, word → class in each slot, and `embeddings` `(words, hidden)` of each."""
 
     def __init__(self, embedding: Tensor, tokenizer: Any):
         self.classes: list[dict[str, int]] = []
@@ -55,9 +55,7 @@ class Words:
 
     def logits(self, features: Tensor) -> list[Tensor]:
         """How near features `(frames, SLOTS, hidden)` are to the words of each slot."""
-        distances = [
-            (features[:, slot, None] - words).pow(2).sum(-1) for slot, words in enumerate(self.embeddings)
-        ]
+        distances = [(features[:, slot, None] - words).pow(2).sum(-1) for slot, words in enumerate(self.embeddings)]
         return [-SHARPNESS * each / self.scale for each in distances]
 
 
@@ -120,9 +118,7 @@ class TowerTraining:
         features, labels = self.tower(pixels_of(frames)), self.words.labels(words)
         logits = self.words.logits(features)
         crosses = [functional.cross_entropy(part, labels[:, slot]) for slot, part in enumerate(logits)]
-        wanted = torch.stack(
-            [self.words.embeddings[slot][labels[:, slot]] for slot in range(SLOTS)], dim=1
-        )
+        wanted = torch.stack([self.words.embeddings[slot][labels[:, slot]] for slot in range(SLOTS)], dim=1)
         error = (features - wanted).pow(2).sum(-1).mean() / self.words.scale
         right = torch.stack([part.argmax(-1) == labels[:, slot] for slot, part in enumerate(logits)], -1)
         return torch.stack(crosses).sum() + 4 * error, right.float().mean(0), error

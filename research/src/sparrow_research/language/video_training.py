@@ -57,9 +57,7 @@ class SoftCaptions:
 
     def __init__(self, embedding: Tensor, tokenizer: Any):
         self.embedding = embedding.detach()
-        self.candidates = [
-            [tokenizer(word)["input_ids"][0] for word in words] for words in candidate_words()
-        ]
+        self.candidates = [[tokenizer(word)["input_ids"][0] for word in words] for words in candidate_words()]
         self.ids = {word: tokenizer(word)["input_ids"][0] for words in candidate_words() for word in words}
 
     def __call__(self, frames: list[tuple[str, ...]], rng: np.random.Generator | None = None) -> Tensor:
@@ -160,7 +158,9 @@ class VideoTraining:
             self.clip(CLIPS_PER_STEP * self.done + index) for index in range(CLIPS_PER_STEP)
         ]
         if rng.random() < TEXT_SHARE * CLIPS_PER_STEP:
-            chosen = [self.conversations[int(index)] for index in rng.integers(len(self.conversations), size=TEXT_ROWS)]
+            chosen = [
+                self.conversations[int(index)] for index in rng.integers(len(self.conversations), size=TEXT_ROWS)
+            ]
             packed = pack_text(self.tokenizer, chosen)
             parts[0] = (embed(self.text, packed, None, self.image), packed)
         for rows, packed in parts:
@@ -176,7 +176,9 @@ class VideoTraining:
         rate = min(progress / WARMUP, 0.5 + 0.5 * math.cos(math.pi * progress)) if self.done else 1 / self.steps
         for group in self.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * max(rate, 0.02)
-        torch.nn.utils.clip_grad_norm_([each for group in self.optimizer.param_groups for each in group["params"]], 1.0)
+        torch.nn.utils.clip_grad_norm_(
+            [each for group in self.optimizer.param_groups for each in group["params"]], 1.0
+        )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
@@ -193,7 +195,9 @@ class VideoTraining:
             ids = [[*self.tokenizer(each.answer)["input_ids"], self.tokenizer.eos_token_id] for each in every]
             asked = [Asked(each.text, answer) for each, answer in zip(every, ids, strict=True)]
             packed = pack_clip(self.tokenizer, FRAMES_PER_STEP * steps, asked)
-            rows = embed(self.text, packed, self.captions(clip_words(story, sample_timeline(rng, story, steps))), self.image)
+            rows = embed(
+                self.text, packed, self.captions(clip_words(story, sample_timeline(rng, story, steps))), self.image
+            )
             _, likeliest, labels = answer_loss(self.text, rows, packed)
             parts = (likeliest == labels).split([len(each) for each in ids])
             for question, part in zip(every, parts, strict=True):
@@ -203,7 +207,9 @@ class VideoTraining:
     def save(self, file: Path) -> None:
         """A checkpoint."""
         state = {name: change.state_dict() for name, change in self.changes.items()}
-        kept = {name: {key: each for key, each in part.items() if key in ("up", "down")} for name, part in state.items()}
+        kept = {
+            name: {key: each for key, each in part.items() if key in ("up", "down")} for name, part in state.items()
+        }
         partial = file.with_suffix(".partial")
         torch.save({"done": self.done, "changes": kept, "optimizer": self.optimizer.state_dict()}, partial)
         partial.replace(file)
