@@ -3,8 +3,8 @@
     python -m sparrow_research.language.video_check --target FOLDER --smollm2 FOLDER --work DIR --output FILE
 
 All questions of a clip that have one exact answer are asked behind the same clip, decoded from an mp4 file. An answer
-is right if greedy decoding gives exactly its tokens; every token of it being the likeliest after those before it is the
-same thing, so one forward tells. Blind, all frames are black. Beside it: what the model says at length, how much of it
+is right if greedy decoding gives exactly its tokens. That is so if every token of it is the likeliest after those
+before it, so one forward tells. Blind, all frames are black. Beside it: what the model says at length, how much of it
 repeats itself, and what plain text costs it against SmolLM2. Every clip is a line of a file; run it again to go on.
 """
 

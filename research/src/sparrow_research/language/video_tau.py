@@ -2,8 +2,8 @@
 
     python -m sparrow_research.language.video_tau --target FOLDER --draft FOLDER --work DIR --output FILE
 
-The same stories at every length, long answers, greedy, bf16: there a text can differ from plain `generate()` from a
-near-tie on, so nothing is compared and nothing is timed here; `language.text --prompts` does both in fp32. Every call is
+The same stories at every length, long answers, greedy, bf16: a text can differ from plain `generate()` there from a
+near-tie on, so nothing is compared or timed here; `language.text --prompts` does both in fp32. Every call is
 a line of a file; run it again to go on.
 """
 
