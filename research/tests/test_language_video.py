@@ -1,5 +1,6 @@
 """The video LLM around a language model, on a tiny random one: what is packed, merged and assembled is what is run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,19 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sparrow_hf import SparrowDraftModel
 from sparrow_hf.testbed.scenes import BLANK, Glyph, Scene, Step, sample_story, sample_timeline
 from sparrow_hf.testbed.world import make_clip, write_script
 from sparrow_hf.video import prepare_inputs
-from sparrow_research.language import video_target
+from sparrow_research.language import (
+    video_answers,
+    video_check,
+    video_clips,
+    video_target,
+    video_tau,
+    video_tower,
+    video_training,
+)
 from sparrow_research.language.sampling import sample
 from sparrow_research.language.video_answers import faithfulness
 from sparrow_research.language.video_facts import (
@@ -132,7 +142,7 @@ def test_clips_are_packed_as_the_processor_writes_them(text: tuple[Any, Any], tm
 
 
 def test_the_assembled_target_sees_what_its_parts_see(saved: Path, tmp_path: Path) -> None:
-    model, tokenizer = video_target.load_text(saved)
+    model, tokenizer = video_target.load_text(saved, torch.float32)
     captions = SoftCaptions(model.get_input_embeddings().weight, tokenizer)
     changes = video_target.adapt(model, 2)
     torch.manual_seed(1)
@@ -144,7 +154,7 @@ def test_the_assembled_target_sees_what_its_parts_see(saved: Path, tmp_path: Pat
     save_file(kept, tmp_path / "tower.safetensors")
     save_file(video_target.factors(changes), tmp_path / "adapters.safetensors")
 
-    target, processor = video_target.assemble(saved, tmp_path)
+    target, processor = video_target.assemble(saved, tmp_path, torch.float32)
     target.save_pretrained(tmp_path / "target")
     processor.save_pretrained(tmp_path / "target")
     target = type(target).from_pretrained(tmp_path / "target", dtype=torch.float32)
@@ -155,15 +165,15 @@ def test_the_assembled_target_sees_what_its_parts_see(saved: Path, tmp_path: Pat
         visual = torch.cat(target.get_image_features(inputs["pixel_values"]).pooler_output)
         assert visual.shape == (10 * SLOTS, 48)
         ids = inputs["input_ids"][0]
-        rows = model.float().get_input_embeddings()(ids)
+        rows = model.get_input_embeddings()(ids)
         rows[ids == tokenizer.convert_tokens_to_ids("<image>")] = visual
         expected = model(inputs_embeds=rows[None]).logits
-    # The merged weights are rounded to bf16.
-    assert (logits - expected).abs().max() < 0.05 * expected.std()
-    blind = captions([BLACK] * 10).float()
-    rows[ids == tokenizer.convert_tokens_to_ids("<image>")] = blind
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+    rows[ids == tokenizer.convert_tokens_to_ids("<image>")] = captions([BLACK] * 10)
+    unchanged = video_target.load_text(saved, torch.float32)[0]
     with torch.no_grad():
-        assert (model(inputs_embeds=rows[None]).logits - expected).abs().max() > 0.05 * expected.std()
+        assert (model(inputs_embeds=rows[None]).logits - expected).abs().max() > 0.1
+        assert (unchanged(inputs_embeds=rows[None]).logits - model(inputs_embeds=rows[None]).logits).abs().max() > 0.1
 
 
 def test_frames_reach_the_tower_as_the_processor_makes_them(text: tuple[Any, Any]) -> None:
@@ -173,7 +183,8 @@ def test_frames_reach_the_tower_as_the_processor_makes_them(text: tuple[Any, Any
     torch.testing.assert_close(made, pixels_of(frames), atol=1e-5, rtol=0)
 
 
-def test_a_tower_learns_the_words(text: tuple[Any, Any]) -> None:
+def test_a_tower_learns_the_words(text: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_tower, "BATCH_STEPS", 12)
     model, tokenizer = text
     words = Words(model.get_input_embeddings().weight, tokenizer)
     torch.manual_seed(0)
@@ -185,8 +196,13 @@ def test_a_tower_learns_the_words(text: tuple[Any, Any]) -> None:
     )
     assert all((each.argmax(-1) == words.labels(told)[:, slot]).all() for slot, each in enumerate(words.logits(exact)))
     before = training.losses(frames, told)[2].item()
-    for _ in range(12):
+    for _ in range(6):
         training.step()
+    training.save(tmp_path / "tower.checkpoint")
+    again = TowerTraining(Tower(video_target.build_vlm(model, tokenizer, TOWER)), words, 12)
+    again.load(tmp_path / "tower.checkpoint")
+    for _ in range(6):
+        assert training.step() == again.step()
     assert training.losses(frames, told)[2].item() < 0.8 * before
 
 
@@ -199,3 +215,63 @@ def test_many_answers_are_those_of_generate(text: tuple[Any, Any]) -> None:
     for mine, theirs in zip(found, plain, strict=True):
         assert mine == theirs[: len(mine)]
         assert len(mine) == 12 or mine[-1] == tokenizer.eos_token_id
+
+
+def test_every_command_runs_on_a_tiny_model(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From answers to a target, its figures and the τ of a draft: the commands of the road, smaller."""
+    text, work = str(saved), tmp_path / "work"
+    parts = work / "parts"
+    parts.mkdir(parents=True)
+    monkeypatch.setattr(video_answers, "SAMPLING", {"max_new_tokens": 16, "temperature": 0.8, "top_k": 50})
+    monkeypatch.setattr(video_tower, "BATCH_STEPS", 6)
+    monkeypatch.setattr(video_training, "STEPS", (5, 6))
+    monkeypatch.setattr(video_training, "LONG_SHARE", 0.0)
+    plain = {"messages": [{"role": "user", "content": "red"}], "answer_ids": [5, 6, 7]}
+    monkeypatch.setattr(video_training, "conversations", lambda: iter([plain]))
+    monkeypatch.setattr(video_training, "VALIDATION_SEEDS", range(1))
+    monkeypatch.setattr(video_tower, "VALIDATION_SEEDS", range(1))
+    monkeypatch.setattr(video_check, "LONG", {"max_new_tokens": 6, "do_sample": True})
+    monkeypatch.setattr(video_tau, "NEW_TOKENS", 6)
+    monkeypatch.setattr(video_tau, "LENGTHS", {160: 2})
+
+    video_answers.main(["--target", text, "--output", f"{work}/answers.jsonl", "--rows", "3"])
+    video_answers.main(["--target", text, "--output", f"{work}/answers.jsonl", "--rows", "5"])
+    rows = [json.loads(line) for line in (work / "answers.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows] == [0, 1, 2, 3, 4]
+    video_tower.main(["--smollm2", text, "--output", f"{parts}/tower.safetensors", "--steps", "2"])
+    learned = ["--smollm2", text, "--answers", f"{work}/answers.jsonl", "--output", f"{parts}/adapters.safetensors"]
+    video_training.main([*learned, "--steps", "2"])
+    video_target.main(["--smollm2", text, "--parts", str(parts), "--output", f"{work}/target"])
+
+    looked = ["--target", f"{work}/target", "--lengths", "160", "--clips", "1", "--work", f"{work}/check"]
+    video_check.main([*looked, "--output", f"{work}/check.json"])
+    (row,) = json.loads((work / "check.json").read_text())["lengths"]
+    assert row["questions"] > 10 and row["right"]["all"] < 0.5
+
+    video_clips.main(["--output", f"{work}/prompts", "--train", "1", "--validation", "1"])
+    asked = [json.loads(line) for line in (work / "prompts" / "train.jsonl").read_text().splitlines()]
+    assert len(asked) == 2 and (work / "prompts" / asked[0]["messages"][0]["content"][0]["video"]).exists()
+
+    target = video_target.SmolVLMForConditionalGeneration.from_pretrained(work / "target")
+    SparrowDraftModel.from_target(target).save_pretrained(work / "draft")
+    drafted = ["--target", f"{work}/target", "--draft", f"{work}/draft", "--lengths", "160", "--work", f"{work}/tau"]
+    video_tau.main([*drafted, "--output", f"{work}/tau.json"])
+    found = json.loads((work / "tau.json").read_text())
+    assert found["lengths"][0]["clips"] == 2 and found["lengths"][0]["tau"] >= 1
+
+
+def test_one_forward_tells_what_generate_would_say(text: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = text
+    target = video_target.build_vlm(model, tokenizer, TOWER)
+    processor = video_target.make_processor(tokenizer)
+    clip = make_clip(tmp_path / "clip.mp4", 3, visual_tokens=160, tokens_per_step=2 * SLOTS)
+    video = clip.messages[0]["content"][0]
+    asked = []
+    for question in ("red?", "What is it?"):
+        messages = [{"role": "user", "content": [video, {"type": "text", "text": question}]}]
+        inputs = prepare_inputs(processor, messages)
+        output = target.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+        said = output[0, inputs["input_ids"].shape[1] :].tolist()
+        asked += [Asked(question, said), Asked(question, [*said[:-1], said[-1] - 1])]
+    packed = pack_clip(tokenizer, inputs["pixel_values"].shape[1], asked)
+    assert video_check.answered(target, packed, inputs["pixel_values"]) == [True, False, True, False]

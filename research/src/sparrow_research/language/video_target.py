@@ -175,12 +175,12 @@ def merge(decoder: Any, kept: dict[str, Tensor]) -> None:
         weight.copy_((weight.float() + change).to(weight.dtype))
 
 
-def assemble(smollm2: Path, parts: Path = PARTS) -> tuple[SmolVLMForConditionalGeneration, SmolVLMProcessor]:
+def assemble(
+    smollm2: Path, parts: Path = PARTS, dtype: torch.dtype = torch.bfloat16
+) -> tuple[SmolVLMForConditionalGeneration, SmolVLMProcessor]:
     """The trained video LLM, from SmolLM2's folder and the trained parts."""
-    text, tokenizer = load_text(smollm2)
-    adapters = parts / "adapters.safetensors"
-    if adapters.exists():
-        merge(text.model, load_file(adapters))
+    text, tokenizer = load_text(smollm2, dtype)
+    merge(text.model, load_file(parts / "adapters.safetensors"))
     model = build_vlm(text, tokenizer)
     load_tower(model, parts / "tower.safetensors")
     return model, make_processor(tokenizer)

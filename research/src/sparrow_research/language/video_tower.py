@@ -4,6 +4,7 @@
 
 The language model is not in the loop. Each of a frame's 16 tokens is pulled to the input embedding of its word
 (`video_facts.frame_words`), and a cross-entropy over the few words that can stand in its place sharpens the choice.
+A stopped training goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .video_target import build_vlm, load_text
 
 BATCH_STEPS = 128
 """Temporal steps of one training step, two frames each."""
+SAVE_EVERY = 25
 MATRIX_LEARNING_RATE, LEARNING_RATE = 0.02, 3e-3
 SHARPNESS = 4.0
 """Squared distances to words, divided by the mean square of a word, count so many times in the cross-entropy."""
@@ -135,6 +137,26 @@ class TowerTraining:
         self.steps_done += 1
         return loss.item(), right.tolist(), error.item()
 
+    def save(self, file: Path) -> None:
+        """A checkpoint."""
+        parts = [*self.optimizers, *self.schedules]
+        partial = file.with_suffix(".partial")
+        state = {
+            "done": self.steps_done,
+            "tower": self.tower.state_dict(),
+            "parts": [each.state_dict() for each in parts],
+        }
+        torch.save(state, partial)
+        partial.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Goes on from a checkpoint."""
+        state = torch.load(file, weights_only=False)
+        self.tower.load_state_dict(state["tower"])
+        for part, own in zip([*self.optimizers, *self.schedules], state["parts"], strict=True):
+            part.load_state_dict(own)
+        self.steps_done = state["done"]
+
     @torch.no_grad()
     def evaluate(self, seeds: range, num_steps: int = 24) -> tuple[list[float], float]:
         """Accuracy of every slot, and the error, on whole clips."""
@@ -162,8 +184,13 @@ def main(arguments: list[str] | None = None) -> None:
     text, tokenizer = load_text(options.smollm2)
     tower = Tower(build_vlm(text, tokenizer))
     training = TowerTraining(tower, Words(text.get_input_embeddings().weight, tokenizer), options.steps)
-    for number in range(1, options.steps + 1):
+    checkpoint = options.output.with_suffix(".checkpoint")
+    if checkpoint.exists():
+        training.load(checkpoint)
+    for number in range(training.steps_done + 1, options.steps + 1):
         loss, right, error = training.step()
+        if number % SAVE_EVERY == 0:
+            training.save(checkpoint)
         if number % 25 == 0 or number == options.steps:
             worst = " ".join(f"{each:.2f}" for each in right)
             print(f"step {number}: loss {loss:.3f}, error {error:.4f}, right {worst}", flush=True)
