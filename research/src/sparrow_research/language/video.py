@@ -22,7 +22,7 @@ from .road import COMMON, VOCABULARY, Step
 
 ANSWERS, TOWER_STEPS, TEXT_STEPS, DRAFT_STEPS, DRAFT_ROWS = 1536, 900, 500, 400, 8
 CLIPS = 300
-SECONDS = {"answer": 1.1, "tower": 1.2, "text": 6.0, "row": 1.0, "draft": 0.3, "check": 2400.0, "tau": 3600.0}
+SECONDS = {"answer": 0.9, "tower": 1.1, "text": 8.0, "row": 1.0, "draft": 0.3, "check": 2400.0, "tau": 3600.0}
 """Estimates for one CPU thread with bf16 arithmetic: an answer, steps of the trainings, a row of the draft's set read
 or written, a row of its training, and the two measurements."""
 PACKAGE = "sparrow_research.language"

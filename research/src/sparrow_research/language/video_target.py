@@ -1,9 +1,9 @@
 """A video LLM that writes English: SmolVLM's architecture around SmolLM2, with a small vision tower of our own.
 
-    python -m sparrow_research.language.video_target --smollm2 FOLDER --output FOLDER [--parts FOLDER]
+    python -m sparrow_research.language.video_target --smollm2 FOLDER --parts FOLDER --output FOLDER
 
-puts the target together from SmolLM2's folder and what was trained here (`research/data/language/video`): tower,
-connector, low-rank changes of the language model, and the rows of five new tokens. SmolLM2's weights are not in it.
+puts the target together from SmolLM2's folder and the trained parts, which hold none of SmolLM2's weights: tower and
+connector (`video_tower`), and low-rank changes of the language model (`video_training`). Five tokens are new.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from sparrow_hf.testbed.world import FRAME_SIZE
 
 from .video_facts import SLOTS
 
-PARTS = Path(__file__).parents[3] / "data" / "language" / "video"
 PATCH, SCALE = 8, 2
 TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2}
 NEW_TOKENS = {
@@ -176,7 +175,7 @@ def merge(decoder: Any, kept: dict[str, Tensor]) -> None:
 
 
 def assemble(
-    smollm2: Path, parts: Path = PARTS, dtype: torch.dtype = torch.bfloat16
+    smollm2: Path, parts: Path, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[SmolVLMForConditionalGeneration, SmolVLMProcessor]:
     """The trained video LLM, from SmolLM2's folder and the trained parts."""
     text, tokenizer = load_text(smollm2, dtype)
@@ -198,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smollm2", type=Path, required=True, help="folder that language.smollm2 made")
-    parser.add_argument("--parts", type=Path, default=PARTS, help="folder of the trained parts")
+    parser.add_argument("--parts", type=Path, required=True, help="folder of the trained parts")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
     model, processor = assemble(options.smollm2, options.parts)
