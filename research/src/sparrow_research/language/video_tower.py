@@ -1,0 +1,208 @@
+"""Trains the video LLM's tower and connector to write *soft captions*: every visual token is the embedding of a word.
+
+    python -m sparrow_research.language.video_tower --smollm2 FOLDER --output FILE [--steps N]
+
+The language model is not in the loop. Each of a frame's 16 tokens is pulled to the input embedding of its word
+(`video_facts.frame_words`), and a cross-entropy over the few words that can stand in its place sharpens the choice.
+A stopped training goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparrow_hf.artifacts import write_json
+from sparrow_hf.testbed.scenes import BLANK, MAX_SCENES, Step, sample_story, sample_timeline
+from sparrow_hf.testbed.world import FRAMES_PER_STEP, MOTION_CYCLE, TRAIN_SEEDS, VALIDATION_SEEDS, render
+
+from ..muon import Muon
+from ..vision_pretraining import BLANK_SHARE, FROZEN_SHARE, through_codec
+from .video_facts import SLOTS, candidate_words, clip_words
+from .video_target import build_vlm, load_text
+
+BATCH_STEPS = 128
+"""Temporal steps of one training step, two frames each."""
+SAVE_EVERY = 25
+MATRIX_LEARNING_RATE, LEARNING_RATE = 0.02, 3e-3
+SHARPNESS = 4.0
+"""Squared distances to words, divided by the mean square of a word, count so many times in the cross-entropy."""
+
+
+class Words:
+    """The words of every slot: `classes`, word → class in each slot, and `embeddings` `(words, hidden)` of each."""
+
+    def __init__(self, embedding: Tensor, tokenizer: Any):
+        self.classes: list[dict[str, int]] = []
+        self.embeddings: list[Tensor] = []
+        for words in candidate_words():
+            ids = [tokenizer(word)["input_ids"] for word in words]
+            assert all(len(each) == 1 for each in ids), words
+            self.classes.append({word: index for index, word in enumerate(words)})
+            self.embeddings.append(embedding[[each[0] for each in ids]].float().detach())
+        self.scale = torch.cat(self.embeddings).pow(2).sum(-1).mean()
+
+    def labels(self, frames: list[tuple[str, ...]]) -> Tensor:
+        """Classes `(frames, SLOTS)`."""
+        return torch.tensor(
+            [[known[word] for known, word in zip(self.classes, words, strict=True)] for words in frames]
+        )
+
+    def logits(self, features: Tensor) -> list[Tensor]:
+        """How near features `(frames, SLOTS, hidden)` are to the words of each slot."""
+        distances = [(features[:, slot, None] - words).pow(2).sum(-1) for slot, words in enumerate(self.embeddings)]
+        return [-SHARPNESS * each / self.scale for each in distances]
+
+
+def montage(seed: int, number: int) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+    """Decoded frames of `number` temporal steps that have nothing to do with each other, and their words."""
+    rng = np.random.default_rng([seed, 3])
+    frames: list[np.ndarray] = []
+    words: list[tuple[str, ...]] = []
+    while len(words) < number * FRAMES_PER_STEP:
+        story = sample_story(rng, min_scenes=MAX_SCENES)
+        timeline = [
+            Step(scene, int(rng.integers(MOTION_CYCLE)), frozen=rng.random() < FROZEN_SHARE)
+            if rng.random() > BLANK_SHARE
+            else Step(BLANK)
+            for scene in range(MAX_SCENES)
+        ]
+        frames.append(render(story, timeline, rng))
+        words += clip_words(story, timeline)
+    total = number * FRAMES_PER_STEP
+    return through_codec(np.concatenate(frames)[:total]), words[:total]
+
+
+def pixels_of(frames: np.ndarray) -> Tensor:
+    """What the processor makes of frames of the world: `(frames, 3, height, width)` in -1 … 1."""
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Tower(nn.Module):
+    """Tower and connector of a video LLM, in fp32."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.vision_model, self.connector = model.model.vision_model.float(), model.model.connector.float()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Visual rows `(frames, SLOTS, hidden)`."""
+        patch = self.vision_model.config.patch_size
+        mask = torch.ones(len(pixels), pixels.shape[2] // patch, pixels.shape[3] // patch, dtype=torch.bool)
+        return self.connector(self.vision_model(pixels, patch_attention_mask=mask).last_hidden_state)
+
+
+class TowerTraining:
+    """`step()` is one optimizer step on frames drawn from `TRAIN_SEEDS`."""
+
+    def __init__(self, tower: Tower, words: Words, num_steps: int):
+        self.tower, self.words = tower, words
+        parameters = dict(tower.named_parameters())
+        matrices = [each for name, each in parameters.items() if each.ndim == 2 and "position" not in name]
+        known = {id(each) for each in matrices}
+        others = [each for each in parameters.values() if id(each) not in known]
+        self.optimizers = [Muon(matrices), torch.optim.AdamW(others, weight_decay=0.0)]
+        self.schedules = [
+            torch.optim.lr_scheduler.OneCycleLR(each, rate, total_steps=num_steps, pct_start=0.1, cycle_momentum=False)
+            for each, rate in zip(self.optimizers, (MATRIX_LEARNING_RATE, LEARNING_RATE), strict=True)
+        ]
+        self.steps_done = 0
+
+    def losses(self, frames: np.ndarray, words: list[tuple[str, ...]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, share of right words of every slot, and the squared error beside the mean square of a word."""
+        features, labels = self.tower(pixels_of(frames)), self.words.labels(words)
+        logits = self.words.logits(features)
+        crosses = [functional.cross_entropy(part, labels[:, slot]) for slot, part in enumerate(logits)]
+        wanted = torch.stack([self.words.embeddings[slot][labels[:, slot]] for slot in range(SLOTS)], dim=1)
+        error = (features - wanted).pow(2).sum(-1).mean() / self.words.scale
+        right = torch.stack([part.argmax(-1) == labels[:, slot] for slot, part in enumerate(logits)], -1)
+        return torch.stack(crosses).sum() + 4 * error, right.float().mean(0), error
+
+    def step(self) -> tuple[float, list[float], float]:
+        """Loss, accuracy of every slot, and relative squared error of one step."""
+        loss, right, error = self.losses(*montage(TRAIN_SEEDS[self.steps_done], BATCH_STEPS))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.tower.parameters(), 1.0)
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        self.steps_done += 1
+        return loss.item(), right.tolist(), error.item()
+
+    def save(self, file: Path) -> None:
+        """A checkpoint."""
+        parts = [*self.optimizers, *self.schedules]
+        partial = file.with_suffix(".partial")
+        state = {
+            "done": self.steps_done,
+            "tower": self.tower.state_dict(),
+            "parts": [each.state_dict() for each in parts],
+        }
+        torch.save(state, partial)
+        partial.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Goes on from a checkpoint."""
+        state = torch.load(file, weights_only=False)
+        self.tower.load_state_dict(state["tower"])
+        for part, own in zip([*self.optimizers, *self.schedules], state["parts"], strict=True):
+            part.load_state_dict(own)
+        self.steps_done = state["done"]
+
+    @torch.no_grad()
+    def evaluate(self, seeds: range, num_steps: int = 24) -> tuple[list[float], float]:
+        """Accuracy of every slot, and the error, on whole clips."""
+        frames, words = [], []
+        for seed in seeds:
+            rng = np.random.default_rng([seed, 2])
+            story = sample_story(rng)
+            timeline = sample_timeline(rng, story, num_steps)
+            frames.append(through_codec(render(story, timeline, rng)))
+            words += clip_words(story, timeline)
+        _, right, error = self.losses(np.concatenate(frames), words)
+        return right.tolist(), error.item()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smollm2", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="file of tower and connector")
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    text, tokenizer = load_text(options.smollm2)
+    tower = Tower(build_vlm(text, tokenizer))
+    training = TowerTraining(tower, Words(text.get_input_embeddings().weight, tokenizer), options.steps)
+    checkpoint = options.output.with_suffix(".checkpoint")
+    if checkpoint.exists():
+        training.load(checkpoint)
+    for number in range(training.steps_done + 1, options.steps + 1):
+        loss, right, error = training.step()
+        if number % SAVE_EVERY == 0:
+            training.save(checkpoint)
+        if number % 25 == 0 or number == options.steps:
+            worst = " ".join(f"{each:.2f}" for each in right)
+            print(f"step {number}: loss {loss:.3f}, error {error:.4f}, right {worst}", flush=True)
+    right, error = training.evaluate(VALIDATION_SEEDS[:24])
+    print(f"validation: error {error:.4f}, right {' '.join(f'{each:.4f}' for each in right)}")
+    save_file({name: each.bfloat16().contiguous() for name, each in tower.state_dict().items()}, options.output)
+    write_json(
+        options.output.with_suffix(".json"),
+        {"steps": options.steps, "seed": options.seed, "right": right, "error": error},
+        indent=1,
+    )
+
+
+if __name__ == "__main__":
+    main()
