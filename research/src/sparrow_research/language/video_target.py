@@ -40,7 +40,7 @@ NEW_TOKENS = {
 }
 """Tokens that SmolVLM's prompts have and SmolLM2 has not, each with the word that its embedding leans to."""
 VOCABULARY_MULTIPLE = 8
-ROPE = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}
+ROPE: dict[str, Any] = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}
 """A clip of 25,000 visual tokens has 45,000 rows, SmolLM2 was trained with 8,192: its frequencies are stretched."""
 MAX_POSITIONS = 65_536
 LORA_SCALE = 2.0

@@ -139,7 +139,7 @@ class TowerTraining:
 
     def save(self, file: Path) -> None:
         """A checkpoint."""
-        parts = [*self.optimizers, *self.schedules]
+        parts: list[Any] = [*self.optimizers, *self.schedules]
         partial = file.with_suffix(".partial")
         state = {
             "done": self.steps_done,
@@ -153,7 +153,8 @@ class TowerTraining:
         """Goes on from a checkpoint."""
         state = torch.load(file, weights_only=False)
         self.tower.load_state_dict(state["tower"])
-        for part, own in zip([*self.optimizers, *self.schedules], state["parts"], strict=True):
+        parts: list[Any] = [*self.optimizers, *self.schedules]
+        for part, own in zip(parts, state["parts"], strict=True):
             part.load_state_dict(own)
         self.steps_done = state["done"]
 
