@@ -151,4 +151,5 @@ def wait_for_ever() -> None:
 @pytest.mark.full
 def test_a_forgotten_thread_does_not_keep_the_process() -> None:
     ended = in_process("test_signals:wait_for_ever", *VOCAB)
-    assert ended.code == 130 and ended.output.startswith("Stopped by Ctrl-C: nothing new is kept"), ended.output
+    # The full tier's bitsandbytes says something of its own first.
+    assert ended.code == 130 and "\nStopped by Ctrl-C: nothing new is kept" in f"\n{ended.output}", ended.output
