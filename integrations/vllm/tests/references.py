@@ -9,8 +9,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLModel
 from transformers.video_utils import load_video
 
 from sparrow_hf import SparrowDraftModel, draft_inputs, testbed
+from sparrow_hf._transformers import use_vllm_positions
 from sparrow_hf.export_vllm import export_vllm
 from sparrow_hf.generation.candidate_generator import SparrowCandidateGenerator
 from sparrow_hf.video import prepare_inputs
@@ -41,22 +39,6 @@ MAX_NEW_TOKENS = 100
 SPACING = "logarithmic"
 
 
-@contextmanager
-def positions_of_vllm() -> Iterator[None]:
-    """Text after the (one) video is numbered from the largest of the video's positions, as in vLLM."""
-    own = Qwen2_5_VLModel.get_rope_index
-
-    def get_rope_index(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        positions, _ = own(self, input_ids, *args, **kwargs)
-        video = (input_ids[0] == self.config.video_token_id).nonzero().flatten()
-        behind = int(video[-1]) + 1
-        positions[:, :, behind:] += positions[:, :, :behind].max() + 1 - positions[:, :, behind : behind + 1]
-        return positions, positions.max().reshape(1, 1) + 1 - input_ids.shape[1]
-
-    with patch.object(Qwen2_5_VLModel, "get_rope_index", get_rope_index):
-        yield
-
-
 def describe(target: Any, draft: Any, inputs: Any) -> dict[str, Any]:
     """Ids of the answer; with a draft, its rounds."""
     output = target.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, assistant_model=draft)
@@ -73,6 +55,9 @@ def write(output: Path) -> None:
         export_vllm(shipped / "draft", folder / "draft", shipped / "target", SPACING)
         (folder / "target").write_text(str(served_target(shipped / "target", folder)))
         target, processor, draft = testbed.load(family)
+        as_in_vllm = copy.deepcopy(target)
+        if family == "qwen2.5-vl":
+            use_vllm_positions(as_in_vllm)
         draft.config.set_tree_shape("chain-5")
         tokens_per_step = testbed.family_of(target).tokens_per_step
         clips = []
@@ -91,7 +76,7 @@ def write(output: Path) -> None:
                     "text": clip.messages[0]["content"][1]["text"],
                     "prompt_ids": inputs["input_ids"][0].tolist(),
                     "metadata": asdict(metadata) | {"do_sample_frames": False},
-                    **answers(family, target, draft, inputs),
+                    **answers(family, target, as_in_vllm, draft, inputs),
                 }
             )
             print(family, name, flush=True)
@@ -153,7 +138,7 @@ def served_target(target: Path, folder: Path) -> Path:
     return served
 
 
-def answers(family: str, target: Any, draft: Any, inputs: Any) -> dict[str, Any]:
+def answers(family: str, target: Any, as_in_vllm: Any, draft: Any, inputs: Any) -> dict[str, Any]:
     """Which rows the draft reads (and at which positions the target) → what came out."""
     if family != "qwen2.5-vl":
         draft.config.num_glimpse_tokens = 0
@@ -164,10 +149,9 @@ def answers(family: str, target: Any, draft: Any, inputs: Any) -> dict[str, Any]
     for spacing in ("even", SPACING):
         draft.config.glimpse_spacing = spacing
         found[spacing] = describe(target, draft, inputs)
-    with positions_of_vllm():
-        found["vllm"] = describe(target, draft, inputs)
-        assert found["vllm"]["ids"] == describe(target, None, inputs)["ids"]
-        found["state"] = state_behind_prompt(target, without_slowest_pair(draft), inputs)
+    found["vllm"] = describe(as_in_vllm, draft, inputs)
+    assert found["vllm"]["ids"] == describe(as_in_vllm, None, inputs)["ids"]
+    found["state"] = state_behind_prompt(as_in_vllm, without_slowest_pair(draft), inputs)
     return found
 
 
