@@ -35,6 +35,8 @@ from tiny_targets import FRAME_SIZE
 CLIPS = {"qwen2.5-vl": {400: 5, 3200: 3}, "llava-onevision": {400: 5}}
 SEEDS = list(testbed.EVALUATION_SEEDS[:5])
 MAX_NEW_TOKENS = 100
+#: Drafted tokens of a round.
+CHAIN = 5
 #: Of the glimpse, in vLLM.
 SPACING = "logarithmic"
 
@@ -58,7 +60,7 @@ def write(output: Path) -> None:
         as_in_vllm = copy.deepcopy(target)
         if family == "qwen2.5-vl":
             use_vllm_positions(as_in_vllm)
-        draft.config.set_tree_shape("chain-5")
+        draft.config.set_tree_shape(f"chain-{CHAIN}")
         tokens_per_step = testbed.family_of(target).tokens_per_step
         clips = []
         for visual_tokens, seed in ((n, seed) for n, count in lengths.items() for seed in SEEDS[:count]):
@@ -151,7 +153,7 @@ def answers(family: str, target: Any, as_in_vllm: Any, draft: Any, inputs: Any) 
         found[spacing] = describe(target, draft, inputs)
     found["vllm"] = describe(as_in_vllm, draft, inputs)
     assert found["vllm"]["ids"] == describe(as_in_vllm, None, inputs)["ids"]
-    found["state"] = state_behind_prompt(as_in_vllm, without_slowest_pair(draft), inputs)
+    found["states"] = states_of(as_in_vllm, without_slowest_pair(draft), inputs)
     return found
 
 
@@ -166,18 +168,23 @@ def without_slowest_pair(draft: Any) -> Any:
     return draft
 
 
-def state_behind_prompt(target: Any, draft: Any, inputs: Any) -> list[float]:
-    """What the draft makes of the prompt's last token."""
-    states = []
+def states_of(target: Any, draft: Any, inputs: Any) -> list[list[float]]:
+    """What the draft makes of the prompt's last token, and of the tokens that it drafts first, one after the other."""
+    states: list[list[float]] = []
     own = SparrowCandidateGenerator.prefill
 
     def prefill(self: Any, *arguments: Any) -> None:
         own(self, *arguments)
-        states.append(self.hidden.flatten().tolist())
+        states[:] = [self.hidden.flatten().tolist()]
+
+    def keep(norm: Any, given: Any, output: torch.Tensor) -> None:
+        states.append(output[:, -1].flatten().tolist())
 
     with patch.object(SparrowCandidateGenerator, "prefill", prefill):
-        target.generate(**inputs, max_new_tokens=2, do_sample=False, assistant_model=draft)
-    return states[0]
+        hook = draft.norm.register_forward_hook(keep)
+        target.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, assistant_model=draft)
+        hook.remove()
+    return states[:CHAIN]
 
 
 def acceptance_length(found: list[dict[str, Any]]) -> float:
