@@ -73,7 +73,8 @@ def server(qwen: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         *("--host", "127.0.0.1", "--port", port),
         *("--speculative-config", json.dumps(qwen.speculative_config())),
         *("--dtype", "float32", "--max-model-len", 8192, "--max-num-seqs", 8, "--skip-mm-profiling"),
-        "--trust-request-mm-kwargs",
+        # A video has to fit into one batch as a whole.
+        *("--max-num-batched-tokens", 8192, "--trust-request-mm-kwargs"),
         # All frames of short clips, which have 8 a second.
         *("--media-io-kwargs", json.dumps({"video": {"fps": 8}})),
     ]
