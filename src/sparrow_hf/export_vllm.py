@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from . import artifacts, hub
+from ._transformers import OTHER_POSITIONS_IN_VLLM
 from .configuration_sparrow import SparrowDraftConfig
 from .draft_inputs import EVERY_VISUAL_TOKEN, logarithmic
 from .errors import BindingError, DraftConfigError
@@ -29,8 +30,6 @@ FORMAT = 2
 #: `model_type` of targets of which vLLM hands out the states of any layer (its method "eagle3"). Of others it hands
 #: out the last ones (its method "eagle"), so that there is no glimpse.
 AUXILIARY_STATES = frozenset({"qwen2_5_vl", "qwen3_vl"})
-#: `model_type` of targets whose text after a video has other positions in vLLM than in transformers.
-_OTHER_POSITIONS = frozenset({"qwen2_vl", "qwen2_5_vl"})
 _POSITION_RULE = (
     "vLLM numbers the text after a video from the largest of time, height and width, transformers since 5.3 from the "
     "larger of height and width. They differ for videos with more time steps than rows or columns; a draft (or a "
@@ -72,6 +71,8 @@ def export_vllm(
     with told_if_not_loaded("target", str(source)):
         target_config = AutoConfig.from_pretrained(source, revision=revision)
     fields = exported_config(config, target_config)
+    if model.provenance.get("vllm_positions"):
+        fields["sparrow"]["position_rule"] = None
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != "draft_to_target"}
     tensors["never_drafted"] = _never_drafted(model)
     if fields["sparrow"]["method"] == "eagle3":
@@ -158,7 +159,7 @@ def exported_config(config: SparrowDraftConfig, target_config: PreTrainedConfig)
             "qk_norm": config.block_type == "qwen3",
             **{name: getattr(config, name) for name in ("input_norm", "output_norm", "fc_bias", "project_visual")},
             "position_mode": config.position_mode,
-            "position_rule": _POSITION_RULE if target_config.model_type in _OTHER_POSITIONS else None,
+            "position_rule": _POSITION_RULE if target_config.model_type in OTHER_POSITIONS_IN_VLLM else None,
         },
     }
 

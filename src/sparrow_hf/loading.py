@@ -13,6 +13,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from ._transformers import OTHER_POSITIONS_IN_VLLM, use_vllm_positions
 from .errors import TargetLoadError
 from .extras import require
 
@@ -41,6 +42,7 @@ def load_target(
     device: str | torch.device | None = None,
     revision: str | None = None,
     attention: str | None = None,
+    vllm_positions: bool = False,
 ) -> tuple[Any, Any]:
     """A target in evaluation mode and its processor, from folders or Hub ids.
 
@@ -51,12 +53,20 @@ def load_target(
         device: By default the accelerator, else the CPU; "auto" spreads the target over all GPUs.
         revision: Of the target on the Hub, and of its processor, unless that lies elsewhere.
         attention: Attention implementation, such as "sdpa"; by default the one that transformers chooses.
+        vllm_positions: Number the text after a video as vLLM does (`docs/serving.md`).
 
     Raises:
-        TargetLoadError: One of them is not there, or does not fit the device.
+        TargetLoadError: One of them is not there, or does not fit the device; or `vllm_positions` of another family.
         MissingDependencyError: The device is "auto", and accelerate is not installed.
     """
     model = load_without_processor(target, dtype, device, revision, attention)
+    if vllm_positions:
+        if model.config.model_type not in OTHER_POSITIONS_IN_VLLM:
+            raise TargetLoadError(
+                f"--vllm-positions is for {' and '.join(sorted(OTHER_POSITIONS_IN_VLLM))} targets, and this is "
+                f"{model.config.model_type}: leave it out"
+            )
+        use_vllm_positions(model)
     source = processor or target
     with told_if_not_loaded("processor", source):
         return model, AutoProcessor.from_pretrained(source, revision=revision if processor is None else None)

@@ -106,11 +106,12 @@ def engine(family: Family, draft: bool = True, **options: Any) -> Iterator[Engin
     }
     if draft:
         settings["speculative_config"] = family.speculative_config()
-    llm = LLM(**settings | options)
+    its = Engine(LLM(**settings | options))
     try:
-        yield Engine(llm)
+        yield its
     finally:
-        del llm
+        # What a failed test holds must not be taken down while the next engine is built.
+        its.llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
 

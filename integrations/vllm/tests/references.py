@@ -9,8 +9,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLModel
 from transformers.video_utils import load_video
 
 from sparrow_hf import SparrowDraftModel, draft_inputs, testbed
+from sparrow_hf._transformers import use_vllm_positions
 from sparrow_hf.export_vllm import export_vllm
 from sparrow_hf.generation.candidate_generator import SparrowCandidateGenerator
 from sparrow_hf.video import prepare_inputs
@@ -37,24 +35,10 @@ from tiny_targets import FRAME_SIZE
 CLIPS = {"qwen2.5-vl": {400: 5, 3200: 3}, "llava-onevision": {400: 5}}
 SEEDS = list(testbed.EVALUATION_SEEDS[:5])
 MAX_NEW_TOKENS = 100
+#: Drafted tokens of a round.
+CHAIN = 5
 #: Of the glimpse, in vLLM.
 SPACING = "logarithmic"
-
-
-@contextmanager
-def positions_of_vllm() -> Iterator[None]:
-    """Text after the (one) video is numbered from the largest of the video's positions, as in vLLM."""
-    own = Qwen2_5_VLModel.get_rope_index
-
-    def get_rope_index(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        positions, _ = own(self, input_ids, *args, **kwargs)
-        video = (input_ids[0] == self.config.video_token_id).nonzero().flatten()
-        behind = int(video[-1]) + 1
-        positions[:, :, behind:] += positions[:, :, :behind].max() + 1 - positions[:, :, behind : behind + 1]
-        return positions, positions.max().reshape(1, 1) + 1 - input_ids.shape[1]
-
-    with patch.object(Qwen2_5_VLModel, "get_rope_index", get_rope_index):
-        yield
 
 
 def describe(target: Any, draft: Any, inputs: Any) -> dict[str, Any]:
@@ -73,7 +57,10 @@ def write(output: Path) -> None:
         export_vllm(shipped / "draft", folder / "draft", shipped / "target", SPACING)
         (folder / "target").write_text(str(served_target(shipped / "target", folder)))
         target, processor, draft = testbed.load(family)
-        draft.config.set_tree_shape("chain-5")
+        as_in_vllm = copy.deepcopy(target)
+        if family == "qwen2.5-vl":
+            use_vllm_positions(as_in_vllm)
+        draft.config.set_tree_shape(f"chain-{CHAIN}")
         tokens_per_step = testbed.family_of(target).tokens_per_step
         clips = []
         for visual_tokens, seed in ((n, seed) for n, count in lengths.items() for seed in SEEDS[:count]):
@@ -91,7 +78,7 @@ def write(output: Path) -> None:
                     "text": clip.messages[0]["content"][1]["text"],
                     "prompt_ids": inputs["input_ids"][0].tolist(),
                     "metadata": asdict(metadata) | {"do_sample_frames": False},
-                    **answers(family, target, draft, inputs),
+                    **answers(family, target, as_in_vllm, draft, inputs),
                 }
             )
             print(family, name, flush=True)
@@ -153,7 +140,7 @@ def served_target(target: Path, folder: Path) -> Path:
     return served
 
 
-def answers(family: str, target: Any, draft: Any, inputs: Any) -> dict[str, Any]:
+def answers(family: str, target: Any, as_in_vllm: Any, draft: Any, inputs: Any) -> dict[str, Any]:
     """Which rows the draft reads (and at which positions the target) → what came out."""
     if family != "qwen2.5-vl":
         draft.config.num_glimpse_tokens = 0
@@ -164,10 +151,9 @@ def answers(family: str, target: Any, draft: Any, inputs: Any) -> dict[str, Any]
     for spacing in ("even", SPACING):
         draft.config.glimpse_spacing = spacing
         found[spacing] = describe(target, draft, inputs)
-    with positions_of_vllm():
-        found["vllm"] = describe(target, draft, inputs)
-        assert found["vllm"]["ids"] == describe(target, None, inputs)["ids"]
-        found["state"] = state_behind_prompt(target, without_slowest_pair(draft), inputs)
+    found["vllm"] = describe(as_in_vllm, draft, inputs)
+    assert found["vllm"]["ids"] == describe(as_in_vllm, None, inputs)["ids"]
+    found["states"] = states_of(as_in_vllm, without_slowest_pair(draft), inputs)
     return found
 
 
@@ -182,18 +168,23 @@ def without_slowest_pair(draft: Any) -> Any:
     return draft
 
 
-def state_behind_prompt(target: Any, draft: Any, inputs: Any) -> list[float]:
-    """What the draft makes of the prompt's last token."""
-    states = []
+def states_of(target: Any, draft: Any, inputs: Any) -> list[list[float]]:
+    """What the draft makes of the prompt's last token, and of the tokens that it drafts first, one after the other."""
+    states: list[list[float]] = []
     own = SparrowCandidateGenerator.prefill
 
     def prefill(self: Any, *arguments: Any) -> None:
         own(self, *arguments)
-        states.append(self.hidden.flatten().tolist())
+        states[:] = [self.hidden.flatten().tolist()]
+
+    def keep(norm: Any, given: Any, output: torch.Tensor) -> None:
+        states.append(output[:, -1].flatten().tolist())
 
     with patch.object(SparrowCandidateGenerator, "prefill", prefill):
-        target.generate(**inputs, max_new_tokens=2, do_sample=False, assistant_model=draft)
-    return states[0]
+        hook = draft.norm.register_forward_hook(keep)
+        target.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, assistant_model=draft)
+        hook.remove()
+    return states[:CHAIN]
 
 
 def acceptance_length(found: list[dict[str, Any]]) -> float:

@@ -57,6 +57,7 @@ from .names import (
     LlamaRotaryEmbedding,
     missing_names,
 )
+from .positions import OTHER_POSITIONS_IN_VLLM, use_vllm_positions, uses_vllm_positions
 from .seam import install_seam
 from .slabs import (
     dynamic_copy,

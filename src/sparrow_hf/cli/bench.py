@@ -21,6 +21,7 @@ from .common import (
     MaxNewTokensOption,
     OneDeviceOption,
     ProcessorOption,
+    VllmPositionsOption,
     built_in_family,
     quiet_transformers,
 )
@@ -130,6 +131,7 @@ def bench(
     processor: ProcessorOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: OneDeviceOption = None,
+    vllm_positions: VllmPositionsOption = False,
 ) -> None:
     """Measures arms (ways of generating) against plain generate() on the same prompts, in one process.
 
@@ -168,7 +170,7 @@ def bench(
         )
     target, draft, device = named_or_built_in(target, draft, device, built_in_family(family, target))
     conversations = None if prompts is None else read_conversations(prompts, split, limit)
-    model, its_processor = load_target(target, processor, dtype.value, device)
+    model, its_processor = load_target(target, processor, dtype.value, device, vllm_positions=vllm_positions)
     if conversations is None:
         chosen = clip_prompts(model, its_processor, limit, visual_tokens or [400])
     else:
@@ -202,6 +204,8 @@ def bench(
             "fps": fps,
             "processor": processor,
             "dtype": str(model.dtype).removeprefix("torch."),
+            # Files of earlier versions do not name it.
+            "vllm_positions": vllm_positions or None,
         },
     )
     measured = benchmark.open_runs(runs)

@@ -34,6 +34,10 @@ MAX_ERROR_CHARACTERS = 500
 
 FAMILY_HELP = "The built-in models to use: qwen2.5-vl (the default) or llava-onevision."
 FPS_HELP = "Maximum number of frames per second to read of a video."
+VLLM_POSITIONS_HELP = (
+    "Number the text after a video as vLLM does, for drafts of Qwen2-VL and Qwen2.5-VL that vLLM will serve "
+    "(default: as transformers does)."
+)
 MAX_FRAMES_HELP = "Maximum number of frames to read of a video."
 ROWS = "a .jsonl, .json or .parquet file, a folder of them or one of save_to_disk, or a Hub id"
 PROCESSOR_HELP = "Processor of --target, if it is in another folder or Hub repository."
@@ -64,6 +68,7 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(help="Device of the target, such as cpu, cuda or cuda:1; auto spreads it over all GPUs."),
 ]
+VllmPositionsOption = Annotated[bool, typer.Option("--vllm-positions", help=VLLM_POSITIONS_HELP)]
 OneDeviceOption = Annotated[str | None, typer.Option(help="Device of the target, such as cpu, cuda or cuda:1.")]
 AttentionOption = Annotated[
     str | None,

@@ -16,6 +16,7 @@ from .common import (
     OnBadRow,
     OnBadRowOption,
     ProcessorOption,
+    VllmPositionsOption,
     launched_processes,
     quiet_transformers,
     report_skipped,
@@ -53,6 +54,7 @@ def record(
     processor: ProcessorOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
+    vllm_positions: VllmPositionsOption = False,
     on_bad_row: OnBadRowOption = OnBadRow.refuse,
 ) -> None:
     """Stores the target's hidden states of answered rows, so that drafts can be trained without the target.
@@ -73,7 +75,9 @@ def record(
     processes = launched_processes(device)
     console = Console(quiet=not processes.is_main_process)
     rows = load_rows(answers, split)
-    model, its_processor = load_target(target, processor, dtype.value, device or processes.device)
+    model, its_processor = load_target(
+        target, processor, dtype.value, device or processes.device, vllm_positions=vllm_positions
+    )
     if feature_layers is None and (entry := entry_layer(SparrowDraftConfig.from_target_config(model.config))) > 0:
         feature_layers = [entry, -1]
     # Only its configuration counts: which layers are kept.

@@ -23,6 +23,7 @@ from .common import (
     SplitOption,
     TemperatureOption,
     TopPOption,
+    VllmPositionsOption,
     launched_processes,
     quiet_transformers,
     report_skipped,
@@ -56,6 +57,7 @@ def regenerate(
     processor: ProcessorOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
+    vllm_positions: VllmPositionsOption = False,
     on_bad_row: OnBadRowOption = OnBadRow.refuse,
 ) -> None:
     """Lets the target answer prompts: its own answers are the text that a draft should be trained on.
@@ -84,7 +86,9 @@ def regenerate(
         return f"{done} of {len(rows)} rows are kept in {output}"
 
     context.obj.keeps(kept)
-    model, its_processor = load_target(target, processor, dtype.value, device or processes.device)
+    model, its_processor = load_target(
+        target, processor, dtype.value, device or processes.device, vllm_positions=vllm_positions
+    )
     shards = write_answers(
         model,
         its_processor,

@@ -60,6 +60,7 @@ def train(context: typer.Context) -> None:
         dtype=options.target_dtype,
         device=options.device or processes.device,
         revision=options.target_revision,
+        vllm_positions=options.vllm_positions,
     )
     run = prepare_training(options, arguments, target, processor)
     trainer = run.trainer

@@ -79,6 +79,13 @@ class TrainingOptions:
         default=None,
         metadata={"help": "Device of the target, such as cpu, cuda or cuda:1; auto spreads it over all GPUs."},
     )
+    vllm_positions: bool = field(
+        default=False,
+        metadata={
+            "help": "Number the text after a video as vLLM does, for drafts of Qwen2-VL and Qwen2.5-VL that vLLM will "
+            "serve."
+        },
+    )
     draft_dtype: str = field(default="float32", metadata={"help": "Dtype the draft is trained in."})
 
     warm_start: str | None = field(

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .._transformers import commit_of
+from .._transformers import commit_of, uses_vllm_positions
 from ..artifacts import (
     atomic_path,
     check_made_alike,
@@ -243,6 +243,11 @@ class RecordedDataset(Dataset):
                 f"{folder} was recorded from another target ({found.get('target') or 'unnamed'}, sha256 "
                 f"{found['target_sha256'][:12]}…; this one has {digest[:12]}…): record this one into another folder"
             )
+        if found["vllm_positions"] != uses_vllm_positions(draft.target.model):
+            how = f"with{'' if found['vllm_positions'] else 'out'} --vllm-positions"
+            raise TrainingDataError(
+                f"{folder} was recorded {how}: train {how} too, or record again into another folder"
+            )
         wanted: dict[str, list[Any]] = {
             "text": recorded_layers(draft.config),
             "visual": [draft.config.visual_bridge_layer],
@@ -340,6 +345,7 @@ def describe(draft: SparrowDraftModel, visual_rows: bool) -> dict[str, Any]:
         "target_sha256": draft.target.sha256,
         "transformers": transformers.__version__,
         "dtype": str(draft.target.dtype),
+        "vllm_positions": uses_vllm_positions(target),
         "text_layers": recorded_layers(draft.config),
         "visual_layers": [draft.config.visual_bridge_layer] if visual_rows else [],
     }
@@ -364,6 +370,8 @@ def read_description(path: Path, target: TargetView) -> dict[str, Any]:
     lacks = [name for name, kind in _DESCRIBED.items() if not isinstance(found.get(name), kind)]
     if lacks:
         raise TrainingDataError(f"{path} does not describe a recording (see its {', '.join(lacks)}): {REMEDY}")
+    # An earlier version knew one rule only.
+    found.setdefault("vllm_positions", False)
     recorded = found["target_sha256"]
     # An earlier version recorded the same weights under another digest; recordings are too large to be made again.
     if recorded != target.sha256 and recorded == earlier_target_digest(target.model.state_dict()):

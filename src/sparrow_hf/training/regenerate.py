@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .._transformers import commit_of, name_of
+from .._transformers import commit_of, name_of, uses_vllm_positions
 from ..artifacts import atomic_path, check_made_alike, remove_partial_files, write_json, write_text
 from ..checksums import Digests, read_json
 from ..data.datasets import Rows
@@ -97,6 +97,8 @@ def regenerate(
         "target_revision": commit_of(target.config),
         "transformers": transformers.__version__,
         "dtype": str(target.dtype),
+        # Files of earlier versions do not name it.
+        "vllm_positions": uses_vllm_positions(target) or None,
         "settings": settings,
         "draft": None if draft is None else name_of(draft.config),
         "video_sampling": sampling,

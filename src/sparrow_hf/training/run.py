@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .._transformers import uses_vllm_positions
 from ..artifacts import tensor_digest
 from ..data.datasets import load_rows
 from ..errors import MissingDependencyError, TrainingDataError, TrainingOptionsError
@@ -259,6 +260,7 @@ def prepare_training(
         trainer,
         train=digest_of_rows(options.train),
         lora=options.lora,
+        vllm_positions=uses_vllm_positions(target),
         vocabulary=None if draft.draft_to_target is None else tensor_digest({"ids": draft.draft_to_target}),
     )
     if checkpoint is not None:
@@ -271,4 +273,5 @@ def prepare_training(
                 stacklevel=2,
             )
     trainer.seal.settings = settings
+    draft.provenance = {**draft.provenance, "vllm_positions": uses_vllm_positions(target)}
     return TrainingRun(trainer, adapters, checkpoint, Path(options.output), decoding, chooses_depth, choices)
