@@ -260,7 +260,8 @@ def prepare_training(
         trainer,
         train=digest_of_rows(options.train),
         lora=options.lora,
-        vllm_positions=uses_vllm_positions(target),
+        # Checkpoints of earlier versions do not name it.
+        vllm_positions=uses_vllm_positions(target) or None,
         vocabulary=None if draft.draft_to_target is None else tensor_digest({"ids": draft.draft_to_target}),
     )
     if checkpoint is not None:
