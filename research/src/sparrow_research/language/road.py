@@ -33,7 +33,9 @@ TOKENS = (28_000, 100_000, 459_403)
 VOCABULARY = 8192
 LAYERS = (2, 15, 27, 29, -1)
 """Recorded states: those of the rival `eagle3`, what enters the last layer, and the last ones."""
-COMMON = "--copy-last-layer --num-mtp-steps 3 --lr-scheduler-type cosine --adam-beta2 0.95 --weight-decay 0"
+COMMON = "--copy-last-layer --lr-scheduler-type cosine --adam-beta2 0.95 --weight-decay 0"
+PASSES = "--num-mtp-steps 3"
+"""Of every draft but the rivals that have their own."""
 SECONDS = {"record": 0.55, "row": 0.45, "measure": 15.0}
 """Measured on one quiet CPU thread in fp32: recording a row, a row of a training step (three passes), and 128 tokens
 of a prompt in one arm. A CPU with bf16 arithmetic takes half of the first two, a CUDA card a small part."""
@@ -132,9 +134,13 @@ def plan(
             *("--max-steps", str(steps), "--warmup-steps", str(steps // 20), "--save-steps", str(max(1, steps // 4))),
             *("--per-device-train-batch-size", str(batch), "--use-cpu", str(device == "cpu").lower()),
         )
+        rival = RIVALS.get(name.removesuffix(own))
+        passes = () if rival and "--num-mtp-steps" in rival.options else PASSES.split()
         resume = ("--resume",) if last_checkpoint(folder / "checkpoints") else ()
         seconds = steps * batch * SECONDS["row"]
-        found.append(Step((*command, *on, *training, *COMMON.split(), *resume), folder / SAFE_WEIGHTS_NAME, seconds))
+        found.append(
+            Step((*command, *on, *training, *COMMON.split(), *passes, *resume), folder / SAFE_WEIGHTS_NAME, seconds)
+        )
     measured = (
         *("sparrow_research.language.text", *on, "--draft", f"{work}/drafts/sparrow-{largest}", "--compare"),
         *(f"{name.removesuffix(own)}={work}/drafts/{name}" for name in drafts if name != f"sparrow-{largest}"),
