@@ -1,6 +1,7 @@
 """Measures the memory of batches on a built-in target: plain `generate()` and the draft, one by one and together.
 
     python -m sparrow_research.batch_memory --max-new-tokens 32 --output research/data/batch_memory.json
+    python -m sparrow_research.batch_memory --visual-tokens 25000 --single --max-new-tokens 48 --output FILE
 
 Counted are the bytes of all tensors that a call makes and that are alive at the same time, so the figures are the same
 on every machine. Weights, inputs and what a kernel uses inside are not among them.
@@ -92,21 +93,24 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line of the measurement."""
     parser = argparse.ArgumentParser(description="Measure the memory of batches on the built-in target.")
     parser.add_argument("--visual-tokens", type=int, default=240, help="length of the longest clip")
+    parser.add_argument("--single", action="store_true", help="the longest clip alone, with the draft as it ships")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--output", type=Path, required=True, help="file of the results")
     options = parser.parse_args(arguments)
 
     target, processor, draft = load()
-    draft.config.set_tree_shape("chain-5")
-    clips, pad = prompts(target, processor, options.visual_tokens), processor.tokenizer.pad_token_id
+    if not options.single:
+        draft.config.set_tree_shape("chain-5")
+    num_clips, sizes = (1, SIZES[:1]) if options.single else (NUM_CLIPS, SIZES)
+    clips, pad = prompts(target, processor, options.visual_tokens, num_clips), processor.tokenizer.pad_token_id
     arms: dict[str, dict[str, Any]] = {
         "plain": {},
         "draft": {"assistant_model": draft},
         "in step": {"assistant_model": draft, "return_dict_in_generate": True},
     }
     found: dict[str, dict[str, dict[str, int]]] = {}
-    for size in SIZES:
-        batches = [left_pad(clips[start : start + size], pad) for start in range(0, NUM_CLIPS, size)]
+    for size in sizes:
+        batches = [left_pad(clips[start : start + size], pad) for start in range(0, num_clips, size)]
         for arm, settings in arms.items():
             of_arm = peaks(target, batches, max_new_tokens=options.max_new_tokens, do_sample=False, **settings)
             found.setdefault(str(size), {})[arm] = of_arm

@@ -31,11 +31,11 @@ SIZES = (1, 2, 4, 8)
 NUM_CLIPS = 8
 
 
-def prompts(target: Any, processor: Any, visual_tokens: int) -> list[dict[str, Tensor]]:
-    """Processed prompts about clips of `visual_tokens`, down to half as many."""
+def prompts(target: Any, processor: Any, visual_tokens: int, number: int = NUM_CLIPS) -> list[dict[str, Tensor]]:
+    """The first `number` processed prompts about clips of `visual_tokens`, down to half as many."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for index in range(NUM_CLIPS):
+        for index in range(number):
             # LLaVA-OneVision's processor joins clips of one length only.
             shrunk = 1 - index / (2 * NUM_CLIPS) if family_of(target) is QWEN2_5_VL else 1
             length = round(visual_tokens * shrunk)
