@@ -29,7 +29,7 @@ def test_a_single_call_is_measured_with_the_draft_as_it_ships(tmp_path: Path) ->
     main(words)
     found = json.loads((tmp_path / "found.json").read_text())["peak_bytes"]
     assert found.keys() == {"1"} and found["1"].keys() == {"plain", "draft", "in step"}
-    # The first call with a draft makes something once. The second adds nothing to the peak of a prefill, and room behind
-    # the cache to the rounds.
+    # The first call with a draft makes something once. The second adds nothing to the peak of a prefill, and to the
+    # rounds what lies behind the cache.
     assert found["1"]["in step"]["prefill"] == found["1"]["plain"]["prefill"] < found["1"]["draft"]["prefill"]
     assert found["1"]["in step"]["rounds"] > found["1"]["plain"]["rounds"]
