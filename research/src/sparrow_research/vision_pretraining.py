@@ -17,7 +17,7 @@ from av.video.reformatter import VideoReformatter
 from torch import nn
 from torch.nn import functional
 
-from sparrow_hf.testbed.scenes import BLANK, MAX_SCENES, Step, sample_story, sample_timeline
+from sparrow_hf.testbed.scenes import BLANK, MAX_SCENES, Step, Story, sample_story, sample_timeline
 from sparrow_hf.testbed.world import FRAMES_PER_STEP, MOTION_CYCLE, render, write_mp4
 
 from .attributes import Attributes
@@ -58,6 +58,17 @@ def labelled_clip(attributes: Attributes, seed: int, num_steps: int = 24) -> tup
     return through_codec(render(story, timeline, rng)), np.concatenate(labels)
 
 
+def unrelated_steps(rng: np.random.Generator) -> tuple[Story, list[Step]]:
+    """A story, and one temporal step of each of its scenes, some still and some blank."""
+    story = sample_story(rng, min_scenes=MAX_SCENES)
+    return story, [
+        Step(scene, int(rng.integers(MOTION_CYCLE)), frozen=rng.random() < FROZEN_SHARE)
+        if rng.random() > BLANK_SHARE
+        else Step(BLANK)
+        for scene in range(MAX_SCENES)
+    ]
+
+
 def labelled_steps(attributes: Attributes, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Like `labelled_clip`, but a montage of `number` temporal steps that have nothing to do with each other.
 
@@ -67,13 +78,7 @@ def labelled_steps(attributes: Attributes, seed: int, number: int) -> tuple[np.n
     frames: list[np.ndarray] = []
     labels: list[list[list[int]]] = []
     while len(labels) < number:
-        story = sample_story(rng, min_scenes=MAX_SCENES)
-        timeline = [
-            Step(scene, int(rng.integers(MOTION_CYCLE)), frozen=rng.random() < FROZEN_SHARE)
-            if rng.random() > BLANK_SHARE
-            else Step(BLANK)
-            for scene in range(MAX_SCENES)
-        ]
+        story, timeline = unrelated_steps(rng)
         frames.append(render(story, timeline, rng))
         labels += [attributes.labels(step, story) for step in timeline]
     montage = through_codec(np.concatenate(frames)[: FRAMES_PER_STEP * number])

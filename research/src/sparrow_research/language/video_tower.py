@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparrow_hf.artifacts import write_json
-from sparrow_hf.testbed.scenes import BLANK, MAX_SCENES, Step, sample_story, sample_timeline
-from sparrow_hf.testbed.world import FRAMES_PER_STEP, MOTION_CYCLE, TRAIN_SEEDS, VALIDATION_SEEDS, render
+from sparrow_hf.artifacts import atomic_path, write_json
+from sparrow_hf.testbed.scenes import sample_story, sample_timeline
+from sparrow_hf.testbed.world import FRAMES_PER_STEP, TRAIN_SEEDS, VALIDATION_SEEDS, render
 
 from ..muon import Muon
-from ..vision_pretraining import BLANK_SHARE, FROZEN_SHARE, through_codec
+from ..vision_pretraining import through_codec, unrelated_steps
 from .video_facts import SLOTS, candidate_words, clip_words
 from .video_target import build_vlm, load_text
 
@@ -67,13 +67,7 @@ def montage(seed: int, number: int) -> tuple[np.ndarray, list[tuple[str, ...]]]:
     frames: list[np.ndarray] = []
     words: list[tuple[str, ...]] = []
     while len(words) < number * FRAMES_PER_STEP:
-        story = sample_story(rng, min_scenes=MAX_SCENES)
-        timeline = [
-            Step(scene, int(rng.integers(MOTION_CYCLE)), frozen=rng.random() < FROZEN_SHARE)
-            if rng.random() > BLANK_SHARE
-            else Step(BLANK)
-            for scene in range(MAX_SCENES)
-        ]
+        story, timeline = unrelated_steps(rng)
         frames.append(render(story, timeline, rng))
         words += clip_words(story, timeline)
     total = number * FRAMES_PER_STEP
@@ -140,18 +134,17 @@ class TowerTraining:
     def save(self, file: Path) -> None:
         """A checkpoint."""
         parts: list[Any] = [*self.optimizers, *self.schedules]
-        partial = file.with_suffix(".partial")
         state = {
             "done": self.steps_done,
             "tower": self.tower.state_dict(),
             "parts": [each.state_dict() for each in parts],
         }
-        torch.save(state, partial)
-        partial.replace(file)
+        with atomic_path(file) as partial:
+            torch.save(state, partial)
 
     def load(self, file: Path) -> None:
         """Goes on from a checkpoint."""
-        state = torch.load(file, weights_only=False)
+        state = torch.load(file, weights_only=True)
         self.tower.load_state_dict(state["tower"])
         parts: list[Any] = [*self.optimizers, *self.schedules]
         for part, own in zip(parts, state["parts"], strict=True):

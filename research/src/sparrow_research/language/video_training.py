@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from sparrow_hf.artifacts import write_json
+from sparrow_hf.artifacts import atomic_path, write_json
 from sparrow_hf.testbed.scenes import Story, sample_timeline
 from sparrow_hf.testbed.world import FRAMES_PER_STEP, VALIDATION_SEEDS
 
@@ -210,13 +210,12 @@ class VideoTraining:
         kept = {
             name: {key: each for key, each in part.items() if key in ("up", "down")} for name, part in state.items()
         }
-        partial = file.with_suffix(".partial")
-        torch.save({"done": self.done, "changes": kept, "optimizer": self.optimizer.state_dict()}, partial)
-        partial.replace(file)
+        with atomic_path(file) as partial:
+            torch.save({"done": self.done, "changes": kept, "optimizer": self.optimizer.state_dict()}, partial)
 
     def load(self, file: Path) -> None:
         """Goes on from a checkpoint."""
-        state = torch.load(file)
+        state = torch.load(file, weights_only=True)
         for name, change in self.changes.items():
             change.load_state_dict(state["changes"][name], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
