@@ -25,6 +25,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from sparrow_hf._transformers import CACHE
 from sparrow_hf.artifacts import tensor_digest, write_json
+from sparrow_hf.errors import BenchmarkError
+from sparrow_hf.line_file import LineFile
 from sparrow_hf.loading import load_target
 from sparrow_hf.testbed.world import EVALUATION_SEEDS, FRAMES_PER_STEP, make_clip, messages_for
 from sparrow_hf.video import prepare_inputs
@@ -162,21 +164,20 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
     target, processor = load_target(options.target, dtype="bfloat16", device="cpu")
-    found = options.work / "clips.jsonl"
-    lines = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
-    done = {(line["asked"], line["seed"]) for line in lines}
+    made = {"target_sha256": tensor_digest(target.state_dict())}
     clips = options.clips or [LENGTHS.get(length, 2) for length in options.lengths]
-    for length, number in zip(options.lengths, clips, strict=True):
-        for seed in EVALUATION_SEEDS[:number]:
-            if (length, seed) not in done:
-                lines.append({"asked": length, **look(target, processor, seed, length, options.work)})
-                with found.open("a") as file:
-                    file.write(json.dumps(lines[-1]) + "\n")
-                print(length, seed, np.mean(lines[-1]["right"]), np.mean(lines[-1]["blind"]), flush=True)
-    result: dict[str, Any] = {"target_sha256": tensor_digest(target.state_dict()), "lengths": summary(lines)}
+    with LineFile(options.work / "clips.jsonl", made, BenchmarkError, "a clip of video_check") as file:
+        done = {(line["asked"], line["seed"]) for line in file.lines}
+        for length, number in zip(options.lengths, clips, strict=True):
+            for seed in EVALUATION_SEEDS[:number]:
+                if (length, seed) not in done:
+                    line = look(target, processor, seed, length, options.work)
+                    file.append({"asked": length, **line, "provenance": made})
+                    print(length, seed, np.mean(line["right"]), np.mean(line["blind"]), flush=True)
+    result: dict[str, Any] = {**made, "lengths": summary(file.lines)}
     if options.smollm2 is not None:
-        with gzip.open(DATA / "answers" / "validation.jsonl.gz", "rt") as file:
-            rows = [json.loads(line) for line in file][:32]
+        with gzip.open(DATA / "answers" / "validation.jsonl.gz", "rt") as kept:
+            rows = [json.loads(line) for line in kept][:32]
         plain = AutoModelForCausalLM.from_pretrained(options.smollm2, dtype=torch.bfloat16).eval()
         models = {"smollm2": plain, "video": target}
         result["text_nats"] = {name: text_cost(model, processor.tokenizer, rows) for name, model in models.items()}

@@ -19,6 +19,8 @@ import torch
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.artifacts import tensor_digest, write_json
+from sparrow_hf.errors import BenchmarkError
+from sparrow_hf.line_file import LineFile
 from sparrow_hf.loading import load_target
 from sparrow_hf.metrics import bootstrap, count_reaching, per_position, tau
 from sparrow_hf.testbed.world import EVALUATION_SEEDS, FRAMES_PER_STEP, make_clip, messages_for
@@ -107,17 +109,16 @@ def main(arguments: list[str] | None = None) -> None:
     target, processor = load_target(options.target, dtype="bfloat16", device="cpu")
     draft = SparrowDraftModel.from_pretrained(options.draft, dtype=torch.bfloat16).eval()
     draft.config.set_tree_shape(options.shape)
-    file = options.work / "calls.jsonl"
-    calls = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    done = {(each["length"], each["seed"]) for each in calls}
-    for length in options.lengths:
-        for seed in EVALUATION_SEEDS[FIRST : FIRST + LENGTHS.get(length, 6)]:
-            if (length, seed) not in done:
-                calls.append(call(target, processor, draft, seed, length, options.work))
-                with file.open("a") as lines:
-                    lines.write(json.dumps(calls[-1]) + "\n")
     digests = {"target_sha256": tensor_digest(target.state_dict()), "draft_sha256": tensor_digest(draft.state_dict())}
-    found = {"shape": options.shape, **digests, **tables(calls, draft.config.num_draft_levels)}
+    made = {"shape": options.shape, **digests}
+    with LineFile(options.work / "calls.jsonl", made, BenchmarkError, "a call of video_tau") as file:
+        done = {(each["length"], each["seed"]) for each in file.lines}
+        for length in options.lengths:
+            for seed in EVALUATION_SEEDS[FIRST : FIRST + LENGTHS.get(length, 6)]:
+                if (length, seed) not in done:
+                    each = call(target, processor, draft, seed, length, options.work)
+                    file.append({**each, "provenance": made})
+    found = {**made, **tables(file.lines, draft.config.num_draft_levels)}
     write_json(options.output, found, indent=1)
     print(json.dumps(found, indent=1))
 
