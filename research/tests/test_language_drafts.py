@@ -15,7 +15,7 @@ from sparrow_hf.training.recording import record
 from sparrow_hf.training.regenerate import regenerate
 from sparrow_research.baselines import HiViSDraftModel
 from sparrow_research.language import text
-from sparrow_research.language.rivals import RIVALS, train_rival
+from sparrow_research.language.rivals import TEXT_RIVALS, train_rival
 
 from tiny_targets import TEXT_SIZES
 from tiny_tokenizer import build_tokenizer
@@ -55,7 +55,7 @@ def trained(name: str, folder: Path, output: Path, *words: str) -> SparrowDraftM
 
 
 def test_each_rival_is_what_its_name_says(folder: Path, tmp_path: Path) -> None:
-    drafts = {name: trained(name, folder, tmp_path / name) for name in RIVALS}
+    drafts = {name: trained(name, folder, tmp_path / name) for name in TEXT_RIVALS}
     passes = {name: draft.config.num_mtp_steps for name, draft in drafts.items()}
     assert passes == {"eagle": 1, "eagle3": 4, "text-only": 1, "hivis": 4}
     assert drafts["eagle3"].config.feature_layers == [2, 15, 27]

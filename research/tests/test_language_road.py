@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sparrow_hf.training.options import parse_options
 from sparrow_research.language import road
-from sparrow_research.language.rivals import RIVALS
+from sparrow_research.language.rivals import TEXT_RIVALS
 
 
 def test_a_smaller_training_set_is_the_beginning_of_a_larger_one() -> None:
@@ -24,7 +24,7 @@ def steps_of(work: Path) -> list[road.Step]:
 def test_every_draft_is_trained_by_the_same_options(tmp_path: Path) -> None:
     trainings = [step for step in steps_of(tmp_path) if "--max-steps" in step.words]
     names = [Path(step.words[step.words.index("--output") + 1]).name for step in trainings]
-    assert names == ["sparrow-1000", "sparrow-2000", *(f"{name}-2000" for name in RIVALS)]
+    assert names == ["sparrow-1000", "sparrow-2000", *(f"{name}-2000" for name in TEXT_RIVALS)]
     for step in trainings:
         options, arguments = parse_options(list(step.words[2:]))
         assert (arguments.max_steps, arguments.warmup_steps, arguments.learning_rate) == (40, 2, 5e-4)
@@ -69,4 +69,6 @@ def test_a_draft_keeps_what_its_training_was(tmp_path: Path) -> None:
 def test_a_dry_run_says_what_it_takes(tmp_path: Path, capsys) -> None:
     road.main(["--target", "target", "--work", str(tmp_path), "--tokens", "1000", "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].endswith("hours on one CPU thread, at most") and len(lines) == 2 + 1 + 1 + len(RIVALS) + 1 + 1
+    assert (
+        lines[-1].endswith("hours on one CPU thread, at most") and len(lines) == 2 + 1 + 1 + len(TEXT_RIVALS) + 1 + 1
+    )

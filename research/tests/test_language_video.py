@@ -36,7 +36,7 @@ from sparrow_research.language.video_facts import (
     questions,
 )
 from sparrow_research.language.video_rows import IGNORED, Asked, clip_prompt, pack_clip
-from sparrow_research.language.video_tower import Tower, TowerTraining, Words, montage, pixels_of
+from sparrow_research.language.video_tower import Montages, Tower, TowerTraining, Words, montage, pixels_of
 from sparrow_research.language.video_training import SoftCaptions, answer_loss, embed, stretched
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -122,10 +122,17 @@ def test_questions_of_one_sequence_are_answered_as_if_alone(text: tuple[Any, Any
                 torch.testing.assert_close(states[packed.segments == owner], expected, atol=1e-4, rtol=1e-4)
     assert jumped.positions.max() > together.positions.max()
     assert (jumped.positions.diff()[: jumped.prefix - 1] >= 1).all()
-    loss, likeliest, labels = answer_loss(model, embed(model, together, visual, image), together)
+    part = (embed(model, together, visual, image), together)
+    loss, likeliest, labels = answer_loss(model, [part])
     assert labels.tolist() == [token for each in asked for token in each.answer_ids]
     assert loss.isfinite() and likeliest.shape == labels.shape
     assert (together.labels == IGNORED).sum() == len(together.labels) - len(labels)
+    shorter = pack_clip(tokenizer, 2, asked[:1])
+    other = (embed(model, shorter, visual[: 2 * SLOTS], image), shorter)
+    alone, others, more = answer_loss(model, [other])
+    both, found, wanted = answer_loss(model, [other, part])
+    torch.testing.assert_close(both, (alone + loss) / 2)
+    assert found.tolist() == [*others.tolist(), *likeliest.tolist()] and wanted.tolist() == [*more, *labels]
 
 
 def test_clips_are_packed_as_the_processor_writes_them(text: tuple[Any, Any], tmp_path: Path) -> None:
@@ -196,13 +203,14 @@ def test_a_tower_learns_the_words(text: tuple[Any, Any], tmp_path: Path, monkeyp
     )
     assert all((each.argmax(-1) == words.labels(told)[:, slot]).all() for slot, each in enumerate(words.logits(exact)))
     before = training.losses(frames, told)[2].item()
-    for _ in range(6):
-        training.step()
+    for number in range(6):
+        training.step(*Montages()[number])
     training.save(tmp_path / "tower.checkpoint")
     again = TowerTraining(Tower(video_target.build_vlm(model, tokenizer, TOWER)), words, 12)
     again.load(tmp_path / "tower.checkpoint")
-    for _ in range(6):
-        assert training.step() == again.step()
+    assert again.steps_done == 6
+    for number in range(6, 12):
+        assert training.step(*Montages()[number]) == again.step(*Montages()[number])
     assert training.losses(frames, told)[2].item() < 0.8 * before
 
 
@@ -240,7 +248,7 @@ def test_every_command_runs_on_a_tiny_model(saved: Path, tmp_path: Path, monkeyp
     assert [row["seed"] for row in rows] == [0, 1, 2, 3, 4]
     video_tower.main(["--smollm2", text, "--output", f"{parts}/tower.safetensors", "--steps", "2"])
     learned = ["--smollm2", text, "--answers", f"{work}/answers.jsonl", "--output", f"{parts}/adapters.safetensors"]
-    video_training.main([*learned, "--steps", "2"])
+    video_training.main([*learned, "--steps", "2", "--clips", "2"])
     video_target.main(["--smollm2", text, "--parts", str(parts), "--output", f"{work}/target"])
 
     looked = ["--target", f"{work}/target", "--lengths", "160", "--clips", "1", "--work", f"{work}/check"]

@@ -11,9 +11,10 @@ from sparrow_research.language.video_check import repeated, shares, summary
 from sparrow_research.language.video_tau import pooled, retention, tables
 
 
-def test_every_step_reads_what_an_earlier_one_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_step_reads_what_an_earlier_one_made(tmp_path: Path, device: str) -> None:
     made = {str(tmp_path / "smollm2")}
-    for step in video.plan(tmp_path / "smollm2", tmp_path):
+    for step in video.plan(tmp_path / "smollm2", tmp_path, device):
         words = step.words
         assert hasattr(importlib.import_module(words[0]), "main")
         options = dict(zip(words, words[1:], strict=False))
@@ -31,7 +32,7 @@ def test_every_step_reads_what_an_earlier_one_made(tmp_path: Path) -> None:
 def test_the_draft_is_trained_with_options_that_exist(tmp_path: Path) -> None:
     (step,) = [each for each in video.plan(tmp_path / "text", tmp_path) if "--max-steps" in each.words]
     options, arguments = parse_options(list(step.words[2:]))
-    assert options.copy_last_layer and arguments.max_steps == video.DRAFT_STEPS
+    assert options.copy_last_layer and arguments.max_steps == video.SCALES["cpu"].draft_steps
     assert "--resume" not in step.words
     checkpoint = tmp_path / "draft" / "checkpoints" / "checkpoint-4"
     checkpoint.mkdir(parents=True)

@@ -1,9 +1,9 @@
-"""Trains a rival of Sparrow for a language model, with the options of `sparrow train`.
+"""Trains a rival of Sparrow, or a variant of it, with the options of `sparrow train`.
 
     python -m sparrow_research.language.rivals NAME --target FOLDER --train RECORDING --output FOLDER …
 
-Without visual tokens, rivals differ from Sparrow in what they read of the target, in their passes and in their losses.
-What a name stands for is in `RIVALS`; an option of the same name on the command line takes precedence.
+Rivals differ from Sparrow in what they read of the target, in their passes and in their losses. What a name stands for
+is in `RIVALS`; an option of the same name on the command line takes precedence.
 """
 
 import sys
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sparrow_hf.draft_inputs import EVERY_VISUAL_TOKEN
 from sparrow_hf.loading import load_target
 from sparrow_hf.modeling_sparrow import SparrowDraftModel
 from sparrow_hf.training.options import parse_options
@@ -36,15 +37,28 @@ class Rival:
     prepare: Callable[[SparrowDraftModel], None] | None = None
 
 
+_EAGLE = "--num-mtp-steps 1 --feature-smooth-l1-weight 1.0 --soft-cross-entropy-weight 0.1"
+_EVERY_ROW = f"--num-glimpse-tokens {EVERY_VISUAL_TOKEN} --num-visual-rows-min -1 --num-visual-rows-max -1"
+_NO_ROW = "--num-glimpse-tokens 0 --num-visual-rows-max 0"
 RIVALS = {
     # One pass on the target's own states; the loss is mostly that of the states.
-    "eagle": Rival("--num-mtp-steps 1 --feature-smooth-l1-weight 1.0 --soft-cross-entropy-weight 0.1"),
+    "eagle": Rival(_EAGLE),
     # Three layers, early, middle and late, and no loss of states.
     "eagle3": Rival("--feature-layers 2 15 27 --feature-smooth-l1-weight 0.0"),
     # A language model of one layer: with no states to feed back, all its passes would be the first one.
-    "text-only": Rival("--num-mtp-steps 1 --feature-smooth-l1-weight 0.0", prepare=blindfold),
+    "text-only": Rival(f"--num-mtp-steps 1 --feature-smooth-l1-weight 0.0 {_NO_ROW}", prepare=blindfold),
     "hivis": Rival(draft_class=HiViSDraftModel),
+    # The default without its later passes.
+    "one-pass": Rival("--num-mtp-steps 1"),
+    # The default with other visual rows: fewer, in training only, none, all.
+    "glimpse-16": Rival("--num-glimpse-tokens 16 --num-visual-rows-max 16"),
+    "bridge": Rival("--num-glimpse-tokens 0 --num-visual-rows-min -1 --num-visual-rows-max -1"),
+    "no-visual": Rival(_NO_ROW),
+    "every-visual": Rival(_EVERY_ROW),
+    "eagle-visual": Rival(f"{_EAGLE} {_EVERY_ROW}"),
 }
+TEXT_RIVALS = ("eagle", "eagle3", "text-only", "hivis", "one-pass")
+VIDEO_RIVALS = ("eagle-visual", "text-only", "one-pass", "glimpse-16", "bridge", "no-visual", "every-visual")
 
 
 def train_rival(name: str, words: list[str]) -> SparrowDraftModel:

@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from sparrow_hf.artifacts import write_json, write_text
 from sparrow_hf.training.checkpoints import last_checkpoint
 
-from .rivals import RIVALS
+from .rivals import RIVALS, TEXT_RIVALS
 
 DATA = Path(__file__).parents[3] / "data" / "language"
 TRAIN = ("train-h100", "train-cpu")
@@ -124,7 +124,7 @@ def plan(
     words = ("sparrow_hf.cli", "vocab", *on, "--answers", answers, *size, "--output", str(vocabulary))
     found.append(Step(words, vocabulary, 20))
     drafts = {f"sparrow-{size}": (("sparrow_hf.cli", "train"), size) for size in sizes}
-    drafts |= {f"{name}-{largest}": (("sparrow_research.language.rivals", name), largest) for name in RIVALS}
+    drafts |= {f"{name}-{largest}": (("sparrow_research.language.rivals", name), largest) for name in TEXT_RIVALS}
     for name, (command, tokens) in drafts.items():
         folder = work / "drafts" / name
         training = (

@@ -1,4 +1,4 @@
-"""Samples many answers of a Llama at once on a CPU, several times as fast as `generate()` does.
+"""Samples many answers of a Llama at once, on a CPU several times as fast as `generate()` does.
 
 `generate()` copies the whole cache at every step and expands keys and values to all query heads; here the cache has
 its size from the beginning, and the query heads of one KV head are the rows of one attention.

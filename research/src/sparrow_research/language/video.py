@@ -1,6 +1,6 @@
 """The whole of the part "Video" of docs/language.md as one command: a video LLM of SmolLM2, and its draft.
 
-    python -m sparrow_research.language.video --smollm2 FOLDER --work FOLDER [--dry-run]
+    python -m sparrow_research.language.video --smollm2 FOLDER --work FOLDER [--device cuda] [--dry-run]
 
 It prints its steps and about how long they take before it starts. Run it again to go on where it was stopped: files
 that are there are not made again, and answers, trainings, recordings and measurements go on by themselves.
@@ -12,47 +12,85 @@ import argparse
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from sparrow_hf.training.checkpoints import last_checkpoint
 
-from .road import COMMON, VOCABULARY, Step
+from .rivals import RIVALS, VIDEO_RIVALS
+from .road import COMMON, PASSES, VOCABULARY, Step
+from .video_clips import LENGTHS
 
-ANSWERS, TOWER_STEPS, TEXT_STEPS, DRAFT_STEPS, DRAFT_ROWS = 1536, 900, 500, 400, 8
-CLIPS = 300
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is made on a kind of device.
+
+    Attributes:
+        answers: Long answers that the target is trained with, written `answer_batch` at once.
+        text_steps, text_clips: Steps of the language model's training, and clips of each.
+        clips: That the draft is trained with, two answers each, written `row_batch` at once.
+        draft_steps, draft_rows: Steps of the draft's training, and rows of each.
+        workers: Processes that render and prepare clips.
+    """
+
+    answers: int
+    answer_batch: int
+    tower_steps: int
+    text_steps: int
+    text_clips: int
+    clips: int
+    row_batch: int
+    draft_steps: int
+    draft_rows: int
+    workers: int
+
+
+SCALES = {
+    "cpu": Scale(1536, 96, 900, 500, 1, 300, 8, 400, 8, 0),
+    "cuda": Scale(3072, 512, 1200, 1500, 8, 600, 64, 800, 16, 6),
+}
 SECONDS = {"answer": 0.9, "tower": 1.1, "text": 8.0, "row": 1.0, "draft": 0.3, "check": 2400.0, "tau": 3600.0}
-"""Estimates for one CPU thread with bf16 arithmetic: an answer, steps of the trainings, a row of the draft's set read
-or written, a row of its training, and the two measurements."""
+"""Estimates for one CPU thread with bf16 arithmetic: an answer, steps of the trainings (of one clip), a row of the
+draft's set read or written, a row of its training, and the two measurements."""
 PACKAGE = "sparrow_research.language"
 
 
-def plan(smollm2: Path, work: Path) -> list[Step]:
+def plan(smollm2: Path, work: Path, device: str = "cpu") -> list[Step]:
     """The commands, in their order."""
-    parts, target, draft = work / "parts", work / "target", work / "draft"
+    scale = SCALES[device.partition(":")[0]]
+    there, workers = ("--device", device), ("--workers", str(scale.workers))
+    parts, target = work / "parts", work / "target"
     text, on = ("--smollm2", str(smollm2)), ("--target", str(target))
     answers = work / "answers.jsonl"
-    sampled = "--do-sample --temperature 0.8 --max-new-tokens 200 --dtype bfloat16 --device cpu".split()
-    rows = 2 * CLIPS
+    sampled, greedy = "--do-sample --temperature 0.8 --max-new-tokens 200".split(), "--max-new-tokens 96".split()
     found = [
         Step(
-            (f"{PACKAGE}.video_answers", "--target", str(smollm2), "--output", str(answers), "--rows", str(ANSWERS)),
+            (
+                *(f"{PACKAGE}.video_answers", "--target", str(smollm2), "--output", str(answers), *there),
+                *("--rows", str(scale.answers), "--batch-size", str(scale.answer_batch)),
+            ),
             None,
-            ANSWERS * SECONDS["answer"],
+            scale.answers * SECONDS["answer"],
         ),
         Step(
-            (f"{PACKAGE}.video_tower", *text, "--output", f"{parts}/tower.safetensors", "--steps", str(TOWER_STEPS)),
+            (
+                *(f"{PACKAGE}.video_tower", *text, "--output", f"{parts}/tower.safetensors"),
+                *("--steps", str(scale.tower_steps), *workers, *there),
+            ),
             parts / "tower.safetensors",
-            TOWER_STEPS * SECONDS["tower"],
+            scale.tower_steps * SECONDS["tower"],
         ),
         Step(
             (
                 *(f"{PACKAGE}.video_training", *text, "--answers", str(answers)),
-                *("--output", f"{parts}/adapters.safetensors", "--steps", str(TEXT_STEPS)),
+                *("--output", f"{parts}/adapters.safetensors", "--steps", str(scale.text_steps)),
+                *("--clips", str(scale.text_clips), *workers, *there),
             ),
             parts / "adapters.safetensors",
-            TEXT_STEPS * SECONDS["text"],
+            scale.text_steps * scale.text_clips * SECONDS["text"],
         ),
         Step(
             (f"{PACKAGE}.video_target", *text, "--parts", str(parts), "--output", str(target)),
@@ -60,64 +98,86 @@ def plan(smollm2: Path, work: Path) -> list[Step]:
             10,
         ),
         Step(
-            (f"{PACKAGE}.video_check", *on, *text, "--work", f"{work}/check", "--output", f"{work}/check.json"),
+            (
+                f"{PACKAGE}.video_check",
+                *on,
+                *text,
+                "--work",
+                f"{work}/check",
+                "--output",
+                f"{work}/check.json",
+                *there,
+            ),
             work / "check.json",
             SECONDS["check"],
         ),
         Step(
-            (f"{PACKAGE}.video_clips", "--output", f"{work}/prompts", "--train", str(CLIPS)),
+            (
+                *(f"{PACKAGE}.video_clips", "--output", f"{work}/prompts", "--train", str(scale.clips)),
+                *("--workers", str(max(1, scale.workers))),
+            ),
             work / "prompts" / "validation.jsonl",
-            CLIPS * 0.2,
+            scale.clips * 0.2,
         ),
     ]
-    for split in ("train", "validation"):
-        count = rows if split == "train" else 32
-        written = ("--prompts", f"{work}/prompts/{split}.jsonl", "--output", f"{work}/answers-{split}")
-        recorded = ("--answers", f"{work}/answers-{split}", "--output", f"{work}/recording-{split}")
+    seen = ("--dtype", "bfloat16", *there)
+    sets = {"train": (2 * scale.clips, sampled), "validation": (32, sampled)}
+    sets |= {f"length-{length}": (clips, greedy) for length, clips in LENGTHS.items()}
+    for name, (count, decoded) in sets.items():
+        written = ("--prompts", f"{work}/prompts/{name}.jsonl", "--output", f"{work}/answers-{name}")
+        recorded = ("--answers", f"{work}/answers-{name}", "--output", f"{work}/recording-{name}")
+        batch = 1 if decoded is greedy else scale.row_batch
         found += [
             Step(
-                ("sparrow_hf.cli", "regenerate", *on, *written, *sampled, "--batch-size", "8"),
+                ("sparrow_hf.cli", "regenerate", *on, *written, *decoded, "--batch-size", str(batch), *seen),
                 None,
                 count * 4 * SECONDS["row"],
             ),
-            Step(
-                ("sparrow_hf.cli", "record", *on, *recorded, "--dtype", "bfloat16", "--device", "cpu"),
-                None,
-                count * SECONDS["row"],
-            ),
+            Step(("sparrow_hf.cli", "record", *on, *recorded, *seen), None, count * SECONDS["row"]),
         ]
     vocabulary = work / "vocabulary.safetensors"
     size = ("--size", str(VOCABULARY))
-    resume = ("--resume",) if last_checkpoint(draft / "checkpoints") else ()
-    found += [
+    found.append(
         Step(
             ("sparrow_hf.cli", "vocab", *on, "--answers", f"{work}/answers-train", *size, "--output", str(vocabulary)),
             vocabulary,
             20,
-        ),
+        )
+    )
+    drafts = {"sparrow": ("sparrow_hf.cli", "train")}
+    drafts |= {name: (f"{PACKAGE}.rivals", name) for name in VIDEO_RIVALS}
+    for name, command in drafts.items():
+        folder = work / "drafts" / name
+        passes = () if name in RIVALS and "--num-mtp-steps" in RIVALS[name].options else PASSES.split()
+        resume = ("--resume",) if last_checkpoint(folder / "checkpoints") else ()
+        training = (
+            *("--train", f"{work}/recording-train", "--held-out", f"{work}/recording-validation"),
+            *("--output", str(folder), "--target-dtype", "bfloat16", "--vocabulary", str(vocabulary)),
+            *("--max-steps", str(scale.draft_steps), "--warmup-steps", str(scale.draft_steps // 20)),
+            *("--save-steps", str(max(1, scale.draft_steps // 4)), "--learning-rate", "5e-4", "--bf16", "true"),
+            *("--use-cpu", str(device == "cpu").lower(), "--per-device-train-batch-size", str(scale.draft_rows)),
+        )
+        found.append(
+            Step(
+                (*command, *on, *training, *COMMON.split(), *passes, *resume),
+                folder / SAFE_WEIGHTS_NAME,
+                scale.draft_steps * scale.draft_rows * SECONDS["draft"],
+            )
+        )
+    folders = [str(work / "drafts" / name) for name in drafts]
+    found += [
         Step(
             (
-                *("sparrow_hf.cli", "train", *on, "--train", f"{work}/recording-train"),
-                *("--held-out", f"{work}/recording-validation", "--output", str(draft), "--target-dtype", "bfloat16"),
-                *("--vocabulary", str(vocabulary), "--max-steps", str(DRAFT_STEPS), "--warmup-steps"),
-                *(
-                    str(DRAFT_STEPS // 20),
-                    "--save-steps",
-                    str(DRAFT_STEPS // 10),
-                    "--bf16",
-                    "true",
-                    "--use-cpu",
-                    "true",
-                ),
-                *("--per-device-train-batch-size", str(DRAFT_ROWS), *COMMON.split(), *resume),
+                *(f"{PACKAGE}.video_lengths", *on, "--recordings", str(work), "--drafts", *folders),
+                *("--output", f"{work}/lengths.json", *there),
             ),
-            draft / SAFE_WEIGHTS_NAME,
-            DRAFT_STEPS * DRAFT_ROWS * SECONDS["draft"],
+            work / "lengths.json",
+            len(drafts) * 60,
         ),
         Step(
             (
-                *(f"{PACKAGE}.video_tau", *on, "--draft", str(draft)),
-                *("--work", f"{work}/tau", "--output", f"{work}/tau.json"),
+                *(f"{PACKAGE}.video_tau", *on, "--draft", folders[0]),
+                *("--work", f"{work}/tau", "--output", f"{work}/tau.json", *there),
             ),
             None,
             SECONDS["tau"],
@@ -131,9 +191,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make a video LLM of SmolLM2, and a draft of it; measure both.")
     parser.add_argument("--smollm2", type=Path, required=True, help="folder that language.smollm2 made")
     parser.add_argument("--work", type=Path, required=True, help="folder of everything that is made")
+    parser.add_argument("--device", default="cpu", help="cuda makes more of everything")
     parser.add_argument("--dry-run", action="store_true", help="print the steps and stop")
     options = parser.parse_args(arguments)
-    missing = [step for step in plan(options.smollm2, options.work) if not step.is_done]
+    missing = [step for step in plan(options.smollm2, options.work, options.device) if not step.is_done]
     for step in missing:
         print(f"{step.seconds / 60:6.0f} min  python -m {shlex.join(step.words)}")
     print(f"{sum(step.seconds for step in missing) / 3600:.1f} hours on one CPU thread, estimated", flush=True)

@@ -54,14 +54,15 @@ def answered(target: Any, packed: Packed, pixels: Tensor) -> list[bool]:
 
     The clip is read as `generate()` reads it, then all questions at once behind its cache.
     """
+    packed, pixels = packed.to(target.device), pixels.to(target.device)
     length = packed.prefix
     cache = DynamicCache(config=target.config.text_config)
     ids = packed.input_ids[None]
     target(input_ids=ids[:, :length], pixel_values=pixels, use_cache=True, logits_to_keep=1, **{CACHE: cache})
     own = packed.segments[length:]
-    rows = torch.arange(len(own))
+    rows = torch.arange(len(own), device=own.device)
     seen = (own[:, None] == own[None]) & (rows[:, None] >= rows[None])
-    mask = torch.cat([torch.ones(len(own), length, dtype=torch.bool), seen], dim=1)[None, None]
+    mask = torch.cat([torch.ones(len(own), length, dtype=torch.bool, device=own.device), seen], dim=1)[None, None]
     logits = target(
         input_ids=ids[:, length:],
         attention_mask=mask,
@@ -125,8 +126,9 @@ def text_cost(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
     for row in rows:
         text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
         asked, answer = tokenizer(text)["input_ids"], row["answer_ids"]
-        logits = model(input_ids=torch.tensor([[*asked, *answer]])).logits[0, len(asked) - 1 : -1].float()
-        total += functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+        ids = torch.tensor([[*asked, *answer]], device=model.device)
+        logits = model(input_ids=ids).logits[0, len(asked) - 1 : -1].float()
+        total += functional.cross_entropy(logits, ids[0, len(asked) :], reduction="sum").item()
         tokens += len(answer)
     return total / tokens
 
@@ -160,10 +162,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, nargs="+", help="of each length")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
-    target, processor = load_target(options.target, dtype="bfloat16", device="cpu")
+    target, processor = load_target(options.target, dtype="bfloat16", device=options.device)
     made = {"target_sha256": tensor_digest(target.state_dict())}
     clips = options.clips or [LENGTHS.get(length, 2) for length in options.lengths]
     with LineFile(options.work / "clips.jsonl", made, BenchmarkError, "a clip of video_check") as file:
@@ -178,7 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.smollm2 is not None:
         with gzip.open(DATA / "answers" / "validation.jsonl.gz", "rt") as kept:
             rows = [json.loads(line) for line in kept][:32]
-        plain = AutoModelForCausalLM.from_pretrained(options.smollm2, dtype=torch.bfloat16).eval()
+        plain = AutoModelForCausalLM.from_pretrained(options.smollm2, dtype=torch.bfloat16)
+        plain.to(options.device).eval()
         models = {"smollm2": plain, "video": target}
         result["text_nats"] = {name: text_cost(model, processor.tokenizer, rows) for name, model in models.items()}
     write_json(options.output, result, indent=1)

@@ -7,7 +7,7 @@ of the clip, as if it were alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
 
@@ -67,9 +67,13 @@ class Packed:
     def prefix(self) -> int:
         return int((self.segments == 0).sum())
 
+    def to(self, device: Any) -> Packed:
+        """The same on another device."""
+        return Packed(*(getattr(self, part.name).to(device) for part in fields(self)))
+
     def mask(self) -> Tensor:
         """`(1, 1, L, L)`: what each row sees."""
-        rows = torch.arange(len(self.segments))
+        rows = torch.arange(len(self.segments), device=self.segments.device)
         seen = (self.segments == 0)[None] | (self.segments[:, None] == self.segments[None])
         return (seen & (rows[:, None] >= rows[None]))[None, None]
 

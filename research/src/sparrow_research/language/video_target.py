@@ -161,7 +161,8 @@ def factors(changes: dict[str, LowRank]) -> dict[str, Tensor]:
     """The changes as tensors in bf16."""
     kept = {}
     for name, change in changes.items():
-        kept[f"{name}.down"], kept[f"{name}.up"] = change.down.detach().bfloat16(), change.up.detach().bfloat16()
+        for part in ("down", "up"):
+            kept[f"{name}.{part}"] = getattr(change, part).detach().bfloat16().cpu()
     return kept
 
 

@@ -103,10 +103,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
-    target, processor = load_target(options.target, dtype="bfloat16", device="cpu")
+    target, processor = load_target(options.target, dtype="bfloat16", device=options.device)
     draft = SparrowDraftModel.from_pretrained(options.draft, dtype=torch.bfloat16).eval()
     draft.config.set_tree_shape(options.shape)
     digests = {"target_sha256": tensor_digest(target.state_dict()), "draft_sha256": tensor_digest(draft.state_dict())}

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
 
 from sparrow_hf.artifacts import atomic_path, write_json
 from sparrow_hf.testbed.scenes import sample_story, sample_timeline
@@ -52,7 +53,8 @@ class Words:
     def labels(self, frames: list[tuple[str, ...]]) -> Tensor:
         """Classes `(frames, SLOTS)`."""
         return torch.tensor(
-            [[known[word] for known, word in zip(self.classes, words, strict=True)] for words in frames]
+            [[known[word] for known, word in zip(self.classes, words, strict=True)] for words in frames],
+            device=self.scale.device,
         )
 
     def logits(self, features: Tensor) -> list[Tensor]:
@@ -89,12 +91,20 @@ class Tower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Visual rows `(frames, SLOTS, hidden)`."""
         patch = self.vision_model.config.patch_size
-        mask = torch.ones(len(pixels), pixels.shape[2] // patch, pixels.shape[3] // patch, dtype=torch.bool)
+        shape = (len(pixels), pixels.shape[2] // patch, pixels.shape[3] // patch)
+        mask = torch.ones(shape, dtype=torch.bool, device=pixels.device)
         return self.connector(self.vision_model(pixels, patch_attention_mask=mask).last_hidden_state)
 
 
+class Montages(Dataset):
+    """What is learned in each step: the frames of a montage, and their words."""
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+        return montage(TRAIN_SEEDS[step], BATCH_STEPS)
+
+
 class TowerTraining:
-    """`step()` is one optimizer step on frames drawn from `TRAIN_SEEDS`."""
+    """`step()` is one optimizer step on a montage."""
 
     def __init__(self, tower: Tower, words: Words, num_steps: int):
         self.tower, self.words = tower, words
@@ -111,7 +121,8 @@ class TowerTraining:
 
     def losses(self, frames: np.ndarray, words: list[tuple[str, ...]]) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, share of right words of every slot, and the squared error beside the mean square of a word."""
-        features, labels = self.tower(pixels_of(frames)), self.words.labels(words)
+        labels = self.words.labels(words)
+        features = self.tower(pixels_of(frames).to(labels.device))
         logits = self.words.logits(features)
         crosses = [functional.cross_entropy(part, labels[:, slot]) for slot, part in enumerate(logits)]
         wanted = torch.stack([self.words.embeddings[slot][labels[:, slot]] for slot in range(SLOTS)], dim=1)
@@ -119,9 +130,9 @@ class TowerTraining:
         right = torch.stack([part.argmax(-1) == labels[:, slot] for slot, part in enumerate(logits)], -1)
         return torch.stack(crosses).sum() + 4 * error, right.float().mean(0), error
 
-    def step(self) -> tuple[float, list[float], float]:
+    def step(self, frames: np.ndarray, words: list[tuple[str, ...]]) -> tuple[float, list[float], float]:
         """Loss, accuracy of every slot, and relative squared error of one step."""
-        loss, right, error = self.losses(*montage(TRAIN_SEEDS[self.steps_done], BATCH_STEPS))
+        loss, right, error = self.losses(frames, words)
         loss.backward()
         nn.utils.clip_grad_norm_(self.tower.parameters(), 1.0)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
@@ -172,17 +183,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="file of tower and connector")
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that render clips")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     text, tokenizer = load_text(options.smollm2)
-    tower = Tower(build_vlm(text, tokenizer))
+    text.to(options.device)
+    tower = Tower(build_vlm(text, tokenizer)).to(options.device)
     training = TowerTraining(tower, Words(text.get_input_embeddings().weight, tokenizer), options.steps)
     checkpoint = options.output.with_suffix(".checkpoint")
     if checkpoint.exists():
         training.load(checkpoint)
-    for number in range(training.steps_done + 1, options.steps + 1):
-        loss, right, error = training.step()
+    montages = DataLoader(
+        Montages(),
+        sampler=range(training.steps_done, options.steps),
+        batch_size=None,
+        num_workers=options.workers,
+        collate_fn=lambda montage: montage,
+    )
+    for frames, words in montages:
+        loss, right, error = training.step(frames, words)
+        number = training.steps_done
         if number % SAVE_EVERY == 0:
             training.save(checkpoint)
         if number % 25 == 0 or number == options.steps:
@@ -190,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"step {number}: loss {loss:.3f}, error {error:.4f}, right {worst}", flush=True)
     right, error = training.evaluate(VALIDATION_SEEDS[:24])
     print(f"validation: error {error:.4f}, right {' '.join(f'{each:.4f}' for each in right)}")
-    save_file({name: each.bfloat16().contiguous() for name, each in tower.state_dict().items()}, options.output)
+    save_file({name: each.bfloat16().cpu().contiguous() for name, each in tower.state_dict().items()}, options.output)
     write_json(
         options.output.with_suffix(".json"),
         {"steps": options.steps, "seed": options.seed, "right": right, "error": error},

@@ -15,7 +15,7 @@ import argparse
 import gzip
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
 
 from sparrow_hf.artifacts import atomic_path, write_json
 from sparrow_hf.testbed.scenes import Story, sample_timeline
@@ -36,7 +37,7 @@ from .video_rows import IGNORED, Asked, Packed, pack_clip, pack_text
 from .video_target import adapt, factors, load_text
 
 RANK = 16
-CLIPS_PER_STEP, QUESTIONS = 1, 14
+QUESTIONS = 14
 TEXT_SHARE, TEXT_ROWS = 0.08, 3
 LONG_SHARE = 0.02
 STEPS = (5, 20)
@@ -48,7 +49,8 @@ FLIPPED = 0.004
 NOISE = 0.1
 """Relative size of the error of a visual token, at most."""
 LEARNING_RATE, WARMUP = 1e-3, 0.06
-CHECKPOINTED_ROWS = 2000
+CHECKPOINTED_ROWS = {"cpu": 2_000, "cuda": 60_000}
+"""With more rows in a step their states are computed again for the gradient: a row keeps about a megabyte."""
 SAVE_EVERY = 40
 
 
@@ -78,7 +80,7 @@ def embed(text: Any, packed: Packed, visual: Tensor | None, image_token_id: int)
     """Input rows `(1, L, hidden)` of a packed sequence, its visual tokens replaced."""
     rows = text.get_input_embeddings()(packed.input_ids).detach().clone()
     if visual is not None:
-        rows[packed.input_ids == image_token_id] = visual.to(rows.dtype)
+        rows[packed.input_ids == image_token_id] = visual.to(rows)
     return rows[None]
 
 
@@ -97,35 +99,55 @@ def stretched(packed: Packed, rng: np.random.Generator, separator: int, longest:
     return Packed(packed.input_ids, packed.segments, packed.positions + shift, packed.labels, packed.weights)
 
 
-def answer_loss(text: Any, rows: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted loss of a packed sequence, and the likeliest token at every label beside the labels."""
+def answer_loss(text: Any, parts: Sequence[tuple[Tensor, Packed]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted loss of packed sequences, all equal, and the likeliest token at every label beside the labels."""
+    longest = max(len(packed.input_ids) for _, packed in parts)
+
+    def padded(rows: Tensor, value: float = 0) -> Tensor:
+        return functional.pad(rows, (0, longest - len(rows)), value=value)
+
+    rows = torch.cat([functional.pad(rows, (0, 0, 0, longest - rows.shape[1])) for rows, _ in parts])
+    # A row of padding sees itself, or its softmax would be over nothing.
+    mask = torch.eye(longest, dtype=torch.bool, device=rows.device).repeat(len(parts), 1, 1, 1)
+    for seen, (_, packed) in zip(mask, parts, strict=True):
+        seen[:, : len(packed.input_ids), : len(packed.input_ids)] = packed.mask()[0]
+    positions = torch.stack([padded(packed.positions) for _, packed in parts])
     states = text.model(
-        inputs_embeds=rows, attention_mask=packed.mask(), position_ids=packed.positions[None], use_cache=False
-    ).last_hidden_state[0]
-    wanted = packed.labels != IGNORED
+        inputs_embeds=rows, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    labels = torch.stack([padded(packed.labels, IGNORED) for _, packed in parts])
+    weights = torch.stack([padded(packed.weights / packed.weights.sum()) for _, packed in parts]) / len(parts)
+    wanted = labels != IGNORED
     logits = text.lm_head(states[wanted]).float()
-    labels, weights = packed.labels[wanted], packed.weights[wanted]
-    loss = (functional.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
-    return loss, logits.argmax(-1), labels
+    losses = functional.cross_entropy(logits, labels[wanted], reduction="none")
+    return (losses * weights[wanted]).sum(), logits.argmax(-1), labels[wanted]
 
 
-class VideoTraining:
-    """`step()` is one optimizer step; everything is drawn from the number of the step."""
+class Lessons(Dataset):
+    """What is learned in each step: packed sequences, and the visual rows of those with a clip.
 
-    def __init__(self, text: Any, tokenizer: Any, answers: list[dict[str, Any]], steps: int):
-        self.text, self.tokenizer, self.steps = text, tokenizer, steps
-        self.image, self.separator = (
-            tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "<fake_token_around_image>")
-        )
-        self.changes = adapt(text, RANK)
-        self.captions = SoftCaptions(text.get_input_embeddings().weight, tokenizer)
-        self.answers, self.conversations = answers, list(conversations())
-        parameters = [each for change in self.changes.values() for each in (change.down, change.up)]
-        self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
-        self.done = 0
+    Everything is drawn from the number of the step, so that a stopped training goes on with the same.
+    """
 
-    def clip(self, number: int) -> tuple[Tensor, Packed]:
-        """Rows of a training clip with its questions."""
+    def __init__(self, captions: SoftCaptions, tokenizer: Any, answers: list[dict[str, Any]], clips: int):
+        self.captions, self.tokenizer, self.answers, self.clips = captions, tokenizer, answers, clips
+        self.separator = tokenizer.convert_tokens_to_ids("<fake_token_around_image>")
+        self.conversations = list(conversations())
+
+    def __getitem__(self, step: int) -> list[tuple[Packed, Tensor | None]]:
+        rng = np.random.default_rng([step, 13])
+        found: list[tuple[Packed, Tensor | None]] = [
+            self.clip(self.clips * step + index) for index in range(self.clips)
+        ]
+        if rng.random() < TEXT_SHARE * self.clips:
+            chosen = [
+                self.conversations[int(index)] for index in rng.integers(len(self.conversations), size=TEXT_ROWS)
+            ]
+            found[0] = (pack_text(self.tokenizer, chosen), None)
+        return found
+
+    def clip(self, number: int) -> tuple[Packed, Tensor]:
+        """A training clip with its questions."""
         rng = np.random.default_rng([number, 11])
         answer = self.answers[number % len(self.answers)]
         story = story_of(answer["seed"])
@@ -134,10 +156,9 @@ class VideoTraining:
         asked = [Asked(answer["prompt"], answer["answer_ids"]), *self.exact(story, rng)]
         packed = pack_clip(self.tokenizer, FRAMES_PER_STEP * steps, asked)
         visual = self.captions(clip_words(story, sample_timeline(rng, story, steps)), rng)
-        rows = embed(self.text, packed, visual, self.image)
         if rng.random() < 0.5:
             packed = stretched(packed, rng, self.separator, 48_000)
-        return rows, packed
+        return packed, visual
 
     def exact(self, story: Story, rng: np.random.Generator) -> Iterator[Asked]:
         """Short exact answers, and sometimes one that names every scene."""
@@ -149,29 +170,38 @@ class VideoTraining:
             ids = self.tokenizer(question.answer)["input_ids"]
             yield Asked(question.text, [*ids, self.tokenizer.eos_token_id], EXACT_WEIGHT)
 
-    def step(self) -> tuple[float, float]:
+
+class VideoTraining:
+    """`step()` is one optimizer step on a lesson."""
+
+    def __init__(self, text: Any, tokenizer: Any, steps: int):
+        self.text, self.tokenizer, self.steps = text, tokenizer, steps
+        self.image = tokenizer.convert_tokens_to_ids("<image>")
+        self.changes = adapt(text, RANK)
+        self.captions = SoftCaptions(text.get_input_embeddings().weight.cpu(), tokenizer)
+        parameters = [each for change in self.changes.values() for each in (change.down, change.up)]
+        self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+        self.done = 0
+
+    def on_device(self, lesson: Sequence[tuple[Packed, Tensor | None]]) -> list[tuple[Tensor, Packed]]:
+        """Input rows of sequences, and the sequences, where the language model is."""
+        found = []
+        for packed, visual in lesson:
+            moved = packed.to(self.text.device)
+            found.append((embed(self.text, moved, visual, self.image), moved))
+        return found
+
+    def step(self, lesson: Sequence[tuple[Packed, Tensor | None]]) -> tuple[float, float]:
         """Loss, and share of tokens that were the likeliest."""
-        rng = np.random.default_rng([self.done, 13])
         self.text.train()
-        total, right, tokens = 0.0, 0, 0
-        parts: list[tuple[Tensor, Packed]] = [
-            self.clip(CLIPS_PER_STEP * self.done + index) for index in range(CLIPS_PER_STEP)
-        ]
-        if rng.random() < TEXT_SHARE * CLIPS_PER_STEP:
-            chosen = [
-                self.conversations[int(index)] for index in rng.integers(len(self.conversations), size=TEXT_ROWS)
-            ]
-            packed = pack_text(self.tokenizer, chosen)
-            parts[0] = (embed(self.text, packed, None, self.image), packed)
-        for rows, packed in parts:
-            if len(packed.input_ids) > CHECKPOINTED_ROWS:
-                self.text.gradient_checkpointing_enable({"use_reentrant": False})
-            else:
-                self.text.gradient_checkpointing_disable()
-            loss, likeliest, labels = answer_loss(self.text, rows, packed)
-            (loss / len(parts)).backward()
-            total += loss.item() / len(parts)
-            right, tokens = right + int((likeliest == labels).sum()), tokens + len(labels)
+        parts = self.on_device(lesson)
+        rows = len(parts) * max(len(packed.input_ids) for _, packed in parts)
+        if rows > CHECKPOINTED_ROWS[self.text.device.type]:
+            self.text.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.text.gradient_checkpointing_disable()
+        loss, likeliest, labels = answer_loss(self.text, parts)
+        loss.backward()
         progress = self.done / self.steps
         rate = min(progress / WARMUP, 0.5 + 0.5 * math.cos(math.pi * progress)) if self.done else 1 / self.steps
         for group in self.optimizer.param_groups:
@@ -182,7 +212,7 @@ class VideoTraining:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
-        return total, right / tokens
+        return loss.item(), (likeliest == labels).float().mean().item()
 
     @torch.no_grad()
     def facts_right(self, seeds: range, steps: int = 12) -> dict[str, float]:
@@ -195,10 +225,8 @@ class VideoTraining:
             ids = [[*self.tokenizer(each.answer)["input_ids"], self.tokenizer.eos_token_id] for each in every]
             asked = [Asked(each.text, answer) for each, answer in zip(every, ids, strict=True)]
             packed = pack_clip(self.tokenizer, FRAMES_PER_STEP * steps, asked)
-            rows = embed(
-                self.text, packed, self.captions(clip_words(story, sample_timeline(rng, story, steps))), self.image
-            )
-            _, likeliest, labels = answer_loss(self.text, rows, packed)
+            visual = self.captions(clip_words(story, sample_timeline(rng, story, steps)))
+            _, likeliest, labels = answer_loss(self.text, self.on_device([(packed, visual)]))
             parts = (likeliest == labels).split([len(each) for each in ids])
             for question, part in zip(every, parts, strict=True):
                 counts.setdefault(question.kind, []).append(bool(part.all()))
@@ -232,8 +260,7 @@ def conversations() -> Iterator[dict[str, Any]]:
 def good_answers(file: Path, tokenizer: Any) -> list[dict[str, Any]]:
     """The answers that name something of the clip, or that do not have to, and little that is not there."""
     kept = []
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
+    for row in map(json.loads, file.read_text().splitlines()):
         shown, wrong = faithfulness(tokenizer.decode(row["answer_ids"]), story_of(row["seed"]))
         if wrong <= 1 and shown >= wrong and len(row["answer_ids"]) >= 12:
             kept.append(row)
@@ -247,19 +274,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--answers", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="file of the changes")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--clips", type=int, default=1, help="of a step; a GPU learns from 8 in little more time")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare clips")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     text, tokenizer = load_text(options.smollm2)
-    answers = good_answers(options.answers, tokenizer)
-    training = VideoTraining(text, tokenizer, answers, options.steps)
+    training = VideoTraining(text.to(options.device), tokenizer, options.steps)
     checkpoint = options.output.with_suffix(".checkpoint")
     if checkpoint.exists():
         training.load(checkpoint)
+    answers = good_answers(options.answers, tokenizer)
     print(f"{len(answers)} long answers, from step {training.done}", flush=True)
+    lessons = DataLoader(
+        Lessons(training.captions, tokenizer, answers, options.clips),
+        sampler=range(training.done, options.steps),
+        batch_size=None,
+        num_workers=options.workers,
+    )
     losses: list[tuple[float, float]] = []
-    while training.done < options.steps:
-        losses.append(training.step())
+    for lesson in lessons:
+        losses.append(training.step(lesson))
         if training.done % 10 == 0:
             loss, right = np.mean(losses[-10:], axis=0)
             print(f"step {training.done}: loss {loss:.3f}, tokens right {right:.3f}", flush=True)
@@ -268,8 +304,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(json.dumps(training.facts_right(VALIDATION_SEEDS[:3])), flush=True)
     save_file(factors(training.changes), options.output)
     right = training.facts_right(VALIDATION_SEEDS[:16])
-    about = {"steps": options.steps, "rank": RANK, "long_answers": len(answers), "validation": right}
-    write_json(options.output.with_suffix(".json"), about, indent=1)
+    settings = {"steps": options.steps, "clips_per_step": options.clips, "rank": RANK, "long_answers": len(answers)}
+    write_json(options.output.with_suffix(".json"), {**settings, "validation": right}, indent=1)
 
 
 if __name__ == "__main__":
