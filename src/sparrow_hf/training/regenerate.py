@@ -342,6 +342,8 @@ def left_pad(prompts: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict
         per_token = all(prompt[name].shape == prompt["input_ids"].shape for prompt in holders)
         # Molmo 2 numbers the patches of a prompt: in a batch these would be those of the first one.
         is_numbers = name.endswith("_token_pooling")
+        if name.startswith("pixel_") and all("pixel_attention_mask" in prompt for prompt in holders):
+            parts = _with_as_many_images(parts)
         if per_token and len(holders) == len(prompts):
             # Masks and token types of padding are 0.
             fill = pad_token_id if name == "input_ids" else 0
@@ -355,3 +357,12 @@ def left_pad(prompts: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict
                 f"the prompts' {name} have shapes {shapes} and cannot be batched: use batch_size=1 for these rows"
             )
     return batch
+
+
+def _with_as_many_images(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Pixels, or their mask, `(1, images, …)` of several prompts, filled up with images of zeros, which are no images.
+
+    So do the processors that make such a mask (Idefics 3, SmolVLM), and their models leave them out.
+    """
+    most = max(part.shape[1] for part in parts)
+    return [torch.cat([part, part.new_zeros(1, most - part.shape[1], *part.shape[2:])], dim=1) for part in parts]

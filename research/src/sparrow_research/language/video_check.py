@@ -36,7 +36,7 @@ from .video_answers import EVERY_PROMPT, faithfulness, story_of
 from .video_facts import SLOTS, Question, questions
 from .video_rows import IGNORED, Asked, Packed, pack_clip
 
-LENGTHS = {400: 16, 3_000: 6, 13_000: 3, 25_000: 2}
+LENGTHS = {400: 16, 3_000: 8, 13_000: 6, 25_000: 6}
 """Visual tokens → clips."""
 LONG = {"max_new_tokens": 160, "do_sample": True, "temperature": 0.8, "top_k": 50}
 

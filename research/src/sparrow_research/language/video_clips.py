@@ -30,7 +30,7 @@ FIRST_SEED = 500_000
 SHORT, LONG, LONG_SHARE = 160, 3_000, 0.1
 
 
-LENGTHS = {400: 24, 3_000: 12, 13_000: 6, 25_000: 6}
+LENGTHS = {400: 24, 3_000: 16, 13_000: 12, 25_000: 12}
 """Visual tokens of evaluation clips → clips; the clips of a longer length are the first ones of a shorter."""
 FIRST_EVALUATED = 2000
 """Of the evaluation clips: those before are asked by `video_check` and `video_tau`."""

@@ -137,8 +137,9 @@ class LowRank(nn.Module):
     def __init__(self, layer: nn.Linear, rank: int):
         super().__init__()
         self.layer = layer
-        self.down = nn.Parameter(torch.randn(rank, layer.in_features) / layer.in_features**0.5)
-        self.up = nn.Parameter(torch.zeros(layer.out_features, rank))
+        device = layer.weight.device
+        self.down = nn.Parameter((torch.randn(rank, layer.in_features) / layer.in_features**0.5).to(device))
+        self.up = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
 
     def forward(self, rows: Tensor) -> Tensor:
         change = (rows @ self.down.to(rows.dtype).T) @ self.up.to(rows.dtype).T
