@@ -34,6 +34,15 @@ def test_the_table_of_rounds() -> None:
         for each in (ours, ours_compiled):
             cells += [f"{each['round_ms']:.2f}", f"{each['planted_token_ms']:.2f} at {each['planted_tau']:.1f}"]
         assert f"| {' | '.join(cells)} |" in PAGE
+    longest = data("h200")
+    names = ("plain, dynamic", "plain, static, compiled", static, compiled)
+    eager, plain_compiled, ours, ours_compiled = (arm(longest, "compiled_long", 25000, name) for name in names)
+    cells = ["25,000, an H200", f"{eager['round_ms']:.1f}", f"{plain_compiled['round_ms']:.2f}"]
+    for each in (ours, ours_compiled):
+        cells += [f"{each['round_ms']:.2f}", f"{each['planted_token_ms']:.2f} at {each['planted_tau']:.1f}"]
+    assert f"| {' | '.join(cells)} |" in PAGE
+    token = ours_compiled["planted_token_ms"]
+    assert f"{plain_compiled['round_ms'] / token:.1f} times as fast as plain compiled" in PAGE
     plain = arm(run, "rounds", 3000, "plain, dynamic")["round_ms"]
     compiled_plain = arm(run, "compiled", 3000, "plain, static, compiled")["round_ms"]
     token = arm(run, "compiled", 3000, compiled)["planted_token_ms"]
@@ -52,7 +61,12 @@ def test_the_readme() -> None:
     sentence = "a token took {:.1f} ms at 3,000 rows; plain `generate()` took {:.0f} ms, compiled {:.1f} ms".format(
         *figures
     )
-    assert sentence in " ".join((REPOSITORY / "README.md").read_text().split())
+    text = " ".join((REPOSITORY / "README.md").read_text().split())
+    assert sentence in text
+    longest, names = data("h200"), ("chain-5, static, compiled", "plain, dynamic", "plain, static, compiled")
+    ours, eager, plain = (arm(longest, "compiled_long", 25000, name) for name in names)
+    figures = (ours["planted_token_ms"], eager["round_ms"], plain["round_ms"])
+    assert "it was {:.1f} ms, and plain {:.0f} ms, compiled {:.1f} ms".format(*figures) in text
 
 
 def test_attention_and_steps() -> None:

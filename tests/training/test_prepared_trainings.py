@@ -36,6 +36,34 @@ def test_a_draft_of_ones_own_is_trained_and_left_in_the_output(
     assert torch.equal(OtherDraft.from_pretrained(tmp_path / "draft").fc.weight, draft.fc.weight)
 
 
+def test_the_card_says_how_a_draft_was_trained(target: PreTrainedModel, samples: list[Any], tmp_path: Path) -> None:
+    half = len(samples) // 2
+    for name, rows in (("rows", samples[:half]), ("others", samples[half:])):
+        record(SparrowDraftModel.from_target(target), rows, tmp_path / name, SparrowDataCollator())
+    words = (
+        f"--target t --train {tmp_path}/rows --held-out {tmp_path}/others --output {tmp_path}/draft --max-steps 2 "
+        "--num-mtp-steps 2 --per-device-train-batch-size 2 --learning-rate 0.01 --save-steps 2 --use-cpu"
+    )
+    options, arguments = parse_options([*words.split(), "--report-to", "none", "--disable-tqdm", "true"])
+    run = prepare_training(options, arguments, target, None)  # type: ignore[arg-type]
+    run.run()
+    draft = SparrowDraftModel.from_pretrained(tmp_path / "draft")
+    assert draft.provenance["recipe"] == {
+        "training rows": half,
+        "steps": 2,
+        "rows of a step": 2,
+        "learning rate": "0.01, linear",
+        "passes": 2,
+        "losses": "1 × soft_cross_entropy, 0.2 × feature_smooth_l1",
+        "visual tokens read": "0 … 64 (-1: all)",
+    }
+    (row,) = draft.provenance["acceptance"]
+    (tau,) = [entry["eval_tau"] for entry in run.trainer.state.log_history if "eval_tau" in entry]
+    assert row["τ"] == f"{tau:.2f}" and row["P(k ≥ 1, 2, …)"].count(".") == 7
+    card = (tmp_path / "draft" / "README.md").read_text()
+    assert "| `rows of a step` | 2 |" in card and row["τ"] in card and "not recorded" not in card
+
+
 def test_by_default_a_seed_gives_the_same_draft_of_this_package(
     target: PreTrainedModel, samples: list[Any], tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from ..modeling_sparrow import SparrowDraftModel
 from ..tree_shapes import chain
 from .arguments import SparrowTrainingArguments
 from .callbacks import DecodingCallback
+from .card import acceptance_of, recipe_of
 from .checkpoints import check_settings, describe_training, digest_of_rows, last_checkpoint, step_of
 from .curves import plot_curves
 from .depth import write_depth
@@ -72,6 +73,8 @@ class TrainingRun:
         self.trainer.train(resume_from_checkpoint=self.checkpoint)
         metrics = self._metrics()
         draft = self.trainer.draft if self.adapters is None else merge_lora(self.adapters)
+        made = {"recipe": recipe_of(self.trainer, adapters=None if self.adapters is None else "LoRA")}
+        draft.provenance = {**draft.provenance, **made, "acceptance": acceptance_of(metrics)}
         if self.trainer.is_world_process_zero():
             draft.save_pretrained(self.output)
             try:
