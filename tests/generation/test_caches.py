@@ -66,6 +66,18 @@ def test_growing_in_place_holds_what_growing_by_copies_does(monkeypatch: pytest.
     assert in_place.get_seq_length() > 500
 
 
+def test_a_layer_that_grows_in_place_is_emptied_but_given_no_other_rows() -> None:
+    cache = DynamicCache()
+    add_rows(cache, PREFIX)
+    grow_in_place(cache)
+    with pytest.raises(NotImplementedError, match="slab"):
+        cache.reorder_cache(torch.tensor([0]))
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.layers[0].keys is None
+    add_rows(cache, NODES)
+    assert held_rows(cache)[0] == NODES
+
+
 @pytest.mark.parametrize("path", [[0], [0, 1], [0, 2, 4]])
 def test_the_path_is_kept_in_order(cache: DynamicCache, path: list[int]) -> None:
     held = hold(cache)

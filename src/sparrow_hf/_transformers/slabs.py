@@ -18,7 +18,7 @@ class SlabLayer(DynamicLayer):
     """A layer of a dynamic cache whose rows lie at the start of a slab.
 
         slab     [ r0 r1 r2 … r(n−1) | free … ]
-        keys     [ r0 r1 r2 … r(n−1) ]                a view
+        keys     [ r0 r1 r2 … r(n−1) ]                a view, made anew when it is read after rows came or went
 
     While `at` is set, the layer is one of a fixed step: new rows go to these places of the slab, and attention reads
     all of it under a mask.
@@ -29,6 +29,8 @@ class SlabLayer(DynamicLayer):
     """
 
     def __init__(self, num_rows: int, is_sliding: bool = False):
+        self._length = 0
+        self._views: tuple[Tensor, Tensor] | None = None
         super().__init__()
         self.num_rows = num_rows
         self.is_sliding = is_sliding
@@ -49,9 +51,29 @@ class SlabLayer(DynamicLayer):
 
     def hold(self, num_rows: int) -> None:
         """The first `num_rows` rows of the slab are what the layer holds."""
-        if self.slab is not None:
+        self._length, self._views = num_rows, None
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        assert self.slab is not None
+        if self._views is None:
             keys, values = self.slab
-            self.keys, self.values = keys.narrow(2, 0, num_rows), values.narrow(2, 0, num_rows)
+            self._views = keys.narrow(2, 0, self._length), values.narrow(2, 0, self._length)
+        return self._views
+
+    def _forget(self, nothing: None) -> None:
+        """What transformers assigns to keys and values to empty a layer. Other rows cannot be put in their place."""
+        if nothing is not None:
+            raise NotImplementedError("the rows of a slab are not replaced as a whole")
+        self.hold(0)
+
+    keys = property(lambda self: self._held()[0] if self.is_initialized else None, _forget)
+    values = property(lambda self: self._held()[1] if self.is_initialized else None, _forget)
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.hold(max(self._length + min(tokens_to_remove, 0), 0))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.at is not None and self.slab is not None:
@@ -60,7 +82,7 @@ class SlabLayer(DynamicLayer):
             return self.slab
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, count = self.keys.shape[2], key_states.shape[2]
+        start, count = self._length, key_states.shape[2]
         if start + count > self.num_rows:
             self._enlarge(start + count + ROOM)
         assert self.slab is not None
@@ -68,10 +90,10 @@ class SlabLayer(DynamicLayer):
         keys.narrow(2, start, count).copy_(key_states)
         values.narrow(2, start, count).copy_(value_states)
         self.hold(start + count)
-        return self.keys, self.values
+        return self._held()
 
     def _enlarge(self, num_rows: int) -> None:
-        held = self.keys, self.values
+        held = self._held()
         self.slab, self.num_rows, self.is_initialized = None, num_rows, False
         self.update(*held)
 

@@ -190,10 +190,11 @@ def accept(
 ) -> None:
     """One round: walks the tree with the target's `(1, N, V)` logits, committing tokens; `path` gets their nodes."""
     # Read from the device at once.
-    argmax = logits[0].argmax(dim=-1).tolist() if emitter.choice.is_argmax else None
+    argmax = logits.argmax(dim=-1).tolist()[0] if emitter.choice.is_argmax else None
+    of_node = logits.unbind(1)
 
     def choose(node: int) -> int:
-        return emitter.choose(logits[:, node], None if argmax is None else argmax[node])
+        return emitter.choose(of_node[node], None if argmax is None else argmax[node])
 
     def commit(token: int, drafted: bool) -> bool:
         # Counted before the token is streamed, so that a streamer can distinguish drafted tokens from others.
