@@ -30,6 +30,7 @@ ROOM = SOURCE / "_transformers"
 OTHERS = {
     "_actions",
     "_asdict",
+    "_compiled_call_impl",
     "_dynamo",
     "_exit",
     "_forward_hooks",

@@ -106,8 +106,8 @@ def decoded_chains(
     predicted: list[Tensor] = []
 
     def draft_the_answer(hidden: Tensor, **_: Any) -> Tensor:
-        predicted.append(hidden[0, -1])
-        logits = torch.zeros(1, 1, draft.config.vocab_size)
+        predicted.append(hidden[-1])
+        logits = torch.zeros(1, draft.config.vocab_size)
         logits[..., answer[chain + len(predicted)]] = 9.0
         return logits
 

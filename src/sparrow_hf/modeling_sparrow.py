@@ -124,7 +124,7 @@ class SparrowDraftModel(SavedDraft):
         """What enters the draft's layers for text tokens: `FC(e ⊕ h)` (paper, equation of HSR).
 
         Args:
-            token_ids: `(B, n)` token after each text token.
+            token_ids: `(B, n)` token after each text token; `(n,)` of one sequence, and then no B below.
             states: `(B, n, F·H)` the target's states of the text tokens, the F feature layers side by side (step 0),
                 or `(B, n, H)` the draft's own outputs.
             visual_summary: `(B, n, H)` or `(B, 1, H)`, from the inputs that

@@ -42,9 +42,9 @@ class BatchDrafter:
         self._reduced_head = draft.reduced_head()
         self._cache = _joined([reader.cache for reader in readers])
         self._ends = [reader.cache.get_seq_length() for reader in readers]
-        self._hidden = torch.cat(hidden)
+        self._hidden = torch.cat(hidden)[:, None]
         summaries = [reader.visual_summary for reader in readers if reader.visual_summary is not None]
-        self._visual_summary = torch.cat(summaries) if summaries else None
+        self._visual_summary = torch.cat(summaries)[:, None] if summaries else None
         self._next_position_ids = on_device([[reader.next_position_id] for reader in readers], draft.device)
 
     def keep(self, rows: Collection[int]) -> None:

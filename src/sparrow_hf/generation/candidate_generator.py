@@ -16,6 +16,7 @@ from ..configuration_sparrow import TreeShape
 from ..devices import on_device
 from ..draft_inputs import DraftInputs, DraftPositions, additive_mask, draft_positions
 from ..modeling_sparrow import SparrowDraftModel
+from .draft_forward import DraftForward, draft_forward
 from .tree import CandidatePool, CandidateTree, build_chain
 
 #: Positions of a long prompt enter the draft this many at a time, so that no mask grows with the square of its length.
@@ -38,8 +39,8 @@ class SparrowCandidateGenerator(CandidateGenerator):
 
     Attributes:
         cache: What the draft has read.
-        hidden: `(1, 1, H)` its prediction after the newest committed token; `None` before the prompt is read.
-        visual_summary: `(1, 1, H)`, of drafts that make one.
+        hidden: `(1, H)` its prediction after the newest committed token; `None` before the prompt is read.
+        visual_summary: `(1, H)`, of drafts that make one.
         next_position_id: RoPE position of the next token.
     """
 
@@ -72,7 +73,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
         self._root_token = -1
         self.next_position_id = 0
         self._first_position = 0
-        self._rotary = (torch.empty((1, 0, 0)), torch.empty((1, 0, 0)))
+        self._rotary = (torch.empty((0, 0)), torch.empty((0, 0)))
         # transformers' own loop requests the target's hidden states if this is set.
         self.model_kwargs_overrides = {"output_hidden_states": True}
 
@@ -80,6 +81,11 @@ class SparrowCandidateGenerator(CandidateGenerator):
     def _reduced_head(self) -> Callable[[Tensor], Tensor] | None:
         """Cut out once for the call, when the first token is drafted."""
         return self.draft.reduced_head()
+
+    @cached_property
+    def _forward(self) -> DraftForward:
+        """Made once for the call, when the first committed tokens or drafts are read."""
+        return draft_forward(self.draft)
 
     @property
     def layers_to_collect(self) -> dict[int, Tensor]:
@@ -118,10 +124,13 @@ class SparrowCandidateGenerator(CandidateGenerator):
         )
         if inputs.visual_summary is not None:
             # All visual tokens are in the prompt, so every later token has the visual summary of its last token.
-            self.visual_summary = inputs.visual_summary[:, -1:]
+            self.visual_summary = inputs.visual_summary[:, -1]
         for start in range(0, embeds.shape[1], PREFILL_CHUNK):
-            chunk = slice(start, start + PREFILL_CHUNK)
-            self._append(embeds[:, chunk], draft.rotary_emb(embeds, inputs.position_ids[:, chunk]))
+            chunk = embeds[:, start : start + PREFILL_CHUNK]
+            positions = inputs.position_ids[:, start : start + PREFILL_CHUNK]
+            outputs = draft(chunk, positions, self._causal_mask(chunk[0]), self.cache)
+            self.hidden = outputs.last_hidden_state[:, -1]
+        self._note_length()
         self.next_position_id = kept.next_position_id(config.position_mode)
 
     def extend(self, features: Tensor, next_tokens: list[int]) -> None:
@@ -134,39 +143,37 @@ class SparrowCandidateGenerator(CandidateGenerator):
         self._root_token = next_tokens[-1]
         if self.shape.num_draft_levels == 0:
             return
-        token_ids = on_device([next_tokens], self.device)
-        states = features.to(device=self.device, dtype=self.draft.dtype)
+        token_ids = on_device(next_tokens, self.device)
+        states = features[0].to(device=self.device, dtype=self.draft.dtype)
         embeds = self.draft.embed_next(token_ids, states, self.visual_summary)
-        self._append(embeds, self._positions(embeds, self.next_position_id, len(next_tokens)))
+        positions = self._positions(embeds, self.next_position_id, len(next_tokens))
+        self.hidden = self._forward(embeds, positions, self._causal_mask(embeds), self.cache)[-1:]
+        self._note_length()
         self.next_position_id += len(next_tokens)
 
     def _positions(self, embeds: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """RoPE of consecutive positions, `(1, count, head_dim)` each, cut from that of many positions."""
+        """RoPE of consecutive positions, `(count, head_dim)` each, cut from that of many positions."""
         offset = start - self._first_position
-        if offset + count > self._rotary[0].shape[1]:
+        if offset + count > len(self._rotary[0]):
             # From the end of the text on: after the drafts of a round, `extend` goes back to it.
             self._first_position = self.next_position_id
             offset = start - self._first_position
             end = max(start + count, self._first_position + ROTARY_ROWS)
-            ids = torch.arange(self._first_position, end, device=self.device)
-            self._rotary = self.draft.rotary_emb(embeds, ids[None])
+            self._rotary = self._forward.rotary(embeds, torch.arange(self._first_position, end, device=self.device))
         cos, sin = self._rotary
-        return cos[:, offset : offset + count], sin[:, offset : offset + count]
+        return cos[offset : offset + count], sin[offset : offset + count]
 
-    def _append(self, embeds: Tensor, positions: tuple[Tensor, Tensor]) -> None:
-        """Runs committed tokens through the draft, each seeing all up to itself; keeps the last one's output."""
-        past, new = self.cache.get_seq_length(), embeds.shape[1]
-        mask = None
-        if new > 1:
-            lowest = torch.finfo(self.draft.dtype).min
-            hidden_keys = torch.full((1, 1, new, past + new), lowest, dtype=self.draft.dtype, device=embeds.device)
-            mask = hidden_keys.triu_(past + 1)
-        self.hidden = self._forward(embeds, positions, mask)[:, -1:]
+    def _causal_mask(self, embeds: Tensor) -> Tensor | None:
+        """The mask of `(n, H)` committed tokens, each seeing all up to itself."""
+        past, new = self.cache.get_seq_length(), len(embeds)
+        if new == 1:
+            return None
+        lowest = torch.finfo(self.draft.dtype).min
+        hidden_keys = torch.full((1, 1, new, past + new), lowest, dtype=self.draft.dtype, device=embeds.device)
+        return hidden_keys.triu_(past + 1)
 
-    def _forward(self, embeds: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        hidden = self.draft(embeds, None, mask, self.cache, position_embeddings=positions).last_hidden_state
+    def _note_length(self) -> None:
         self.max_cache_length = max(self.max_cache_length, self.cache.get_seq_length())
-        return hidden
 
     # -- proposing ----------------------------------------------------------------------------------------------------
 
@@ -188,6 +195,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
         committed = self.cache.get_seq_length()
         grow = self._grow_chain if self.shape.beam_width == 1 else self._grow_tree
         tree = grow(levels, self.hidden, committed)
+        self._note_length()
         drop_newest(self.cache, self.cache.get_seq_length() - committed)
         if tree is None:
             self.failed_drafts += 1
@@ -197,49 +205,52 @@ class SparrowCandidateGenerator(CandidateGenerator):
 
     def _grow_chain(self, levels: int, hidden: Tensor, committed: int) -> CandidateTree | None:
         """The best token of every level. The tokens stay on the device until all are drafted, and are read at once."""
-        tokens = [torch.full((1, 1), self._root_token, device=hidden.device)]
+        tokens = [torch.full((1,), self._root_token, device=hidden.device)]
         scores: list[Tensor] = []
+        positions = self._level_positions(hidden, levels)
         for level in range(levels):
             if level > 0:
                 embeds = self.draft.embed_next(tokens[-1], hidden, self.visual_summary, level)
-                hidden = self._forward(embeds, self._level_positions(embeds, level), None)
+                hidden = self._forward(embeds, positions[level - 1], None, self.cache)
             score, best = self._logits(hidden).max(dim=-1)
             tokens.append(best if self.draft.draft_to_target is None else self.draft.draft_to_target[best])
             scores.append(score)
-        token_ids = torch.cat(tokens, dim=1)
+        token_ids = torch.cat(tokens)
         # Scores are in fp32, which holds whole numbers below 2^24 exactly.
-        found = torch.cat((token_ids, *scores), dim=1)[0].tolist()
+        found = torch.cat((token_ids, *scores)).tolist()
         drafted, best_scores = found[1 : levels + 1], found[levels + 1 :]
         if not all(map(math.isfinite, best_scores)):
             return None
-        return build_chain(token_ids.to(self.draft.target.device), list(map(int, drafted)))
+        return build_chain(token_ids.to(self.draft.target.device)[None], list(map(int, drafted)))
 
     def _grow_tree(self, levels: int, hidden: Tensor, committed: int) -> CandidateTree | None:
         """The most probable candidates of all levels."""
         pool = CandidatePool(self.shape.beam_width, self.draft.draft_to_target)
-        tokens, origins = pool.add_level(self._logits(hidden)[0].log_softmax(-1))
+        tokens, origins = pool.add_level(self._logits(hidden).log_softmax(-1))
         # keys      committed | earlier frontiers | this frontier
         # node      all       | its ancestors     | itself
         beam = self.shape.beam_width
         itself = additive_mask(torch.eye(beam, dtype=torch.bool, device=hidden.device)[None], self.draft.dtype)[0, 0]
         mask = itself.new_zeros(()).expand(1, committed)
+        positions = self._level_positions(hidden, levels)
         for level in range(1, levels):
             frontier = len(tokens)
-            embeds = self.draft.embed_next(tokens[None], hidden[:, origins], self.visual_summary, level)
+            embeds = self.draft.embed_next(tokens, hidden[origins], self.visual_summary, level)
             # What the parents see, and the nodes themselves.
             mask = torch.cat((mask.expand(frontier, -1), itself[:frontier, :frontier]), dim=1)
-            hidden = self._forward(embeds, self._level_positions(embeds, level), mask[None, None])
-            tokens, origins = pool.add_level(self._logits(hidden)[0].log_softmax(-1))
+            hidden = self._forward(embeds, positions[level - 1], mask[None, None], self.cache)
+            tokens, origins = pool.add_level(self._logits(hidden).log_softmax(-1))
             mask = mask[origins]
         return pool.best_tree(self._root_token, self.shape.num_tree_nodes, self.draft.target.device)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """`(1, F, H)` states of the frontier → `(1, F, D)` logits of its children."""
+        """`(F, H)` states of the frontier → `(F, D)` logits of its children."""
         return self.draft.compute_logits(hidden, reduced_head=self._reduced_head)
 
-    def _level_positions(self, embeds: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """RoPE of one level, one position for its whole frontier."""
-        return self._positions(embeds, self.next_position_id + level - 1, 1)
+    def _level_positions(self, hidden: Tensor, levels: int) -> list[tuple[Tensor, Tensor]]:
+        """RoPE of the levels below the first, one position for the whole frontier of each."""
+        cos, sin = self._positions(hidden, self.next_position_id, levels - 1)
+        return list(zip(cos.split(1), sin.split(1), strict=True))
 
     def _root_alone(self) -> CandidateTree:
         return build_chain(torch.full((1, 1), self._root_token, device=self.draft.target.device), [])

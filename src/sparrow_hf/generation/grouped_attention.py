@@ -61,6 +61,8 @@ def grouped_attention(
         output = split_attention(folded, key, value, mask, num_splits, scaling)
     else:
         output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    if rows == 1:
+        return output.reshape(batch, rows, heads, value.shape[-1])
     return output.reshape(batch, heads, rows, value.shape[-1]).transpose(1, 2).contiguous()
 
 

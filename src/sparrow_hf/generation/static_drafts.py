@@ -181,7 +181,7 @@ class StaticCandidateGenerator(SparrowCandidateGenerator):
         super().prefill(states, first_token)
         if self.hidden is not None:
             self._committed = self.cache.get_seq_length()
-            self._drafting.start(self.visual_summary)
+            self._drafting.start(None if self.visual_summary is None else self.visual_summary[None])
             self._drafting.hidden.copy_(self.hidden)
 
     def extend(self, features: Tensor, next_tokens: list[int]) -> None:

@@ -99,8 +99,8 @@ def _static_chain(session: Session, generator: SparrowCandidateGenerator, levels
     masks = torch.zeros((levels, total), dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
     positions = generator.next_position_id + torch.arange(levels, device=device)
     head, to_target = draft.reduced_head(), draft.draft_to_target
-    start = generator.hidden
-    assert start is not None
+    assert generator.hidden is not None
+    start = generator.hidden[None]
 
     def chain() -> Tensor:
         state, tokens = start, []
