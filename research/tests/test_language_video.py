@@ -12,13 +12,17 @@ from tokenizers import AddedToken, ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf.loading import load_target
 from sparrow_hf.testbed.scenes import BLANK, Glyph, Scene, Step, sample_story, sample_timeline
 from sparrow_hf.testbed.world import make_clip, write_script
+from sparrow_hf.training import SparrowDataCollator
+from sparrow_hf.training.recording import record
 from sparrow_hf.video import prepare_inputs
 from sparrow_research.language import (
     video_answers,
     video_check,
     video_clips,
+    video_lengths,
     video_target,
     video_tau,
     video_tower,
@@ -241,6 +245,8 @@ def test_every_command_runs_on_a_tiny_model(saved: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(video_check, "LONG", {"max_new_tokens": 6, "do_sample": True})
     monkeypatch.setattr(video_tau, "NEW_TOKENS", 6)
     monkeypatch.setattr(video_tau, "LENGTHS", {160: 2})
+    for module in (video_clips, video_lengths):
+        monkeypatch.setattr(module, "LENGTHS", {160: 2, 320: 1})
 
     video_answers.main(["--target", text, "--output", f"{work}/answers.jsonl", "--rows", "3"])
     video_answers.main(["--target", text, "--output", f"{work}/answers.jsonl", "--rows", "5"])
@@ -260,8 +266,20 @@ def test_every_command_runs_on_a_tiny_model(saved: Path, tmp_path: Path, monkeyp
     asked = [json.loads(line) for line in (work / "prompts" / "train.jsonl").read_text().splitlines()]
     assert len(asked) == 2 and (work / "prompts" / asked[0]["messages"][0]["content"][0]["video"]).exists()
 
-    target = video_target.SmolVLMForConditionalGeneration.from_pretrained(work / "target")
-    SparrowDraftModel.from_target(target).save_pretrained(work / "draft")
+    target, processor = load_target(str(work / "target"), dtype="bfloat16", device="cpu")
+    draft = SparrowDraftModel.from_target(target)
+    draft.save_pretrained(work / "draft")
+    for length in (160, 320):
+        rows = [json.loads(line) for line in (work / "prompts" / f"length-{length}.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["messages"][0]["content"][0]["video"] = f"{work}/prompts/{row['messages'][0]['content'][0]['video']}"
+        answered = [{**row, "answer_ids": list(range(5, 15))} for row in rows]
+        record(draft, answered, work / f"recording-length-{length}", SparrowDataCollator(processor))
+    known = ["--target", f"{work}/target", "--recordings", str(work), "--drafts", f"{work}/draft"]
+    video_lengths.main([*known, "--output", f"{work}/lengths.json"])
+    found = json.loads((work / "lengths.json").read_text())["drafts"]["draft"]
+    assert [(row["visual_tokens"], row["clips"]) for row in found["lengths"]] == [(160, 2), (320, 1)]
+    assert found["retention"]["320"]["clips"] == 1 and found["retention"]["320"]["ratio"] > 0
     drafted = ["--target", f"{work}/target", "--draft", f"{work}/draft", "--lengths", "160", "--work", f"{work}/tau"]
     video_tau.main([*drafted, "--output", f"{work}/tau.json"])
     found = json.loads((work / "tau.json").read_text())

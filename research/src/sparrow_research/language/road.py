@@ -27,9 +27,9 @@ from sparrow_hf.training.checkpoints import last_checkpoint
 from .rivals import RIVALS, TEXT_RIVALS
 
 DATA = Path(__file__).parents[3] / "data" / "language"
-TRAIN = ("train-h100", "train-cpu")
+TRAIN = ("train-h100", "train-cpu", "train-h200")
 """Kept answers, in the order in which they are used."""
-TOKENS = (28_000, 100_000, 459_403)
+TOKENS = (28_000, 100_000, 459_403, 963_186)
 VOCABULARY = 8192
 LAYERS = (2, 15, 27, 29, -1)
 """Recorded states: those of the rival `eagle3`, what enters the last layer, and the last ones."""

@@ -50,7 +50,7 @@ class Scale:
 
 SCALES = {
     "cpu": Scale(1536, 96, 900, 500, 1, 300, 8, 400, 8, 0),
-    "cuda": Scale(3072, 512, 1200, 1500, 8, 600, 64, 800, 16, 6),
+    "cuda": Scale(2048, 512, 1000, 280, 8, 450, 64, 300, 16, 6),
 }
 SECONDS = {"answer": 0.9, "tower": 1.1, "text": 8.0, "row": 1.0, "draft": 0.3, "check": 2400.0, "tau": 3600.0}
 """Estimates for one CPU thread with bf16 arithmetic: an answer, steps of the trainings (of one clip), a row of the
