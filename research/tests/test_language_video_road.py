@@ -7,6 +7,7 @@ import pytest
 
 from sparrow_hf.training.options import parse_options
 from sparrow_research.language import video
+from sparrow_research.language.rivals import RIVALS, VIDEO_RIVALS
 from sparrow_research.language.video_check import repeated, shares, summary
 from sparrow_research.language.video_tau import pooled, retention, tables
 
@@ -29,16 +30,21 @@ def test_every_step_reads_what_an_earlier_one_made(tmp_path: Path, device: str) 
         assert step.seconds > 0
 
 
-def test_the_draft_is_trained_with_options_that_exist(tmp_path: Path) -> None:
-    (step,) = [each for each in video.plan(tmp_path / "text", tmp_path) if "--max-steps" in each.words]
-    options, arguments = parse_options(list(step.words[2:]))
-    assert options.copy_last_layer and arguments.max_steps == video.SCALES["cpu"].draft_steps
-    assert "--resume" not in step.words
-    checkpoint = tmp_path / "draft" / "checkpoints" / "checkpoint-4"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
-    (step,) = [each for each in video.plan(tmp_path / "text", tmp_path) if "--max-steps" in each.words]
-    assert step.words[-1] == "--resume"
+def test_every_draft_is_trained_with_options_that_exist(tmp_path: Path) -> None:
+    trainings = [each.words for each in video.plan(tmp_path / "text", tmp_path) if "--max-steps" in each.words]
+    assert [words[1] for words in trainings] == ["train", *VIDEO_RIVALS]
+    for words in trainings:
+        rival = RIVALS.get(words[1])
+        options, arguments = parse_options([*(rival.options.split() if rival else ()), *words[2:]])
+        assert options.copy_last_layer and arguments.max_steps == video.SCALES["cpu"].draft_steps
+        assert "--resume" not in words
+        # What is common to all comes last, and must not take a rival's own passes away.
+        assert options.num_mtp_steps == (1 if words[1] in ("eagle-visual", "text-only", "one-pass") else 3)
+        checkpoint = Path(options.output) / "checkpoints" / "checkpoint-4"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text("{}")
+    again = [each.words for each in video.plan(tmp_path / "text", tmp_path) if "--max-steps" in each.words]
+    assert all(words[-1] == "--resume" for words in again)
 
 
 def test_what_is_made_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,12 @@ def train_rival(name: str, words: list[str]) -> SparrowDraftModel:
     return prepare_training(options, arguments, target, processor, draft).run()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Command line."""
     if len(sys.argv) < 2 or sys.argv[1] not in RIVALS:
         raise SystemExit(f"give one of {', '.join(RIVALS)}, and the options of `sparrow train`")
     train_rival(sys.argv[1], sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()
