@@ -1,0 +1,55 @@
+"""Drafts trained with few and many passes, measured with long chains: each once, resumed, told as a table."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from sparrow_hf.testbed.nano import build_processor, build_target
+from sparrow_research import deep_chains, processes, recipes, retrain
+from sparrow_research.pretrain import export
+
+
+def test_every_recipe_is_trained_once_and_measured_with_the_same_chains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processor = build_processor()
+    target = build_target(processor.tokenizer, num_hidden_layers=2)
+    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
+    target.generation_config.min_new_tokens = 8
+    export(target, processor, tmp_path / "target")
+    monkeypatch.setattr(recipes, "CLIPS", 2)
+    for module in (recipes, deep_chains):
+        monkeypatch.setattr(module, "LENGTHS", {400: 2})
+    monkeypatch.setattr(retrain, "SHORT_CLIPS", (16, 24))
+    monkeypatch.setattr(retrain, "LONG_SHARE", 0.0)
+    monkeypatch.setattr(retrain, "MAX_CAPTION_TOKENS", 16)
+    # A process of its own would not see the constants above.
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
+    output = tmp_path / "deep.json"
+    command = ["--target", str(tmp_path / "target"), "--work", str(tmp_path), "--output", str(output), "--steps", "2"]
+    deep_chains.main([*command, "--seeds", "0"])
+    rows = json.loads(output.read_text())
+    assert [(row["recipe"], row["seed"]) for row in rows] == [(name, 0) for name in deep_chains.RECIPES]
+    assert [row["steps"] for row in rows] == [2, 2, 2, 2, 1]
+    for row in rows:
+        reached = row["measured"]["400"]["reached"]
+        assert len(reached) == deep_chains.LEVELS and reached == sorted(reached, reverse=True)
+        assert row["measured"]["400"]["tau"] == pytest.approx(1 + sum(reached), abs=2e-3)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 2 + len(deep_chains.RECIPES) and lines[0].startswith("| recipe | steps | τ | token 1 |")
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("this run was there already")
+
+    monkeypatch.setattr(deep_chains, "run_recipe", refuse)
+    deep_chains.main([*command, "--seeds", "0"])
+
+
+def test_a_share_is_of_the_chains_that_got_so_far() -> None:
+    reached = [0.8, 0.4, 0.2] + [0.1] * 9
+    run = {"recipe": "5 passes", "seed": 0, "steps": 200, "seconds": 9}
+    rows = [{**run, "measured": {"400": {"tau": 2.9, "reached": each}}} for each in (reached, [1.0] * 12)]
+    (line,) = deep_chains.table(rows).splitlines()[2:]
+    assert line == "| 5 passes | 200 | 2.90 (2.90 … 2.90) | .90 | .86 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | 9 |"
