@@ -2,8 +2,8 @@
 
     python -m sparrow_research.language.video_lengths --target FOLDER --recordings DIR --drafts DIR … --output FILE
 
-`--recordings` holds a recording `recording-length-N` for every length of `video_clips.LENGTHS`: greedy answers about
-the same stories. What a chain would accept on them is computed from their states, without decoding, so any number of
+`--recordings` holds a recording `recording-length-N` for lengths of `video_clips.LENGTHS`: greedy answers about the
+same stories. What a chain would accept on them is computed from their states, without decoding, so any number of
 drafts is measured in seconds. `video_tau` decodes.
 """
 
@@ -34,14 +34,17 @@ SHAPE = "chain-3"
 
 def counts_of(draft: SparrowDraftModel, target: Any, recordings: Path, device: str) -> dict[int, np.ndarray]:
     """Length → `(clips, levels + 1)`: rounds of a clip that accepted at least 1, 2, … tokens, and all its rounds."""
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as nowhere:
         arguments = SparrowTrainingArguments(
-            folder, per_device_eval_batch_size=1, use_cpu=device == "cpu", report_to=[], disable_tqdm=True
+            nowhere, per_device_eval_batch_size=1, use_cpu=device == "cpu", report_to=[], disable_tqdm=True
         )
         trainer = SparrowTrainer(draft, target, arguments)
         found = {}
         for length in LENGTHS:
-            rows = RecordedDataset(recordings / f"recording-length-{length}", draft)
+            folder = recordings / f"recording-length-{length}"
+            if not folder.exists():
+                continue
+            rows = RecordedDataset(folder, draft)
             found[length] = trainer.predict(rows).predictions[:, -draft.config.num_draft_levels - 1 :]
     return found
 
@@ -87,9 +90,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--drafts", type=Path, nargs="+", required=True, help="folders; their names are the drafts'")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16", help="of the recordings")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    target, _ = load_target(options.target, dtype="bfloat16", device=options.device)
+    target, _ = load_target(options.target, dtype=options.dtype, device=options.device)
     found: dict[str, Any] = {"target_sha256": tensor_digest(target.state_dict()), "shape": SHAPE, "drafts": {}}
     for folder in options.drafts:
         kind = RIVALS[folder.name].draft_class if folder.name in RIVALS else SparrowDraftModel
