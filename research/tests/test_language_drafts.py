@@ -57,7 +57,7 @@ def trained(name: str, folder: Path, output: Path, *words: str) -> SparrowDraftM
 def test_each_rival_is_what_its_name_says(folder: Path, tmp_path: Path) -> None:
     drafts = {name: trained(name, folder, tmp_path / name) for name in TEXT_RIVALS}
     passes = {name: draft.config.num_mtp_steps for name, draft in drafts.items()}
-    assert passes == {"eagle": 1, "eagle3": 4, "text-only": 1, "hivis": 4}
+    assert passes == {"eagle": 1, "eagle3": 4, "text-only": 1, "hivis": 4, "one-pass": 1}
     assert drafts["eagle3"].config.feature_layers == [2, 15, 27]
     assert isinstance(drafts["hivis"], HiViSDraftModel) and drafts["hivis"].step_residuals.weight.abs().min() > 0
     hidden = drafts["text-only"].config.hidden_size

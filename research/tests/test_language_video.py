@@ -298,6 +298,6 @@ def test_one_forward_tells_what_generate_would_say(text: tuple[Any, Any], tmp_pa
         inputs = prepare_inputs(processor, messages)
         output = target.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1)
         said = output[0, inputs["input_ids"].shape[1] :].tolist()
-        asked += [Asked(question, said), Asked(question, [*said[:-1], said[-1] - 1])]
+        asked += [Asked(question, said), Asked(question, [*said[:-1], said[-1] ^ 1])]
     packed = pack_clip(tokenizer, inputs["pixel_values"].shape[1], asked)
     assert video_check.answered(target, packed, inputs["pixel_values"]) == [True, False, True, False]
