@@ -1,0 +1,64 @@
+"""The figures of the English-writing target in docs/language.md and README.md are those that are kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from sparrow_hf import SparrowDraftModel
+
+REPOSITORY = Path(__file__).parents[2]
+DATA = REPOSITORY / "research/data/language"
+PAGE = (REPOSITORY / "docs/language.md").read_text()
+KINDS = ("number", "colour", "shape", "size", "background", "motion", "dot", "corner")
+
+
+def kept() -> dict[str, Any]:
+    return json.loads((DATA / "video.json").read_text())
+
+
+def share(value: float) -> str:
+    return f"{value:.2f}" if round(value, 2) >= 1 else f"{value:.2f}".removeprefix("0")
+
+
+def test_what_it_sees() -> None:
+    for row in kept()["check"]:
+        right, counts = row["right"], f"{row['clips']}, {row['questions']}"
+        shares = [f"**{share(right['all'])}**", share(row["blind"]["all"]), *(share(right[kind]) for kind in KINDS)]
+        assert f"| {row['visual_tokens']:,} | {row['rows']:,} | {counts} | {' | '.join(shares)} |" in PAGE
+
+
+def test_what_its_drafts_accept_while_they_are_trained() -> None:
+    for name, evaluations in kept()["drafts"].items():
+        taus = {each["step"]: f"{each['eval_tau']:.3f}" for each in evaluations}
+        line = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |") and line.count("|") == 7)
+        assert line.endswith(f"| {' | '.join(taus.get(step, '') for step in (75, 150, 225, 300))} |")
+
+
+def test_lengths_and_decoded_answers() -> None:
+    readme = " ".join((REPOSITORY / "README.md").read_text().split())
+    drafts = kept()["lengths"]["drafts"]
+    for ours, other in zip(drafts["sparrow"]["lengths"], drafts["no-visual"]["lengths"], strict=True):
+        low, high = ours["tau_interval"]
+        start = f"| {ours['visual_tokens']:,} | {ours['clips']} | {ours['tau']:.2f} | {low:.2f} … {high:.2f} |"
+        assert any(line.startswith(start) and f"| {other['tau']:.2f} |" in line for line in PAGE.splitlines())
+    taus = [f"{row['tau']:.2f}" for row in drafts["sparrow"]["lengths"]]
+    assert f"| chain of 3, teacher-forced | 400, 3,000, 13,000 | | {', '.join(taus)} | |" in readme
+    for row in kept()["decoded"]["rows"][1:]:
+        assert row["identical"] == row["prompts"] == 6
+        shares = " ".join(share(each) for each in row["per_position"])
+        assert f"| {row['tau']:.2f} | " in PAGE and f"| {shares} | {row['dsr']:.2f} |" in PAGE
+    chain, tree = kept()["decoded"]["rows"][-2:]
+    assert f"| chain of 4 | 384 | 6 of 6 | {chain['tau']:.2f} | {chain['dsr']:.2f}× |" in readme
+    assert f"| 30-4-8 | 384 | 6 of 6 | {tree['tau']:.2f} | {tree['dsr']:.2f}× |" in readme
+
+
+def test_the_kept_parts_load() -> None:
+    draft = SparrowDraftModel.from_pretrained(DATA / "video/draft")
+    assert draft.config.target_num_hidden_layers == 30 and draft.config.hidden_size == 576
+    for name in ("adapters", "tower"):
+        about = json.loads((DATA / f"video/{name}.json").read_text())
+        assert "Apache-2.0" in about["license"]
+        assert {part.dtype for part in load_file(DATA / f"video/{name}.safetensors").values()} == {torch.bfloat16}
