@@ -53,6 +53,10 @@ def test_what_is_made_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[
     video.main(["--smollm2", "text", "--work", str(tmp_path), "--dry-run"])
     told = capsys.readouterr().out
     assert "video_tower" not in told and "video_training" in told and "hours on one CPU thread" in told
+    (tmp_path / "parts" / "adapters.safetensors").touch()
+    video.main(["--smollm2", "text", "--work", str(tmp_path), "--dry-run"])
+    told = capsys.readouterr().out
+    assert "video_answers" not in told and "video_training" not in told and "video_target" in told
 
 
 def calls(length: int, taus: list[int]) -> list[dict[str, object]]:

@@ -72,7 +72,8 @@ def plan(smollm2: Path, work: Path, device: str = "cpu") -> list[Step]:
                 *(f"{PACKAGE}.video_answers", "--target", str(smollm2), "--output", str(answers), *there),
                 *("--rows", str(scale.answers), "--batch-size", str(scale.answer_batch)),
             ),
-            None,
+            # With the kept parts in the work folder nothing is left to be learned from answers.
+            parts / "adapters.safetensors",
             scale.answers * SECONDS["answer"],
         ),
         Step(
