@@ -47,6 +47,18 @@ def test_every_recipe_is_trained_once_and_measured_with_the_same_chains(
     deep_chains.main([*command, "--seeds", "0"])
 
 
+def test_the_figures_of_the_page_are_those_that_are_kept() -> None:
+    repository = Path(__file__).parents[2]
+    rows = json.loads((repository / "research/data/deep_chains.json").read_text())
+    told = [line.split(" | ") for line in deep_chains.table(rows).splitlines()[2:]]
+    page = (repository / "docs/training.md").read_text().splitlines()
+    shown = [line for line in page if line.startswith(("  | 5 passes", "  | 8 passes", "  | 12 passes"))]
+    assert len(shown) == len(told)
+    for cells, line in zip(told, shown, strict=True):
+        tau, first, fifth, sixth, last = (cells[place].split()[0] for place in (2, 3, 5, 6, 9))
+        assert line.endswith(f"| {tau} | {first} | {fifth} | {sixth} | {last} |")
+
+
 def test_a_share_is_of_the_chains_that_got_so_far() -> None:
     reached = [0.8, 0.4, 0.2] + [0.1] * 9
     run = {"recipe": "5 passes", "seed": 0, "steps": 200, "seconds": 9}
