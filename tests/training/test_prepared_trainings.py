@@ -55,7 +55,7 @@ def test_the_card_says_how_a_draft_was_trained(target: PreTrainedModel, samples:
         "learning rate": "0.01, linear",
         "passes": 2,
         "losses": "1 × soft_cross_entropy, 0.2 × feature_smooth_l1",
-        "visual tokens read": "0 … 64 (-1: all)",
+        "visual tokens read": "0 … 64",
     }
     (row,) = draft.provenance["acceptance"]
     (tau,) = [entry["eval_tau"] for entry in run.trainer.state.log_history if "eval_tau" in entry]

@@ -111,9 +111,11 @@ def main(arguments: list[str] | None = None) -> None:
     runs = [(name, seed) for seed in options.seeds for name in RECIPES if (name, seed) not in done]
     folder = options.work / f"deep-{sha256[:8]}-{options.steps}"
     calls = [
-        (options.target, name, seed, options.steps, options.work / "recording", folder / f"{number}-{seed}")
+        (
+            *(options.target, name, seed, options.steps, options.work / "recording"),
+            folder / f"{list(RECIPES).index(name)}-{seed}",
+        )
         for name, seed in runs
-        for number in [list(RECIPES).index(name)]
     ]
     for row in run_in_processes(run_recipe, calls, options.processes, "deep chains"):
         rows.append(row)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from .arguments import ALL_VISUAL_ROWS
 from .depth import accepted
 from .trainer import SparrowTrainer
 
@@ -15,7 +16,7 @@ def recipe_of(trainer: SparrowTrainer, **further: Any) -> dict[str, Any]:
         further: Settings that it does not know; `None` is left out.
     """
     arguments, config = trainer.args, trainer.draft.config
-    rows = trainer.train_dataset
+    rows, most = trainer.train_dataset, arguments.num_visual_rows_max
     recipe = {
         "training rows": len(rows) if hasattr(rows, "__len__") else None,
         "steps": trainer.state.global_step,
@@ -23,7 +24,7 @@ def recipe_of(trainer: SparrowTrainer, **further: Any) -> dict[str, Any]:
         "learning rate": f"{arguments.learning_rate:g}, {arguments.lr_scheduler_type.value}",
         "passes": config.num_mtp_steps,
         "losses": ", ".join(f"{weight:g} × {name}" for name, weight in arguments.loss_weights.items() if weight),
-        "visual tokens read": f"{arguments.num_visual_rows_min} … {arguments.num_visual_rows_max} (-1: all)",
+        "visual tokens read": "all" if most == ALL_VISUAL_ROWS else f"{arguments.num_visual_rows_min} … {most}",
         **further,
     }
     return {name: value for name, value in recipe.items() if value is not None}

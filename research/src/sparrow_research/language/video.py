@@ -49,8 +49,30 @@ class Scale:
 
 
 SCALES = {
-    "cpu": Scale(1536, 96, 900, 500, 1, 300, 8, 400, 8, 0),
-    "cuda": Scale(2048, 512, 1000, 280, 8, 450, 64, 300, 16, 6),
+    "cpu": Scale(
+        answers=1536,
+        answer_batch=96,
+        tower_steps=900,
+        text_steps=500,
+        text_clips=1,
+        clips=300,
+        row_batch=8,
+        draft_steps=400,
+        draft_rows=8,
+        workers=0,
+    ),
+    "cuda": Scale(
+        answers=2048,
+        answer_batch=512,
+        tower_steps=1000,
+        text_steps=280,
+        text_clips=8,
+        clips=450,
+        row_batch=64,
+        draft_steps=300,
+        draft_rows=16,
+        workers=6,
+    ),
 }
 SECONDS = {"answer": 0.9, "tower": 1.1, "text": 8.0, "row": 1.0, "draft": 0.3, "check": 2400.0, "tau": 3600.0}
 """Estimates for one CPU thread with bf16 arithmetic: an answer, steps of the trainings (of one clip), a row of the
@@ -100,14 +122,8 @@ def plan(smollm2: Path, work: Path, device: str = "cpu") -> list[Step]:
         ),
         Step(
             (
-                f"{PACKAGE}.video_check",
-                *on,
-                *text,
-                "--work",
-                f"{work}/check",
-                "--output",
-                f"{work}/check.json",
-                *there,
+                *(f"{PACKAGE}.video_check", *on, *text, *there),
+                *("--work", f"{work}/check", "--output", f"{work}/check.json"),
             ),
             work / "check.json",
             SECONDS["check"],

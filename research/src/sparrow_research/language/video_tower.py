@@ -155,7 +155,7 @@ class TowerTraining:
 
     def load(self, file: Path) -> None:
         """Goes on from a checkpoint."""
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         self.tower.load_state_dict(state["tower"])
         parts: list[Any] = [*self.optimizers, *self.schedules]
         for part, own in zip(parts, state["parts"], strict=True):

@@ -243,7 +243,7 @@ class VideoTraining:
 
     def load(self, file: Path) -> None:
         """Goes on from a checkpoint."""
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         for name, change in self.changes.items():
             change.load_state_dict(state["changes"][name], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
