@@ -41,7 +41,7 @@ from sparrow_research.language.video_facts import (
 )
 from sparrow_research.language.video_rows import IGNORED, Asked, clip_prompt, pack_clip
 from sparrow_research.language.video_tower import Montages, Tower, TowerTraining, Words, montage, pixels_of
-from sparrow_research.language.video_training import SoftCaptions, answer_loss, embed, stretched
+from sparrow_research.language.video_training import Lessons, answer_loss, embed, shown, stretched
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -77,6 +77,12 @@ def text(saved: Path) -> tuple[Any, Any]:
     return video_target.load_text(saved, torch.float32)
 
 
+def captions(model: Any, tokenizer: Any, frames: list[tuple[str, ...]]) -> torch.Tensor:
+    """The embeddings of the words of frames, `(frames · SLOTS, hidden)`."""
+    ids = [tokenizer(word)["input_ids"][0] for words in frames for word in words]
+    return model.get_input_embeddings().weight.detach()[ids]
+
+
 def test_every_frame_has_a_word_in_each_slot() -> None:
     known = candidate_words()
     for seed in range(40):
@@ -106,9 +112,8 @@ def test_different_stories_have_different_facts_and_answers() -> None:
 
 def test_questions_of_one_sequence_are_answered_as_if_alone(text: tuple[Any, Any]) -> None:
     model, tokenizer = text
-    captions = SoftCaptions(model.get_input_embeddings().weight, tokenizer)
     image = tokenizer.convert_tokens_to_ids("<image>")
-    visual = captions(clip_words((STAR,), [Step(0, 0), Step(0, 1)]))
+    visual = captions(model, tokenizer, clip_words((STAR,), [Step(0, 0), Step(0, 1)]))
     asked = [Asked(each.text, tokenizer(each.answer)["input_ids"]) for each in list(questions((STAR,)))[:3]]
     together = pack_clip(tokenizer, 4, asked)
     separator = tokenizer.convert_tokens_to_ids("<fake_token_around_image>")
@@ -154,7 +159,6 @@ def test_clips_are_packed_as_the_processor_writes_them(text: tuple[Any, Any], tm
 
 def test_the_assembled_target_sees_what_its_parts_see(saved: Path, tmp_path: Path) -> None:
     model, tokenizer = video_target.load_text(saved, torch.float32)
-    captions = SoftCaptions(model.get_input_embeddings().weight, tokenizer)
     changes = video_target.adapt(model, 2)
     torch.manual_seed(1)
     for change in changes.values():
@@ -180,7 +184,7 @@ def test_the_assembled_target_sees_what_its_parts_see(saved: Path, tmp_path: Pat
         rows[ids == tokenizer.convert_tokens_to_ids("<image>")] = visual
         expected = model(inputs_embeds=rows[None]).logits
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
-    rows[ids == tokenizer.convert_tokens_to_ids("<image>")] = captions([BLACK] * 10)
+    rows[ids == tokenizer.convert_tokens_to_ids("<image>")] = captions(model, tokenizer, [BLACK] * 10)
     unchanged = video_target.load_text(saved, torch.float32)[0]
     with torch.no_grad():
         assert (model(inputs_embeds=rows[None]).logits - expected).abs().max() > 0.1
@@ -218,6 +222,43 @@ def test_a_tower_learns_the_words(text: tuple[Any, Any], tmp_path: Path, monkeyp
     assert training.losses(frames, told)[2].item() < 0.8 * before
 
 
+def test_lessons_are_short_clips_or_fewer_long_ones(text: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = {"messages": [{"role": "user", "content": "red"}], "answer_ids": [5, 6, 7]}
+    monkeypatch.setattr(video_training, "conversations", lambda: iter([plain]))
+    answers = [{"seed": seed, "prompt": "What is it?", "answer_ids": [5, 6]} for seed in range(3)]
+    lessons = Lessons(text[1], answers, 8, 160)
+    found = [lessons[step] for step in range(24)]
+    counts, plain_rows, longest = set(), 0, 0
+    for lesson in found:
+        frames = [each for _, each in lesson if each is not None]
+        plain_rows += len(lesson) - len(frames)
+        counts.add(len(lesson))
+        longest = max([longest, *map(len, frames)])
+        for packed, each in lesson:
+            if each is not None:
+                assert (packed.input_ids == lessons.tokenizer.convert_tokens_to_ids("<image>")).sum() == SLOTS * len(
+                    each
+                )
+        if len(lesson) < 8:
+            assert len({len(each) for each in frames}) <= 1 and sum(map(len, frames)) <= max(160 * 2, 8 * 20 * 2)
+    assert counts >= {8} and min(counts) < 5 and plain_rows > 3 and 2 * 40 <= longest <= 2 * 160
+    for (packed, frames), (again, same) in zip(found[3], lessons[3], strict=True):
+        assert torch.equal(packed.input_ids, again.input_ids) and torch.equal(packed.positions, again.positions)
+        assert frames is None or np.array_equal(frames, same)
+
+
+def test_a_lesson_shows_the_language_model_what_the_target_will_see(text: tuple[Any, Any]) -> None:
+    model, tokenizer = text
+    vlm = video_target.build_vlm(model, tokenizer, TOWER)
+    frames = shown((STAR,), 3, np.random.default_rng(0))
+    with torch.no_grad():
+        seen = torch.cat(vlm.get_image_features(pixels_of(frames)[None]).pooler_output)
+    training = video_training.VideoTraining(model, Tower(vlm), tokenizer, 1)
+    packed = pack_clip(tokenizer, len(frames), [Asked("What is it?", [5])])
+    ((rows, moved),) = training.on_device([(packed, frames)])
+    torch.testing.assert_close(rows[0, moved.input_ids == training.image], seen)
+
+
 def test_many_answers_are_those_of_generate(text: tuple[Any, Any]) -> None:
     model, tokenizer = text
     tokenizer.padding_side = "left"
@@ -241,6 +282,7 @@ def test_every_command_runs_on_a_tiny_model(saved: Path, tmp_path: Path, monkeyp
     plain = {"messages": [{"role": "user", "content": "red"}], "answer_ids": [5, 6, 7]}
     monkeypatch.setattr(video_training, "conversations", lambda: iter([plain]))
     monkeypatch.setattr(video_training, "VALIDATION_SEEDS", range(1))
+    monkeypatch.setattr(video_training, "VALIDATION_STEPS", {"400": 5})
     monkeypatch.setattr(video_tower, "VALIDATION_SEEDS", range(1))
     monkeypatch.setattr(video_check, "LONG", {"max_new_tokens": 6, "do_sample": True})
     monkeypatch.setattr(video_tau, "NEW_TOKENS", 6)
@@ -253,8 +295,8 @@ def test_every_command_runs_on_a_tiny_model(saved: Path, tmp_path: Path, monkeyp
     rows = [json.loads(line) for line in (work / "answers.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows] == [0, 1, 2, 3, 4]
     video_tower.main(["--smollm2", text, "--output", f"{parts}/tower.safetensors", "--steps", "2"])
-    learned = ["--smollm2", text, "--answers", f"{work}/answers.jsonl", "--output", f"{parts}/adapters.safetensors"]
-    video_training.main([*learned, "--steps", "2", "--clips", "2"])
+    learned = ["--smollm2", text, "--tower", f"{parts}/tower.safetensors", "--answers", f"{work}/answers.jsonl"]
+    video_training.main([*learned, "--output", f"{parts}/adapters.safetensors", "--steps", "2", "--clips", "2"])
     video_target.main(["--smollm2", text, "--parts", str(parts), "--output", f"{work}/target"])
 
     looked = ["--target", f"{work}/target", "--lengths", "160", "--clips", "1", "--work", f"{work}/check"]

@@ -30,7 +30,8 @@ class Scale:
 
     Attributes:
         answers: Long answers that the target is trained with, written `answer_batch` at once.
-        text_steps, text_clips: Steps of the language model's training, and clips of each.
+        text_steps, text_clips, longest: Steps of the language model's training, short clips of each, and the most
+            temporal steps of a clip.
         clips: That the draft is trained with, two answers each, written `row_batch` at once.
         draft_steps, draft_rows: Steps of the draft's training, and rows of each.
         workers: Processes that render and prepare clips.
@@ -41,6 +42,7 @@ class Scale:
     tower_steps: int
     text_steps: int
     text_clips: int
+    longest: int
     clips: int
     row_batch: int
     draft_steps: int
@@ -55,6 +57,7 @@ SCALES = {
         tower_steps=900,
         text_steps=500,
         text_clips=1,
+        longest=94,
         clips=300,
         row_batch=8,
         draft_steps=400,
@@ -65,8 +68,9 @@ SCALES = {
         answers=2048,
         answer_batch=512,
         tower_steps=1000,
-        text_steps=280,
+        text_steps=400,
         text_clips=8,
+        longest=780,
         clips=450,
         row_batch=64,
         draft_steps=300,
@@ -108,9 +112,10 @@ def plan(smollm2: Path, work: Path, device: str = "cpu") -> list[Step]:
         ),
         Step(
             (
-                *(f"{PACKAGE}.video_training", *text, "--answers", str(answers)),
-                *("--output", f"{parts}/adapters.safetensors", "--steps", str(scale.text_steps)),
-                *("--clips", str(scale.text_clips), *workers, *there),
+                *(f"{PACKAGE}.video_training", *text, "--tower", f"{parts}/tower.safetensors"),
+                *("--answers", str(answers), "--output", f"{parts}/adapters.safetensors"),
+                *("--steps", str(scale.text_steps), "--clips", str(scale.text_clips)),
+                *("--longest", str(scale.longest), *workers, *there),
             ),
             parts / "adapters.safetensors",
             scale.text_steps * scale.text_clips * SECONDS["text"],

@@ -1,12 +1,12 @@
-"""Teaches SmolLM2 to read soft captions and to answer about them: changes of low rank, no tower in the loop.
+"""Teaches SmolLM2 to read what the tower sees, and to answer about it: changes of low rank, the tower as it is.
 
-    python -m sparrow_research.language.video_training --smollm2 FOLDER --answers FILE --output FILE [--steps N]
+    python -m sparrow_research.language.video_training --smollm2 FOLDER --tower FILE --answers FILE --output FILE
 
-A frame's visual tokens are the embeddings of its words, with the tower's errors as noise. Behind a clip stand one long
-answer of the language model's own (`video_answers`), which it gave with the facts as text, and short exact answers; a
-part of the steps are plain conversations, so that text goes on working. In half of the steps positions jump between
-frames, as if most of a long video had been left out: SmolLM2 learns distances that it was never trained for. A stopped
-training goes on from its last checkpoint.
+Behind a clip stand one long answer of the language model's own (`video_answers`), which it gave with the facts as
+text, and short exact answers; a part of the steps are plain conversations, so that text goes on working. Most clips
+are short, and a step of long ones has fewer. In half of the clips positions jump between frames, as if most of a long
+video had been left out: SmolLM2 learns distances that it was never trained for. A stopped training goes on from its
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -28,52 +28,30 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparrow_hf.artifacts import atomic_path, write_json
 from sparrow_hf.testbed.scenes import Story, sample_timeline
-from sparrow_hf.testbed.world import FRAMES_PER_STEP, VALIDATION_SEEDS
+from sparrow_hf.testbed.world import FRAMES_PER_STEP, VALIDATION_SEEDS, render
 
+from ..vision_pretraining import through_codec
 from .road import DATA
 from .video_answers import faithfulness, story_of
-from .video_facts import candidate_words, clip_words, long_exact, questions
+from .video_facts import long_exact, questions
 from .video_rows import IGNORED, Asked, Packed, pack_clip, pack_text
-from .video_target import adapt, factors, load_text
+from .video_target import adapt, build_vlm, factors, load_text, load_tower
+from .video_tower import Tower, pixels_of
 
 RANK = 16
 QUESTIONS = 14
 TEXT_SHARE, TEXT_ROWS = 0.08, 3
-LONG_SHARE = 0.02
+LONG_SHARE = 0.2
 STEPS = (5, 20)
-LONG_STEPS = (40, 94)
-"""Temporal steps of most clips and of some: 94 have 3,000 visual tokens."""
+LONG_STEPS = 40
+"""Temporal steps of short clips, and of long ones at least; 94 have 3,000 visual tokens."""
 EXACT_WEIGHT = 3.0
-FLIPPED = 0.004
-"""Share of visual tokens that stand for another word of their slot."""
-NOISE = 0.1
-"""Relative size of the error of a visual token, at most."""
 LEARNING_RATE, WARMUP = 1e-3, 0.06
-CHECKPOINTED_ROWS = {"cpu": 2_000, "cuda": 60_000}
+CHECKPOINTED_ROWS = {"cpu": 2_000, "cuda": 30_000}
 """With more rows in a step their states are computed again for the gradient: a row keeps about a megabyte."""
 SAVE_EVERY = 40
-
-
-class SoftCaptions:
-    """Embeddings of frames, as a tower with a few errors would give them."""
-
-    def __init__(self, embedding: Tensor, tokenizer: Any):
-        self.embedding = embedding.detach()
-        self.candidates = [[tokenizer(word)["input_ids"][0] for word in words] for words in candidate_words()]
-        self.ids = {word: tokenizer(word)["input_ids"][0] for words in candidate_words() for word in words}
-
-    def __call__(self, frames: list[tuple[str, ...]], rng: np.random.Generator | None = None) -> Tensor:
-        """`(frames · SLOTS, hidden)`; without `rng` free of errors."""
-        ids = [[self.ids[word] for word in words] for words in frames]
-        if rng is not None:
-            for frame, slot in zip(*np.nonzero(rng.random((len(ids), len(ids[0]))) < FLIPPED), strict=True):
-                ids[frame][slot] = self.candidates[slot][int(rng.integers(len(self.candidates[slot])))]
-        rows = self.embedding[torch.tensor(ids).flatten()]
-        if rng is not None:
-            rms = rows.float().pow(2).mean(-1, keepdim=True).sqrt()
-            noise = torch.from_numpy(rng.standard_normal(rows.shape, dtype=np.float32))
-            rows = (rows.float() + float(rng.uniform(0, NOISE)) * rms * noise).to(rows.dtype)
-        return rows
+VALIDATION_STEPS = {"400": 12, "3000": 94}
+"""Visual tokens and temporal steps of the clips that are asked about at the end."""
 
 
 def embed(text: Any, packed: Packed, visual: Tensor | None, image_token_id: int) -> Tensor:
@@ -111,9 +89,13 @@ def answer_loss(text: Any, parts: Sequence[tuple[Tensor, Packed]]) -> tuple[Tens
     mask = torch.eye(longest, dtype=torch.bool, device=rows.device).repeat(len(parts), 1, 1, 1)
     for seen, (_, packed) in zip(mask, parts, strict=True):
         seen[:, : len(packed.input_ids), : len(packed.input_ids)] = packed.mask()[0]
+    # As numbers from the start, or every layer would make and keep them: gigabytes for a long clip.
+    bias = torch.zeros(mask.shape, dtype=rows.dtype, device=rows.device).masked_fill_(
+        ~mask, torch.finfo(rows.dtype).min
+    )
     positions = torch.stack([padded(packed.positions) for _, packed in parts])
     states = text.model(
-        inputs_embeds=rows, attention_mask=mask, position_ids=positions, use_cache=False
+        inputs_embeds=rows, attention_mask=bias, position_ids=positions, use_cache=False
     ).last_hidden_state
     labels = torch.stack([padded(packed.labels, IGNORED) for _, packed in parts])
     weights = torch.stack([padded(packed.weights / packed.weights.sum()) for _, packed in parts]) / len(parts)
@@ -123,42 +105,60 @@ def answer_loss(text: Any, parts: Sequence[tuple[Tensor, Packed]]) -> tuple[Tens
     return (losses * weights[wanted]).sum(), logits.argmax(-1), labels[wanted]
 
 
+def log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
+    """An integer from `low` to `high`, small ones more often."""
+    return int(math.exp(rng.uniform(math.log(low), math.log(high + 1))))
+
+
+def shown(story: Story, steps: int, rng: np.random.Generator) -> np.ndarray:
+    """Decoded frames of a clip of so many temporal steps."""
+    return through_codec(render(story, sample_timeline(rng, story, steps), rng))
+
+
 class Lessons(Dataset):
-    """What is learned in each step: packed sequences, and the visual rows of those with a clip.
+    """What is learned in each step: packed sequences, and the decoded frames of those with a clip.
 
     Everything is drawn from the number of the step, so that a stopped training goes on with the same.
+
+    Args:
+        tokenizer: Of the language model.
+        answers: Long answers, see `video_answers`.
+        clips: Of a step of short clips.
+        longest: Most temporal steps of a clip.
     """
 
-    def __init__(self, captions: SoftCaptions, tokenizer: Any, answers: list[dict[str, Any]], clips: int):
-        self.captions, self.tokenizer, self.answers, self.clips = captions, tokenizer, answers, clips
+    def __init__(self, tokenizer: Any, answers: list[dict[str, Any]], clips: int, longest: int):
+        self.tokenizer, self.answers, self.clips, self.longest = tokenizer, answers, clips, longest
         self.separator = tokenizer.convert_tokens_to_ids("<fake_token_around_image>")
         self.conversations = list(conversations())
 
-    def __getitem__(self, step: int) -> list[tuple[Packed, Tensor | None]]:
+    def __getitem__(self, step: int) -> list[tuple[Packed, np.ndarray | None]]:
         rng = np.random.default_rng([step, 13])
-        found: list[tuple[Packed, Tensor | None]] = [
-            self.clip(self.clips * step + index) for index in range(self.clips)
-        ]
-        if rng.random() < TEXT_SHARE * self.clips:
+        first, clips, bounds = self.clips * step, self.clips, STEPS
+        if rng.random() < LONG_SHARE:
+            steps = log_uniform(rng, LONG_STEPS, self.longest)
+            # About as many rows as short clips have; all are of one length, so that nothing is padded.
+            clips, bounds = max(1, self.clips * STEPS[1] // steps), (steps, steps)
+        found: list[tuple[Packed, np.ndarray | None]] = [self.clip(first + index, *bounds) for index in range(clips)]
+        if rng.random() < TEXT_SHARE * clips:
             chosen = [
                 self.conversations[int(index)] for index in rng.integers(len(self.conversations), size=TEXT_ROWS)
             ]
             found[0] = (pack_text(self.tokenizer, chosen), None)
         return found
 
-    def clip(self, number: int) -> tuple[Packed, Tensor]:
-        """A training clip with its questions."""
+    def clip(self, number: int, low: int, high: int) -> tuple[Packed, np.ndarray]:
+        """A training clip of `low` to `high` temporal steps with its questions."""
         rng = np.random.default_rng([number, 11])
         answer = self.answers[number % len(self.answers)]
         story = story_of(answer["seed"])
-        low, high = LONG_STEPS if rng.random() < LONG_SHARE else STEPS
-        steps = max(2 * len(story), int(math.exp(rng.uniform(math.log(low), math.log(high + 1)))))
+        steps = max(2 * len(story), log_uniform(rng, low, high))
         asked = [Asked(answer["prompt"], answer["answer_ids"]), *self.exact(story, rng)]
         packed = pack_clip(self.tokenizer, FRAMES_PER_STEP * steps, asked)
-        visual = self.captions(clip_words(story, sample_timeline(rng, story, steps)), rng)
+        frames = shown(story, steps, rng)
         if rng.random() < 0.5:
             packed = stretched(packed, rng, self.separator, 48_000)
-        return packed, visual
+        return packed, frames
 
     def exact(self, story: Story, rng: np.random.Generator) -> Iterator[Asked]:
         """Short exact answers, and sometimes one that names every scene."""
@@ -174,24 +174,27 @@ class Lessons(Dataset):
 class VideoTraining:
     """`step()` is one optimizer step on a lesson."""
 
-    def __init__(self, text: Any, tokenizer: Any, steps: int):
-        self.text, self.tokenizer, self.steps = text, tokenizer, steps
+    def __init__(self, text: Any, tower: Tower, tokenizer: Any, steps: int):
+        self.text, self.tower, self.tokenizer, self.steps = text, tower, tokenizer, steps
         self.image = tokenizer.convert_tokens_to_ids("<image>")
         self.changes = adapt(text, RANK)
-        self.captions = SoftCaptions(text.get_input_embeddings().weight.cpu(), tokenizer)
         parameters = [each for change in self.changes.values() for each in (change.down, change.up)]
         self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
         self.done = 0
 
-    def on_device(self, lesson: Sequence[tuple[Packed, Tensor | None]]) -> list[tuple[Tensor, Packed]]:
+    @torch.no_grad()
+    def on_device(self, lesson: Sequence[tuple[Packed, np.ndarray | None]]) -> list[tuple[Tensor, Packed]]:
         """Input rows of sequences, and the sequences, where the language model is."""
         found = []
-        for packed, visual in lesson:
+        for packed, frames in lesson:
             moved = packed.to(self.text.device)
+            visual = None
+            if frames is not None:
+                visual = self.tower(pixels_of(frames).to(self.text.device, self.text.dtype)).flatten(0, 1)
             found.append((embed(self.text, moved, visual, self.image), moved))
         return found
 
-    def step(self, lesson: Sequence[tuple[Packed, Tensor | None]]) -> tuple[float, float]:
+    def step(self, lesson: Sequence[tuple[Packed, np.ndarray | None]]) -> tuple[float, float]:
         """Loss, and share of tokens that were the likeliest."""
         self.text.train()
         parts = self.on_device(lesson)
@@ -225,8 +228,7 @@ class VideoTraining:
             ids = [[*self.tokenizer(each.answer)["input_ids"], self.tokenizer.eos_token_id] for each in every]
             asked = [Asked(each.text, answer) for each, answer in zip(every, ids, strict=True)]
             packed = pack_clip(self.tokenizer, FRAMES_PER_STEP * steps, asked)
-            visual = self.captions(clip_words(story, sample_timeline(rng, story, steps)))
-            _, likeliest, labels = answer_loss(self.text, self.on_device([(packed, visual)]))
+            _, likeliest, labels = answer_loss(self.text, self.on_device([(packed, shown(story, steps, rng))]))
             parts = (likeliest == labels).split([len(each) for each in ids])
             for question, part in zip(every, parts, strict=True):
                 counts.setdefault(question.kind, []).append(bool(part.all()))
@@ -271,27 +273,33 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smollm2", type=Path, required=True)
+    parser.add_argument("--tower", type=Path, required=True, help="file that language.video_tower made")
     parser.add_argument("--answers", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="file of the changes")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--clips", type=int, default=1, help="of a step; a GPU learns from 8 in little more time")
+    parser.add_argument("--longest", type=int, default=94, help="most temporal steps of a clip; 780 are for a GPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare clips")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     text, tokenizer = load_text(options.smollm2)
-    training = VideoTraining(text.to(options.device), tokenizer, options.steps)
+    model = build_vlm(text, tokenizer)
+    load_tower(model, options.tower)
+    tower = Tower(model).to(options.device, text.dtype).eval()
+    training = VideoTraining(text.to(options.device), tower, tokenizer, options.steps)
     checkpoint = options.output.with_suffix(".checkpoint")
     if checkpoint.exists():
         training.load(checkpoint)
     answers = good_answers(options.answers, tokenizer)
     print(f"{len(answers)} long answers, from step {training.done}", flush=True)
     lessons = DataLoader(
-        Lessons(training.captions, tokenizer, answers, options.clips),
+        Lessons(tokenizer, answers, options.clips, options.longest),
         sampler=range(training.done, options.steps),
         batch_size=None,
         num_workers=options.workers,
+        collate_fn=lambda lesson: lesson,
     )
     losses: list[tuple[float, float]] = []
     for lesson in lessons:
@@ -303,9 +311,10 @@ def main(arguments: list[str] | None = None) -> None:
             training.save(checkpoint)
             print(json.dumps(training.facts_right(VALIDATION_SEEDS[:3])), flush=True)
     save_file(factors(training.changes), options.output)
-    right = training.facts_right(VALIDATION_SEEDS[:16])
-    settings = {"steps": options.steps, "clips_per_step": options.clips, "rank": RANK, "long_answers": len(answers)}
-    write_json(options.output.with_suffix(".json"), {**settings, "validation": right}, indent=1)
+    right = {name: training.facts_right(VALIDATION_SEEDS[:16], steps) for name, steps in VALIDATION_STEPS.items()}
+    settings = {"steps": options.steps, "clips_per_step": options.clips, "longest": options.longest}
+    settings |= {"rank": RANK, "long_answers": len(answers)}
+    write_json(options.output.with_suffix(".json"), {**settings, "right": right}, indent=1)
 
 
 if __name__ == "__main__":
