@@ -22,7 +22,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -275,7 +275,10 @@ class RecordedDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         self._check(index)
         try:
-            return from_tensors(self.config, load_file(self.paths[index])).to_row()
+            with safe_open(self.paths[index], "pt") as file:
+                # A recording may hold more layers than this draft reads.
+                wanted = names_of(self.config) & set(file.keys())
+                return from_tensors(self.config, {name: file.get_tensor(name) for name in wanted}).to_row()
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise TrainingDataError(f"{self.paths[index]} is damaged ({error}): {REMEDY}") from error
 
@@ -313,6 +316,12 @@ def to_tensors(config: SparrowDraftConfig, states: TrainingStates) -> dict[str, 
         **{f"text_states.{layer}": state for layer, state in layers.items()},
     }
     return {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
+def names_of(config: SparrowDraftConfig) -> set[str]:
+    """Names of the tensors that a draft of this configuration reads (see the module's docstring)."""
+    states = {f"text_states.{layer}" for layer in recorded_layers(config)}
+    return {"input_ids", "answer_start", "visual_rows", f"visual_states.{config.visual_bridge_layer}"} | states
 
 
 def from_tensors(config: SparrowDraftConfig, tensors: Mapping[str, Tensor]) -> TrainingStates:

@@ -33,7 +33,7 @@ class Scale:
         text_steps, text_clips, longest: Steps of the language model's training, short clips of each, and the most
             temporal steps of a clip.
         clips: That the draft is trained with, two answers each, written `row_batch` at once.
-        draft_steps, draft_rows: Steps of the draft's training, and rows of each.
+        draft_steps, draft_rows, learning_rate: Of the draft's training; rows are those of a step.
         workers: Processes that render and prepare clips.
     """
 
@@ -47,6 +47,7 @@ class Scale:
     row_batch: int
     draft_steps: int
     draft_rows: int
+    learning_rate: float
     workers: int
 
 
@@ -62,6 +63,7 @@ SCALES = {
         row_batch=8,
         draft_steps=400,
         draft_rows=8,
+        learning_rate=5e-4,
         workers=0,
     ),
     "cuda": Scale(
@@ -70,11 +72,12 @@ SCALES = {
         tower_steps=1000,
         text_steps=400,
         text_clips=8,
-        longest=780,
-        clips=450,
+        longest=430,
+        clips=600,
         row_batch=64,
         draft_steps=300,
-        draft_rows=16,
+        draft_rows=32,
+        learning_rate=1e-3,
         workers=6,
     ),
 }
@@ -176,7 +179,8 @@ def plan(smollm2: Path, work: Path, device: str = "cpu") -> list[Step]:
             *("--train", f"{work}/recording-train", "--held-out", f"{work}/recording-validation"),
             *("--output", str(folder), "--target-dtype", "bfloat16", "--vocabulary", str(vocabulary)),
             *("--max-steps", str(scale.draft_steps), "--warmup-steps", str(scale.draft_steps // 20)),
-            *("--save-steps", str(max(1, scale.draft_steps // 4)), "--learning-rate", "5e-4", "--bf16", "true"),
+            *("--save-steps", str(max(1, scale.draft_steps // 4)), "--bf16", "true", "--learning-rate"),
+            str(scale.learning_rate),
             *("--use-cpu", str(device == "cpu").lower(), "--per-device-train-batch-size", str(scale.draft_rows)),
         )
         found.append(

@@ -278,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="file of the changes")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--clips", type=int, default=1, help="of a step; a GPU learns from 8 in little more time")
-    parser.add_argument("--longest", type=int, default=94, help="most temporal steps of a clip; 780 are for a GPU")
+    parser.add_argument("--longest", type=int, default=94, help="most temporal steps of a clip; 430 want a GPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare clips")
     options = parser.parse_args(arguments)
