@@ -79,7 +79,8 @@ def stretched(packed: Packed, rng: np.random.Generator, separator: int, longest:
 
 def answer_loss(text: Any, parts: Sequence[tuple[Tensor, Packed]]) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted loss of packed sequences, all equal, and the likeliest token at every label beside the labels."""
-    longest = max(len(packed.input_ids) for _, packed in parts)
+    # A multiple of 8, or a GPU's attention copies the mask in every layer.
+    longest = -(-max(len(packed.input_ids) for _, packed in parts) // 8) * 8
 
     def padded(rows: Tensor, value: float = 0) -> Tensor:
         return functional.pad(rows, (0, longest - len(rows)), value=value)
