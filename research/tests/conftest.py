@@ -1,3 +1,29 @@
-"""Fixtures of every test: those of the package's own tests."""
+"""Fixtures of every test: those of the package's own tests, and a world so small that drafts train in seconds."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from sparrow_hf.testbed.nano import build_processor, build_target
+from sparrow_research import processes, recipes, retrain
+from sparrow_research.pretrain import export
 
 from fixtures import family, no_network  # noqa: F401
+
+
+@pytest.fixture
+def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a `target` of two layers, whose drafts are trained with two short clips, in threads."""
+    processor = build_processor()
+    target = build_target(processor.tokenizer, num_hidden_layers=2)
+    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
+    target.generation_config.min_new_tokens = 8
+    export(target, processor, tmp_path / "target")
+    monkeypatch.setattr(recipes, "CLIPS", 2)
+    monkeypatch.setattr(retrain, "SHORT_CLIPS", (16, 24))
+    monkeypatch.setattr(retrain, "LONG_SHARE", 0.0)
+    monkeypatch.setattr(retrain, "MAX_CAPTION_TOKENS", 16)
+    # A process of its own would not see the constants above.
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
+    return tmp_path

@@ -1,34 +1,29 @@
 """Drafts trained with few and many passes, measured with long chains: each once, resumed, told as a table."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from sparrow_hf.testbed.nano import build_processor, build_target
-from sparrow_research import deep_chains, processes, recipes, retrain
-from sparrow_research.pretrain import export
+from sparrow_research import deep_chains, recipes
 
 
 def test_every_recipe_is_trained_once_and_measured_with_the_same_chains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    processor = build_processor()
-    target = build_target(processor.tokenizer, num_hidden_layers=2)
-    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
-    target.generation_config.min_new_tokens = 8
-    export(target, processor, tmp_path / "target")
-    monkeypatch.setattr(recipes, "CLIPS", 2)
     for module in (recipes, deep_chains):
         monkeypatch.setattr(module, "LENGTHS", {400: 2})
-    monkeypatch.setattr(retrain, "SHORT_CLIPS", (16, 24))
-    monkeypatch.setattr(retrain, "LONG_SHARE", 0.0)
-    monkeypatch.setattr(retrain, "MAX_CAPTION_TOKENS", 16)
-    # A process of its own would not see the constants above.
-    monkeypatch.setattr(processes, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
-    output = tmp_path / "deep.json"
-    command = ["--target", str(tmp_path / "target"), "--work", str(tmp_path), "--output", str(output), "--steps", "2"]
+    output = small_world / "deep.json"
+    command = [
+        "--target",
+        str(small_world / "target"),
+        "--work",
+        str(small_world),
+        "--output",
+        str(output),
+        "--steps",
+        "2",
+    ]
     deep_chains.main([*command, "--seeds", "0"])
     rows = json.loads(output.read_text())
     assert [(row["recipe"], row["seed"]) for row in rows] == [(name, 0) for name in deep_chains.RECIPES]

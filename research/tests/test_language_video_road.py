@@ -9,7 +9,7 @@ from sparrow_hf.training.options import parse_options
 from sparrow_research.language import video
 from sparrow_research.language.rivals import RIVALS, VIDEO_RIVALS
 from sparrow_research.language.video_check import repeated, shares, summary
-from sparrow_research.language.video_tau import pooled, retention, tables
+from sparrow_research.language.video_tau import pooled, tables
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -68,12 +68,11 @@ def calls(length: int, taus: list[int]) -> list[dict[str, object]]:
 
 def test_retention_is_of_the_clips_that_both_lengths_have() -> None:
     both = [*calls(400, [2, 2, 2, 2, 2, 2, 9]), *calls(25_000, [1, 1, 1, 1, 1, 1])]
-    kept = retention(both, 25_000, 400)
+    found = tables(both, 3)
+    kept = found["retention"]["25000"]
     assert (kept["clips"], kept["ratio"], tuple(kept["interval"])) == (6, 0.5, (0.5, 0.5))
     assert pooled(both[:7]) == pytest.approx(3.0)
-    found = tables(both, 3)
     assert [row["per_position"] for row in found["lengths"]][1] == [0, 0, 0]
-    assert found["retention"]["25000"]["ratio"] == 0.5
 
 
 def test_the_shares_of_a_length_are_over_all_its_questions() -> None:

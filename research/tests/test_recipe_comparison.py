@@ -1,33 +1,12 @@
 """The comparison of recipes: every run once, resumed where it was stopped, told as a table."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-
-from sparrow_hf.testbed.nano import build_processor, build_target
-from sparrow_research import processes, recipes, retrain
-from sparrow_research.pretrain import export
-
-
-@pytest.fixture
-def small_world(tmp_path, monkeypatch):
-    processor = build_processor()
-    target = build_target(processor.tokenizer, num_hidden_layers=2)
-    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
-    target.generation_config.min_new_tokens = 8
-    export(target, processor, tmp_path / "target")
-    monkeypatch.setattr(recipes, "CLIPS", 2)
-    monkeypatch.setattr(recipes, "LENGTHS", {16: 2, 32: 1})
-    monkeypatch.setattr(retrain, "SHORT_CLIPS", (16, 24))
-    monkeypatch.setattr(retrain, "LONG_SHARE", 0.0)
-    monkeypatch.setattr(retrain, "MAX_CAPTION_TOKENS", 12)
-    # A process of its own would not see the constants above.
-    monkeypatch.setattr(processes, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
-    return tmp_path
+from sparrow_research import recipes, retrain
 
 
 def test_runs_are_made_once_and_told_as_a_table(small_world, monkeypatch):
+    monkeypatch.setattr(recipes, "LENGTHS", {16: 2, 32: 1})
     output, report = small_world / "recipes.json", small_world / "recipes.md"
     command = ["--target", str(small_world / "target"), "--work", str(small_world), "--output", str(output)]
     command += ["--report", str(report), "--steps", "2", "--seeds", "0", "1"]

@@ -90,6 +90,39 @@ def unpack(work: Path, sizes: Sequence[int]) -> dict[str, int]:
     return rows
 
 
+def training_words(
+    rival: str | None,
+    target: str,
+    folder: Path,
+    *,
+    train: Path,
+    held_out: Path,
+    vocabulary: Path,
+    steps: int,
+    rows: int,
+    learning_rate: float,
+    dtype: str,
+    device: str,
+) -> tuple[str, ...]:
+    """What trains a draft, or the rival of this name, from a recording; it goes on from a checkpoint in `folder`.
+
+    Args:
+        steps, rows: Of the training, and of each step.
+        dtype: Of the recorded states, and of the arithmetic.
+    """
+    command = ("sparrow_hf.cli", "train") if rival is None else ("sparrow_research.language.rivals", rival)
+    has_own_passes = rival is not None and "--num-mtp-steps" in RIVALS[rival].options
+    return (
+        *(*command, "--target", target, "--train", str(train), "--held-out", str(held_out), "--output", str(folder)),
+        *("--vocabulary", str(vocabulary), "--target-dtype", dtype, "--bf16", str(dtype == "bfloat16").lower()),
+        *("--max-steps", str(steps), "--warmup-steps", str(steps // 20), "--save-steps", str(max(1, steps // 4))),
+        *("--learning-rate", str(learning_rate), "--per-device-train-batch-size", str(rows)),
+        *("--use-cpu", str(device == "cpu").lower(), *COMMON.split()),
+        *(() if has_own_passes else PASSES.split()),
+        *(("--resume",) if last_checkpoint(folder / "checkpoints") else ()),
+    )
+
+
 def plan(
     target: str,
     work: Path,
@@ -123,24 +156,24 @@ def plan(
     size = ("--size", str(VOCABULARY))
     words = ("sparrow_hf.cli", "vocab", *on, "--answers", answers, *size, "--output", str(vocabulary))
     found.append(Step(words, vocabulary, 20))
-    drafts = {f"sparrow-{size}": (("sparrow_hf.cli", "train"), size) for size in sizes}
-    drafts |= {f"{name}-{largest}": (("sparrow_research.language.rivals", name), largest) for name in TEXT_RIVALS}
-    for name, (command, tokens) in drafts.items():
+    drafts: dict[str, tuple[str | None, int]] = {f"sparrow-{size}": (None, size) for size in sizes}
+    drafts |= {f"{name}-{largest}": (name, largest) for name in TEXT_RIVALS}
+    for name, (rival, tokens) in drafts.items():
         folder = work / "drafts" / name
-        training = (
-            *("--train", f"{work}/recording-{tokens}", "--held-out", f"{work}/recording-validation"),
-            *("--output", str(folder), "--vocabulary", str(vocabulary), "--target-dtype", dtype),
-            *("--learning-rate", str(learning_rate), "--bf16", str(dtype == "bfloat16").lower()),
-            *("--max-steps", str(steps), "--warmup-steps", str(steps // 20), "--save-steps", str(max(1, steps // 4))),
-            *("--per-device-train-batch-size", str(batch), "--use-cpu", str(device == "cpu").lower()),
+        training = training_words(
+            rival,
+            target,
+            folder,
+            train=work / f"recording-{tokens}",
+            held_out=work / "recording-validation",
+            vocabulary=vocabulary,
+            steps=steps,
+            rows=batch,
+            learning_rate=learning_rate,
+            dtype=dtype,
+            device=device,
         )
-        rival = RIVALS.get(name.removesuffix(own))
-        passes = () if rival and "--num-mtp-steps" in rival.options else PASSES.split()
-        resume = ("--resume",) if last_checkpoint(folder / "checkpoints") else ()
-        seconds = steps * batch * SECONDS["row"]
-        found.append(
-            Step((*command, *on, *training, *COMMON.split(), *passes, *resume), folder / SAFE_WEIGHTS_NAME, seconds)
-        )
+        found.append(Step(training, folder / SAFE_WEIGHTS_NAME, steps * batch * SECONDS["row"]))
     measured = (
         *("sparrow_research.language.text", *on, "--draft", f"{work}/drafts/sparrow-{largest}", "--compare"),
         *(f"{name.removesuffix(own)}={work}/drafts/{name}" for name in drafts if name != f"sparrow-{largest}"),

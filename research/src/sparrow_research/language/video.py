@@ -17,10 +17,8 @@ from pathlib import Path
 
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from sparrow_hf.training.checkpoints import last_checkpoint
-
-from .rivals import RIVALS, VIDEO_RIVALS
-from .road import COMMON, PASSES, VOCABULARY, Step
+from .rivals import VIDEO_RIVALS
+from .road import VOCABULARY, Step, training_words
 from .video_clips import LENGTHS
 
 
@@ -169,27 +167,24 @@ def plan(smollm2: Path, work: Path, device: str = "cpu") -> list[Step]:
             20,
         )
     )
-    drafts = {"sparrow": ("sparrow_hf.cli", "train")}
-    drafts |= {name: (f"{PACKAGE}.rivals", name) for name in VIDEO_RIVALS}
-    for name, command in drafts.items():
+    drafts = {"sparrow": None} | {name: name for name in VIDEO_RIVALS}
+    for name, rival in drafts.items():
         folder = work / "drafts" / name
-        passes = () if name in RIVALS and "--num-mtp-steps" in RIVALS[name].options else PASSES.split()
-        resume = ("--resume",) if last_checkpoint(folder / "checkpoints") else ()
-        training = (
-            *("--train", f"{work}/recording-train", "--held-out", f"{work}/recording-validation"),
-            *("--output", str(folder), "--target-dtype", "bfloat16", "--vocabulary", str(vocabulary)),
-            *("--max-steps", str(scale.draft_steps), "--warmup-steps", str(scale.draft_steps // 20)),
-            *("--save-steps", str(max(1, scale.draft_steps // 4)), "--bf16", "true", "--learning-rate"),
-            str(scale.learning_rate),
-            *("--use-cpu", str(device == "cpu").lower(), "--per-device-train-batch-size", str(scale.draft_rows)),
+        words = training_words(
+            rival,
+            str(target),
+            folder,
+            train=work / "recording-train",
+            held_out=work / "recording-validation",
+            vocabulary=vocabulary,
+            steps=scale.draft_steps,
+            rows=scale.draft_rows,
+            learning_rate=scale.learning_rate,
+            dtype="bfloat16",
+            device=device,
         )
-        found.append(
-            Step(
-                (*command, *on, *training, *COMMON.split(), *passes, *resume),
-                folder / SAFE_WEIGHTS_NAME,
-                scale.draft_steps * scale.draft_rows * SECONDS["draft"],
-            )
-        )
+        seconds = scale.draft_steps * scale.draft_rows * SECONDS["draft"]
+        found.append(Step(words, folder / SAFE_WEIGHTS_NAME, seconds))
     folders = [str(work / "drafts" / name) for name in drafts]
     found += [
         Step(

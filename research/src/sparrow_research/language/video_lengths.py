@@ -28,6 +28,7 @@ from sparrow_hf.training.recording import RecordedDataset
 
 from .rivals import RIVALS
 from .video_clips import LENGTHS
+from .video_tau import retention
 
 SHAPE = "chain-3"
 
@@ -55,16 +56,6 @@ def pooled(counts: Sequence[np.ndarray] | np.ndarray) -> float:
     return tau(sum(reaching) + rounds, rounds)
 
 
-def retention(long: np.ndarray, short: np.ndarray) -> dict[str, Any]:
-    """τ at one length over τ at another, of the clips that both have; the interval resamples clips."""
-    pairs = list(zip(long, short, strict=False))
-
-    def ratio(chosen: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-        return pooled([pair[0] for pair in chosen]) / pooled([pair[1] for pair in chosen])
-
-    return {"clips": len(pairs), "ratio": ratio(pairs), "interval": bootstrap(pairs, ratio)}
-
-
 def describe(counts: dict[int, np.ndarray]) -> dict[str, Any]:
     """τ of every length, and what the longer ones keep of the shortest."""
     shortest = min(counts)
@@ -78,7 +69,12 @@ def describe(counts: dict[int, np.ndarray]) -> dict[str, Any]:
         }
         for length, rows in counts.items()
     ]
-    kept = {str(length): retention(rows, counts[shortest]) for length, rows in counts.items() if length != shortest}
+    # The clips of a longer length are the first ones of a shorter.
+    kept = {
+        str(length): retention(list(zip(rows, counts[shortest], strict=False)), pooled)
+        for length, rows in counts.items()
+        if length != shortest
+    }
     return {"lengths": lengths, "retention": kept}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,16 @@ def pooled(calls: Sequence[dict[str, Any]]) -> float:
     return tau(sum(each["tokens"] for each in calls), sum(len(each["accepted"]) for each in calls))
 
 
-def retention(calls: Sequence[dict[str, Any]], long: int, short: int) -> dict[str, Any]:
-    """τ at one length over τ at another, on the clips that both have; the interval resamples clips."""
-    found = {(each["length"], each["seed"]): each for each in calls}
-    pairs = [
-        (found[long, seed], found[short, seed]) for length, seed in found if length == long and (short, seed) in found
-    ]
+def retention(pairs: Sequence[tuple[Any, Any]], pooled: Callable[[Sequence[Any]], float]) -> dict[str, Any]:
+    """τ at one length over τ at another, of clips that both have; the interval resamples clips.
 
-    def ratio(chosen: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> float:
-        return pooled([pair[0] for pair in chosen]) / pooled([pair[1] for pair in chosen])
+    Args:
+        pairs: What was counted of each clip at the one length and at the other.
+        pooled: τ of several clips at one length together.
+    """
+
+    def ratio(chosen: Sequence[tuple[Any, Any]]) -> float:
+        return pooled([long for long, _ in chosen]) / pooled([short for _, short in chosen])
 
     return {"clips": len(pairs), "ratio": ratio(pairs), "interval": bootstrap(pairs, ratio)}
 
@@ -90,7 +91,12 @@ def tables(calls: Sequence[dict[str, Any]], levels: int) -> dict[str, Any]:
                 "per_position": shares,
             }
         )
-    kept = {str(length): retention(calls, length, lengths[0]) for length in lengths[1:]}
+    found = {(each["length"], each["seed"]): each for each in calls}
+    seeds = sorted({each["seed"] for each in calls})
+    kept = {}
+    for length in lengths[1:]:
+        shared = [seed for seed in seeds if (length, seed) in found and (lengths[0], seed) in found]
+        kept[str(length)] = retention([(found[length, seed], found[lengths[0], seed]) for seed in shared], pooled)
     return {"lengths": rows, "retention": kept}
 
 
