@@ -11,11 +11,7 @@ with the same number of steps. `python -m sparrow_research.language.text` with `
 import argparse
 import gzip
 import json
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -25,6 +21,7 @@ from sparrow_hf.artifacts import write_json, write_text
 from sparrow_hf.training.checkpoints import last_checkpoint
 
 from .rivals import RIVALS, TEXT_RIVALS
+from .steps import Step, run_steps, tell
 
 DATA = Path(__file__).parents[3] / "data" / "language"
 TRAIN = ("train-h100", "train-cpu", "train-h200")
@@ -39,25 +36,6 @@ PASSES = "--num-mtp-steps 3"
 SECONDS = {"record": 0.55, "row": 0.45, "measure": 15.0}
 """Measured on one quiet CPU thread in fp32: recording a row, a row of a training step (three passes), and 128 tokens
 of a prompt in one arm. A CPU with bf16 arithmetic takes half of the first two, a CUDA card a small part."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command that is left out once its file is there.
-
-    Attributes:
-        words: Of `python -m`.
-        makes: The file, or `None`: the command sees by itself what is missing.
-        seconds: About how long it takes on one CPU thread.
-    """
-
-    words: tuple[str, ...]
-    makes: Path | None
-    seconds: float
-
-    @property
-    def is_done(self) -> bool:
-        return self.makes is not None and self.makes.exists()
 
 
 def first_answers(tokens: int) -> Iterator[str]:
@@ -183,12 +161,15 @@ def plan(
     return [*found, Step(measured, None, calls * SECONDS["measure"])]
 
 
-def describe(work: Path, steps: int, batch: int) -> None:
-    """Writes beside every draft what `language.text` tables of its training; those of earlier runs have it."""
-    for folder in (work / "drafts").iterdir():
-        file, tokens = folder / "trained.json", int(folder.name.rpartition("-")[2])
-        if not file.exists():
-            write_json(file, {"tokens": tokens, "steps": steps, "rows": batch})
+def describe(work: Path, steps: Sequence[Step], num_steps: int, rows: int) -> None:
+    """Writes beside every draft to be trained what `language.text` tables of its training, if it is not there."""
+    for step in steps:
+        folder = Path(step.output)
+        file = folder / "trained.json"
+        if folder.parent == work / "drafts" and not file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            tokens = int(folder.name.rpartition("-")[2])
+            write_json(file, {"tokens": tokens, "steps": num_steps, "rows": rows})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -205,6 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--device", default="cpu", help="where is recorded and trained; drafts are measured on the CPU"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="steps at a time; a GPU has room for several")
     parser.add_argument("--dry-run", action="store_true", help="print the steps and stop")
     options = parser.parse_args(arguments)
 
@@ -222,15 +204,10 @@ def main(arguments: list[str] | None = None) -> None:
         options.limit,
     )
     missing = [step for step in steps if not step.is_done]
-    for step in missing:
-        print(f"{step.seconds / 60:6.0f} min  python -m {shlex.join(step.words)}")
-    print(f"{sum(step.seconds for step in missing) / 3600:.1f} hours on one CPU thread, at most", flush=True)
-    if options.dry_run:
-        return
-    for step in missing:
-        if step is missing[-1]:
-            describe(options.work, *settings)
-        subprocess.run([sys.executable, "-m", *step.words], check=True)
+    tell(missing)
+    if not options.dry_run:
+        describe(options.work, missing, *settings)
+        run_steps(missing, options.jobs, options.work / "logs")
 
 
 if __name__ == "__main__":

@@ -9,16 +9,14 @@ that are there are not made again, and answers, trainings, recordings and measur
 from __future__ import annotations
 
 import argparse
-import shlex
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .rivals import VIDEO_RIVALS
-from .road import VOCABULARY, Step, training_words
+from .road import VOCABULARY, training_words
+from .steps import Step, run_steps, tell
 from .video_clips import LENGTHS
 
 
@@ -213,17 +211,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smollm2", type=Path, required=True, help="folder that language.smollm2 made")
     parser.add_argument("--work", type=Path, required=True, help="folder of everything that is made")
     parser.add_argument("--device", default="cpu", help="cuda makes more of everything")
+    parser.add_argument("--jobs", type=int, default=1, help="steps at a time; a GPU has room for several")
     parser.add_argument("--dry-run", action="store_true", help="print the steps and stop")
     options = parser.parse_args(arguments)
     missing = [step for step in plan(options.smollm2, options.work, options.device) if not step.is_done]
-    for step in missing:
-        print(f"{step.seconds / 60:6.0f} min  python -m {shlex.join(step.words)}")
-    print(f"{sum(step.seconds for step in missing) / 3600:.1f} hours on one CPU thread, estimated", flush=True)
-    if options.dry_run:
-        return
-    (options.work / "parts").mkdir(parents=True, exist_ok=True)
-    for step in missing:
-        subprocess.run([sys.executable, "-m", *step.words], check=True)
+    tell(missing)
+    if not options.dry_run:
+        (options.work / "parts").mkdir(parents=True, exist_ok=True)
+        run_steps(missing, options.jobs, options.work / "logs")
 
 
 if __name__ == "__main__":
