@@ -94,6 +94,21 @@ def test_identity() -> None:
     fp32 = [row for row in before["identity"]["rows"] if row.get("dtype") == "torch.float32"]
     assert fp32 and all(row["identical"] == row["prompts"] == 6 for row in fp32)
     assert all(row["identical"] == row["prompts"] for row in data("h100")["identity"]["rows"])
+    rows = data("h200")["identity"]["rows"]
+    exact = [row for row in rows if row["dtype"] == "torch.float32"]
+    assert len(exact) == 10 and all(row["identical"] == row["prompts"] == 6 for row in exact)
+    kept = {
+        (row["shape"], "cache_implementation" in row["options"], row["prompt"]): row["identical"]
+        for row in rows
+        if row["dtype"] == "torch.bfloat16"
+    }
+    plain, dynamic, static = (
+        [kept[(*arm, prompt)] for prompt in (400, 3000)]
+        for arm in (("plain", True), ("chain-5", False), ("chain-5", True))
+    )
+    told = " ".join(PAGE.split())
+    assert f"gives {plain[0]} and {plain[1]} of its own dynamic texts" in told
+    assert f"{dynamic[0]} and {dynamic[1]} (dynamic) and {static[0]} and {static[1]} (static)" in told
     families = before["families"]
     assert families["cases"] == families["greedy_identical"] == families["sampled_identical"] == 68
     assert f"{len(families['families'])} families" in PAGE

@@ -1,5 +1,6 @@
 """Recordings: the same training to the last bit, the same files after a kill, never more disk than allowed."""
 
+import contextlib
 import copy
 import json
 
@@ -78,6 +79,31 @@ def test_one_recording_serves_drafts_of_other_layers(tmp_path, target, make_draf
         RecordedDataset(tmp_path, make_draft(feature_layers=[2]))
     with pytest.raises(TrainingDataError, match="lacks visual layer 1"):
         RecordedDataset(tmp_path, make_draft(visual_bridge_layer=1))
+
+
+def test_layers_that_a_draft_does_not_read_stay_on_the_disk(tmp_path, make_draft, samples, monkeypatch):
+    record(make_draft(feature_layers=[1, 3, -1]), samples, tmp_path, SparrowDataCollator())
+    read, safe_open = [], recording.safe_open
+
+    class Watched(contextlib.AbstractContextManager):
+        def __init__(self, *arguments):
+            self.file = safe_open(*arguments)
+
+        def __exit__(self, *arguments):
+            return self.file.__exit__(*arguments)
+
+        def keys(self):
+            return self.file.keys()
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(recording, "safe_open", Watched)
+    rows = RecordedDataset(tmp_path, make_draft(feature_layers=[3]))
+    rows[0]
+    last = rows.config.target_num_hidden_layers
+    assert sorted(name for name in read if name.startswith("text_states")) == ["text_states.3", f"text_states.{last}"]
 
 
 def test_text_only_recordings_refuse_visual_rows(tmp_path, target, make_draft, samples):

@@ -52,6 +52,7 @@ def measure(
     repeats: int = 1,
     dtype: str = "float32",
     shapes: Sequence[str] = SHAPES,
+    others: Sequence[str] = OTHERS,
 ) -> dict[str, Any]:
     """Measures what is missing in the run files of `work`.
 
@@ -78,13 +79,14 @@ def measure(
             temperatures,
             max_new_tokens=max_new_tokens,
             repeats=repeats,
-            command=f"{COMMAND} --limit {limit} --max-new-tokens {max_new_tokens} --shapes {' '.join(shapes)}",
+            command=f"{COMMAND} --limit {limit} --max-new-tokens {max_new_tokens} --shapes {' '.join(shapes)} "
+            f"--others {' '.join(others)}",
             conditions={"target_sha256": sha256, "draft_sha256": sorted(arms.weights.values())},
         )
         with benchmark.open_runs(work) as runs:
             benchmark.measure(runs)
 
-    run("trees", [*OTHERS, *(f"draft:sparrow@{shape}" for shape in shapes)], asked, TEMPERATURES, repeats)
+    run("trees", [*others, *(f"draft:sparrow@{shape}" for shape in shapes)], asked, TEMPERATURES, repeats)
     if compared:
         run("drafts", [f"draft:{name}@{COMPARED_SHAPE}" for name in folders], asked, TEMPERATURES[:1], 1)
     return {"drafts": {name: training_of(folder) for name, folder in folders.items()}, "rows": pool_runs(work)}
@@ -170,6 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=1, help="calls of each arm; that of median time counts")
     parser.add_argument("--dtype", default="float32", help="of the target")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="trees of --draft")
+    parser.add_argument("--others", nargs="*", default=OTHERS, help="arms beside them, as `sparrow bench` names them")
     parser.add_argument("--note", default="", help="about the machine, kept with the figures")
     parser.add_argument("--work", type=Path, required=True, help="folder of single measurements")
     parser.add_argument("--output", type=Path, required=True, help="file of the results")
@@ -188,6 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
         repeats=options.repeats,
         dtype=options.dtype,
         shapes=options.shapes,
+        others=options.others,
     )
     write_json(options.output, sealed({"note": options.note, **json.loads(json.dumps(found))}), indent=1)
     if options.report is not None:

@@ -70,7 +70,7 @@ CELLS: dict[str, Cell] = {
     "tuned-400": Cell(_TUNED, 16, 400),
     "tuned-3000": Cell(_TUNED, 16, 3000),
     "tuned-13000": Cell(_TUNED_LONG, 16, 13_000),
-    "tuned-25000": Cell(_TUNED_LONG, 16, 25_000),
+    "tuned-25000": Cell(_TUNED_LONG, 8, 25_000),
     "sampling-400": Cell(_FEW, 16, 400, temperature=1.0),
     "sampling-3000": Cell(_FEW, 8, 3000, temperature=1.0, repeats=3),
     "pictures": Cell(_FEW, 16, kind="picture"),
