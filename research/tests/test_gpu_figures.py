@@ -124,3 +124,21 @@ def test_the_table_of_a_cpu() -> None:
         cells.append(f"{rows[length, 'draft/compiled']['dsr_over_best']:.2f}")
         assert f"| {' | '.join(cells)} |" in PAGE
     assert all(row["identical"] == row["prompts"] for row in found["rows"])
+
+
+def test_the_table_of_another_cpu() -> None:
+    found = json.loads((REPOSITORY / "research/data/tuned_400.json").read_text())
+    quartiles = []
+    for family, name in (
+        ("qwen2_5_vl", "Qwen2.5-VL, chain of 12"),
+        ("llava_onevision", "LLaVA-OneVision, chain of 10"),
+    ):
+        rows = {row["arm"]: row for row in found["rows"] if row["family"] == family}
+        assert all(row["identical"] == row["prompts"] == 16 for row in rows.values())
+        ours = rows["draft:sparrow/compiled"]
+        best = rows[ours["best_baseline"]]
+        cells = [rows[arm]["dsr"] for arm in ("draft:sparrow@chain-5", "draft:sparrow")]
+        numbers = [best["dsr"], *cells, ours["dsr"], ours["dsr_over_best"]]
+        assert f"| {name} | {' | '.join(f'{number:.2f}' for number in numbers)} |" in PAGE
+        quartiles.append(" … ".join(f"{each:.2f}" for each in ours["dsr_quartiles"]))
+    assert f"compiled chains: {' and '.join(quartiles)}." in PAGE
