@@ -24,16 +24,24 @@ def share(value: float) -> str:
 
 
 def test_what_it_sees() -> None:
+    readme = " ".join((REPOSITORY / "README.md").read_text().split())
+    every = [share(row["right"]["all"]) for row in kept()["check"]]
+    assert "right: {}, {}, {} and {} at 400, 3,000, 13,000 and 25,000 visual tokens".format(*every) in readme
     for row in kept()["check"]:
         right, counts = row["right"], f"{row['clips']}, {row['questions']}"
         shares = [f"**{share(right['all'])}**", share(row["blind"]["all"]), *(share(right[kind]) for kind in KINDS)]
         assert f"| {row['visual_tokens']:,} | {row['rows']:,} | {counts} | {' | '.join(shares)} |" in PAGE
 
 
-def test_what_its_drafts_accept_while_they_are_trained() -> None:
-    for name, evaluations in kept()["drafts"].items():
+def test_what_drafts_accept_while_they_are_trained() -> None:
+    text = json.loads((DATA / "tokens.json").read_text())["h200_steps_of_64"]["drafts"]
+    told = {f"`{name}`": each for name, each in kept()["drafts"].items()}
+    told |= {f"`{name}`, earlier": each for name, each in kept()["earlier"]["drafts"].items()}
+    told["`eagle`, 963,186"] = text.pop("eagle")
+    told |= {f"`sparrow`, {int(name.rpartition('-')[2]):,}": each for name, each in text.items()}
+    for name, evaluations in told.items():
         taus = {each["step"]: f"{each['eval_tau']:.3f}" for each in evaluations}
-        line = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |") and line.count("|") == 7)
+        line = next(line for line in PAGE.splitlines() if line.startswith(f"| {name} |") and line.count("|") > 5)
         assert line.endswith(f"| {' | '.join(taus.get(step, '') for step in (75, 150, 225, 300))} |")
 
 
@@ -45,14 +53,21 @@ def test_lengths_and_decoded_answers() -> None:
         start = f"| {ours['visual_tokens']:,} | {ours['clips']} | {ours['tau']:.2f} | {low:.2f} … {high:.2f} |"
         assert any(line.startswith(start) and f"| {other['tau']:.2f} |" in line for line in PAGE.splitlines())
     taus = [f"{row['tau']:.2f}" for row in drafts["sparrow"]["lengths"]]
-    assert f"| chain of 3, teacher-forced | 400, 3,000, 13,000 | | {', '.join(taus)} | |" in readme
+    assert f"| chain of 3, teacher-forced | 400, 3,000, 13,000, 25,000 | | {', '.join(taus)} | |" in readme
+    for name in ("sparrow", "no-visual"):
+        for length, kept_share in drafts[name]["retention"].items():
+            low, high = kept_share["interval"]
+            line = next(
+                line for line in PAGE.splitlines() if line.startswith(f"| {int(length):,} | {kept_share['clips']}")
+            )
+            assert f"| {kept_share['ratio']:.2f} ({low:.2f} … {high:.2f}) |" in line
     for row in kept()["decoded"]["rows"][1:]:
-        assert row["identical"] == row["prompts"] == 6
+        assert row["identical"] == row["prompts"]
         shares = " ".join(share(each) for each in row["per_position"])
         assert f"| {row['tau']:.2f} | " in PAGE and f"| {shares} | {row['dsr']:.2f} |" in PAGE
-    chain, tree = kept()["decoded"]["rows"][-2:]
-    assert f"| chain of 4 | 384 | 6 of 6 | {chain['tau']:.2f} | {chain['dsr']:.2f}× |" in readme
-    assert f"| 30-4-8 | 384 | 6 of 6 | {tree['tau']:.2f} | {tree['dsr']:.2f}× |" in readme
+    for name, row in zip(("chain of 3", "30-4-8"), kept()["decoded"]["rows"][-2:], strict=True):
+        line = f"| {name} | 384 | {row['identical']} of {row['prompts']} | {row['tau']:.2f} | {row['dsr']:.2f}× |"
+        assert line in readme
 
 
 def test_the_kept_parts_load() -> None:
