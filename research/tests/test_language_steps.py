@@ -91,6 +91,7 @@ def test_the_roads_know_what_each_step_reads(tmp_path: Path) -> None:
     assert read(steps, "adapters.safetensors") == {"answers.jsonl", "tower.safetensors"}
     assert read(steps, "check.json") == {"target"}
     assert read(steps, "prompts") == set()
+    assert read(steps, "answers-train") == {"target", "prompts"}
     assert read(steps, "recording-length-3000") == {"target", "answers-length-3000"}
     assert read(steps, "bridge") == {"target", "recording-train", "recording-validation", "vocabulary.safetensors"}
     assert read(steps, "tau.json") == {"target", "sparrow"}
