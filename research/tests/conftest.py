@@ -4,10 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from small_targets import save_small_target
 
-from sparrow_hf.testbed.nano import build_processor, build_target
+from sparrow_hf.testbed.families import QWEN2_5_VL
 from sparrow_research import processes, recipes, retrain
-from sparrow_research.pretrain import export
 
 from fixtures import family, no_network  # noqa: F401
 
@@ -15,11 +15,7 @@ from fixtures import family, no_network  # noqa: F401
 @pytest.fixture
 def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a `target` of two layers, whose drafts are trained with two short clips, in threads."""
-    processor = build_processor()
-    target = build_target(processor.tokenizer, num_hidden_layers=2)
-    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
-    target.generation_config.min_new_tokens = 8
-    export(target, processor, tmp_path / "target")
+    save_small_target(tmp_path / "target", QWEN2_5_VL, 8)
     monkeypatch.setattr(recipes, "CLIPS", 2)
     monkeypatch.setattr(retrain, "SHORT_CLIPS", (16, 24))
     monkeypatch.setattr(retrain, "LONG_SHARE", 0.0)

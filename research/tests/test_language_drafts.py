@@ -91,13 +91,15 @@ def test_drafts_are_measured_and_tabled(folder: Path, tmp_path: Path) -> None:
         "--shapes",
         "chain-3",
         "8-3-2",
+        "--others",
+        "none",
     ]
     words += ["--work", tmp_path / "runs", "--output", tmp_path / "text.json", "--report", page]
     text.main([str(word) for word in words])
 
     found = json.loads((tmp_path / "text.json").read_text())
     arms = {(row["benchmark"], row["temperature"], row["arm"]): row for row in found["rows"]}
-    trees = ["plain", "none", "prompt-lookup", "draft:sparrow@chain-3", "draft:sparrow@8-3-2"]
+    trees = ["plain", "none", "draft:sparrow@chain-3", "draft:sparrow@8-3-2"]
     compared = ["plain", "draft:sparrow@chain-5", "draft:28k@chain-5"]
     assert set(arms) == {("trees", t, arm) for t in (0.0, 1.0) for arm in trees} | {
         ("drafts", 0.0, a) for a in compared

@@ -71,8 +71,9 @@ def test_lengths_and_decoded_answers() -> None:
 
 
 def test_the_kept_parts_load() -> None:
-    draft = SparrowDraftModel.from_pretrained(DATA / "video/draft")
-    assert draft.config.target_num_hidden_layers == 30 and draft.config.hidden_size == 576
+    for folder in ("draft", "video/draft"):
+        draft = SparrowDraftModel.from_pretrained(DATA / folder)
+        assert draft.config.target_num_hidden_layers == 30 and draft.config.hidden_size == 576
     for name in ("adapters", "tower"):
         about = json.loads((DATA / f"video/{name}.json").read_text())
         assert "Apache-2.0" in about["license"]

@@ -227,6 +227,7 @@ def test_lessons_are_short_clips_or_fewer_long_ones(text: tuple[Any, Any], monke
     monkeypatch.setattr(video_training, "conversations", lambda: iter([plain]))
     answers = [{"seed": seed, "prompt": "What is it?", "answer_ids": [5, 6]} for seed in range(3)]
     lessons = Lessons(text[1], answers, 8, 160)
+    image = text[1].convert_tokens_to_ids("<image>")
     found = [lessons[step] for step in range(24)]
     counts, plain_rows, longest = set(), 0, 0
     for lesson in found:
@@ -235,10 +236,7 @@ def test_lessons_are_short_clips_or_fewer_long_ones(text: tuple[Any, Any], monke
         counts.add(len(lesson))
         longest = max([longest, *map(len, frames)])
         for packed, each in lesson:
-            if each is not None:
-                assert (packed.input_ids == lessons.tokenizer.convert_tokens_to_ids("<image>")).sum() == SLOTS * len(
-                    each
-                )
+            assert (packed.input_ids == image).sum() == SLOTS * (0 if each is None else len(each))
         if len(lesson) < 8:
             assert len({len(each) for each in frames}) <= 1 and sum(map(len, frames)) <= max(160 * 2, 8 * 20 * 2)
     assert counts >= {8} and min(counts) < 5 and plain_rows > 3 and 2 * 40 <= longest <= 2 * 160

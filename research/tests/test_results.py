@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_targets import save_small_target
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.draft_inputs import EVERY_VISUAL_TOKEN
@@ -31,11 +32,7 @@ CHAIN, RIVAL = "draft:sparrow@chain-5", "draft:msd@chain-5"
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of shipped models, untrained, and constants small enough for them."""
-    processor = build_processor()
-    target = build_target(processor.tokenizer, num_hidden_layers=2)
-    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
-    target.generation_config.min_new_tokens = 5
-    export(target, processor, tmp_path / "shipped" / "target")
+    save_small_target(tmp_path / "shipped" / "target", QWEN2_5_VL, 5)
     (tmp_path / "shipped" / "target" / "PROVENANCE.json").write_text(
         json.dumps(
             {"content_accuracy_after_bf16_rounding": {"24": 0.96, "48": 0.96}, "evaluation_clips": {"24": 2, "48": 1}}

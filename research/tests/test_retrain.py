@@ -1,31 +1,21 @@
 """The command that retrains the testbed's draft, on a shallow untrained target."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from small_targets import save_small_target
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import TrainingDataError
-from sparrow_hf.testbed.families import LLAVA_ONEVISION, QWEN2_5_VL, Family
-from sparrow_hf.testbed.nano import build_processor, build_target, load_target
+from sparrow_hf.testbed.families import LLAVA_ONEVISION, QWEN2_5_VL
+from sparrow_hf.testbed.nano import load_target
 from sparrow_research import retrain
-from sparrow_research.pretrain import export
 
 
 @pytest.fixture(scope="module")
 def target_folder(tmp_path_factory):
-    return untrained_target(tmp_path_factory.mktemp("target"), QWEN2_5_VL)
-
-
-def untrained_target(folder: Path, family: Family) -> Path:
-    processor = build_processor(family)
-    target = build_target(processor.tokenizer, num_hidden_layers=2, family=family)
-    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
-    target.generation_config.min_new_tokens = 4
-    export(target, processor, folder)
-    return folder
+    return save_small_target(tmp_path_factory.mktemp("target"), QWEN2_5_VL, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +52,7 @@ def test_one_command_makes_a_draft_and_its_baseline(tmp_path, target_folder):
 def test_the_family_is_the_targets(tmp_path, monkeypatch):
     # LLaVA-OneVision stacks videos: clips of one length are captioned together, others never.
     monkeypatch.setattr(retrain, "CAPTION_BATCH_ROWS", 10_000)
-    folder = untrained_target(tmp_path / "target", LLAVA_ONEVISION)
+    folder = save_small_target(tmp_path / "target", LLAVA_ONEVISION, 4)
     target, processor = retrain.load_target(folder)
     seeds = retrain.TRAIN_SEEDS[-6:]
     together = dict(retrain.caption_clips(target, processor, seeds))

@@ -50,7 +50,7 @@ def tell(steps: Sequence[Step]) -> None:
     """Prints the commands, and about how long they take."""
     for step in steps:
         print(f"{step.seconds / 60:6.0f} min  python -m {shlex.join(step.words)}")
-    print(f"{sum(step.seconds for step in steps) / 3600:.1f} hours on one CPU thread, at most", flush=True)
+    print(f"{sum(step.seconds for step in steps) / 3600:.1f} hours on one CPU thread, about", flush=True)
 
 
 def run_steps(steps: Sequence[Step], jobs: int, logs: Path) -> None:
@@ -62,7 +62,7 @@ def run_steps(steps: Sequence[Step], jobs: int, logs: Path) -> None:
         logs: Folder of these files.
 
     Raises:
-        subprocess.CalledProcessError: A step failed. What ran beside it was stopped, as by Ctrl-C.
+        subprocess.CalledProcessError: A step failed. What ran beside it was ended, and goes on when it is run again.
     """
     waiting = list(enumerate(steps))
     running: dict[int, tuple[Step, subprocess.Popen[bytes]]] = {}
@@ -79,6 +79,8 @@ def run_steps(steps: Sequence[Step], jobs: int, logs: Path) -> None:
                 if code is not None:
                     del running[number]
                     if code:
+                        if jobs > 1:
+                            print(f"failed, see {logs / _log_of(number, step)}", flush=True)
                         raise subprocess.CalledProcessError(code, [sys.executable, "-m", *step.words])
                     print(f"done: {shlex.join(step.words[:2])} … --output {step.output}", flush=True)
     finally:

@@ -77,7 +77,7 @@ SCALES = {
         workers=6,
     ),
 }
-SECONDS = {"answer": 0.9, "tower": 1.1, "text": 8.0, "row": 1.0, "draft": 0.3, "check": 2400.0, "tau": 3600.0}
+SECONDS = {"answer": 0.9, "tower": 1.1, "text": 12.0, "row": 1.0, "draft": 0.3, "check": 2400.0, "tau": 3600.0}
 """Estimates for one CPU thread with bf16 arithmetic: an answer, steps of the trainings (of one clip), a row of the
 draft's set read or written, a row of its training, and the two measurements."""
 PACKAGE = "sparrow_research.language"

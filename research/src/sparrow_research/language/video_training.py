@@ -140,13 +140,14 @@ class Lessons(Dataset):
             steps = log_uniform(rng, LONG_STEPS, self.longest)
             # About as many rows as short clips have; all are of one length, so that nothing is padded.
             clips, bounds = max(1, self.clips * STEPS[1] // steps), (steps, steps)
-        found: list[tuple[Packed, np.ndarray | None]] = [self.clip(first + index, *bounds) for index in range(clips)]
+        found: list[tuple[Packed, np.ndarray | None]] = []
         if rng.random() < TEXT_SHARE * clips:
             chosen = [
                 self.conversations[int(index)] for index in rng.integers(len(self.conversations), size=TEXT_ROWS)
             ]
-            found[0] = (pack_text(self.tokenizer, chosen), None)
-        return found
+            found.append((pack_text(self.tokenizer, chosen), None))
+        # Conversations take the place of a clip.
+        return found + [self.clip(first + index, *bounds) for index in range(len(found), clips)]
 
     def clip(self, number: int, low: int, high: int) -> tuple[Packed, np.ndarray]:
         """A training clip of `low` to `high` temporal steps with its questions."""
