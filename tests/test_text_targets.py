@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -49,6 +50,16 @@ def test_from_prompts_to_a_draft(folder: Path, tmp_path: Path) -> None:
         draft = SparrowDraftModel.from_target(target, copy_last_layer=True)
         assert torch.equal(target.generate(**inputs, max_new_tokens=12, assistant_model=draft), plain)
         assert draft.last_generation.rounds > 0
+
+
+def test_its_draft_s_card_loads_a_language_model(folder: Path, tmp_path: Path) -> None:
+    target, _ = load_target(str(folder), dtype="float32", device="cpu")
+    draft = SparrowDraftModel.from_target(target)
+    draft.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "text-generation"
+    assert "target = AutoModelForCausalLM.from_pretrained(" in card.text
+    assert "video" not in card.text.lower() and "ImageText" not in card.text
 
 
 def test_an_answer_in_words_ends_its_turn(folder: Path) -> None:

@@ -97,9 +97,13 @@ def load_model(source: str, revision: str | None = None, **options: Any) -> Any:
         options: Further arguments of `from_pretrained`.
     """
     config = AutoConfig.from_pretrained(source, revision=revision)
-    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    return auto_class.from_pretrained(source, revision=revision, **options)
+    return auto_class_of(type(config)).from_pretrained(source, revision=revision, **options)
+
+
+def auto_class_of(config_class: type) -> Any:
+    """The class of transformers that loads models of this configuration: video LLMs, or else language models."""
+    sees = config_class in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def default_device() -> torch.device:

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from .artifacts import write_json, write_text
 from .checksums import read_json
 from .configuration_sparrow import SparrowDraftConfig
 from .errors import DraftLoadError
 from .hub import find_file
+from .loading import auto_class_of
 
 PROVENANCE_FILE = "PROVENANCE.json"
 CARD_FILE = "README.md"
@@ -72,6 +74,8 @@ def model_card(
         repo_id: Where the draft is found, for the lines that load it.
     """
     target = config.target_name_or_path
+    target_class = _target_class(config)
+    sees = target_class is not AutoModelForCausalLM
     data = ModelCardData(
         base_model=target,
         # Of the four relations the Hub knows, the one of weights that only run attached to an unchanged base model.
@@ -79,17 +83,17 @@ def model_card(
         datasets=provenance.get("datasets"),
         license=provenance.get("license"),
         library_name="sparrow-hf",
-        pipeline_tag="video-text-to-text",
+        pipeline_tag="video-text-to-text" if sees else "text-generation",
         tags=["speculative-decoding", "sparrow"],
     )
     name = target or f"a {config.target_model_type} target"
     sections = [
         f"# Sparrow draft for {name}",
-        f"A draft for lossless speculative decoding of {name} on videos: {config.num_hidden_layers} decoder layer(s) "
-        f"of the {config.block_type} kind over the hidden states of the target's text tokens. The generated text is "
-        "the target's own; the draft makes it arrive sooner. It holds neither embedding nor head and runs only with "
-        "its target.",
-        _usage(draft_class, target or "path/to/the/target", repo_id or "path/to/this/draft"),
+        f"A draft for lossless speculative decoding of {name}{' on videos' * sees}: {config.num_hidden_layers} "
+        f"decoder layer(s) of the {config.block_type} kind over the hidden states of the target's text tokens. The "
+        "generated text is the target's own; the draft makes it arrive sooner. It holds neither embedding nor head "
+        "and runs only with its target.",
+        _usage(draft_class, target_class, target or "path/to/the/target", repo_id or "path/to/this/draft"),
         _making(provenance),
         _acceptance(provenance.get("acceptance")),
         _limits(config),
@@ -97,7 +101,13 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{CARD_MARK}\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 
-def _usage(draft_class: type, target: str, draft: str) -> str:
+def _target_class(config: SparrowDraftConfig) -> type:
+    """The class that loads the target. One whose code is not in transformers is taken for a video LLM."""
+    known = config.target_model_type in CONFIG_MAPPING
+    return auto_class_of(CONFIG_MAPPING[config.target_model_type]) if known else AutoModelForImageTextToText
+
+
+def _usage(draft_class: type, target_class: type, target: str, draft: str) -> str:
     from . import __all__ as public_names
 
     name = draft_class.__name__
@@ -106,9 +116,9 @@ def _usage(draft_class: type, target: str, draft: str) -> str:
 
 ```python
 from {module} import {name}
-from transformers import AutoModelForImageTextToText
+from transformers import {target_class.__name__}
 
-target = AutoModelForImageTextToText.from_pretrained("{target}")
+target = {target_class.__name__}.from_pretrained("{target}")
 draft = {name}.from_pretrained("{draft}")
 output = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)
 print(draft.last_generation)
@@ -143,7 +153,7 @@ def _limits(config: SparrowDraftConfig) -> str:
 * Made for targets of {layers} layers, hidden size {hidden} and a vocabulary of {vocabulary}; others are refused.
 * A fine-tune of the target works, with fewer accepted tokens.
 * Several prompts in one call are drafted for with chains, not trees. No beam search.
-* How much time it saves depends on the target, the videos, the hardware and the length of the answers: measure it."""
+* How much time it saves depends on the target, the prompts, the hardware and the length of the answers: measure it."""
 
 
 def _table(rows: list[Mapping[str, Any]]) -> str:
