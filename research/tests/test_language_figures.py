@@ -36,13 +36,35 @@ def test_what_it_sees() -> None:
 def test_what_drafts_accept_while_they_are_trained() -> None:
     text = json.loads((DATA / "tokens.json").read_text())["h200_steps_of_64"]["drafts"]
     told = {f"`{name}`": each for name, each in kept()["drafts"].items()}
-    told |= {f"`{name}`, earlier": each for name, each in kept()["earlier"]["drafts"].items()}
     told["`eagle`, 963,186"] = text.pop("eagle")
     told |= {f"`sparrow`, {int(name.rpartition('-')[2]):,}": each for name, each in text.items()}
     for name, evaluations in told.items():
         taus = {each["step"]: f"{each['eval_tau']:.3f}" for each in evaluations}
         line = next(line for line in PAGE.splitlines() if line.startswith(f"| {name} |") and line.count("|") > 5)
         assert line.endswith(f"| {' | '.join(taus.get(step, '') for step in (75, 150, 225, 300))} |")
+
+
+def test_rivals_and_variants() -> None:
+    rivals = kept()["rivals"]
+    for name, evaluations in rivals["drafts"].items():
+        last = evaluations[-1]
+        accepted = " ".join(f"{last[f'eval_accepted_{token}']:.3f}".removeprefix("0") for token in (1, 2, 3))
+        measured = rivals["lengths"]["drafts"].get(name, {"lengths": []})["lengths"]
+        taus = [f"{row['tau']:.2f}" for row in measured] or [""] * 3
+        line = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |") and accepted in line)
+        assert line.endswith(f"| {accepted} | {last['eval_tau']:.3f} | {' | '.join(taus)} |")
+    longer = {each["step"]: each["eval_tau"] for each in rivals["longer"]["drafts"]["sparrow"]}
+    assert f"{longer[36]:.3f} after 36 steps and\n  {longer[75]:.3f} at the end" in PAGE
+    shares = {
+        length: [drafts["retention"][length]["ratio"] for drafts in rivals["lengths"]["drafts"].values()]
+        for length in ("3000", "13000")
+    }
+    told = [f"{min(each[:-1]):.2f} to {max(each[:-1]):.2f}" for each in shares.values()]
+    assert "keeps {} of its τ at 3,000 visual tokens and {} at 13,000".format(*told) in " ".join(PAGE.split())
+    assert f"`text-only` {shares['3000'][-1]:.2f} and {share(shares['13000'][-1])}" in PAGE
+    readme = " ".join((REPOSITORY / "README.md").read_text().split())
+    blind, ours = (rivals["drafts"][name][-1]["eval_tau"] for name in ("text-only", "sparrow"))
+    assert f"held-out τ {blind:.2f} against {ours:.2f} at a smaller, equal budget" in readme
 
 
 def test_lengths_and_decoded_answers() -> None:
