@@ -148,13 +148,13 @@ class TestCard:
         card = ModelCard.load(tmp_path / "README.md")
         assert not {"base_model", "base_model_relation", "datasets", "license"} & card.data.to_dict().keys()
         assert "Not measured." in card.text and "was not recorded" in card.text
+        assert "None" not in card.content
 
     def test_a_target_that_transformers_does_not_know_is_a_video_llm(self, draft: SparrowDraftModel) -> None:
         config = copy.copy(draft.config)
         config.target_model_type = "code_of_its_own"
         card = model_card(SparrowDraftModel, config, {})
         assert card.data.pipeline_tag == "video-text-to-text" and "AutoModelForImageTextToText" in card.text
-        assert "None" not in card.content
 
     def test_ours_is_renewed_and_the_users_is_not(self, draft: SparrowDraftModel, folder: Path) -> None:
         draft.provenance["data"] = "Other data."

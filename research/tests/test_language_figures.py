@@ -12,6 +12,7 @@ from sparrow_hf import SparrowDraftModel
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY / "research/data/language"
 PAGE = (REPOSITORY / "docs/language.md").read_text()
+README = " ".join((REPOSITORY / "README.md").read_text().split())
 KINDS = ("number", "colour", "shape", "size", "background", "motion", "dot", "corner")
 
 
@@ -24,9 +25,8 @@ def share(value: float) -> str:
 
 
 def test_what_it_sees() -> None:
-    readme = " ".join((REPOSITORY / "README.md").read_text().split())
     every = [share(row["right"]["all"]) for row in kept()["check"]]
-    assert "right: {}, {}, {} and {} at 400, 3,000, 13,000 and 25,000 visual tokens".format(*every) in readme
+    assert "right: {}, {}, {} and {} at 400, 3,000, 13,000 and 25,000 visual tokens".format(*every) in README
     for row in kept()["check"]:
         right, counts = row["right"], f"{row['clips']}, {row['questions']}"
         shares = [f"**{share(right['all'])}**", share(row["blind"]["all"]), *(share(right[kind]) for kind in KINDS)]
@@ -62,20 +62,18 @@ def test_rivals_and_variants() -> None:
     told = [f"{min(each[:-1]):.2f} to {max(each[:-1]):.2f}" for each in shares.values()]
     assert "keeps {} of its τ at 3,000 visual tokens and {} at 13,000".format(*told) in " ".join(PAGE.split())
     assert f"`text-only` {shares['3000'][-1]:.2f} and {share(shares['13000'][-1])}" in PAGE
-    readme = " ".join((REPOSITORY / "README.md").read_text().split())
     blind, ours = (rivals["drafts"][name][-1]["eval_tau"] for name in ("text-only", "sparrow"))
-    assert f"held-out τ {blind:.2f} against {ours:.2f} at a smaller, equal budget" in readme
+    assert f"held-out τ {blind:.2f} against {ours:.2f} at a smaller, equal budget" in README
 
 
 def test_lengths_and_decoded_answers() -> None:
-    readme = " ".join((REPOSITORY / "README.md").read_text().split())
     drafts = kept()["lengths"]["drafts"]
     for ours, other in zip(drafts["sparrow"]["lengths"], drafts["no-visual"]["lengths"], strict=True):
         low, high = ours["tau_interval"]
         start = f"| {ours['visual_tokens']:,} | {ours['clips']} | {ours['tau']:.2f} | {low:.2f} … {high:.2f} |"
         assert any(line.startswith(start) and f"| {other['tau']:.2f} |" in line for line in PAGE.splitlines())
     taus = [f"{row['tau']:.2f}" for row in drafts["sparrow"]["lengths"]]
-    assert f"| chain of 3, teacher-forced | 400, 3,000, 13,000, 25,000 | | {', '.join(taus)} | |" in readme
+    assert f"| chain of 3, teacher-forced | 400, 3,000, 13,000, 25,000 | | {', '.join(taus)} | |" in README
     for name in ("sparrow", "no-visual"):
         for length, kept_share in drafts[name]["retention"].items():
             low, high = kept_share["interval"]
@@ -89,7 +87,7 @@ def test_lengths_and_decoded_answers() -> None:
         assert f"| {row['tau']:.2f} | " in PAGE and f"| {shares} | {row['dsr']:.2f} |" in PAGE
     for name, row in zip(("chain of 3", "30-4-8"), kept()["decoded"]["rows"][-2:], strict=True):
         line = f"| {name} | 384 | {row['identical']} of {row['prompts']} | {row['tau']:.2f} | {row['dsr']:.2f}× |"
-        assert line in readme
+        assert line in README
 
 
 def test_the_kept_parts_load() -> None:

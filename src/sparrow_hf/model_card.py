@@ -14,7 +14,6 @@ from .checksums import read_json
 from .configuration_sparrow import SparrowDraftConfig
 from .errors import DraftLoadError
 from .hub import find_file
-from .loading import auto_class_of
 
 PROVENANCE_FILE = "PROVENANCE.json"
 CARD_FILE = "README.md"
@@ -103,6 +102,9 @@ def model_card(
 
 def _target_class(config: SparrowDraftConfig) -> type:
     """The class that loads the target. One whose code is not in transformers is taken for a video LLM."""
+    # With it come the processors of transformers, a second at every start of the package.
+    from .loading import auto_class_of
+
     known = config.target_model_type in CONFIG_MAPPING
     return auto_class_of(CONFIG_MAPPING[config.target_model_type]) if known else AutoModelForImageTextToText
 
