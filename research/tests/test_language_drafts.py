@@ -100,16 +100,17 @@ def test_drafts_are_measured_and_tabled(folder: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "text.json").read_text())
     arms = {(row["benchmark"], row["temperature"], row["arm"]): row for row in found["rows"]}
     trees = ["plain", "none", "draft:sparrow@chain-3", "draft:sparrow@8-3-2"]
-    compared = ["plain", "draft:sparrow@chain-5", "draft:28k@chain-5"]
-    assert set(arms) == {("trees", t, arm) for t in (0.0, 1.0) for arm in trees} | {
-        ("drafts", 0.0, a) for a in compared
-    }
+    compared = ["plain", *(f"draft:{name}@{tree}" for name in ("sparrow", "28k") for tree in ("chain-5", "30-4-8"))]
+    measured = [("trees", arm) for arm in trees] + [("drafts", arm) for arm in compared]
+    assert set(arms) == {(name, t, arm) for t in (0.0, 1.0) for name, arm in measured}
     assert all(row["identical"] in (2, None) for row in arms.values())
     assert found["drafts"] == {"sparrow": {}, "28k": {"tokens": 28000, "steps": 5, "rows": 16}}
     written = page.read_text()
-    assert written.startswith("# Text\n\nWords.\n\n## Measured\n\n### Greedy\n") and "old" not in written
-    tau = arms["drafts", 0.0, "draft:28k@chain-5"]["tau"]
-    assert f"| 28k | 28,000 | 5 × 16 | {tau:.2f} |" in written
+    assert written.startswith("# Text\n\nWords.\n\n## Measured\n\n### Trees, greedy\n") and "old" not in written
+    for temperature in (0.0, 1.0):
+        row = arms["drafts", temperature, "draft:28k@30-4-8"]
+        assert f"| 28k | 28,000 | 5 × 16 | 30-4-8 | 2/2 | {row['tau']:.2f} |" in written
+        assert f"| {row['dsr']:.2f} |\n" in written
 
     before = (tmp_path / "runs" / "trees.jsonl").read_bytes()
     text.main([str(word) for word in words])

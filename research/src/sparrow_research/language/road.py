@@ -157,7 +157,7 @@ def plan(
         *(f"{name.removesuffix(own)}={work}/drafts/{name}" for name in drafts if name != f"sparrow-{largest}"),
         *("--limit", str(limit), "--work", f"{work}/measured", "--output", f"{work}/text.json"),
     )
-    calls = limit * (2 * 9 + len(drafts) + 1)
+    calls = limit * 2 * (9 + 2 * len(drafts) + 1)
     return [*found, Step(measured, None, calls * SECONDS["measure"])]
 
 

@@ -4,8 +4,8 @@
         --output research/data/language/text.json --report docs/language.md
 
 Two benchmarks, one after the other, each on one thread and as `sparrow bench` measures: every shape of tree of
-`--draft`, beside plain `generate()` and prompt lookup, greedy and sampled; and one chain of every draft of
-`--compare`, greedy. A draft's folder may hold `trained.json` with what its training was (`tokens`, `steps`, `rows`).
+`--draft`, beside plain `generate()` and prompt lookup; and one chain and one tree of every draft of `--compare`. Both
+are greedy and sampled. A draft's folder may hold `trained.json` with what its training was (`tokens`, `steps`, `rows`).
 Run the command again to go on where it was stopped.
 """
 
@@ -21,7 +21,7 @@ from sparrow_hf.artifacts import tensor_digest, write_json, write_text
 from sparrow_hf.checksums import read_json, sealed
 from sparrow_hf.errors import BenchmarkError
 from sparrow_hf.evaluation.arms import Arms
-from sparrow_hf.evaluation.benchmark import Benchmark, Prompt
+from sparrow_hf.evaluation.benchmark import Benchmark
 from sparrow_hf.evaluation.prompts import conversation_prompts, read_conversations
 from sparrow_hf.evaluation.report import between, numbers, optional, table
 from sparrow_hf.evaluation.results import pool_runs
@@ -32,7 +32,7 @@ from .. import baselines as baselines
 PROMPTS = Path(__file__).parents[3] / "data" / "language" / "prompts" / "test.jsonl"
 SHAPES = ("chain-3", "chain-5", "chain-7", "chain-10", "30-4-8", "48-5-10")
 OTHERS = ("none", "prompt-lookup")
-COMPARED_SHAPE = "chain-5"
+COMPARED_SHAPES = ("chain-5", "30-4-8")
 TEMPERATURES = (0.0, 1.0)
 COMMAND = "python -m sparrow_research.language.text --target FOLDER --draft DRAFT --compare NAME=DRAFT … --work DIR"
 """Kept with the figures. Where target and drafts lay says nothing to others; their digests are kept too."""
@@ -70,13 +70,13 @@ def measure(
     arms = Arms(target, folders={name: str(folder) for name, folder in folders.items()}, draft=str(draft))
     sha256 = tensor_digest(target.state_dict())
 
-    def run(name: str, names: list[str], prompts: list[Prompt], temperatures: Sequence[float], repeats: int) -> None:
+    def run(name: str, names: list[str], repeats: int) -> None:
         benchmark = Benchmark(
             name,
             target,
             arms.parse(names),
-            prompts,
-            temperatures,
+            asked,
+            TEMPERATURES,
             max_new_tokens=max_new_tokens,
             repeats=repeats,
             command=f"{COMMAND} --limit {limit} --max-new-tokens {max_new_tokens} --shapes {' '.join(shapes)} "
@@ -86,9 +86,9 @@ def measure(
         with benchmark.open_runs(work) as runs:
             benchmark.measure(runs)
 
-    run("trees", [*others, *(f"draft:sparrow@{shape}" for shape in shapes)], asked, TEMPERATURES, repeats)
+    run("trees", [*others, *(f"draft:sparrow@{shape}" for shape in shapes)], repeats)
     if compared:
-        run("drafts", [f"draft:{name}@{COMPARED_SHAPE}" for name in folders], asked, TEMPERATURES[:1], 1)
+        run("drafts", [f"draft:{name}@{shape}" for shape in COMPARED_SHAPES for name in folders], 1)
     return {"drafts": {name: training_of(folder) for name, folder in folders.items()}, "rows": pool_runs(work)}
 
 
@@ -102,12 +102,15 @@ def tables(found: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lines = []
     for temperature in TEMPERATURES:
-        rows = [row for row in found["rows"] if (row["benchmark"], row["temperature"]) == ("trees", temperature)]
-        if rows:
-            lines += [f"### {'Greedy' if temperature == 0 else f'Sampled, T = {temperature:g}'}", "", arm_table(rows)]
-    compared = [row for row in found["rows"] if row["benchmark"] == "drafts" and row["arm"] != "plain"]
-    if compared:
-        lines += [f"### Drafts ({COMPARED_SHAPE}, greedy)", "", draft_table(compared, found["drafts"])]
+        decoded = "greedy" if temperature == 0 else f"sampled, T = {temperature:g}"
+        for benchmark in ("trees", "drafts"):
+            measured = (benchmark, temperature)
+            rows = [row for row in found["rows"] if (row["benchmark"], row["temperature"]) == measured]
+            if rows and benchmark == "trees":
+                lines += [f"### Trees, {decoded}", "", arm_table(rows)]
+            elif rows:
+                compared = [row for row in rows if row["arm"] != "plain"]
+                lines += [f"### Drafts, {decoded}", "", draft_table(compared, found["drafts"])]
     return "\n".join(lines)
 
 
@@ -133,20 +136,23 @@ def arm_table(rows: list[dict[str, Any]]) -> str:
 
 
 def draft_table(rows: list[dict[str, Any]], trainings: dict[str, dict[str, Any]]) -> str:
-    """τ of every draft, beside what it was trained on."""
-    head = ["draft", "answer tokens", "steps × rows", "τ", "95 % interval", "P(k ≥ 1, 2, …)"]
+    """Acceptance and speed of every draft, beside what it was trained on."""
+    head = ["draft", "answer tokens", "steps × rows", "tree", "identical", "τ", "95 % interval", "P(k ≥ 1, 2, …)", "DSR"]
     cells = []
     for row in rows:
-        name = row["arm"].removeprefix("draft:").partition("@")[0]
+        name, _, tree = row["arm"].removeprefix("draft:").partition("@")
         training = trainings[name]
         cells.append(
             [
                 name,
                 optional(training.get("tokens"), ",d"),
                 f"{training['steps']} × {training['rows']}" if training else "",
+                tree,
+                f"{row['identical']}/{row['prompts']}",
                 f"{row['tau']:.2f}",
                 between(row["tau_interval"]),
                 numbers(row["per_position"]),
+                f"{row['dsr']:.2f}",
             ]
         )
     return table(head, cells)
