@@ -37,8 +37,7 @@ def main() -> None:
             messages = [{"role": "user", "content": [{"type": "video", "video": options.video}, question]}]
         else:
             messages = testbed.make_clip(Path(folder) / "clip.mp4", testbed.EVALUATION_SEEDS[0]).messages
-        inputs = prepare_inputs(processor, messages, fps=fps, max_frames=max_frames)
-        inputs = inputs.to(target.device, target.dtype)
+        inputs = prepare_inputs(processor, messages, fps=fps, max_frames=max_frames, target=target)
 
     output = target.generate(**inputs, assistant_model=draft, max_new_tokens=512)
     print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME
 
 from .artifacts import atomic_files, write_json, write_text
 from .checksums import read_json
+from .data.prepare import to_target
 from .errors import BenchmarkError, DraftLoadError
 from .generation.integration import follow
 from .generation.self_check import how_to_verify
@@ -151,7 +152,7 @@ def tune(
     done, total = 0, calls * sum(map(len, prompts.values()))
     seconds = 0.0
     for reads in prompts.values():
-        inputs = _read(target, reads[0])
+        inputs = to_target(reads[0](), target)
         warm_up(target, arms, inputs, settings, shared_prefill=True)
         plain, _ = measure(target, arms[0], inputs, settings)
         # Each part computes a prompt once. No call decodes for much longer than a plain one.
@@ -168,7 +169,7 @@ def tune(
     for name, reads in prompts.items():
         parts = []
         for turn, read in enumerate(reads):
-            parts.append(_cost_runs(target, arms, _read(target, read), settings, turn, repeats))
+            parts.append(_cost_runs(target, arms, to_target(read(), target), settings, turn, repeats))
             advance(len(arms) * repeats + 1)
         costs[name] = costs_of(name, shapes, parts)
     predicted = candidates(list(costs.values()))
@@ -179,7 +180,7 @@ def tune(
         runs = []
         for turn, read in enumerate(reads):
             runs.append(
-                compare(target, arms, _read(target, read), settings, turn, repeats=repeats, shared_prefill=True)
+                compare(target, arms, to_target(read(), target), settings, turn, repeats=repeats, shared_prefill=True)
             )
             advance((num_verified + 2) * repeats)
         lengths[name] = _measured(costs[name], arms, runs)
@@ -251,13 +252,6 @@ def write_shape(folder: str | os.PathLike[str], shape: TreeShape, evidence: Mapp
 
 def _arms(draft: SparrowDraftModel, shapes: Sequence[TreeShape]) -> list[Arm]:
     return [Arm(PLAIN), *(Arm(tree_name(shape), draft, shape) for shape in shapes)]
-
-
-def _read(target: PreTrainedModel, read: Read) -> dict[str, Tensor]:
-    return {
-        name: value.to(target.device, target.dtype if value.is_floating_point() else None)
-        for name, value in read().items()
-    }
 
 
 def _cost_runs(

@@ -1,14 +1,21 @@
 """What a row is, what its prompt is, and what its answer is."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sparrow_hf.data import kind_of, prepare_conversation, prepare_prompt
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf.data import append_answer, kind_of, prepare_conversation, prepare_inputs, prepare_prompt
+from sparrow_hf.data.prepare import to_target
 from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.testbed.nano import build_processor
-from sparrow_hf.training import TrainingStates
+from sparrow_hf.training import SparrowDataCollator, TrainingStates
+from sparrow_hf.training.recording import record
+from sparrow_hf.training.regenerate import generate_answers
+
+from families import FAMILY_BY_NAME
 
 QUESTION = {"role": "user", "content": "what ?"}
 
@@ -77,3 +84,46 @@ def prompts_and_samples(processor: Any) -> list[tuple[dict[str, Any], dict[str, 
 def test_a_row_with_zero_frames_is_refused(processor: Any, own: dict[str, Any]) -> None:
     with pytest.raises(TrainingDataError, match="must be a positive number"):
         prepare_prompt(processor, {"messages": [QUESTION]} | own)
+
+
+@pytest.mark.parametrize("name", ["kimi_k25", "lfm3_vl", "llama4", "qwen2_5_vl"])
+def test_a_target_in_bf16_reads_pixels_as_a_processor_gives_them(name: str, tmp_path: Path) -> None:
+    family = FAMILY_BY_NAME[name]
+    target = family.build_target()
+    inputs = family.build_inputs(target)
+    answers = []
+    target.to(torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        given = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+        answers += generate_answers(target, [given], 0, max_new_tokens=4, do_sample=False)
+    assert answers[0] == answers[1]
+    row = append_answer(inputs, [5, 6, 7])
+    record(SparrowDraftModel.from_target(target), [row], tmp_path / "recording", SparrowDataCollator())
+
+
+def test_seconds_stay_exact_where_pixels_are_rounded() -> None:
+    target = torch.nn.Module()
+    target.device, target.dtype = torch.device("cpu"), torch.bfloat16
+    pixels, ids = torch.full((2, 3), 1.11), torch.tensor([[1, 2]])
+    for name in ("second_per_grid_ts", "video_second_per_grid"):
+        moved = to_target(
+            {"pixel_values_videos": pixels, "input_ids": ids, name: pixels[0], "answer_start": 1}, target
+        )
+        assert {key: getattr(value, "dtype", None) for key, value in moved.items()} == {
+            "pixel_values_videos": torch.bfloat16,
+            "input_ids": torch.long,
+            name: torch.float32,
+            "answer_start": None,
+        }
+        assert torch.equal(moved[name], pixels[0])
+
+
+def test_inputs_are_made_for_a_target(processor: Any) -> None:
+    target = torch.nn.Module()
+    target.device, target.dtype = torch.device("meta"), torch.bfloat16
+    frames = torch.zeros((4, 3, 32, 32), dtype=torch.uint8).numpy()
+    messages = [{"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": "what ?"}]}]
+    for made_for, device, dtype in ((None, "cpu", torch.float32), (target, "meta", torch.bfloat16)):
+        inputs = prepare_inputs(processor, messages, target=made_for)
+        pixels = inputs["pixel_values_videos"]
+        assert (pixels.device.type, inputs["input_ids"].device.type, pixels.dtype) == (device, device, dtype)

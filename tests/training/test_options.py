@@ -38,6 +38,17 @@ def test_options_of_other_verbs_have_their_names_here_too(tmp_path):
     assert (options.target_dtype, options.processor, options.draft_dtype) == ("float16", "p", "float32")
 
 
+def test_a_training_is_where_its_options_say():
+    options, arguments = parse_options([*NEEDED, "--device", "cpu"])
+    assert arguments.use_cpu and arguments.device.type == "cpu" and options.device == "cpu"
+    assert parse_options([*NEEDED, "--device", "auto"])[0].device == "auto"
+    assert not parse_options(NEEDED)[1].use_cpu
+    # There is no GPU here, and a second one is never chosen by its number.
+    for device in ("meta", "cuda:1"):
+        with pytest.raises(TrainingOptionsError, match=f"--device {device}: .* the first cpu .*CUDA_VISIBLE_DEVICES"):
+            parse_options([*NEEDED, "--device", device])
+
+
 def test_the_help_shows_what_a_new_draft_is():
     told = {name: (default, text) for options in describe_options().values() for name, default, text in options}
     configured = SparrowDraftConfig()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .._transformers import prompt_position_ids, unwrap
 from ..data.datasets import load_rows
 from ..data.messages import split_answer
-from ..data.prepare import append_answer, prepare_prompt
+from ..data.prepare import append_answer, prepare_prompt, to_target
 from ..draft_inputs import visual_mask
 from ..errors import AnalysisError
 from ..target_config import visual_token_ids
@@ -175,9 +175,7 @@ def answer(target: PreTrainedModel, prompt: ProcessedPrompt, max_new_tokens: int
         AnalysisError: The prompt is padded, holds no visual tokens, or more than one sequence.
     """
     model = unwrap(target)
-    inputs = {
-        name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in prompt.inputs.items()
-    }
+    inputs = to_target(prompt.inputs, model)
     input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     if len(input_ids) != 1 or (mask is not None and not mask.bool().all()):
         raise AnalysisError(

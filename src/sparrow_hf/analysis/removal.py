@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.prepare import to_target
 from ..targets import TargetView
 from .answered import AnsweredPrompt, ProcessedPrompt, greedy
 from .attention import attention_modules
@@ -110,10 +111,7 @@ def scores(
     Args:
         score: Judges the ids of an answer, with the prompt's `reference` at hand.
     """
-    inputs = answered.prompt.inputs
-    inputs = {
-        name: value.to(view.model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()
-    }
+    inputs = to_target(answered.prompt.inputs, view.model)
     found = {}
     for layer in layers:
         with hidden_visual_rows(view, answered.is_visual[: answered.prompt_length], layer):

@@ -11,7 +11,7 @@ from transformers.generation import BaseStreamer
 from .._transformers import attention_of, commit_of, unwrap
 from ..artifacts import tensor_digest
 from ..data.messages import naming_row, split_answer, text_of
-from ..data.prepare import prepare_prompt
+from ..data.prepare import prepare_prompt, to_target
 from ..draft_inputs import visual_mask
 from ..errors import CaptionError, MissingDependencyError, SparrowError
 from ..generation.integration import follow
@@ -160,7 +160,7 @@ class Captioner:
             # Whatever a damaged file makes a decoder or a processor raise.
             return self._bad_row(question, error)
         try:
-            answer = self._answer(inputs.to(self.target.device, self.target.dtype), streamer)
+            answer = self._answer(to_target(inputs, self.target), streamer)
         except (ValueError, IndexError, RuntimeError, MemoryError) as error:
             # What the package refuses, and a device in a state of error, would fail for every row.
             if isinstance(error, (SparrowError, getattr(torch, "AcceleratorError", ()))):

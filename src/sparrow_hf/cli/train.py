@@ -48,6 +48,8 @@ def train(context: typer.Context) -> None:
 
     options, arguments = parse_options(context.args)
     quiet_transformers()
+    # Reading it sets up the processes as the options say.
+    device = "auto" if options.device == "auto" else arguments.device
     processes = PartialState()
     console = Console(quiet=not processes.is_main_process)
     if options.target_dtype not in Dtype.__members__:
@@ -58,7 +60,7 @@ def train(context: typer.Context) -> None:
         options.target,
         options.processor,
         dtype=options.target_dtype,
-        device=options.device or processes.device,
+        device=device,
         revision=options.target_revision,
         vllm_positions=options.vllm_positions,
     )

@@ -4,6 +4,7 @@ row            messages of any dialect, and what `load_rows` adds: see `messages
  │ split_answer     turns in their plain form, paths made absolute, the answer at the end taken off
  │ prepare_inputs   videos decoded as densely as the row says (`media.py`), the target's processor run
 prompt         what the processor returns for one prompt, generation prompt included
+ │ to_target        moved to the target's device, pixels in its dtype
  │ append_answer    the answer's tokens appended
 processed      conversation: the tensors of prompt and answer, and `answer_start`
 """
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from ..errors import MessagesError, TrainingDataError, VideoError
 from .dialects import has_turns
@@ -23,6 +24,8 @@ from .parts import VIDEO_SETTINGS, plain_settings
 from .sources import shown
 
 RowKind = Literal["messages", "processed", "states"]
+TIMES = ("second_per_grid_ts", "video_second_per_grid")
+"""Inputs that are seconds: RoPE positions are computed from them."""
 
 
 def kind_of(row: Mapping[str, Any]) -> RowKind | None:
@@ -143,6 +146,7 @@ def prepare_inputs(
     fps: float | None = None,
     max_frames: int | None = None,
     add_generation_prompt: bool = True,
+    target: PreTrainedModel | None = None,
 ) -> BatchFeature:
     """Turns one conversation into the tensors a model of any family expects.
 
@@ -156,6 +160,8 @@ def prepare_inputs(
             they are.
         max_frames: Most frames to keep of each video file.
         add_generation_prompt: Whether the prompt ends where the assistant's answer begins.
+        target: The model that will read the tensors: they are moved to its device, and pixels to its dtype. By default
+            they stay as the processor made them, on the CPU and in fp32.
 
     Returns:
         The processor's output for a batch of one, as tensors.
@@ -189,7 +195,7 @@ def prepare_inputs(
             sampled["do_resize"] = False
         media |= {"videos": list(media["videos"]), "videos_kwargs": sampled}
     try:
-        return BatchFeature({**processor(text=[text], **media, return_tensors="pt")})
+        inputs = {**processor(text=[text], **media, return_tensors="pt")}
     except ValueError as error:
         shapes = {tuple(frames.shape) for frames in media.get("videos", [])}
         if not shapes or text.count(getattr(processor, "video_token", None) or "") == 0:
@@ -204,6 +210,26 @@ def prepare_inputs(
             f"{type(processor).__name__} cannot take the video ({found}): {str(error).rstrip('.')}. Cut or scale the "
             "video, or read other frames of it."
         ) from error
+    return BatchFeature(inputs if target is None else to_target(inputs, target))
+
+
+def to_target(inputs: Mapping[str, Any], target: PreTrainedModel) -> dict[str, Any]:
+    """Inputs as the target reads them: on its device, and pixels in its dtype.
+
+    Not every target casts pixels by itself. Seconds stay exact: in bf16, `1.11` is `1.1094`, and every later frame
+    would get another RoPE position.
+
+    Args:
+        inputs: What a processor returned, several prompts in a batch too. What is no tensor is handed on.
+        target: The model that will read them.
+    """
+    moved = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            is_cast = value.is_floating_point() and name not in TIMES
+            value = value.to(target.device, target.dtype if is_cast else None)
+        moved[name] = value
+    return moved
 
 
 def _of_text_alone(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel
 
 from .._transformers import unwrap
+from ..data.prepare import to_target
 from ..draft_inputs import EVERY_VISUAL_TOKEN, visual_mask
 from ..errors import BenchmarkError
 from ..measurement import Arm, compare, num_rounds, warm_up
@@ -142,7 +143,7 @@ class Benchmark:
         is_warm = False
         with tqdm(total=sum(len(settings) for _, settings in todo), desc=self.name, unit="prompt") as progress:
             for prompt, settings in todo:
-                inputs = prompt.read().to(self.target.device, self.target.dtype)
+                inputs = to_target(prompt.read(), self.target)
                 if not is_warm:
                     warm_up(
                         self.target,

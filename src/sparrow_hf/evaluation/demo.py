@@ -16,7 +16,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from ..configuration_sparrow import TREE_PRESETS, TreeShape
 from ..data.messages import text_of
-from ..data.prepare import prepare_prompt
+from ..data.prepare import prepare_prompt, to_target
 from ..draft_inputs import visual_mask
 from ..errors import SparrowError
 from ..loading import load_target, told_if_not_loaded
@@ -187,7 +187,7 @@ def run_demo(
     def prepare(prompt: VideoQuestion) -> BatchFeature:
         inputs = prepare_prompt(processor, {"messages": prompt.messages}, fps, max_frames)
         lengths.append(int(visual_mask(inputs["input_ids"], draft.config.visual_token_ids or []).sum()))
-        return inputs.to(target.device, target.dtype)
+        return to_target(inputs, target)
 
     with console.status("Reading the video"):
         prompt = next(prompts)

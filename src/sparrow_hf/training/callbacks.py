@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ..data.messages import ROW_INDEX
-from ..data.prepare import kind_of
+from ..data.prepare import kind_of, to_target
 from ..errors import TrainingDataError
 from ..measurement import PLAIN, Arm, compare
 from ..metrics import Run, acceptance, speed
@@ -123,7 +123,7 @@ def decode(
     runs: dict[str, list[Run]] = {arm.name: [] for arm in arms}
     with evaluation_mode(draft):
         for turn, prompt in enumerate(prompts):
-            inputs = {name: value.to(target.device) for name, value in prompt.items()}
+            inputs = to_target(prompt, target)
             for name, run in compare(target, arms, inputs, settings, turn, seed).items():
                 runs[name].append(run)
     plain, drafted = runs.values()

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..configuration_sparrow import SparrowDraftConfig
-from ..data.prepare import kind_of
+from ..data.prepare import kind_of, to_target
 from ..draft_inputs import draft_positions
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
@@ -108,8 +108,7 @@ def _states(reader: SparrowDraftModel, row: Any, collator: SparrowDataCollator) 
         return None
     if kind_of(sample) == "states":
         return TrainingStates.from_row(sample)
-    device = reader.target.model.device
-    sample = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in sample.items()}
+    sample = to_target(sample, reader.target.model)
     ids = sample["input_ids"][0]
     return read_with_target(reader, sample, draft_positions(ids, reader.config.visual_token_ids or [], 0))
 

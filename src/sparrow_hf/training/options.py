@@ -77,7 +77,10 @@ class TrainingOptions:
     )
     device: str | None = field(
         default=None,
-        metadata={"help": "Device of the target, such as cpu, cuda or cuda:1; auto spreads it over all GPUs."},
+        metadata={
+            "help": "cpu; or auto, which spreads the target over all GPUs. By default target and draft are on the "
+            "first GPU that the process sees; CUDA_VISIBLE_DEVICES chooses it."
+        },
     )
     vllm_positions: bool = field(
         default=False,
@@ -227,11 +230,19 @@ def parse_options(words: Sequence[str]) -> tuple[TrainingOptions, SparrowTrainin
         values["eval_strategy"] = "steps" if values["save_strategy"] == "best" else values["save_strategy"]
         values["eval_steps"] = values["eval_steps"] or values["save_steps"]
     values["eval_strategy"] = values["eval_strategy"] or "no"
+    if values["device"] == "cpu":
+        values["use_cpu"] = True
     try:
         options = TrainingOptions(**_fields_of(TrainingOptions, values))
         arguments = SparrowTrainingArguments(**_fields_of(SparrowTrainingArguments, values))
     except ValueError as error:
         raise TrainingOptionsError(str(error)) from error
+    if options.device not in (None, "auto") and options.device != arguments.device.type:
+        raise TrainingOptionsError(
+            f"--device {options.device}: this training would run on the first {arguments.device.type} that its process "
+            "sees. Leave this option out, and choose a GPU with CUDA_VISIBLE_DEVICES; or give cpu, or auto, which "
+            "spreads the target over all GPUs"
+        )
     return options, arguments
 
 

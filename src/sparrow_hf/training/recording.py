@@ -39,6 +39,7 @@ from ..checksums import Digests, read_json
 from ..configuration_sparrow import SparrowDraftConfig
 from ..data.datasets import Rows
 from ..data.messages import naming_row
+from ..data.prepare import to_target
 from ..draft_inputs import draft_positions
 from ..errors import DiskBudgetError, TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
@@ -128,9 +129,7 @@ class Recorder:
             DiskBudgetError: The file would not fit into `max_bytes`; it is not written.
             TrainingDataError: The conversation cannot be trained on.
         """
-        device = self.draft.target.model.device
-        sample = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in sample.items()}
-        tensors = to_tensors(self.draft.config, self._read(sample))
+        tensors = to_tensors(self.draft.config, self._read(to_target(sample, self.draft.target.model)))
         if self.bytes_left is not None:
             self.bytes_left -= sum(tensor.nbytes for tensor in tensors.values()) + HEADER_BYTES
             if self.bytes_left < 0:

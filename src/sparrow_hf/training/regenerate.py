@@ -26,7 +26,7 @@ from ..data.datasets import Rows
 from ..data.dialects import without_turns
 from ..data.files import is_url
 from ..data.messages import ROW_FOLDER, ROW_INDEX, media_digest, naming_row, split_answer
-from ..data.prepare import prepare_prompt, tokenizer_of
+from ..data.prepare import prepare_prompt, to_target, tokenizer_of
 from ..errors import SparrowError, TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 from .data import as_row
@@ -304,7 +304,7 @@ def generate_answers(
     Raises:
         TrainingDataError: The prompts cannot be batched.
     """
-    inputs = {name: value.to(target.device) for name, value in left_pad(prompts, pad_token_id).items()}
+    inputs = to_target(left_pad(prompts, pad_token_id), target)
     try:
         output = target.generate(**inputs, pad_token_id=pad_token_id, **settings)
     except ValueError as error:

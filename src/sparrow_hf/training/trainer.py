@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from .._transformers import on_device, use_one_gpu
-from ..data.prepare import kind_of
+from ..data.prepare import kind_of, to_target
 from ..draft_inputs import draft_positions, visual_mask
 from ..modeling_sparrow import SparrowDraftModel
 from .acceptance import acceptance_metrics, count_acceptance, summarize
@@ -146,7 +146,7 @@ class SparrowTrainer(Trainer):
             if kind_of(sample) == "states":
                 states = TrainingStates.from_row(sample)
             else:
-                states = read_with_target(self.draft, sample, positions)
+                states = read_with_target(self.draft, to_target(sample, self.draft.target.model), positions)
             if generator is not None and self.args.hidden_state_noise:
                 shape = states.text_states.shape
                 scale = self.args.hidden_state_noise * 512 / len(positions.indices)

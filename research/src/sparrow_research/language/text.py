@@ -5,8 +5,8 @@
 
 Two benchmarks, one after the other, each on one thread and as `sparrow bench` measures: every shape of tree of
 `--draft`, beside plain `generate()` and prompt lookup; and one chain and one tree of every draft of `--compare`. Both
-are greedy and sampled. A draft's folder may hold `trained.json` with what its training was (`tokens`, `steps`, `rows`).
-Run the command again to go on where it was stopped.
+are greedy and sampled. A draft's folder may hold `trained.json` with what its training was (`tokens`, `steps`,
+`rows`). Run the command again to go on where it was stopped.
 """
 
 import argparse
@@ -137,7 +137,17 @@ def arm_table(rows: list[dict[str, Any]]) -> str:
 
 def draft_table(rows: list[dict[str, Any]], trainings: dict[str, dict[str, Any]]) -> str:
     """Acceptance and speed of every draft, beside what it was trained on."""
-    head = ["draft", "answer tokens", "steps × rows", "tree", "identical", "τ", "95 % interval", "P(k ≥ 1, 2, …)", "DSR"]
+    head = [
+        "draft",
+        "answer tokens",
+        "steps × rows",
+        "tree",
+        "identical",
+        "τ",
+        "95 % interval",
+        "P(k ≥ 1, 2, …)",
+        "DSR",
+    ]
     cells = []
     for row in rows:
         name, _, tree = row["arm"].removeprefix("draft:").partition("@")
@@ -155,7 +165,7 @@ def draft_table(rows: list[dict[str, Any]], trainings: dict[str, dict[str, Any]]
                 f"{row['dsr']:.2f}",
             ]
         )
-    return table(head, cells)
+    return table([*head, "DSR"], cells)
 
 
 def write_report(found: dict[str, Any], page: Path) -> None:

@@ -86,13 +86,13 @@ def look(target: Any, processor: Any, seed: int, visual_tokens: int, folder: Pat
     file = folder / f"clip-{seed}-{visual_tokens}.mp4"
     make_clip(file, seed, visual_tokens, FRAMES_PER_STEP * SLOTS)
     prompt = EVERY_PROMPT[seed % len(EVERY_PROMPT)]
-    inputs = prepare_inputs(processor, messages_for(str(file), prompt))
-    pixels = inputs["pixel_values"].to(target.dtype)
+    inputs = prepare_inputs(processor, messages_for(str(file), prompt), target=target)
+    pixels = inputs["pixel_values"]
     every, asked = exact_questions(processor.tokenizer, seed)
     packed = pack_clip(processor.tokenizer, pixels.shape[1], asked)
     with_clip, blind = (answered(target, packed, each) for each in (pixels, torch.full_like(pixels, -1.0)))
     torch.manual_seed(seed)
-    output = target.generate(**inputs.to(target.device, target.dtype), **LONG)
+    output = target.generate(**inputs, **LONG)
     ids = output[0, inputs["input_ids"].shape[1] :].tolist()
     answer = processor.tokenizer.decode(ids, skip_special_tokens=True)
     file.unlink()

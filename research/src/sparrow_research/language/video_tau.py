@@ -42,7 +42,7 @@ def call(target: Any, processor: Any, draft: SparrowDraftModel, seed: int, lengt
     file = work / f"{seed}-{length}.mp4"
     make_clip(file, seed, length, FRAMES_PER_STEP * SLOTS)
     prompt = EVERY_PROMPT[seed % len(EVERY_PROMPT)]
-    inputs = prepare_inputs(processor, messages_for(str(file), prompt)).to(target.device, target.dtype)
+    inputs = prepare_inputs(processor, messages_for(str(file), prompt), target=target)
     file.unlink()
     output = target.generate(**inputs, assistant_model=draft, max_new_tokens=NEW_TOKENS, do_sample=False)
     stats = draft.last_generation
