@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.draft_inputs import draft_positions
 from sparrow_hf.errors import TrainingDataError
-from sparrow_hf.training import SparrowDataCollator
+from sparrow_hf.training import SparrowDataCollator, run
 from sparrow_hf.training.first_weights import RIDGE, fit_fc, reader_of
 from sparrow_hf.training.options import parse_options
 from sparrow_hf.training.recording import RecordedDataset, record
@@ -115,6 +115,25 @@ def test_a_training_begins_with_the_fit(target: Any, samples: list[Any], tmp_pat
     fitted.run()
     resumed = prepare_training(*parse_options(words(tmp_path, "whole", "--resume")), target, None)
     assert resumed.choices == []
+
+
+def test_the_fit_reads_a_recording_of_another_bridge_layer(
+    target: Any, samples: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = target.config.get_text_config().num_hidden_layers - 1
+    recorded = copied(target, feature_layers=[entry, -1], visual_bridge_layer=1)
+    assert SparrowDraftModel.from_target(target).config.visual_bridge_layer == 2
+    record(recorded, samples, tmp_path / "rows", SparrowDataCollator())
+    beside = copied(target)
+    explained, count = fit_fc(beside, reader_of(beside), samples, SparrowDataCollator())
+    options = parse_options(words(tmp_path, "rows", "--visual-bridge-layer", "1"))
+    (sentence,) = prepare_training(*options, target, None).choices
+    assert f"fitted to {count} tokens, it explains {explained:.0%} of it." in sentence
+
+    # No other fault is taken for a layer that was not recorded.
+    monkeypatch.setattr(run, "reader_of", lambda draft: copied(target, feature_layers=[1]))
+    with pytest.raises(TrainingDataError, match="lacks text layer 1, visual layer 2"):
+        prepare_training(*options, target, None)
 
 
 def test_rows_too_short_to_fit_anything_are_said(target: Any) -> None:

@@ -37,7 +37,8 @@ def entry_layer(config: SparrowDraftConfig) -> int:
 def reader_of(draft: SparrowDraftModel) -> SparrowDraftModel:
     """An untrained draft of the same target that reads the same states, and then those of [`entry_layer`]."""
     layers = [*draft.config.feature_layer_ids, entry_layer(draft.config)]
-    return SparrowDraftModel.from_target(draft.target.model, feature_layers=layers)
+    bridge = draft.config.visual_bridge_layer
+    return SparrowDraftModel.from_target(draft.target.model, feature_layers=layers, visual_bridge_layer=bridge)
 
 
 @torch.no_grad()

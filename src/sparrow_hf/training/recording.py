@@ -214,6 +214,9 @@ class RecordedDataset(Dataset):
         folder: Of the recording.
         draft: The draft to be trained, bound to its target. It may read any of the recorded layers.
 
+    Attributes:
+        text_layers: Layers whose text states are recorded, in the `hidden_states` convention.
+
     Raises:
         TrainingDataError: There is no recording, or it was made with another target or dtype, or without a layer that
             the draft reads, or a file that was recorded is missing. Reading a row raises it if the row's file is
@@ -263,6 +266,7 @@ class RecordedDataset(Dataset):
                 f"{found['text_layers']} and visual layers {found['visual_layers']}: record again, or change the draft"
             )
         self.config = draft.config
+        self.text_layers: list[int] = found["text_layers"]
         self.digests.check_present()
         self.paths = sorted((Path(folder) / "rows").glob("row-*.safetensors"))
         #: Rows whose files this process has checked.

@@ -175,22 +175,21 @@ def start_as_last_layers(options: TrainingOptions, trainer: SparrowTrainer) -> s
     Raises:
         TrainingDataError: A row is bad, and bad rows are refused.
     """
-    draft = trainer.draft
-    reader = reader_of(draft)
-    try:
-        rows = rows_of(options.train, reader, options.streaming)
-    except TrainingDataError:
-        # It was opened for the draft before, so this is all that it lacks.
+    draft, recorded = trainer.draft, trainer.train_dataset
+    entry = entry_layer(draft.config)
+    if isinstance(recorded, RecordedDataset) and entry not in recorded.text_layers:
         return (
-            f"FC starts at random, because {options.train} lacks layer {entry_layer(draft.config)}: record it too "
-            f"(`sparrow record --feature-layers {entry_layer(draft.config)}`, beside the others) to start from a fit."
+            f"FC starts at random, because {options.train} lacks layer {entry}: record it too "
+            f"(`sparrow record --feature-layers {entry}`, beside the others) to start from a fit."
         )
+    reader = reader_of(draft)
+    rows = rows_of(options.train, reader, options.streaming)
     if not options.streaming:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(trainer.args.seed))
         rows = map(rows.__getitem__, order.tolist())
     explained, count = fit_fc(draft, reader, rows, trainer.data_collator, show_progress=not trainer.args.disable_tqdm)
     return (
-        f"FC starts as the best linear estimate of what enters layer {entry_layer(draft.config) + 1} of the target: "
+        f"FC starts as the best linear estimate of what enters layer {entry + 1} of the target: "
         f"fitted to {count:,} tokens, it explains {explained:.0%} of it."
     )
 
