@@ -185,7 +185,8 @@ class TestProvenance:
         assert json.loads((folder / "PROVENANCE.json").read_text())["saved_with"]["torch"] == torch.__version__
 
     def test_a_foreign_provenance_does_not_prevent_saving(self, draft: SparrowDraftModel, folder: Path) -> None:
-        draft.provenance |= {"recipe": ["sgd"], "acceptance": 4.9, "data": None, "folder": Path("/data")}
+        draft.provenance |= {"recipe": ["sgd"], "warm_start": True, "acceptance": 4.9, "data": None}
+        draft.provenance |= {"folder": Path("/data")}
         draft.save_pretrained(folder)
         assert "Not measured." in (folder / "README.md").read_text()
         assert json.loads((folder / "PROVENANCE.json").read_text())["recipe"] == ["sgd"]

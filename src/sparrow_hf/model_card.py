@@ -68,7 +68,8 @@ def model_card(
         draft_class: The draft's, whose `from_pretrained` loads it.
         config: The draft's.
         provenance: How it was trained. The card shows `license` (an identifier of the Hub), `datasets`
-            (their ids), `data` (a sentence), `recipe` (name → value), `command`, and `acceptance` (rows of a table:
+            (their ids), `data` (a sentence), `recipe` (name → value), `command`, `warm_start` (the provenance of the
+            draft it was trained on from, with that draft's name as `from`), and `acceptance` (rows of a table:
             mappings with the same keys); all are optional.
         repo_id: Where the draft is found, for the lines that load it.
     """
@@ -129,12 +130,15 @@ print(draft.last_generation)
 
 def _making(provenance: Mapping[str, Any]) -> str:
     lines = []
+    start = provenance.get("warm_start")
+    # Files of other programs may use a name for something else, which must not prevent saving a draft.
+    if isinstance(start, Mapping) and start.get("from"):
+        lines.append(f"It was trained on from the draft `{start['from']}`.")
     if provenance.get("data"):
         lines.append(str(provenance["data"]))
     if provenance.get("command"):
         lines.append(f"```\n{provenance['command']}\n```")
     recipe = provenance.get("recipe")
-    # Files of other programs may use the name for something else, which must not prevent saving a draft.
     if isinstance(recipe, Mapping) and recipe:
         lines.append(_table([{"setting": f"`{key}`", "value": value} for key, value in recipe.items()]))
     if not lines:

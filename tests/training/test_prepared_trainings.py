@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import TrainingOptionsError
 from sparrow_hf.training import SparrowDataCollator
+from sparrow_hf.training.depth import was_chosen
 from sparrow_hf.training.options import parse_options
 from sparrow_hf.training.recording import record
 from sparrow_hf.training.run import build_draft, prepare_training
@@ -62,6 +63,49 @@ def test_the_card_says_how_a_draft_was_trained(target: PreTrainedModel, samples:
     assert row["τ"] == f"{tau:.2f}" and row["P(k ≥ 1, 2, …)"].count(".") == 7
     card = (tmp_path / "draft" / "README.md").read_text()
     assert "| `rows of a step` | 2 |" in card and row["τ"] in card and "not recorded" not in card
+
+
+def test_a_warm_start_says_its_own_target_and_its_own_training(
+    target: PreTrainedModel, samples: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = SparrowDraftModel.from_target(target)
+    record(first, samples, tmp_path / "rows", SparrowDataCollator())
+    first.config.target_name_or_path, first.config.target_revision = "org/original", "1" * 40
+    first.config.target_model_type = "qwen2_vl"
+    first.config.set_tree_shape("chain-12")
+    made = {"command": "retrain --steps 600", "commit": "0" * 40, "steps": 600, "tuned": {"shape": "chain-12"}}
+    first.provenance = {**made, "acceptance": [{"τ": "5.58"}]}
+    first.save_pretrained(tmp_path / "first")
+    monkeypatch.setattr(target.config, "_name_or_path", "org/fine-tuned")
+    monkeypatch.setattr(target.config, "_commit_hash", "2" * 40, raising=False)
+
+    def train(output: str, start: str) -> SparrowDraftModel:
+        words = f"--target t --train {tmp_path}/rows --output {tmp_path}/{output} --warm-start {tmp_path}/{start}"
+        options, arguments = parse_options([*words.split(), *"--max-steps 1 --use-cpu --report-to none".split()])
+        prepare_training(options, arguments, target, None).run()  # type: ignore[arg-type]
+        return SparrowDraftModel.from_pretrained(tmp_path / output)
+
+    with pytest.warns(UserWarning, match="was trained for 'org/original'"):
+        draft = train("second", "first")
+    config = draft.config
+    assert (config.target_name_or_path, config.target_revision) == ("org/fine-tuned", "2" * 40)
+    assert config.target_model_type == target.config.model_type
+    assert draft.provenance.keys() == {
+        *("warm_start", "vllm_positions", "recipe", "acceptance", "target", "target_revision", "saved_with")
+    }
+    assert draft.provenance["recipe"]["steps"] == 1 and draft.provenance["acceptance"] == []
+    start = draft.provenance["warm_start"]
+    assert start["from"] == "first" and start["target"] == "org/original" and made.items() <= start.items()
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert "base_model: org/fine-tuned" in card and 'from_pretrained("org/fine-tuned")' in card
+    assert "It was trained on from the draft `first`." in card and "| `steps` | 1 |" in card
+    assert "org/original" not in card and "600" not in card and "5.58" not in card
+
+    # Nothing was chosen without held-out rows: the depth is still the one that was chosen for the first draft.
+    assert draft.config.num_draft_levels == 12 and was_chosen(draft.provenance)
+    third = train("third", "second")
+    assert third.provenance["warm_start"]["warm_start"]["steps"] == 600 and was_chosen(third.provenance)
+    assert not was_chosen({"warm_start": {"from": "first"}})
 
 
 def test_by_default_a_seed_gives_the_same_draft_of_this_package(

@@ -1,11 +1,31 @@
-"""What a finished training adds to the draft's provenance, from which its card is written (`model_card.py`)."""
+"""What a training writes into the draft's provenance, from which its card is written (`model_card.py`)."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from ..modeling_sparrow import SparrowDraftModel
+from ..target_config import fields_for
 from .arguments import ALL_VISUAL_ROWS
 from .depth import accepted
 from .trainer import SparrowTrainer
+
+
+def begin_anew(draft: SparrowDraftModel, source: str) -> None:
+    """Makes a draft that is trained on from another one say its own target and its own training.
+
+    Its configuration names the target it is bound to. Its provenance is empty but for `warm_start`: the provenance of
+    the other draft, with its Hub id, or the name of its folder, as `from`.
+
+    Args:
+        source: Where the other draft was loaded from.
+    """
+    target = fields_for(draft.target.model.config)
+    for name in ("target_name_or_path", "target_revision", "target_model_type"):
+        setattr(draft.config, name, target[name])
+    # A path of one machine is useless on another.
+    told = Path(source).resolve().name if Path(source).is_dir() else source
+    draft.provenance = {"warm_start": {**draft.provenance, "from": told}}
 
 
 def recipe_of(trainer: SparrowTrainer, **further: Any) -> dict[str, Any]:

@@ -66,6 +66,16 @@ def write_depth(
     )
 
 
+def was_chosen(provenance: Mapping[str, Any]) -> bool:
+    """Whether the depth of a draft's chains was chosen by what it accepted, it or the one it was trained on from.
+
+    Args:
+        provenance: Of the draft.
+    """
+    before = provenance.get("warm_start")
+    return "tuned" in provenance or (isinstance(before, Mapping) and was_chosen(before))
+
+
 def accepted(metrics: Mapping[str, float]) -> list[float]:
     """`a_1`, `a_2` … of an evaluation's metrics."""
     shares: list[float] = []

@@ -17,10 +17,10 @@ from ..modeling_sparrow import SparrowDraftModel
 from ..tree_shapes import chain
 from .arguments import SparrowTrainingArguments
 from .callbacks import DecodingCallback
-from .card import acceptance_of, recipe_of
+from .card import acceptance_of, begin_anew, recipe_of
 from .checkpoints import check_settings, describe_training, digest_of_rows, last_checkpoint, step_of
 from .curves import plot_curves
-from .depth import write_depth
+from .depth import was_chosen, write_depth
 from .first_weights import entry_layer, fit_fc, reader_of
 from .leakage import refuse_shared_media
 from .lora import add_lora, merge_lora
@@ -227,11 +227,13 @@ def prepare_training(
         with PartialState().main_process_first():
             refuse_shared_media(train, held_out)
     # An existing draft keeps its configuration, but not a depth that was chosen by what it then accepted.
-    chosen_before = "tuned" in draft.provenance and draft.config.beam_width == 1
+    chosen_before = draft.config.beam_width == 1 and was_chosen(draft.provenance)
     keeps_depth = options.num_draft_levels is not None or (options.warm_start is not None and not chosen_before)
     chooses_depth = held_out is not None and not keeps_depth
-    if chooses_depth and options.warm_start is not None:
-        draft.config.set_tree_shape(chain(type(draft.config).num_draft_levels))
+    if options.warm_start is not None:
+        if chooses_depth:
+            draft.config.set_tree_shape(chain(type(draft.config).num_draft_levels))
+        begin_anew(draft, options.warm_start)
     choices = []
     if options.vocabulary is None and options.warm_start is None and draft.config.vocab_size >= REDUCED_SIZE:
         # Neither a recording nor a stream can be counted before it is read.
