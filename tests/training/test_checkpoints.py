@@ -140,6 +140,7 @@ def test_a_damaged_part_ends_the_resumed_training(
         (("--gradient-accumulation-steps", 2), "arguments.gradient_accumulation_steps: 1, now 2"),
         (("--lr-scheduler-type", "cosine"), "arguments.lr_scheduler_type: 'linear', now 'cosine'"),
         (("--hidden-state-noise", 0.5), "arguments.hidden_state_noise: 0.0, now 0.5"),
+        (("--ignore-data-skip", "true"), "arguments.ignore_data_skip: False, now True"),
         (("--num-mtp-steps", 2), "draft.num_mtp_steps: 4, now 2"),
         (("--draft-dtype", "bfloat16"), "draft_dtype: 'torch.float32', now 'torch.bfloat16'"),
     ],
@@ -169,6 +170,39 @@ def test_what_decides_no_weights_may_change(prepare: Callable[..., TrainingRun],
     prepare(output, "--resume", "--logging-steps", 1, "--save-total-limit", 3, "--run-name", "again")
     with pytest.warns(UserWarning, match="planned for .*'max_steps': 2.* goes on with .*'max_steps': 3"):
         prepare(output, "--resume", "--max-steps", 3)
+
+
+def test_how_a_draft_decodes_and_is_evaluated_may_change(
+    prepare: Callable[..., TrainingRun], output: Path, rows: Path
+) -> None:
+    whole = SparrowDraftModel.from_pretrained(output).state_dict()
+    shutil.rmtree(output / "checkpoints" / "checkpoint-2")
+    words = ("--num-draft-levels", 5, "--num-glimpse-tokens", 8, "--glimpse-spacing", "logarithmic")
+    again = prepare(output, "--resume", "--held-out", rows / "c", *words).run()
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in whole.items())
+    config = SparrowDraftModel.from_pretrained(output).config
+    assert (config.tree_shape, config.num_glimpse_tokens, config.glimpse_spacing) == ((6, 5, 1), 8, "logarithmic")
+
+
+def test_held_out_rows_may_join_a_training_that_began_with_a_tuned_draft(
+    target: PreTrainedModel, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = SparrowDraftModel.from_target(target, num_draft_levels=12)
+    tuned.provenance = {"tuned": {"shape": "chain-12"}}
+    tuned.save_pretrained(tmp_path / "tuned")
+    common = f"--target t --train {rows}/a --output {tmp_path}/draft --warm-start {tmp_path}/tuned --use-cpu "
+    common += "--save-steps 1 --report-to none --disable-tqdm true"
+    first = prepare_training(*parse_options([*common.split(), "--max-steps", "1"]), target, None)
+    first.run()
+    assert first.trainer.draft.config.num_draft_levels == 12
+    # The target lies elsewhere now; its weights are the same.
+    monkeypatch.setattr(target.config, "_name_or_path", "org/renamed")
+    words = [*common.split(), "--max-steps", "2", "--resume", "--held-out", f"{rows}/c"]
+    with pytest.warns(UserWarning, match="planned for"):
+        second = prepare_training(*parse_options(words), target, None)
+    assert second.chooses_depth and second.trainer.draft.config.num_draft_levels == 7
+    second.run()
+    assert second.trainer.state.global_step == 2
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed_with_a_warning(

@@ -30,12 +30,19 @@ _NAME = re.compile(r"checkpoint-([0-9]+)")
 _NOT_COMPARED = re.compile(
     r"(logging|log|report|save|eval|hub|push_to_hub|trackio|dataloader|include|debug|do|ddp|torch_compile)(_.*)?"
     r"|output_dir|run_name|project|disable_tqdm|load_best_model_at_end|metric_for_best_model|greater_is_better"
-    r"|per_device_eval_batch_size|batch_eval_metrics|prediction_loss_only|resume_from_checkpoint|ignore_data_skip"
+    r"|per_device_eval_batch_size|batch_eval_metrics|prediction_loss_only|resume_from_checkpoint"
     r"|local_rank|use_cpu|skip_memory_metrics|restore_callback_states_from_checkpoint|(gradient|activation)_checkpointing(_kwargs)?|(bf16|fp16)_full_eval"
     r"|torch_empty_cache_steps|enable_jit_checkpoint|use_cache|max_steps|num_train_epochs|label_names"
 )
 #: Arguments that the pattern above leaves out by their beginning, although they decide the weights.
 _COMPARED = ("dataloader_drop_last",)
+#: Fields of the draft that decide how it is named, saved, evaluated and decoded with, but not its trained weights: the
+#: glimpse of a training step is drawn at random, and the target is compared by its digest.
+_DRAFT_NOT_COMPARED = (
+    *("transformers_version", "tensors_sha256", "_name_or_path"),
+    *("target_name_or_path", "target_revision", "target_model_type"),
+    *("num_tree_nodes", "num_draft_levels", "beam_width", "num_glimpse_tokens", "glimpse_spacing"),
+)
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
@@ -111,11 +118,7 @@ def describe_training(trainer: Trainer, **sources: Any) -> dict[str, Any]:
         for name, value in trainer.args.to_dict().items()
         if name in _COMPARED or not _NOT_COMPARED.fullmatch(name)
     }
-    configuration = {
-        name: value
-        for name, value in draft.config.to_dict().items()
-        if name not in ("transformers_version", "tensors_sha256", "_name_or_path")
-    }
+    configuration = {name: value for name, value in draft.config.to_dict().items() if name not in _DRAFT_NOT_COMPARED}
     settings = {
         "arguments": arguments,
         "steps": {"max_steps": trainer.args.max_steps, "num_train_epochs": trainer.args.num_train_epochs},
