@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import TrainingOptionsError
-from sparrow_hf.training import SparrowDataCollator
+from sparrow_hf.training import DRAFT_PRESETS, SparrowDataCollator
 from sparrow_hf.training.depth import was_chosen
 from sparrow_hf.training.options import parse_options
 from sparrow_hf.training.recording import record
@@ -106,6 +106,24 @@ def test_a_warm_start_says_its_own_target_and_its_own_training(
     third = train("third", "second")
     assert third.provenance["warm_start"]["warm_start"]["steps"] == 600 and was_chosen(third.provenance)
     assert not was_chosen({"warm_start": {"from": "first"}})
+
+
+def test_a_preset_is_applied_as_a_whole_or_not_at_all(
+    target: PreTrainedModel, samples: list[Any], tmp_path: Path
+) -> None:
+    for name, fields in (("other", {"num_mtp_steps": 5}), ("papers", DRAFT_PRESETS["paper"])):
+        SparrowDraftModel.from_target(target, **fields).save_pretrained(tmp_path / name)
+    words = f"--target t --train rows --output {tmp_path}/draft --preset paper --use-cpu --warm-start {tmp_path}"
+    with pytest.raises(TrainingOptionsError) as refused:
+        build_draft(parse_options(f"{words}/other".split())[0], target)
+    assert str(refused.value) == (
+        f"--preset paper is a recipe for drafts of num_mtp_steps 2, num_glimpse_tokens 0, but {tmp_path}/other has "
+        "num_mtp_steps 5, num_glimpse_tokens 64, and --warm-start keeps its draft's configuration: leave out --preset "
+        "and give the options that you want, or train a new draft"
+    )
+    # A draft that was made by the preset is trained on by it.
+    draft = build_draft(parse_options(f"{words}/papers".split())[0], target)
+    assert (draft.config.num_mtp_steps, draft.config.num_glimpse_tokens) == (2, 0)
 
 
 def test_by_default_a_seed_gives_the_same_draft_of_this_package(

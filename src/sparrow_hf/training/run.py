@@ -15,7 +15,7 @@ from ..data.datasets import load_rows
 from ..errors import MissingDependencyError, TrainingDataError, TrainingOptionsError
 from ..modeling_sparrow import SparrowDraftModel
 from ..tree_shapes import chain
-from .arguments import SparrowTrainingArguments
+from .arguments import DRAFT_PRESETS, SparrowTrainingArguments
 from .callbacks import DecodingCallback
 from .card import acceptance_of, begin_anew, recipe_of
 from .checkpoints import check_settings, describe_training, digest_of_rows, last_checkpoint, step_of
@@ -133,6 +133,12 @@ def build_draft(
 
     Args:
         draft_class: What a fresh draft is.
+
+    Raises:
+        TrainingOptionsError: There is no such dtype, or an existing draft contradicts the preset.
+        DraftLoadError: There is no draft to start from, or its files are damaged.
+        BindingError: The draft to start from fits another target.
+        VocabularyError: The draft's vocabulary cannot be read, or was made for another target.
     """
     dtype = DRAFT_DTYPES.get(options.draft_dtype)
     if dtype is None:
@@ -141,6 +147,7 @@ def build_draft(
         )
     if options.warm_start is not None:
         draft = draft_class.from_pretrained(options.warm_start)
+        check_preset(options, draft)
         draft.bind(target)
         draft.to(draft.target.device)
     else:
@@ -148,6 +155,23 @@ def build_draft(
         if options.vocabulary not in (None, FULL_VOCABULARY):
             draft.set_vocabulary(load_vocabulary(options.vocabulary, draft.config.vocab_size))
     return draft.to(dtype)
+
+
+def check_preset(options: TrainingOptions, draft: SparrowDraftModel) -> None:
+    """Raises unless an existing draft has what the preset sets in a new one: the other half of its recipe.
+
+    Raises:
+        TrainingOptionsError: It has not, and so would be trained for another way of decoding than its own.
+    """
+    wanted = DRAFT_PRESETS[options.preset]
+    found = {name: getattr(draft.config, name) for name in wanted}
+    if found != wanted:
+        told = [", ".join(f"{name} {value}" for name, value in fields.items()) for fields in (wanted, found)]
+        raise TrainingOptionsError(
+            f"--preset {options.preset} is a recipe for drafts of {told[0]}, but {options.warm_start} has {told[1]}, "
+            "and --warm-start keeps its draft's configuration: leave out --preset and give the options that you want, "
+            "or train a new draft"
+        )
 
 
 def rows_of(source: str, draft: SparrowDraftModel, streaming: bool = False) -> Any:
