@@ -8,6 +8,7 @@ from transformers import EvalPrediction
 from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments
 from sparrow_hf.training.acceptance import acceptance_metrics, count_acceptance, simulate_rounds
 from sparrow_hf.training.passes import DraftBatch
+from sparrow_hf.tree_shapes import tree_name
 
 
 def batch_of(*num_losses):
@@ -67,6 +68,19 @@ def test_a_batch_of_short_answers_has_as_many_counts_as_one_of_long_answers():
         "accepted_2": 0.5,
         "accepted_3": 0.5,
     }
+
+
+def test_a_draft_without_levels_is_the_target_alone(tmp_path, target, make_draft, samples):
+    args = SparrowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    draft = make_draft(num_draft_levels=0)
+    assert tree_name(draft.config.tree_shape) == "none"
+    trainer = SparrowTrainer(draft, target, args, eval_dataset=samples)
+    metrics = trainer.evaluate()
+    assert metrics["eval_k"] == 0 and metrics["eval_tau"] == 1 and metrics["eval_loss"] > 0
+    assert not any(name.startswith(("eval_accepted", "eval_agreement")) for name in metrics)
+    # Every answer token is a round, whatever the one pass that gives the loss has matched.
+    counts = count_acceptance(batch_of(6, 3), [torch.ones(2, 6).bool()], 0)
+    assert counts.tolist() == [[9]]
 
 
 def test_figures_do_not_depend_on_how_rows_are_batched(tmp_path, target, make_draft, samples):

@@ -17,13 +17,14 @@ def count_acceptance(batch: DraftBatch, matches: Sequence[Tensor], levels: int) 
     Args:
         batch: The batch the passes ran on.
         matches: Per pass s, `(B, J−s)` bool: the draft's most probable token at loss u + s is the target's. Answers
-            that are shorter than a chain have fewer passes.
-        levels: Tokens D of the chains, the same for all batches of an evaluation.
+            that are shorter than a chain have fewer passes, and passes beyond the chain's D are not counted.
+        levels: Tokens D of the chains, the same for all batches of an evaluation; 0 drafts nothing.
 
     Returns:
         `(1, 3·D + 1)`: matching losses and all losses of each pass, rounds that accepted at least 1 … D tokens, and
         all rounds.
     """
+    matches = matches[:levels]
     agreed = [int((match & batch.has_loss(step)).sum()) for step, match in enumerate(matches)]
     losses = [int(batch.has_loss(step).sum()) for step in range(len(matches))]
     not_run = [0] * (levels - len(matches))

@@ -149,7 +149,7 @@ def exact_passes(
     Args:
         draft: A draft bound to its target.
         batch: Its inputs.
-        num_passes: Passes to run; fewer where answers are shorter.
+        num_passes: Passes to run, at least one; fewer where answers are shorter.
         forward: The draft as wrapped by a trainer; by default the draft itself.
 
     Returns:

@@ -188,7 +188,9 @@ class SparrowTrainer(Trainer):
         batch = self.make_batch(inputs["samples"], training=training)
         # Evaluation measures what decoding would accept, whatever the training recipe was.
         exact = self.args.mtp_attention == "exact" or not training
-        num_passes = self.draft.config.num_mtp_steps if training else self.draft.config.num_draft_levels
+        levels = self.draft.config.num_mtp_steps if training else self.draft.config.num_draft_levels
+        # The loss is of one pass also where nothing is drafted.
+        num_passes = max(levels, 1)
         # The forward goes through the model as it was wrapped: DDP averages no gradient of a forward it has not seen.
         passes = (exact_passes if exact else reinput_passes)(self.draft, batch, num_passes, forward=model)
 
@@ -223,7 +225,7 @@ class SparrowTrainer(Trainer):
         if num_items_in_batch is not None:
             # Gradients are averaged over processes, but every process has divided by the losses of all of them.
             loss = loss * self.accelerator.num_processes
-        return (loss, count_acceptance(batch, matches, num_passes)) if return_outputs else loss
+        return (loss, count_acceptance(batch, matches, levels)) if return_outputs else loss
 
     def report_skipped(self, skipped: list[tuple[int | None, str]]) -> None:
         """Notes rows that were left out, as (index, reason), and warns of each once."""
