@@ -96,7 +96,22 @@ def test_a_file_holds_the_ids_their_counts_and_where_they_come_from(tmp_path):
             "target": "someone/a-target",
             "tensors_sha256": tensor_digest(StoredTensors([path])),
         }
-    with pytest.raises(VocabularyError, match="2 … 9, but the target has 0 … 8"):
+    # All ids exist in a larger target, where they are other words.
+    for size in (9, 1_000):
+        with pytest.raises(VocabularyError) as refused:
+            load_vocabulary(path, size)
+        assert str(refused.value) == (
+            f"{path} was made for someone/a-target, which has 10 tokens, and this target has {size:,}: make it again "
+            "with `sparrow vocab` from the answers of this target"
+        )
+
+
+def test_ids_of_a_file_that_names_no_size_must_exist(tmp_path):
+    path = tmp_path / "vocabulary.safetensors"
+    save_file({"draft_to_target": torch.tensor([2, 9])}, path)
+    with pytest.warns(UserWarning, match="digest"):
+        assert load_vocabulary(path, 10).tolist() == [2, 9]
+    with pytest.warns(UserWarning), pytest.raises(VocabularyError, match="2 … 9, but the target has 0 … 8"):
         load_vocabulary(path, 9)
 
 

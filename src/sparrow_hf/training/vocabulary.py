@@ -207,7 +207,7 @@ def load_vocabulary(path: str | os.PathLike[str], vocab_size: int | None = None)
 
     Raises:
         VocabularyError: The file is no vocabulary: unreadable, not as it was written, of another dtype or shape, not
-            ascending, or with ids the target does not have.
+            ascending, or with ids the target does not have. Or it was made for a target of another size.
     """
     made = "make it again with `sparrow vocab`"
     try:
@@ -221,7 +221,7 @@ def load_vocabulary(path: str | os.PathLike[str], vocab_size: int | None = None)
                 raise ValueError("it is not what was written: its digest differs")
         else:
             warn_without_digest(Path(path))
-        vocab_size = int(metadata.get("vocab_size", 0)) if vocab_size is None else vocab_size
+        made_for = int(metadata.get("vocab_size", 0))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise VocabularyError(f"{path} cannot be read as a draft vocabulary ({error}): {made}") from error
     if ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids):
@@ -231,7 +231,12 @@ def load_vocabulary(path: str | os.PathLike[str], vocab_size: int | None = None)
         )
     if (ids.diff() <= 0).any():
         raise VocabularyError(f"draft_to_target in {path} must be ascending, without repetition: {made}")
-    size = vocab_size or int(ids[-1] + 1)
+    if vocab_size and made_for and vocab_size != made_for:
+        raise VocabularyError(
+            f"{path} was made for {metadata.get('target', 'a target')}, which has {made_for:,} tokens, and this "
+            f"target has {vocab_size:,}: {made} from the answers of this target"
+        )
+    size = vocab_size or made_for or int(ids[-1] + 1)
     if ids[0] < 0 or ids[-1] >= size:
         raise VocabularyError(
             f"draft_to_target in {path} holds the ids {int(ids[0])} … {int(ids[-1])}, but the target has 0 … "
