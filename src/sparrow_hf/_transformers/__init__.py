@@ -34,6 +34,8 @@ from .caches import (
 )
 from .contract import SUPPORTED_VERSIONS, TESTED_VERSIONS, check_contract, contract_breaches
 from .models import (
+    TrainingLength,
+    as_trained,
     attention_of,
     checkpoint_with_cache,
     commit_of,
@@ -44,6 +46,7 @@ from .models import (
     on_device,
     run_layer,
     smart_resize,
+    training_length,
     unwrap,
     use_one_gpu,
 )

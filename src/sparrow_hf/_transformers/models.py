@@ -1,6 +1,8 @@
 """Models, decoder layers, configurations, trainers and files."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -79,6 +81,56 @@ def execution_device(module: nn.Module) -> torch.device | None:
 def on_device(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """A batch, moved to where a `Trainer` trains."""
     return trainer._prepare_inputs(inputs)
+
+
+@contextmanager
+def as_trained(trainer: Any) -> Iterator[Any]:
+    """In this context, the model of a `Trainer` as its training steps run it; afterwards it is what it was.
+
+    That is with activation checkpointing, in mixed precision, compiled and in DDP, where the arguments ask for it.
+    """
+    args, model = trainer.args, trainer.model
+    attributes, checkpointed = set(vars(model)), model.is_activation_checkpointing
+    if args.activation_checkpointing:
+        options = dict(args.activation_checkpointing_kwargs or {})
+        which = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **which)
+    try:
+        yield trainer.accelerator.prepare_model(model)
+    finally:
+        # accelerate puts another `forward` in front of the model's own, and a mark that it did.
+        for name in vars(model).keys() - attributes:
+            delattr(model, name)
+        if not checkpointed:
+            model.activation_checkpointing_disable()
+
+
+class TrainingLength(NamedTuple):
+    """How long a training is.
+
+    Attributes:
+        steps: Optimizer steps of all of it.
+        steps_per_epoch: Optimizer steps of one pass over the rows; `steps` where their number is not known.
+        rows: Number of rows that all processes train on, those of every epoch counted.
+    """
+
+    steps: int
+    steps_per_epoch: int
+    rows: float
+
+
+def training_length(trainer: Any) -> TrainingLength:
+    """How long the training of a `Trainer` will be, as the trainer itself computes it.
+
+    Raises:
+        ValueError: Neither the number of rows nor `max_steps` is known, or an epoch has no batch.
+    """
+    # The loader of several processes draws a seed.
+    with torch.random.fork_rng(devices=[]):
+        loader = trainer.get_train_dataloader()
+    _, steps_per_epoch, rows, _, batch, _, steps = trainer.set_initial_training_values(trainer.args, loader)
+    # The last batch of an epoch may be short, or left out.
+    return TrainingLength(steps, steps_per_epoch, min(rows * steps / steps_per_epoch, batch * steps))
 
 
 def use_one_gpu(arguments: Any) -> None:

@@ -148,13 +148,14 @@ def show_cost(console: Console, cost: Any) -> None:
     table.add_row("target weights", size(cost.target_bytes))
     table.add_row("draft weights, gradients, optimiser", size(cost.training_bytes))
     peak = "not measured on a CPU" if cost.peak_bytes is None else size(cost.peak_bytes)
-    table.add_row("peak memory in the measured steps", peak)
+    table.add_row("peak memory of a step", peak)
     table.add_row("one checkpoint", size(cost.checkpoint_bytes))
-    table.add_row("all checkpoints kept", size(cost.checkpoints_bytes))
+    table.add_row("checkpoints kept", f"{cost.num_checkpoints}: {size(cost.checkpoints_bytes)}")
     table.add_row("optimizer steps", str(cost.optimizer_steps))
     table.add_row("time, evaluation left out", f"{cost.seconds / 3600:.3g} hours")
     console.print(table)
     console.print(
-        f"Time and peak were measured on the forward and backward of {cost.measured_rows} training rows, the longest "
-        f"of {cost.longest_row} tokens."
+        f"Time and peak were measured on the forward and backward of {cost.measured_rows} training rows in batches of "
+        f"{cost.batch_size}, the longest row of {cost.longest_row} tokens; the peak includes Adam's averages.",
+        soft_wrap=True,
     )

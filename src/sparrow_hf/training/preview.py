@@ -1,18 +1,21 @@
 """`sparrow train --inspect` and `--dry-run`: the draft's inputs of one sample, and the cost of a training."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
+from math import ceil
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from .._transformers import on_device
+from .._transformers import TrainingLength, as_trained, training_length
 from ..clocks import now
 from ..draft_inputs import visual_mask
 from .trainer import SparrowTrainer
 
-#: Number of rows that a dry run measures, spread evenly over the training set.
+#: Number of rows that a dry run measures, spread evenly over the training set; more where two batches have more.
 DRY_RUN_ROWS = 8
 
 
@@ -88,17 +91,21 @@ def preview_sample(
 class CostEstimate:
     """Estimated cost of a training, in bytes and seconds. Times and peak were measured on `measured_rows` rows.
 
+    The optimiser is taken to keep two averages of every trained number, as Adam does.
+
     Attributes:
         draft_parameters: Numbers that are trained.
         target_bytes: Weights of the target.
         training_bytes: Weights, gradients and optimiser state of the draft.
-        peak_bytes: Peak memory of the accelerator during the measured steps, weights included; `None` on a CPU.
+        peak_bytes: Peak memory of the accelerator during the measured steps, weights included, plus the optimiser
+            state, which these steps do not have; `None` on a CPU.
         checkpoint_bytes: Disk of one checkpoint.
-        checkpoints_bytes: Disk of all checkpoints that are kept.
+        num_checkpoints: Number of checkpoints that are kept; with `save_strategy="best"`, at most.
         seconds: The whole training, evaluation left out.
         optimizer_steps: Number of steps of the whole training.
         measured_rows: Number of rows that were measured, with forward and backward pass.
-        longest_row: Tokens of the longest of them.
+        batch_size: Number of rows of one forward and backward pass.
+        longest_row: Tokens of the longest of the measured rows.
     """
 
     draft_parameters: int
@@ -106,68 +113,98 @@ class CostEstimate:
     training_bytes: int
     peak_bytes: int | None
     checkpoint_bytes: int
-    checkpoints_bytes: int
+    num_checkpoints: int
     seconds: float
     optimizer_steps: int
     measured_rows: int
+    batch_size: int
     longest_row: int
+
+    @property
+    def checkpoints_bytes(self) -> int:
+        """Disk of all checkpoints that are kept."""
+        return self.num_checkpoints * self.checkpoint_bytes
 
 
 def estimate_cost(trainer: SparrowTrainer, target: nn.Module) -> CostEstimate:
     """Takes a few steps forward and backward, without an optimiser step, and scales them up.
 
-    The draft and the random state are left as they were; the first row is not timed.
+    The steps are those of the training: its batches, mixed precision and checkpointing. The draft and the random state
+    are left as they were; the first batch is not timed, unless it is the only one.
 
     Args:
         trainer: The trainer that would be started.
         target: Its target.
+
+    Raises:
+        ValueError: See [`training_length`].
     """
     draft, args = trainer.draft, trainer.args
-    rows = _some_rows(trainer)
+    rows, batch_size = _some_rows(trainer), args.train_batch_size
     on_cuda = args.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(args.device)
-    seconds, longest = [], 0
-    for row in rows:
-        start = now(args.device)
-        inputs = trainer.data_collator([row])
-        for sample in inputs["samples"]:
-            longest = max(longest, sample["input_ids"].shape[-1])
-        draft.train()
-        trainer.compute_loss(draft, on_device(trainer, inputs)).backward()
-        seconds.append(now(args.device) - start)
+    timed, longest = [], 0
+    with as_trained(trainer) as model:
+        for first in range(0, len(rows), batch_size):
+            start = now(args.device)
+            batch = rows[first : first + batch_size]
+            inputs = trainer.data_collator(batch)
+            longest = max([longest, *(sample["input_ids"].shape[-1] for sample in inputs["samples"])])
+            trainer.training_step(model, inputs)
+            timed.append((now(args.device) - start, len(batch)))
     draft.zero_grad()
     trainer._pass_counts = {}
+    seconds, timed_rows = (sum(each) for each in zip(*(timed[1:] or timed), strict=True))
 
     trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    steps, per_step = args.max_steps, args.train_batch_size * args.gradient_accumulation_steps
-    if steps <= 0:
-        # Without a dataset of known length there is no number of epochs to count.
-        steps = round(args.num_train_epochs * len(trainer.train_dataset) / (per_step * args.world_size))
-    # Weights, and Adam's two averages of them.
-    checkpoint = 3 * weights
-    kept = args.save_total_limit or (round(steps / args.save_steps) if args.save_steps >= 1 else 1)
-    typical = sum(seconds[1:]) / len(seconds[1:]) if len(seconds) > 1 else seconds[0]
+    gradients, weights = _bytes_of(trained), _bytes_of(draft.state_dict().values())
+    averages = 2 * gradients
+    length = training_length(trainer)
     return CostEstimate(
         draft_parameters=sum(parameter.numel() for parameter in trained),
-        target_bytes=sum(parameter.numel() * parameter.element_size() for parameter in target.parameters()),
-        training_bytes=4 * weights,
-        peak_bytes=torch.cuda.max_memory_allocated(args.device) if on_cuda else None,
-        checkpoint_bytes=checkpoint,
-        checkpoints_bytes=checkpoint * max(kept, 1),
-        seconds=typical * per_step * steps,
-        optimizer_steps=steps,
+        target_bytes=_bytes_of(target.parameters()),
+        training_bytes=weights + gradients + averages,
+        peak_bytes=torch.cuda.max_memory_allocated(args.device) + averages if on_cuda else None,
+        checkpoint_bytes=weights if args.save_only_model else weights + averages,
+        num_checkpoints=_checkpoints_kept(args, length),
+        seconds=seconds / timed_rows * length.rows / args.world_size,
+        optimizer_steps=length.steps,
         measured_rows=len(rows),
+        batch_size=batch_size,
         longest_row=longest,
     )
 
 
 def _some_rows(trainer: SparrowTrainer) -> list[Any]:
-    """A few training rows, evenly spread where their number is known."""
+    """A few training rows, two batches at least, evenly spread where their number is known."""
     dataset: Any = trainer.train_dataset
+    count = max(DRY_RUN_ROWS, 2 * trainer.args.train_batch_size)
     if not hasattr(dataset, "__len__"):
-        iterator = iter(dataset)
-        return [row for _, row in zip(range(DRY_RUN_ROWS), iterator, strict=False)]
-    count = min(DRY_RUN_ROWS, len(dataset))
+        return list(islice(dataset, count))
+    count = min(count, len(dataset))
     return [dataset[index * len(dataset) // count] for index in range(count)]
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _checkpoints_kept(args: TrainingArguments, length: TrainingLength) -> int:
+    """Number of checkpoints that a training leaves."""
+    if args.save_strategy == "best":
+        # At every evaluation, if each is better than all before.
+        strategy, interval = args.eval_strategy, args.eval_steps
+    else:
+        strategy, interval = args.save_strategy, args.save_steps
+    if strategy == "no":
+        return 0
+    if strategy == "epoch":
+        interval = length.steps_per_epoch
+    elif interval < 1:
+        # A share of the training.
+        interval = ceil(interval * length.steps)
+    # The end is saved too. An interval of no steps leaves that one alone.
+    written = ceil(length.steps / interval) if interval else 1
+    limit = args.save_total_limit or 0
+    return min(written, limit) if limit > 0 else written
