@@ -265,9 +265,42 @@ def test_an_embedding_that_cannot_be_compared_is_reported(
 ) -> None:
     (qwen_folder / "model.safetensors").unlink()
     conversion = convert_checkpoint(write(tmp_path / "eagle", eagle_tensors(qwen)), qwen_folder)
-    assert conversion.dropped["embed_tokens.weight"].startswith("not compared")
+    reason = "not compared: the target's weights are not on this machine"
+    assert conversion.dropped["embed_tokens.weight"] == reason
     assert conversion.draft.provenance["dropped"] == conversion.dropped
     assert len(conversion.draft.provenance["source_sha256"]["model.safetensors"]) == 64
+
+
+def keep_tensors(folder: Path, ending: str) -> None:
+    """Leaves only the tensors of a target on disk whose names end so."""
+    kept = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if name.endswith(ending)}
+    assert kept
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_head_is_compared_with_the_embedding_it_is_tied_to(
+    qwen: PreTrainedModel, qwen_folder: Path, tmp_path: Path
+) -> None:
+    """A target with tied embeddings stores its embedding only."""
+    keep_tensors(qwen_folder, "embed_tokens.weight")
+    embedding = qwen.get_input_embeddings().weight.detach()
+    right = write(tmp_path / "right", eagle_tensors(qwen) | {"lm_head.weight": embedding.clone()})
+    assert convert_checkpoint(right, qwen_folder).dropped["lm_head.weight"] == "equal to the target's"
+    wrong = write(tmp_path / "wrong", eagle_tensors(qwen) | {"lm_head.weight": embedding + 0.5})
+    with pytest.raises(DraftLoadError, match=r"lm_head\.weight of the draft is not the target's .*embed_tokens"):
+        convert_checkpoint(wrong, qwen_folder)
+
+
+def test_weights_without_an_embedding_are_not_said_to_be_missing(
+    qwen: PreTrainedModel, qwen_folder: Path, tmp_path: Path
+) -> None:
+    keep_tensors(qwen_folder, "q_proj.weight")
+    stored = eagle_tensors(qwen)
+    stored["lm_head.weight"] = stored["embed_tokens.weight"].clone()
+    dropped = convert_checkpoint(write(tmp_path / "eagle", stored), qwen_folder).dropped
+    reason = "not compared: the target's weights hold no "
+    assert dropped["embed_tokens.weight"] == f"{reason}embed_tokens.weight"
+    assert dropped["lm_head.weight"] == f"{reason}lm_head.weight or embed_tokens.weight"
 
 
 def test_half_precision_is_kept(qwen: PreTrainedModel, qwen_folder: Path, tmp_path: Path) -> None:

@@ -28,8 +28,12 @@ IGNORED_TENSORS: dict[str, str] = {
     "rotary_emb.inv_freq": "computed from the configuration",
 }
 
-#: Tensors that are the target's own: tensor here → how its name ends in a checkpoint of the target.
-_BORROWED_TENSORS = {"embed_tokens.weight": "embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
+#: Tensors that are the target's own: tensor here → how the name of the target's may end, the first that is stored
+#: counts. A head that is tied to the embedding is not stored.
+_BORROWED_TENSORS = {
+    "embed_tokens.weight": ("embed_tokens.weight",),
+    "lm_head.weight": ("lm_head.weight", "embed_tokens.weight"),
+}
 
 #: RoPE base of the family's code where config.json names none.
 _DEFAULT_ROPE_THETA = 10000.0
@@ -222,22 +226,30 @@ def _check_names(weights: dict[str, Tensor], draft: SparrowDraftModel) -> None:
 
 def _compare_with_target(tensor: Tensor, target: str | Path, name: str) -> str:
     """Why an embedding or head may be dropped: it is the target's, or could not be compared with it."""
-    ending = _BORROWED_TENSORS[name]
-    for path in find_weights(target, local_files_only=True):
+    files = find_weights(target, local_files_only=True)
+    if not files:
+        return "not compared: the target's weights are not on this machine"
+    endings = _BORROWED_TENSORS[name]
+    found = next(filter(None, (_stored_tensor(files, ending) for ending in endings)), None)
+    if found is None:
+        return f"not compared: the target's weights hold no {' or '.join(endings)}"
+    their_name, theirs = found
+    # Checkpoints keep it in other precisions than the target does.
+    if theirs.shape != tensor.shape or not torch.allclose(tensor.float(), theirs.float(), rtol=1e-2, atol=1e-4):
+        raise DraftLoadError(
+            f"{name} of the draft is not the target's {their_name}: it was made for another target than {target}"
+        )
+    return "equal to the target's"
+
+
+def _stored_tensor(files: list[Path], ending: str) -> tuple[str, Tensor] | None:
+    """Name and value of the first tensor in safetensors files whose name ends so."""
+    for path in files:
         with safe_open(path, framework="pt") as stored:
-            for candidate in stored.keys():  # noqa: SIM118 - not a mapping
-                if candidate.endswith(ending):
-                    theirs = stored.get_tensor(candidate)
-                    break
-            else:
-                continue
-        # Checkpoints keep it in other precisions than the target does.
-        if theirs.shape != tensor.shape or not torch.allclose(tensor.float(), theirs.float(), rtol=1e-2, atol=1e-4):
-            raise DraftLoadError(
-                f"{name} of the draft is not the target's {candidate}: it was made for another target than {target}"
-            )
-        return "equal to the target's"
-    return "not compared: the target's weights are not on this machine"
+            for name in stored.keys():  # noqa: SIM118 - not a mapping
+                if name.endswith(ending):
+                    return name, stored.get_tensor(name)
+    return None
 
 
 # -- the files --------------------------------------------------------------------------------------------------------
