@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from noise import build_target, read
+from rich.console import Console
 from transformers import AutoModel, PreTrainedModel
 from typer.testing import CliRunner, Result
 from untrained import save_models
@@ -13,6 +14,7 @@ from untrained import save_models
 from sparrow_hf import SparrowDraftModel, TreeShape, tuning
 from sparrow_hf.artifacts import tensor_digest
 from sparrow_hf.cli import app
+from sparrow_hf.cli.tune import costs_table
 from sparrow_hf.errors import BenchmarkError, DraftLoadError
 from sparrow_hf.measurement import Arm
 from sparrow_hf.metrics import Run
@@ -118,6 +120,19 @@ def test_a_tree_is_chosen_if_it_is_faster(machine: Any, target: Any, draft: Any,
 
     monkeypatch.setattr(tuning, "compare", compare)
     assert tune(draft, target, prompts(target)).shape == TreeShape(24, 8, 4)
+
+
+def test_shapes_of_equally_many_nodes_are_all_told(machine: dict[str, Any], target: Any, draft: Any) -> None:
+    found = tune(draft, target, prompts(target), trees=("17-4-8", "9-4-2"))
+    deepest = {"none": 0, "chain-2": 2, "chain-5": 5, "chain-8": 8, "chain-12": 12, "chain-16": 16}
+    deepest |= {"17-4-8": 4, "9-4-2": 4}
+    verify = found.evidence()["costs"]["4"]["verify_ms"]
+    assert verify == pytest.approx({name: 11 + 0.5 * depth for name, depth in deepest.items()})
+    console = Console(width=400)
+    with console.capture() as captured:
+        console.print(costs_table(found))
+    shown = ", ".join(f"{name}: {milliseconds / 10:.2f}" for name, milliseconds in verify.items())
+    assert "verify (shape: steps)" in captured.get() and shown in captured.get()
 
 
 @pytest.mark.parametrize("shape", ["10-3-3", "chain-20"])

@@ -315,7 +315,7 @@ def _described(length: Length) -> dict[str, Any]:
         "draft_level_ms": _ms(level),
         "draft_fixed_ms": _ms(fixed),
         "draft_prefill_ms": _ms(costs.prefill_seconds),
-        "verify_ms": {str(shape.num_tree_nodes): _ms(rounds.verify_seconds) for shape, rounds in costs.rounds.items()},
+        "verify_ms": {tree_name(shape): _ms(rounds.verify_seconds) for shape, rounds in costs.rounds.items()},
         "acceptance": [round(share, 3) for share in conditional(deepest.per_position)],
     }
 

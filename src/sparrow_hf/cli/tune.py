@@ -169,7 +169,7 @@ def costs_table(tuning: Any) -> Table:
     table = Table("length", title="costs, in steps of plain generate()", title_justify="left", box=None)
     for name in ("plain, ms/token", "draft level", "fixed", "draft prefill"):
         table.add_column(name, justify="right")
-    table.add_column("verify (nodes: steps)")
+    table.add_column("verify (shape: steps)")
     table.add_column("accepted, given the one before")
     for name, length in tuning.evidence()["costs"].items():
         plain = length["plain_ms_per_token"]
@@ -177,7 +177,7 @@ def costs_table(tuning: Any) -> Table:
             name,
             f"{plain:.2f}",
             *(f"{length[each] / plain:.3f}" for each in ("draft_level_ms", "draft_fixed_ms", "draft_prefill_ms")),
-            ", ".join(f"{nodes}: {seconds / plain:.2f}" for nodes, seconds in length["verify_ms"].items()),
+            ", ".join(f"{shape}: {seconds / plain:.2f}" for shape, seconds in length["verify_ms"].items()),
             " ".join(f"{share:.2f}".removeprefix("0") for share in length["acceptance"]),
         )
     return table
