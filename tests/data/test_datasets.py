@@ -89,6 +89,28 @@ def test_every_source_gives_the_same_rows(tmp_path, folder, processor, kind, str
         assert len(loaded) == 2 and loaded[-1]["row_index"] == 1
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_slices_are_rows_with_their_places_in_the_dataset(tmp_path, kind):
+    rows = [{"messages": [{"role": "user", "content": f"question {index}"}, ANSWER]} for index in range(5)]
+    source = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        write_jsonl(source, rows)
+    else:
+        datasets.Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(str(source))
+    loaded = load_rows(source)
+    everything = list(loaded)
+    for part, places in (
+        (slice(2), [0, 1]),
+        (slice(8), [0, 1, 2, 3, 4]),
+        (slice(-2, None), [3, 4]),
+        (slice(None, None, -2), [4, 2, 0]),
+        (slice(7, 9), []),
+    ):
+        found = loaded[part]
+        assert found == everything[part] and [row["row_index"] for row in found] == places
+        assert all(row["row_folder"] == str(tmp_path.resolve()) for row in found)
+
+
 def test_video_columns_are_not_decoded_by_datasets(tmp_path, folder, processor):
     part = {
         "type": datasets.Value("string"),

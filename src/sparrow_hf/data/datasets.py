@@ -31,7 +31,11 @@ ROWS_LOOKED_AT = 100
 
 
 class Rows(Dataset):
-    """The rows of a dataset, each with its index and the folder its relative paths start from."""
+    """The rows of a dataset, each with its index and the folder its relative paths start from.
+
+    `rows[3]` is a row and `rows[:8]` a list of rows, whose indices are those in the dataset. A row that is not there
+    raises `IndexError`.
+    """
 
     def __init__(self, rows: Any, folder: Path | None = None):
         self.rows = rows
@@ -40,7 +44,15 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
         if not -len(self) <= index < len(self):
             raise IndexError(f"there is no row {index}: the dataset has {len(self)}")
         return _placed(self.rows[index], range(len(self))[index], self.folder)
