@@ -95,7 +95,7 @@ def test_demo_writes_its_verdict(models: tuple[object, ...], tmp_path: Path):
         "--output", tmp_path / "clips",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "IDENTICAL 1 of 1 clip" in result.output
+    assert "IDENTICAL in 1 clip · τ" in result.output
     assert [path.name for path in (tmp_path / "clips").iterdir()] == [f"clip-{EVALUATION_SEEDS[0]}.mp4"]
 
     verdict = json.loads(file.read_text())
@@ -105,7 +105,7 @@ def test_demo_writes_its_verdict(models: tuple[object, ...], tmp_path: Path):
     assert len(verdict["per_position"]) == 2
     assert verdict["k"] == pytest.approx(sum(verdict["per_position"]))
     assert verdict["dsr"] > 0 and verdict["esr"] > 0 and verdict["same_engine_dsr"] > 0
-    assert verdict["provenance"]["tree"] == "10-2-4"
+    assert (verdict["provenance"]["tree"], verdict["provenance"]["seed"]) == ("10-2-4", 0)
     assert verdict["provenance"]["dtype"] == "float32"
 
 
@@ -116,16 +116,17 @@ def test_demo_over_several_clips(models: tuple[object, ...], tmp_path: Path):
         "--output", tmp_path / "clips",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "IDENTICAL 3 of 3 clips" in result.output
+    assert "IDENTICAL in 3 clips · τ" in result.output
     assert json.loads(file.read_text())["clips"] == 3
     names = {f"clip-{seed}.mp4" for seed in EVALUATION_SEEDS[5:8]}
     assert {path.name for path in (tmp_path / "clips").iterdir()} == names
 
 
 def test_demo_on_a_video_of_ones_own(models: tuple[object, ...], clip: Path):
-    result = run("demo", *models, "--video", clip, "--max-new-tokens", 6, "--max-frames", 8)
+    question = "What moves here?"
+    result = run("demo", *models, "--video", clip, "--max-new-tokens", 6, "--max-frames", 8, "--question", question)
     assert result.exit_code == 0, result.output
-    assert "mine.mp4 · 16 visual tokens" in result.output
+    assert f"mine.mp4 · 16 visual tokens · “{question}”" in result.output
     assert "IDENTICAL" in result.output
 
 
@@ -153,7 +154,16 @@ def test_a_single_wrong_token_is_an_error(
         (["--video", "missing.mp4"], "missing.mp4"),
         (["--video", "notes.mp4"], "cannot be read as a video"),
         (["--video", "empty.mp4"], "empty file"),
-        (["--video", "notes.mp4", "--clips", "3"], "leave out --clips"),
+        (["--video", "notes.mp4", "--clips", "3"], "--video captions one file and generates no clips: leave out"),
+        (["--video", "notes.mp4", "--seed", "0"], "--video captions one file and generates no clips: leave out"),
+        (
+            ["--video", "notes.mp4", "--visual-tokens", "400"],
+            "leave out --clips, --visual-tokens, --seed and --output",
+        ),
+        (["--video", "notes.mp4", "--output", "clips"], "--video captions one file and generates no clips: leave out"),
+        (["--question", "What?"], "leave out --question, --fps and --max-frames"),
+        (["--fps", "8"], "leave out --question, --fps and --max-frames"),
+        (["--max-frames", "768"], "leave out --question, --fps and --max-frames"),
         (["--tree", "oak"], "unknown tree 'oak'"),
         (["--tree", "1-5-10"], "one node means no draft level"),
         (["--target", "nowhere"], "target 'nowhere' cannot be loaded"),

@@ -27,10 +27,13 @@ def demo(
         str | None, typer.Option(help="Question to ask about --video (default: to describe it in detail).")
     ] = None,
     clips: Annotated[int, typer.Option(min=1, help="Number of clips to generate and caption.")] = 1,
-    visual_tokens: Annotated[int, typer.Option(min=4, help="Length of the clips, in visual tokens.")] = 400,
+    visual_tokens: Annotated[
+        int | None, typer.Option(min=4, help="Length of the clips, in visual tokens (default: 400).")
+    ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=90_000_000, help="Number of the first clip; the others follow it.")
-    ] = 0,
+        int | None,
+        typer.Option(min=0, max=90_000_000, help="Number of the first clip; the others follow it (default: 0)."),
+    ] = None,
     tree: Annotated[
         str | None,
         typer.Option(help="Shape of the draft tree: chain-LEVELS or NODES-LEVELS-BEAM, such as chain-5 or 48-5-10."),
@@ -43,8 +46,10 @@ def demo(
     draft: Annotated[str | None, typer.Option(help="Your own draft: a folder or a Hub id.")] = None,
     processor: ProcessorOption = None,
     device: Annotated[str | None, typer.Option(help="Device of --target, such as cpu, cuda or cuda:1.")] = None,
-    fps: Annotated[float, typer.Option(min=0.01, help=FPS_HELP)] = 8.0,
-    max_frames: Annotated[int, typer.Option(min=1, help=MAX_FRAMES_HELP)] = 768,
+    fps: Annotated[float | None, typer.Option(min=0.01, help=f"{FPS_HELP} For --video (default: 8).")] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(min=1, help=f"{MAX_FRAMES_HELP} For --video (default: 768).")
+    ] = None,
 ) -> None:
     """Captions a video with plain generate() and with the draft, and compares text and time.
 
@@ -59,8 +64,16 @@ def demo(
     from ..measurement import is_exact
 
     quiet_transformers()
-    if video is not None and (clips > 1 or output is not None):
-        raise VideoError("--video captions one file and generates no clips: leave out --clips and --output.")
+    if video is not None and (clips > 1 or any(given is not None for given in (visual_tokens, seed, output))):
+        raise VideoError(
+            "--video captions one file and generates no clips: leave out --clips, --visual-tokens, --seed and "
+            "--output."
+        )
+    if video is None and any(given is not None for given in (question, fps, max_frames)):
+        raise VideoError(
+            "Generated clips have --visual-tokens and a question of their own: leave out --question, --fps and "
+            "--max-frames, or name your own file with --video."
+        )
     if video is not None and not video.is_file():
         raise VideoError(f"There is no video file at {video}. Check the path.")
     shape = None if tree is None else parse_tree_shape(tree)
@@ -69,8 +82,10 @@ def demo(
         models = load_models(target, draft, processor, device, built_in_family(family, target))
     with tempfile.TemporaryDirectory() as scratch:
         if video is None:
-            prompts = unseen_clips(models.target, output or Path(scratch), seed, clips, visual_tokens)
+            seed = seed or 0
+            prompts = unseen_clips(models.target, output or Path(scratch), seed, clips, visual_tokens or 400)
         else:
+            fps, max_frames = fps or 8.0, max_frames or 768
             prompts = iter([question_about(video, question or QUESTION)])
         verdict = run_demo(
             models,
@@ -79,8 +94,8 @@ def demo(
             tree=shape or models.draft.config.tree_shape,
             max_new_tokens=max_new_tokens,
             console=console,
-            fps=None if video is None else fps,
-            max_frames=None if video is None else max_frames,
+            fps=fps,
+            max_frames=max_frames,
             seed=seed,
         )
     print_verdict(verdict, console)

@@ -298,7 +298,7 @@ def _verdict_line(verdict: Verdict) -> Text:
         head = Text(where, style="bold red")
     else:
         head = Text("IDENTICAL", style="bold green")
-        head.append(f" {verdict.clips} of {verdict.clips} {'clip' if verdict.clips == 1 else 'clips'}", style="green")
+        head.append(f" in {verdict.clips} {'clip' if verdict.clips == 1 else 'clips'}", style="green")
     positions = " ".join(f"{share:.2f}" for share in taken.per_position)
     figures = (
         f"τ {taken.tau:.2f} (k {taken.k:.2f}: {positions})",
