@@ -11,7 +11,7 @@ from greedy import greedy
 from torch import Tensor
 from typer.testing import CliRunner
 
-from sparrow_hf import SparrowDraftModel
+from sparrow_hf import SparrowDraftModel, tuning
 from sparrow_hf._transformers import prompt_position_ids, use_vllm_positions, uses_vllm_positions
 from sparrow_hf.cli import app
 from sparrow_hf.errors import TargetLoadError, TrainingDataError
@@ -131,7 +131,7 @@ def test_recordings_say_which_rule_they_follow(tmp_path: Path) -> None:
         record(drafts[1], [sample], tmp_path / "0", SparrowDataCollator())
 
 
-def test_the_commands(tmp_path: Path) -> None:
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers, a training and its draft's files, from the built-in target; the exported draft then needs no note."""
     from sparrow_hf import testbed
 
@@ -161,6 +161,18 @@ def test_the_commands(tmp_path: Path) -> None:
     training = ("--max-steps", 1, "--use-cpu", "true", "--glimpse-spacing", "logarithmic", "--report-to", "none")
     sparrow("train", *target, "--train", tmp_path / "recording", "--output", draft, *training, rule)
     assert json.loads((draft / "PROVENANCE.json").read_text())["vllm_positions"] is True
+    tuned_on = []
+
+    def tune(draft: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+        tuned_on.append(uses_vllm_positions(target))
+        return choose(draft, target, *args, **kwargs)
+
+    choose = tuning.tune
+    monkeypatch.setattr(tuning, "tune", tune)
+    clips = ("--visual-tokens", 32, "--limit", 1, "--verify", 1, "--max-new-tokens", 4)
+    sparrow("tune", *target, "--draft", draft, *clips, rule)
+    assert tuned_on == [True]
+    assert json.loads((draft / "PROVENANCE.json").read_text())["tuned"]["vllm_positions"] is True
     assert export_vllm(draft, tmp_path / "out", QWEN / "target")["sparrow"]["position_rule"] is None
 
 

@@ -18,6 +18,7 @@ from .common import (
     MaxNewTokensOption,
     OneDeviceOption,
     ProcessorOption,
+    VllmPositionsOption,
     built_in_family,
     quiet_transformers,
 )
@@ -75,6 +76,7 @@ def tune(
     processor: ProcessorOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: OneDeviceOption = None,
+    vllm_positions: VllmPositionsOption = False,
 ) -> None:
     """Measures a draft on this machine, and writes the tree that pays into the draft's configuration.
 
@@ -108,7 +110,7 @@ def tune(
         )
     target, draft, device = named_or_built_in(target, draft, device, family, BenchmarkError)
     conversations = None if prompts is None else read_conversations(prompts, split, limit)
-    model, its_processor = load_target(target, processor, dtype.value, device)
+    model, its_processor = load_target(target, processor, dtype.value, device, vllm_positions=vllm_positions)
     with told_if_not_loaded("draft", draft, BenchmarkError):
         its_draft = SparrowDraftModel.from_pretrained(draft).eval()
     if conversations is None:
@@ -154,7 +156,7 @@ def tune(
     write_shape(
         written,
         tuning.shape,
-        tuning.evidence(prompts=prompts or "generated clips", **provenance(model)),
+        tuning.evidence(prompts=prompts or "generated clips", vllm_positions=vllm_positions, **provenance(model)),
     )
     console.print(f"{name} is written into {written / 'config.json'}", soft_wrap=True)
 
