@@ -1,6 +1,7 @@
 """`sparrow export-vllm`: what is in the exported files, and which drafts vLLM cannot be given."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from sparrow_hf.cli import app
 from sparrow_hf.errors import BindingError, DraftConfigError, SparrowError, TargetLoadError
 from sparrow_hf.export_vllm import FORMAT, export_vllm, exported_config
 from sparrow_hf.testbed import load_target, shipped
+from sparrow_hf.tree_shapes import parse_tree_shape
+from sparrow_hf.tuning import write_shape
 
 QWEN, LLAVA = shipped("qwen2.5-vl"), shipped("llava-onevision")
 
@@ -192,11 +195,17 @@ def test_a_target_without_its_norm(tmp_path: Path) -> None:
         export_vllm(QWEN / "draft", tmp_path / "out", target, "logarithmic")
 
 
-def test_the_command(tmp_path: Path) -> None:
-    arguments = [QWEN / "draft", tmp_path / "out", "--target", QWEN / "target", "--glimpse-spacing", "logarithmic"]
+@pytest.mark.parametrize("shape", [None, "chain-3", "24-8-4"])
+def test_the_command(tmp_path: Path, shape: str | None) -> None:
+    draft, depth = QWEN / "draft", 12
+    if shape is not None:
+        draft, depth = tmp_path / "draft", {"chain-3": 3, "24-8-4": 8}[shape]
+        shutil.copytree(QWEN / "draft", draft)
+        write_shape(draft, parse_tree_shape(shape), {})
+    arguments = [draft, tmp_path / "out", "--target", QWEN / "target", "--glimpse-spacing", "logarithmic"]
     result = CliRunner().invoke(app, ["export-vllm", *map(str, arguments)], env={"COLUMNS": "500"})
     assert result.exit_code == 0, result.output
-    serve = {"method": "eagle3", "model": str(tmp_path / "out"), "num_speculative_tokens": 5}
+    serve = {"method": "eagle3", "model": str(tmp_path / "out"), "num_speculative_tokens": depth}
     assert f"vllm serve TARGET --speculative-config '{json.dumps(serve)}'" in result.output
     assert "largest of time, height and width" in result.output
     assert json.loads((tmp_path / "out" / "config.json").read_text())["sparrow"]["glimpse_rows"][:3] == [0, 1, 2]

@@ -21,11 +21,12 @@ def export_vllm(
 ) -> None:
     """Writes a draft as vLLM with sparrow-vllm reads it.
 
-    Prints the --speculative-config to serve it with.
+    Prints the --speculative-config to serve it with, for chains as deep as the draft's.
     The draft itself is not changed.
     """
     import json
 
+    from ..configuration_sparrow import SparrowDraftConfig
     from ..export_vllm import export_vllm as export
 
     quiet_transformers()
@@ -37,6 +38,7 @@ def export_vllm(
         console.print("vLLM hands out no middle states of this target: no glimpse there.", soft_wrap=True)
     if sparrow["position_rule"]:
         console.print(f"Note: {sparrow['position_rule']}", soft_wrap=True)
-    serve = {"method": sparrow["method"], "model": str(output), "num_speculative_tokens": 5}
+    depth = SparrowDraftConfig.from_pretrained(draft).num_draft_levels
+    serve = {"method": sparrow["method"], "model": str(output), "num_speculative_tokens": depth}
     console.print(f"Written to {output}. Serve it with", soft_wrap=True)
     console.print(f"vllm serve TARGET --speculative-config '{json.dumps(serve)}'", soft_wrap=True, highlight=False)
