@@ -211,6 +211,8 @@ def test_inspect_and_dry_run(work: Path, tmp_path: Path) -> None:
         (("--vocabulary", "prompts.jsonl"), "sparrow vocab"),
         (("--draft-dtype", "int8"), "draft-dtype"),
         (("--target-dtype", "float8"), "target-dtype"),
+        (("--output-dir", "elsewhere"), "leave this option out"),
+        (("--remove-unused-columns", "true"), "must stay False"),
     ],
 )
 def test_what_cannot_work_is_one_sentence(work: Path, tmp_path: Path, options: Any, sentence: str) -> None:
@@ -231,3 +233,4 @@ def test_help_names_every_option_and_starts_nothing(tmp_path: Path) -> None:
     text = succeed("train", "--help")
     assert all(f"--{name}" in text for name in ("num-mtp-steps", "num-visual-rows-max", "on-bad-row", "lora"))
     assert "required" in text and "--learning-rate" in text
+    assert " ".join(text.split()).endswith("except --output-dir and --remove-unused-columns.")

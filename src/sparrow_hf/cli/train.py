@@ -95,7 +95,10 @@ def show_options(console: Console, context: typer.Context) -> None:
             table.add_row(Text(name, no_wrap=True), Text(default), Text(text))
         console.print(table)
     console.print(EXIT_CODES, highlight=False)
-    console.print("Every option of transformers.TrainingArguments works too, such as --learning-rate and --max-steps.")
+    console.print(
+        "Options of transformers.TrainingArguments work too, such as --learning-rate and --max-steps, except "
+        "--output-dir and --remove-unused-columns."
+    )
 
 
 def kept_in(checkpoints: Path) -> str:
