@@ -239,9 +239,9 @@ def parse_options(words: Sequence[str]) -> tuple[TrainingOptions, SparrowTrainin
         raise TrainingOptionsError(str(error)) from error
     if options.device not in (None, "auto") and options.device != arguments.device.type:
         raise TrainingOptionsError(
-            f"--device {options.device}: this training would run on the first {arguments.device.type} that its process "
-            "sees. Leave this option out, and choose a GPU with CUDA_VISIBLE_DEVICES; or give cpu, or auto, which "
-            "spreads the target over all GPUs"
+            f"--device {options.device}: this training would run on the first {arguments.device.type} that its "
+            "process sees. Leave this option out, and choose a GPU with CUDA_VISIBLE_DEVICES; or give cpu, or auto, "
+            "which spreads the target over all GPUs"
         )
     return options, arguments
 
