@@ -179,6 +179,21 @@ def test_warm_start_and_lora(work: Path, tmp_path: Path) -> None:
     assert "fc.weight" in changed and not any("norm" in name for name in changed)
 
 
+def test_a_finished_training_is_inspected_by_its_own_command(work: Path, tmp_path: Path) -> None:
+    command = (work, tmp_path / "draft", *SMALL, "--save-steps", 2)
+    assert train(*command).exit_code == 0
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = files()
+    for option, shown in (("--inspect=0", "visual runs: 24 from token"), ("--dry-run", "one checkpoint")):
+        told = train(*command, option)
+        assert told.exit_code == 0 and shown in told.output, told.output
+    assert files() == before
+    assert train(*command).exit_code == 2
+
+
 def test_a_processor_that_lies_elsewhere(work: Path, tmp_path: Path) -> None:
     for name in ("alone", "processor"):
         shutil.copytree(work / "target", tmp_path / name)

@@ -108,6 +108,8 @@ class TrainingRun:
 def check_output(options: TrainingOptions) -> str | None:
     """The checkpoint to resume from with `--resume`; otherwise the output folder must be free.
 
+    `--inspect` and `--dry-run` write no draft, so they work beside the one that is there.
+
     Raises:
         TrainingOptionsError: The folder holds a training or a draft, or there is nothing to resume.
     """
@@ -118,7 +120,8 @@ def check_output(options: TrainingOptions) -> str | None:
         if last is None:
             raise TrainingOptionsError(f"{checkpoints} holds no checkpoint to resume from: leave out --resume")
         return last
-    if last is not None or (output / "config.json").exists():
+    writes_draft = options.inspect is None and not options.dry_run
+    if writes_draft and (last is not None or (output / "config.json").exists()):
         raise TrainingOptionsError(
             f"{output} holds {'a training' if last else 'a draft'} already: go on with --resume, start from it with "
             "--warm-start and another --output, or choose another folder"
