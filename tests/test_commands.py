@@ -214,7 +214,7 @@ def test_inspect_and_dry_run(work: Path, tmp_path: Path) -> None:
     assert "visual runs: 24 from token" in shown.output and "11 with a loss in pass 0" in shown.output
     cost = train(work, tmp_path / "draft", *SMALL, "--dry-run")
     assert cost.exit_code == 0, cost.output
-    assert "forward and backward of 4 training rows in batches of " in cost.output
+    assert "Time was measured on the forward and backward of 4 training rows in batches of " in cost.output
     assert not (tmp_path / "draft" / "model.safetensors").exists()
 
 

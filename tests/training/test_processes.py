@@ -39,6 +39,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     assert len(one["losses"]) == 3 and two["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert two["evaluated"] == pytest.approx(one["evaluated"], abs=1e-5)
     assert two["of seven"] == pytest.approx(one["of seven"], abs=1e-5)
+    assert (one["planned"], two["planned"]) == ([3, 4], [3, 2])
     expected = load_file(tmp_path / "one" / "weights.safetensors")
     for name, weights in load_file(tmp_path / "two" / "weights.safetensors").items():
         torch.testing.assert_close(weights, expected[name], atol=1e-5, rtol=1e-4)

@@ -16,6 +16,7 @@ from transformers import EvalPrediction
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments, append_answer
 from sparrow_hf.training.acceptance import acceptance_metrics
+from sparrow_hf.training.preview import estimate_cost
 
 from families import FAMILY_BY_NAME
 
@@ -54,6 +55,8 @@ def main(folder: Path, batch_per_process: int) -> None:
     trainer = SparrowTrainer(
         draft, target, arguments, train_dataset=samples, eval_dataset=samples, compute_metrics=figures
     )
+    # A dry run before it changes nothing.
+    planned = estimate_cost(trainer, target)
     trainer.train()
     measured = trainer.evaluate()
     # Four rows in a step, whatever the number of processes; the last step has three.
@@ -68,6 +71,7 @@ def main(folder: Path, batch_per_process: int) -> None:
             "losses": losses,
             "evaluated": evaluated,
             "of seven": counted,
+            "planned": [planned.optimizer_steps, planned.batch_size],
         }
         (folder / "report.json").write_text(json.dumps(report))
         save_file(draft.state_dict(), folder / "weights.safetensors")

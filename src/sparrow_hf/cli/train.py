@@ -157,8 +157,11 @@ def show_cost(console: Console, cost: Any) -> None:
     table.add_row("optimizer steps", str(cost.optimizer_steps))
     table.add_row("time, evaluation left out", f"{cost.seconds / 3600:.3g} hours")
     console.print(table)
+    measured, note = "Time was", ""
+    if cost.peak_bytes is not None:
+        measured, note = "Time and peak were", " The peak includes Adam's averages."
     console.print(
-        f"Time and peak were measured on the forward and backward of {cost.measured_rows} training rows in batches of "
-        f"{cost.batch_size}, the longest row of {cost.longest_row} tokens; the peak includes Adam's averages.",
+        f"{measured} measured on the forward and backward of {cost.measured_rows} training rows in batches of "
+        f"{cost.batch_size}, the longest row of {cost.longest_row} tokens.{note}",
         soft_wrap=True,
     )
