@@ -156,3 +156,50 @@ def test_virtual_tokens_of_peft(setting, method: str) -> None:
     # The model itself is as it was.
     plain = target.generate(**inputs, max_new_tokens=4)
     assert torch.equal(plain, target.generate(**inputs, max_new_tokens=4, assistant_model=draft))
+
+
+def with_adapter(draft: SparrowDraftModel) -> None:
+    """LoRA with dropout on the draft, as its fine-tuning leaves it."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], lora_dropout=0.2), draft)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("part", ["attention", "adapter"])
+def test_dropout_of_a_draft_in_training_mode(part: str, batch: int) -> None:
+    target = FAMILY_BY_NAME["qwen2_5_vl"].build_target()
+    draft = SparrowDraftModel.from_target(target, attention_dropout=0.3 if part == "attention" else 0.0)
+    if part == "adapter":
+        with_adapter(draft)
+    ids = torch.arange(20, 40).repeat(batch, 1)
+    call = {"attention_mask": torch.ones_like(ids), "do_sample": True, "max_new_tokens": 30}
+
+    def sampled(draft: SparrowDraftModel | None) -> torch.Tensor:
+        torch.manual_seed(3)
+        return target.generate(ids, **call, assistant_model=draft)
+
+    draft.train()
+    with refused(target, r"the draft is in training mode and has dropout: .* call draft\.eval\(\) first"):
+        sampled(draft)
+    assert torch.equal(sampled(draft.eval()), sampled(None))
+
+
+def test_training_mode_without_dropout_is_served(setting) -> None:
+    target, draft, inputs = setting
+    draft = SparrowDraftModel(draft.config)
+    assert draft.training
+    torch.manual_seed(3)
+    plain = target.generate(**inputs, do_sample=True, max_new_tokens=12)
+    torch.manual_seed(3)
+    assert torch.equal(plain, target.generate(**inputs, do_sample=True, max_new_tokens=12, assistant_model=draft))
+
+
+def test_dropout_of_a_target_in_training_mode() -> None:
+    family = FAMILY_BY_NAME["qwen2_5_vl"]
+    target = family.build_target(attention_dropout=0.3)
+    draft, inputs = SparrowDraftModel.from_target(target).eval(), family.build_inputs(target)
+    assert torch.equal(target.generate(**inputs, max_new_tokens=4, assistant_model=draft)[:, :-4], inputs["input_ids"])
+    target.train()
+    with refused(target, r"the target is in training mode and has dropout: .* call target\.eval\(\) first"):
+        target.generate(**inputs, max_new_tokens=4, assistant_model=draft)

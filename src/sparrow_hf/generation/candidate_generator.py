@@ -184,7 +184,8 @@ class SparrowCandidateGenerator(CandidateGenerator):
     def propose(self, max_levels: int) -> CandidateTree:
         """Grows the tree of one round under the last committed token.
 
-        Deterministic given the prefix; never touches a random generator.
+        Deterministic given the prefix; never touches a random generator, unless the draft is in training mode and has
+        dropout (`generate()` refuses it then).
 
         Args:
             max_levels: No path gets longer than this, whatever the configured number of levels.

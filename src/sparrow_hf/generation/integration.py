@@ -11,7 +11,7 @@ from ..modeling_sparrow import SparrowDraftModel
 from .batches import decode_batch
 from .decoding import recorded_outputs, speculative_decode
 from .grouped_attention import install_grouped_attention
-from .refusals import check_inputs, check_request
+from .refusals import check_inputs, check_modes, check_request
 from .self_check import how_to_verify
 from .static_decoding import check_fixed_shapes
 
@@ -44,6 +44,7 @@ def check_call(
     """Checks a `generate()` call with a draft and binds the draft, before anything is computed."""
     check_request(generation_mode, generation_config, generation_mode_kwargs, target)
     follow(draft, target)
+    check_modes(draft)
     ways = how_to_verify(draft.target)
     if generation_config.cache_implementation == "static":
         check_fixed_shapes(draft.target, ways, recorded_outputs(generation_config))

@@ -7,18 +7,23 @@ lists all of it.
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.generation import GenerationMode
 
 from .._transformers import CACHE, layer_kinds
 from ..errors import UnsupportedGenerationError
+from ..modeling_sparrow import SparrowDraftModel
 
 #: Options of `generate()` for other ways to draft or to decode, which a draft would silently replace.
 _OTHER_WAYS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type", "dola_layers")
 
 #: Kinds of layers that count padding as text.
 _COUNTS_PADDING = frozenset({"minimax_m3_sparse"})
+
+#: In names of a module's settings that are above 0 where its forward draws random numbers in training mode: dropout,
+#: dropped layers or paths, and jitter of routers. `nn.Dropout` calls its own `p`.
+_RANDOM = ("drop", "jitter")
 
 
 def check_inputs(
@@ -86,6 +91,31 @@ def check_request(
         found.append("prompt or prefix tuning of peft on the target (its virtual tokens are not in input_ids)")
     if found:
         raise UnsupportedGenerationError(f"cannot be combined with a Sparrow draft: {'; '.join(found)}")
+
+
+def check_modes(draft: SparrowDraftModel) -> None:
+    """Checks that neither a bound draft nor its target draws random numbers beside those that choose tokens.
+
+    Raises:
+        UnsupportedGenerationError: One of them is in training mode and has dropout.
+    """
+    for name, model in (("draft", draft), ("target", draft.target.decoder)):
+        if draws_numbers(model):
+            raise UnsupportedGenerationError(
+                f"the {name} is in training mode and has dropout: its random numbers come from the generator that "
+                f"sampled tokens are drawn from, so the text would not be plain generate()'s; call {name}.eval() first"
+            )
+
+
+def draws_numbers(model: nn.Module) -> bool:
+    """Whether a forward of a model in its present mode draws random numbers."""
+    for module in model.modules():
+        settings = vars(module).items() if module.training else ()
+        for name, value in settings:
+            is_rate = name == "p" or any(part in name for part in _RANDOM)
+            if is_rate and type(value) in (int, float) and value > 0:
+                return True
+    return False
 
 
 def has_windows(target: Any) -> bool:
