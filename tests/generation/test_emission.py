@@ -15,6 +15,8 @@ from sparrow_hf import SparrowDraftModel
 from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.generation.stop_rules import stop_rules
 
+from batches import batch_of
+from batches import drafting_around as drafting_batches_around
 from families import FAMILY_BY_NAME
 from oracles import drafting_around
 
@@ -72,7 +74,7 @@ def test_ids_are_put_together_when_they_are_read() -> None:
     emitter.commit(7)
     emitter.commit(8)
     first = emitter.input_ids
-    assert first.tolist() == [[5, 6, 7, 8]] and first.dtype == torch.int32 and emitter.input_ids is first
+    assert first.tolist() == [[5, 6, 7, 8]] and first.dtype == torch.int64 and emitter.input_ids is first
     emitter.commit(9)
     assert (emitter.length, emitter.new_tokens) == (5, [7, 8, 9])
     assert emitter.input_ids.tolist() == [[5, 6, 7, 8, 9]] and first.tolist() == [[5, 6, 7, 8]]
@@ -105,10 +107,17 @@ class KeepingStreamer(Keeps, BaseStreamer):
         self.kept.append(torch.tensor(-1))
 
 
-def test_what_is_given_away_stays_what_it_was() -> None:
-    family = FAMILY_BY_NAME["qwen2_5_vl"]
+def described(keeper: Keeps) -> list[tuple[torch.Size, torch.dtype, torch.device, Any]]:
+    return [(ids.shape, ids.dtype, ids.device, ids.tolist()) for ids in keeper.kept]
+
+
+# The positions of Qwen2.5-VL admit no other ids than int64.
+@pytest.mark.parametrize(("name", "dtype"), [("qwen2_5_vl", torch.int64), ("llava_onevision", torch.int32)])
+def test_what_is_given_away_stays_what_it_was(name: str, dtype: torch.dtype) -> None:
+    family = FAMILY_BY_NAME[name]
     target = family.build_target()
     inputs, text = family.build_inputs(target), []
+    inputs["input_ids"] = inputs["input_ids"].to(dtype)
     draft = SparrowDraftModel.from_target(target, num_tree_nodes=12, num_draft_levels=3, beam_width=3)
 
     def kept(draft: SparrowDraftModel | None) -> list[list[tuple[torch.Size, torch.dtype, torch.device, Any]]]:
@@ -122,13 +131,42 @@ def test_what_is_given_away_stays_what_it_was() -> None:
             streamer=streamer,
         )
         text[:] = output[0, inputs["input_ids"].shape[1] :].tolist()
-        return [
-            [(ids.shape, ids.dtype, ids.device, ids.tolist()) for ids in each.kept]
-            for each in (processor, criterion, streamer)
-        ]
+        assert output.dtype == torch.int64
+        return [described(each) for each in (processor, criterion, streamer)]
 
     plain = kept(None)
     assert list(map(len, plain)) == [12, 12, 1 + 12 + 1]
     with drafting_around(text.copy(), adversarial=True, seed=1):
+        assert kept(draft) == plain
+    assert max(draft.last_generation.accepted) > 1
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_what_a_batch_gives_away_is_plains(dtype: torch.dtype, in_step: bool) -> None:
+    family = FAMILY_BY_NAME["qwen2_5_vl"]
+    target = family.build_target()
+    draft = SparrowDraftModel.from_target(target, num_draft_levels=3)
+    inputs = batch_of(family, target, [{"videos": 0}, {"videos": 0, "question": "Who?"}])
+    inputs["input_ids"] = inputs["input_ids"].to(dtype)
+    length, texts = inputs["input_ids"].shape[1], []
+
+    def kept(draft: SparrowDraftModel | None) -> list[Any]:
+        processor, criterion, streamer = KeepingProcessor(), KeepingCriterion(), KeepingStreamer()
+        output = target.generate(
+            **inputs,
+            **greedy(12),
+            assistant_model=draft,
+            # A processor of the user's own may look at other rows, so it ties them.
+            logits_processor=LogitsProcessorList([processor] if in_step else []),
+            stopping_criteria=StoppingCriteriaList([criterion]),
+            streamer=streamer,
+        )
+        texts[:] = output[:, length:].tolist()
+        return [output.dtype, *map(described, (processor, criterion, streamer))]
+
+    plain = kept(None)
+    assert plain[0] == torch.int64 and list(map(len, plain[1:])) == [12 * in_step, 12, 1 + 12 + 1]
+    with drafting_batches_around(texts.copy(), adversarial=True, seed=1):
         assert kept(draft) == plain
     assert max(draft.last_generation.accepted) > 1

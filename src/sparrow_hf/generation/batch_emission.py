@@ -96,7 +96,7 @@ class BatchEmitter:
         """`(B, t)` prompts and committed columns, put together when somebody reads them; new for every length."""
         unread = self._columns[self._input_ids.shape[1] - self._prompts.shape[1] :]
         if unread:
-            new = on_device(unread, self._prompts.device).T.to(self._prompts.dtype)
+            new = on_device(unread, self._prompts.device).T
             self._input_ids = torch.cat((self._input_ids, new), dim=1)
         return self._input_ids
 
@@ -194,7 +194,9 @@ class BatchEmitter:
         by_length = {len(self.new_tokens[row]): row for row in rows}
         for length, like in by_length.items():
             new = [own if len(own) == length else self.new_tokens[like] for own in self.new_tokens]
-            ids = torch.cat((self._prompts, self._prompts.new_tensor(new).reshape(len(new), -1)), dim=1)
+            ids = self._prompts
+            if length > 0:
+                ids = torch.cat((ids, on_device(new, ids.device)), dim=1)
             raw = logits.to(copy=True, dtype=torch.float32, device=ids.device)
             best = self._processor(ids, raw).argmax(dim=-1).tolist()
             for row in rows:
@@ -236,7 +238,7 @@ class BatchEmitter:
         self._is_finished = [was or stop for was, stop in zip(self._is_finished, stops, strict=True)]
         self.finished = all(self._is_finished)
         if self._streamer is not None:
-            self._streamer.put(torch.tensor(column, dtype=self._prompts.dtype))
+            self._streamer.put(torch.tensor(column))
 
 
 def treats_rows_alone(processors: LogitsProcessorList) -> bool:

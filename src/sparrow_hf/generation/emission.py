@@ -83,10 +83,11 @@ class TokenEmitter:
         """`(1, t)` prompt and committed tokens, put together when somebody reads them.
 
         A new tensor for every length, as in plain decoding: processors and criteria may keep what they are given.
+        Chosen tokens are int64, and so are the ids together, whatever integers the prompt has.
         """
         if self._input_ids.shape[1] < self.length:
             unread = self.new_tokens[self._input_ids.shape[1] - self.length :]
-            new = on_device([unread], self._input_ids.device).to(self._input_ids.dtype)
+            new = on_device([unread], self._input_ids.device)
             self._input_ids = torch.cat((self._input_ids, new), dim=-1)
         return self._input_ids
 
@@ -110,7 +111,7 @@ class TokenEmitter:
         else:
             self.finished = self._rules.stop(token, self.length)
         if self._streamer is not None:
-            self._streamer.put(torch.tensor([token], dtype=self._input_ids.dtype))
+            self._streamer.put(torch.tensor([token]))
 
 
 def recorded_step(outputs: Any, name: str, past_length: int, lead: int, path: list[int]) -> list[tuple[Tensor, ...]]:
