@@ -1,4 +1,5 @@
-"""Every class that transformers lists for images and text: made tiny by its configuration alone, and tried on text.
+"""Every class that transformers lists for images and text, or as a causal language model: made tiny by its
+configuration alone, and tried on text.
 
 No family is known by name here. One that cannot be made tiny this way is skipped with the reason. For the others,
 drafts give plain's text or are refused in one sentence.
@@ -10,7 +11,10 @@ import pytest
 import torch
 import transformers as hf
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import UnsupportedTargetError
@@ -18,6 +22,12 @@ from sparrow_hf.errors import UnsupportedTargetError
 from oracles import drafting_around
 from tiny_targets import TEXT_SIZES, randomize
 
+#: Class → its `model_type`, the last of several.
+CLASSES = {
+    name: model_type
+    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    for model_type, name in mapping.items()
+}
 MAX_PARAMETERS = 30_000_000
 _TEXT = TEXT_SIZES | {
     "head_dim": 8,
@@ -53,7 +63,9 @@ _VISION = {
 def smaller(config: Any, sizes: dict[str, int], depth: int) -> dict[str, Any]:
     """The sizes that a configuration has, and its kinds of layers in turn."""
     fields: dict[str, Any] = {name: size for name, size in sizes.items() if type(getattr(config, name, None)) is int}
-    if kinds := list(dict.fromkeys(getattr(config, "layer_types", None) or [])):
+    is_computed = isinstance(getattr(type(config), "layer_types", None), property)
+    kinds = [] if is_computed else list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    if kinds:
         fields["layer_types"] = [kinds[index % len(kinds)] for index in range(depth)]
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and "mrope_section" in rope:
@@ -61,11 +73,11 @@ def smaller(config: Any, sizes: dict[str, int], depth: int) -> dict[str, Any]:
     return fields
 
 
-def tiny(model_type: str) -> Any:
-    """A random target of this type, or a skip."""
+def tiny(name: str) -> Any:
+    """A random target of this class, or a skip."""
     try:
-        model_class = getattr(hf, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])
-        config_class = model_class.config_class or CONFIG_MAPPING[model_type]
+        model_class = getattr(hf, name)
+        config_class = model_class.config_class or CONFIG_MAPPING[CLASSES[name]]
         default = config_class()
         parts = {name: getattr(default, name, None) for name in getattr(config_class, "sub_configs", {})}
         fields = {
@@ -90,11 +102,9 @@ def tiny(model_type: str) -> Any:
     return target
 
 
-@pytest.mark.full
-@pytest.mark.filterwarnings("ignore:.*cannot verify trees.*:UserWarning")
-@pytest.mark.parametrize("model_type", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-def test_drafts_give_plains_text_or_are_refused(model_type: str) -> None:
-    target = tiny(model_type)
+def refusal(name: str) -> str | None:
+    """What a target of this class is refused with; `None` if it is accepted, and drafts then give plain's text."""
+    target = tiny(name)
     ids = torch.arange(20, 60)[None]
     prompt = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 24, "do_sample": False}
     plain = target.generate(ids, **prompt)
@@ -102,9 +112,47 @@ def test_drafts_give_plains_text_or_are_refused(model_type: str) -> None:
         try:
             draft = SparrowDraftModel.from_target(target)
         except UnsupportedTargetError as error:
-            assert "\n" not in str(error)
-            return
+            return str(error)
+        assert (draft.dtype, draft.device) == (torch.float32, ids.device)
         draft.config.set_tree_shape(shape)
         for seed in range(3):
             with drafting_around(plain[0, ids.shape[1] :].tolist(), adversarial=seed > 0, seed=seed):
                 assert torch.equal(target.generate(ids, **prompt, assistant_model=draft), plain)
+    return None
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:.*cannot verify trees.*:UserWarning")
+@pytest.mark.parametrize("name", CLASSES)
+def test_drafts_give_plains_text_or_are_refused(name: str) -> None:
+    assert "\n" not in (refusal(name) or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        # Their last norm has no weights.
+        ("OlmoForCausalLM", None),
+        ("NanoChatForCausalLM", None),
+        ("MiniMaxForCausalLM", "generate() gives MiniMaxForCausalLM no dynamic cache; "),
+        ("MambaForCausalLM", "generate() gives MambaForCausalLM no position_ids; "),
+    ],
+)
+def test_some_of_them(name: str, message: str | None) -> None:
+    found = refusal(name)
+    assert found is None if message is None else (found or "").startswith(message), found
+
+
+def test_a_decoder_whose_norm_is_none_is_refused() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    target = hf.OPTForCausalLM(hf.OPTConfig(**sizes, word_embed_proj_dim=16, do_layer_norm_before=False))
+    with pytest.raises(UnsupportedTargetError, match="OPTForCausalLM has no decoder with `layers` and a norm behind"):
+        SparrowDraftModel.from_target(target)
+
+
+def test_a_norm_without_weights_is_copied_as_one_of_ones() -> None:
+    target = hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT_SIZES)).to(torch.bfloat16)
+    target.model.norm = torch.nn.RMSNorm(TEXT_SIZES["hidden_size"], elementwise_affine=False)
+    draft = SparrowDraftModel.from_target(target, copy_last_layer=True)
+    assert draft.dtype == torch.bfloat16 and draft.norm.weight.eq(1).all()
+    assert torch.equal(draft.layers[0].mlp.up_proj.weight, target.model.layers[-1].mlp.up_proj.weight)

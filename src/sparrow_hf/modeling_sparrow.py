@@ -203,9 +203,11 @@ class SparrowDraftModel(SavedDraft):
         if copy_last_layer:
             for layer, source in zip(draft.layers, view.layers[-config.num_hidden_layers :], strict=True):
                 _copy_weights(source, layer)
-            if config.output_norm:
+            weight = getattr(view.norm, "weight", None)
+            # A norm without weights is one of ones, as a new draft's is.
+            if config.output_norm and weight is not None:
                 with torch.no_grad():
-                    draft.norm.weight.copy_(view.norm.weight)
+                    draft.norm.weight.copy_(weight)
         draft.bind(target)
         return draft
 

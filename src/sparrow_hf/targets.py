@@ -3,6 +3,7 @@
 What is read from a target's configuration (placeholder ids, the shape of a decoder layer) is in `target_config.py`.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable
 from functools import cached_property
@@ -20,6 +21,7 @@ from ._transformers import (
     execution_device,
     layer_kinds,
     name_of,
+    not_given_by_generate,
     query_groups,
     rope_borders,
     takes_positions,
@@ -47,8 +49,8 @@ class TargetView:
         target: A video LLM of transformers, bare or wrapped by peft.
 
     Raises:
-        UnsupportedTargetError: It has no decoder, embedding or head in the usual place, is an encoder-decoder, or has
-            layers that cannot verify drafts.
+        UnsupportedTargetError: It has no decoder, embedding or head in the usual place, is an encoder-decoder, has
+            layers that cannot verify drafts, or is given no dynamic cache or positions by `generate()`.
     """
 
     def __init__(self, target: PreTrainedModel):
@@ -65,7 +67,8 @@ class TargetView:
         try:
             self.decoder: Any = decoder_of(self.model)
             self.layers: nn.ModuleList = self.decoder.layers
-            self.norm: Any = next(getattr(self.decoder, name) for name in _NORMS if hasattr(self.decoder, name))
+            norms = (getattr(self.decoder, name, None) for name in _NORMS)
+            self.norm: nn.Module = next(norm for norm in norms if norm is not None)
         except (AttributeError, StopIteration) as error:
             raise UnsupportedTargetError(
                 f"{name} has no decoder with `layers` and a norm behind them; Sparrow needs a decoder-only video LLM "
@@ -77,6 +80,11 @@ class TargetView:
         self.head: nn.Module = self.model.get_output_embeddings()
         if self.embedding is None or self.head is None:
             raise UnsupportedTargetError(f"{name} has no input embedding or no language-model head")
+        if lacking := not_given_by_generate(self.model):
+            raise UnsupportedTargetError(
+                f"generate() gives {name} no {lacking}; drafts are verified at positions behind the prompt's, in a "
+                "dynamic cache that rejected tokens leave again"
+            )
         #: Filled by `generation/self_check.py`: attention function → how drafts are verified with it.
         self.verification: dict[Any, Any] = {}
         #: Filled by `generation/static_decoding.py`: buffers and compiled steps of earlier calls.
@@ -141,14 +149,18 @@ class TargetView:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the decoder's states (a quantised target's weights have another)."""
-        return self.norm.weight.dtype
+        # A norm may have no weights. States begin as embeddings.
+        return next(itertools.chain(self.norm.parameters(), self.embedding.parameters())).dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the decoder's last states, on which the draft runs."""
-        device = self.norm.weight.device
+        # A norm without weights runs where the last layer does.
+        parts = (self.norm, *self.layers[-1].modules())
+        last, weight = next((part, weight) for part in parts for weight in part.parameters(recurse=False))
+        device = weight.device
         # Offloaded by accelerate: the weight is on its device during the forward only.
-        return device if device.type != "meta" else execution_device(self.norm) or device
+        return device if device.type != "meta" else execution_device(last) or device
 
 
 def bind(config: SparrowDraftConfig, target: PreTrainedModel) -> TargetView:

@@ -43,6 +43,7 @@ from .models import (
     execution_device,
     find_file,
     name_of,
+    not_given_by_generate,
     on_device,
     run_layer,
     smart_resize,

@@ -42,6 +42,7 @@ _METHODS = {
     "_prefill": {"input_ids", "generation_config", "model_kwargs"},
     "_update_model_kwargs_for_generation": {"outputs", "model_kwargs", "is_encoder_decoder", "num_new_tokens"},
     "_optimize_model_for_decode": {"self"},
+    "_supports_default_dynamic_cache": set(),
     "_valid_auto_compile_criteria": {"model_kwargs", "generation_config"},
     "_prepare_position_ids_for_generation": {"inputs_tensor", "model_kwargs"},
     "_get_candidate_generator": {"generation_config"},

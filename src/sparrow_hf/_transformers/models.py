@@ -1,5 +1,6 @@
 """Models, decoder layers, configurations, trainers and files."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .names import CACHE
+from .names import CACHE, GenerationMixin
 
 
 def unwrap(model: Any) -> Any:
@@ -30,6 +31,13 @@ def decoder_of(model: Any) -> Any:
     decoder = model.get_decoder()
     # Llama 4 gives the causal language model around it.
     return decoder if hasattr(decoder, "layers") else decoder.model
+
+
+def not_given_by_generate(model: Any) -> str:
+    """What `generate()` gives other models and not this one: a dynamic cache, or positions. Empty if it gives both."""
+    if not isinstance(model, GenerationMixin) or not model._supports_default_dynamic_cache():
+        return "dynamic cache"
+    return "" if "position_ids" in inspect.signature(model.forward).parameters else "position_ids"
 
 
 def run_layer(
