@@ -1,8 +1,11 @@
 """The one room that names what is private or renamed in transformers, and its contract with the installed version."""
 
 import ast
+import importlib
 import inspect
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import transformers
@@ -195,6 +199,45 @@ def test_a_cache_that_shows_copies_is_found(monkeypatch: pytest.MonkeyPatch, fre
         contract, "cache_tensors", lambda cache: [(keys.clone(), values) for keys, values in shown(cache)]
     )
     assert _transformers.contract_breaches() == ("DynamicCache.crop keeps the wrong positions",)
+
+
+def names_found() -> list[tuple[str, str]]:
+    """Module and name of all that `names.py` looks up."""
+    found: list[tuple[str, str]] = []
+    import_module = importlib.import_module
+
+    class Recorder:
+        def __init__(self, module: str) -> None:
+            self._module = module
+
+        def __getattr__(self, name: str) -> Any:
+            found.append((self._module, name))
+            return getattr(import_module(self._module), name)
+
+    with mock.patch.object(importlib, "import_module", Recorder):
+        runpy.run_path(str(ROOM / "names.py"))
+    return found
+
+
+@pytest.mark.parametrize(("module", "name"), names_found())
+def test_the_package_is_imported_without_a_name(module: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = importlib.import_module(module)
+    lazy: Any = type(transformers)
+    stock = lazy.__getattr__
+
+    def without(self: Any, wanted: str) -> Any:
+        if self is holder and wanted == name:
+            raise AttributeError(wanted)
+        return stock(self, wanted)
+
+    monkeypatch.setattr(lazy, "__getattr__", without)
+    monkeypatch.delitem(vars(holder), name, raising=False)
+    for imported in [each for each in sys.modules if each.partition(".")[0] == "sparrow_hf"]:
+        monkeypatch.delitem(sys.modules, imported)
+    package = importlib.import_module("sparrow_hf")
+    assert f"{module}.{name}" in package._transformers.missing_names()
+    with pytest.raises(package.errors.TransformersContractError, match=f"{re.escape(module)}.{name} is missing"):
+        _ = package.SparrowDraftModel
 
 
 # -- another transformers ---------------------------------------------------------------------------------------------

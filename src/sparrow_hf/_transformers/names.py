@@ -32,7 +32,8 @@ ACTIVATIONS: Any = _find("transformers.activations", "ACT2FN")
 ATTENTION_FUNCTIONS: Any = _find("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS")
 MASK_FUNCTIONS: Any = _find("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS")
 flat_mask: Any = _find("transformers.masking_utils", "flash_attention_mask")
-DynamicLayer: Any = _find("transformers.cache_utils", "DynamicLayer")
+# A class of this room derives from it.
+DynamicLayer: Any = _find("transformers.cache_utils", "DynamicLayer") or object
 layer_types_of: Any = _find("transformers.cache_utils", "get_layer_types_and_kwargs")
 LlamaRMSNorm: Any = _find("transformers.models.llama.modeling_llama", "LlamaRMSNorm")
 LlamaRotaryEmbedding: Any = _find("transformers.models.llama.modeling_llama", "LlamaRotaryEmbedding")

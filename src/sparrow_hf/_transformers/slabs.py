@@ -1,11 +1,13 @@
 """A target's cache in memory that has room: rows are written where they belong, and nothing is copied to grow."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import DynamicCache
 
 from .caches import is_windowed
 from .names import DynamicLayer
@@ -98,7 +100,7 @@ class SlabLayer(DynamicLayer):
         self.update(*held)
 
 
-def grow_in_place(cache: DynamicCache) -> None:
+def grow_in_place(cache: transformers.DynamicCache) -> None:
     """Gives layers of full attention room behind their rows; those that hold rows already copy them once.
 
     An ordinary layer copies all of its rows in every forward. In a long video that takes longer than the forward.
@@ -110,31 +112,31 @@ def grow_in_place(cache: DynamicCache) -> None:
                 roomy.update(layer.keys, layer.values)
 
 
-def grows_in_place(cache: DynamicCache) -> bool:
+def grows_in_place(cache: transformers.DynamicCache) -> bool:
     """Whether [`grow_in_place`] has seen a cache."""
     return any(isinstance(layer, SlabLayer) for layer in cache.layers)
 
 
-def slab_cache(config: Any, num_rows: int) -> DynamicCache:
+def slab_cache(config: Any, num_rows: int) -> transformers.DynamicCache:
     """An empty cache of slabs, as `DynamicCache(config=config)` lays out its layers; memory is taken at first use."""
-    cache = DynamicCache(config=config)
+    cache = transformers.DynamicCache(config=config)
     cache.layers = [
         SlabLayer(num_rows, is_windowed(layer)) if isinstance(layer, DynamicLayer) else layer for layer in cache.layers
     ]
     return cache
 
 
-def slab_layers(cache: DynamicCache) -> list[SlabLayer]:
+def slab_layers(cache: transformers.DynamicCache) -> list[SlabLayer]:
     """Its layers that have taken memory."""
     return [layer for layer in cache.layers if isinstance(layer, SlabLayer) and layer.slab is not None]
 
 
-def has_windows(cache: DynamicCache) -> bool:
+def has_windows(cache: transformers.DynamicCache) -> bool:
     """Whether a layer's attention sees a window."""
     return any(isinstance(layer, SlabLayer) and layer.is_sliding for layer in cache.layers)
 
 
-def take_rows(slabs: DynamicCache, cache: DynamicCache) -> None:
+def take_rows(slabs: transformers.DynamicCache, cache: transformers.DynamicCache) -> None:
     """Moves the rows of an ordinary cache into slabs, layer by layer. What it has dropped stays free.
 
     cache     r2 r3 r4              a window that has dropped r0 and r1
@@ -153,7 +155,7 @@ def take_rows(slabs: DynamicCache, cache: DynamicCache) -> None:
         source.reset()
 
 
-def empty(cache: DynamicCache) -> None:
+def empty(cache: transformers.DynamicCache) -> None:
     """Forgets all rows; the memory stays.
 
     It is zeroed: attention reads all of it, and what is not a number stays so under a mask.
@@ -173,9 +175,9 @@ def move_rows(layers: Sequence[SlabLayer], sources: Tensor, destinations: Tensor
             rows.index_copy_(2, destinations, rows.index_select(2, sources))
 
 
-def dynamic_copy(cache: DynamicCache, config: Any) -> DynamicCache:
+def dynamic_copy(cache: transformers.DynamicCache, config: Any) -> transformers.DynamicCache:
     """What a cache of slabs holds, in an ordinary one."""
-    copied = DynamicCache(config=config)
+    copied = transformers.DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, SlabLayer) and layer.slab is not None:
             copied.update(layer.keys.clone(), layer.values.clone(), index)
