@@ -1,6 +1,7 @@
 """`SparrowDraftConfig`: what follows the target, what is refused, what survives a round trip."""
 
 import json
+import re
 
 import pytest
 from transformers import AutoConfig, Blip2VisionConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2Config
@@ -176,6 +177,19 @@ def test_a_text_that_names_no_shape_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["1-5-10", "6-4-1", "5-0-2", "9-2-0", "0-0-1"])
 def test_a_tree_that_cannot_grow_is_refused(text: str) -> None:
     with pytest.raises(DraftConfigError, match="found"):
+        parse_tree_shape(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "shape"),
+    [
+        ("chain-5000", "num_draft_levels is at most 4096", (5001, 5000, 1)),
+        ("70000-4-5000", "num_tree_nodes is at most 65536, beam_width is at most 4096", (70000, 4, 5000)),
+    ],
+)
+def test_a_tree_too_large_is_refused_with_what_is(text: str, most: str, shape: tuple[int, int, int]) -> None:
+    message = f"a tree of this size does not fit into any memory: {most}, found {shape}"
+    with pytest.raises(DraftConfigError, match=f"^{re.escape(message)}$"):
         parse_tree_shape(text)
 
 

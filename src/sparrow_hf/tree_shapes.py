@@ -65,9 +65,10 @@ def tree_name(shape: TreeShape) -> str:
 def check_tree_shape(shape: TreeShape) -> None:
     """Raises [`DraftConfigError`] unless a tree of this shape can be grown."""
     nodes, levels, beam = shape
-    too_large = [name for name, size in shape._asdict().items() if size > INTEGERS[name][1]]
-    if too_large:
-        raise DraftConfigError(f"a tree of this size fits into memory, found {tuple(shape)}")
+    limits = {name: INTEGERS[name][1] for name, size in shape._asdict().items() if size > INTEGERS[name][1]}
+    if limits:
+        most = ", ".join(f"{name} is at most {limit}" for name, limit in limits.items())
+        raise DraftConfigError(f"a tree of this size does not fit into any memory: {most}, found {tuple(shape)}")
     if nodes < 1 or levels < 0 or beam < 1:
         raise DraftConfigError(f"a tree needs a root and a beam of at least one, found {tuple(shape)}")
     if (nodes == 1) != (levels == 0):
