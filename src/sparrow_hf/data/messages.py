@@ -9,7 +9,7 @@ clean_messages    what a chat template and `prepare_inputs` read
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import ImageError, MessagesError, SparrowError, TrainingDataError, VideoError
 from ..signals import raise_stop_in
-from .dialects import plain_turns
+from .dialects import plain_turns, without_turns
 from .parts import MEDIA_TYPES, named_sources, plain_part
 from .sources import plain_source
 
@@ -92,6 +92,11 @@ def split_answer(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | No
         return messages, "\n".join(written) or None
 
 
+def columns_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says beside its conversation and its place."""
+    return {name: value for name, value in without_turns(row).items() if name not in (ROW_INDEX, ROW_FOLDER)}
+
+
 def text_of(message: Mapping[str, Any]) -> str:
     """The text of a chat message, whichever way its content is written."""
     content = message["content"]
@@ -133,6 +138,23 @@ def fingerprint(conversation: Any) -> str:
     Clean messages of the same conversation have the same digest, whichever dialect they were written in.
     """
     return hashlib.sha256(json.dumps(_alike(conversation), default=media_digest).encode()).hexdigest()
+
+
+def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 over what rows ask and their other columns, in their order; the answers at their ends do not count.
+
+    Media count as in [`fingerprint`]. Rows that cannot be read are all alike.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        try:
+            messages, _ = split_answer(row)
+            with naming_row(row.get(ROW_INDEX)):
+                read = fingerprint([messages, json.dumps(columns_of(row))])
+        except TrainingDataError:
+            read = "unreadable"
+        digest.update(f"{read}\n".encode())
+    return digest.hexdigest()
 
 
 def row_name(index: int, asked: Any) -> str:

@@ -1,13 +1,14 @@
 """The target answers prompts. A draft is trained on these answers, because they are the text it has to predict.
 
 Answers are written atomically, in JSON-lines shards. A stopped run continues with the first missing shard; existing
-shards must have been made with the same settings. `digests.sha256` holds the digest of every file, which is checked
-when the answers are read. Processes of `accelerate launch` share the shards, and together
-write the same files as one process.
+shards must be answers of the same target to the same rows, made with the same settings. `digests.sha256` holds the
+digest of every file, which is checked when the answers are read. Processes of `accelerate launch` share the shards,
+and together write the same files as one process.
 """
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +21,18 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .._transformers import commit_of, name_of, uses_vllm_positions
-from ..artifacts import atomic_path, check_made_alike, remove_partial_files, write_json, write_text
+from ..artifacts import (
+    atomic_path,
+    check_made_alike,
+    remove_partial_files,
+    tensor_digest,
+    write_json,
+    write_text,
+)
 from ..checksums import Digests, read_json
 from ..data.datasets import Rows
-from ..data.dialects import without_turns
 from ..data.files import is_url
-from ..data.messages import ROW_FOLDER, ROW_INDEX, media_digest, naming_row, split_answer
+from ..data.messages import columns_of, media_digest, naming_row, rows_digest, split_answer
 from ..data.prepare import prepare_prompt, to_target, tokenizer_of
 from ..errors import SparrowError, TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
@@ -34,7 +41,8 @@ from .data import as_row
 PROVENANCE_FILE = "provenance.json"
 #: What to do about a file that is missing or damaged.
 REMEDY = "delete it and run `sparrow regenerate` again with the same options, which keeps the rest"
-
+#: Fields of `provenance.json` that earlier versions did not write.
+LATER_FIELDS = ("target_sha256", "prompts_sha256")
 #: What an answer token takes in a shard, its id and its text together (English, a vocabulary of 150,000).
 BYTES_PER_ANSWER_TOKEN = 12
 #: Number of rows that an estimate reads.
@@ -83,8 +91,8 @@ def regenerate(
         All shards, in order. Those of other processes may still be missing.
 
     Raises:
-        TrainingDataError: The folder holds answers made with other settings, the prompts cannot be batched, or a row
-            is bad.
+        TrainingDataError: The folder holds answers of another target, to other rows or made with other settings, the
+            prompts cannot be batched, or a row is bad.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,6 +103,7 @@ def regenerate(
     provenance = {
         "target": name_of(target.config),
         "target_revision": commit_of(target.config),
+        "target_sha256": tensor_digest(target.state_dict()),
         "transformers": transformers.__version__,
         "dtype": str(target.dtype),
         # Files of earlier versions do not name it.
@@ -107,6 +116,7 @@ def regenerate(
         "batch_size": batch_size,
         "on_bad_row": on_bad_row,
         "rows": len(rows),
+        "prompts_sha256": rows_digest(as_row(rows[index]) for index in range(len(rows))),
     }
     processes = PartialState()
     with processes.main_process_first():
@@ -118,7 +128,17 @@ def regenerate(
                 digests.write([described, *folder.glob("answers-*.json*"), *folder.glob("media/*")])
             digests.check(described)
             found = read_json(described, TrainingDataError, REMEDY)
-            check_made_alike(folder, found, provenance, TrainingDataError)
+            untold = {name: provenance[name] for name in LATER_FIELDS if name not in found}
+            check_made_alike(folder, found | untold, provenance, TrainingDataError)
+            if untold:
+                warnings.warn(
+                    f"an earlier version wrote {described} without {' and '.join(untold)}: the answers there are kept "
+                    "as this target's answers to these rows. If target or rows have changed since, delete the folder",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                write_json(described, provenance, indent=2)
+                digests.add(described)
         else:
             write_json(described, provenance, indent=2)
             digests.add(described)
@@ -234,11 +254,8 @@ def _prepare(
     with naming_row(index):
         messages, _ = split_answer(row)
         prompt = dict(prepare_prompt(processor, row, **sampling))
-        stored = sampling | {
-            name: value
-            for name, value in without_turns(row).items()
-            if name not in (ROW_INDEX, ROW_FOLDER) and not (name in sampling and value is None)
-        }
+        columns = columns_of(row).items()
+        stored = sampling | {name: value for name, value in columns if not (name in sampling and value is None)}
         stored["messages"] = [_storable(turn, digests) for turn in messages]
         # A column that JSON cannot hold is the row's fault, and found before the target has written anything.
         json.dumps(stored)
