@@ -1,14 +1,17 @@
 """Held-out videos that were trained on are found, whichever way they are named."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 from rows import ask, video
 
 from sparrow_hf.errors import TrainingDataError
+from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.testbed.world import make_clip
-from sparrow_hf.training import SparrowDataCollator, media_keys, refuse_shared_media
+from sparrow_hf.training import SparrowDataCollator, load_rows, media_keys, refuse_shared_media
 from sparrow_hf.training.recording import RecordedDataset, record
+from sparrow_hf.training.regenerate import regenerate
 
 
 @pytest.fixture
@@ -30,6 +33,25 @@ def test_shared_media_are_refused(folder):
         TrainingDataError, match="held-out row 1 and training row 0: .*held-out row 2 and training row 3"
     ):
         refuse_shared_media(train, held_out)
+
+
+def test_media_given_as_bytes_are_found_after_their_answers_are_stored(folder):
+    processor = build_processor()
+    target = build_target(processor.tokenizer, num_hidden_layers=2)
+    data = (folder / "1.mp4").read_bytes()
+    row = ask(video(data))
+    for name in ("answers", "held_out"):
+        regenerate(target, processor, [row], folder / name, max_new_tokens=2)
+    answers, held_out = (list(load_rows(folder / name)) for name in ("answers", "held_out"))
+    key = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    assert media_keys(row) == media_keys(answers[0]) == media_keys(held_out[0]) == {key}
+    for train in (answers, [row]):
+        with pytest.raises(TrainingDataError, match=f"held-out row 0 and training row 0: {key}"):
+            refuse_shared_media(train, held_out)
+    # Files that are not called by their digest there, or not there, are known by their path.
+    digest = key.removeprefix("sha256:")
+    for path in (folder / digest, folder / "media" / f"{digest}.mp4", folder / "media" / digest[:40]):
+        assert media_keys(ask(video(str(path)))) == {str(path.resolve())}
 
 
 def test_rows_that_show_nothing_are_compared_by_their_prompts(folder):

@@ -1,5 +1,6 @@
 """Checks that training and held-out rows share no video, image or prompt."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from ..data.messages import clean_messages, fingerprint, media_digest, media_par
 from ..errors import SparrowError, TrainingDataError
 from .data import as_row
 from .recording import RecordedDataset
+from .regenerate import MEDIA_FOLDER
 
 #: Pairs of rows that [`refuse_shared_media`] names.
 MAX_NAMED_PAIRS = 10
@@ -18,7 +20,8 @@ def media_keys(row: Mapping[str, Any]) -> set[str]:
     """Keys of the videos and images of a row: resolved path, URL, or digest of the bytes or pixels; of each frame, if
     a video is given as a list of them.
 
-    The same video once by path and once by bytes has two keys.
+    A file that [`~regenerate.regenerate`] wrote of bytes has the key of these bytes, in whatever folder of answers it
+    is. Otherwise the same video once by path and once by bytes has two keys.
 
     Raises:
         MessagesError: The row has no well-formed messages.
@@ -30,7 +33,11 @@ def media_keys(row: Mapping[str, Any]) -> set[str]:
 
 def _media_key(source: Any) -> str:
     if isinstance(source, str):
-        return source if is_url(source) else str(Path(source).resolve())
+        if is_url(source):
+            return source
+        path = Path(source)
+        is_stored = path.parent.name == MEDIA_FOLDER and re.fullmatch("[0-9a-f]{64}", path.name)
+        return f"sha256:{path.name}" if is_stored else str(path.resolve())
     return f"sha256:{media_digest(source)}"
 
 

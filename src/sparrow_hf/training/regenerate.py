@@ -39,6 +39,8 @@ from ..modeling_sparrow import SparrowDraftModel
 from .data import as_row
 
 PROVENANCE_FILE = "provenance.json"
+#: Folder of the media that rows gave as bytes, each file called by its `media_digest`.
+MEDIA_FOLDER = "media"
 #: What to do about a file that is missing or damaged.
 REMEDY = "delete it and run `sparrow regenerate` again with the same options, which keeps the rest"
 #: Fields of `provenance.json` that earlier versions did not write.
@@ -125,7 +127,7 @@ def regenerate(
             if digests.known is None:
                 # An earlier version's files are taken as they are.
                 digests.warn_without()
-                digests.write([described, *folder.glob("answers-*.json*"), *folder.glob("media/*")])
+                digests.write([described, *folder.glob("answers-*.json*"), *folder.glob(f"{MEDIA_FOLDER}/*")])
             digests.check(described)
             found = read_json(described, TrainingDataError, REMEDY)
             untold = {name: provenance[name] for name in LATER_FIELDS if name not in found}
@@ -277,7 +279,7 @@ def _storable_source(source: Any, digests: Digests) -> Any:
     if isinstance(source, list):
         return [_storable_source(frame, digests) for frame in source]
     if isinstance(source, bytes):
-        path = digests.folder / "media" / media_digest(source)
+        path = digests.folder / MEDIA_FOLDER / media_digest(source)
         if path not in digests:
             with atomic_path(path) as partial:
                 partial.write_bytes(source)
