@@ -1,6 +1,7 @@
 """The harness that stops and goes on, and the rows it all ends in."""
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from transformers import PreTrainedModel
 
 from sparrow_hf import metrics
 from sparrow_hf.checksums import SEAL, sealed
+from sparrow_hf.configuration_sparrow import TreeShape
 from sparrow_hf.errors import BenchmarkError
 from sparrow_hf.evaluation import Arm, compare
 from sparrow_hf.evaluation import benchmark as benchmark_module
 from sparrow_hf.evaluation.arms import Arms
-from sparrow_hf.evaluation.benchmark import Benchmark, Prompt
+from sparrow_hf.evaluation.benchmark import Benchmark, Prompt, describe
 from sparrow_hf.evaluation.report import write_report
 from sparrow_hf.evaluation.results import write_results
 from sparrow_hf.evaluation.run_file import RunFile
@@ -68,7 +70,7 @@ def run(
         options = {"arms": ["none", "prompt-lookup", "draft@chain-3"], "temperatures": (0.0, 1.0)} | options
         arms = Arms(target, draft_folder).parse(options.pop("arms"))
         bench = Benchmark(
-            "tiny",
+            options.pop("name", "tiny"),
             target,
             arms,
             prompts,
@@ -82,6 +84,15 @@ def run(
         return write_results(tmp_path / "runs", tmp_path / "results.json", "a note")
 
     return run
+
+
+@pytest.fixture
+def set_draft(draft_folder: str) -> Iterator[Any]:
+    """Edits fields of the draft's configuration, on disk."""
+    path = Path(draft_folder) / "config.json"
+    written = path.read_text()
+    yield lambda **fields: path.write_text(json.dumps(json.loads(written) | fields))
+    path.write_text(written)
 
 
 def test_from_prompts_to_rows(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -193,17 +204,65 @@ def test_a_folder_of_runs_holds_nothing_else(run: Any, target: PreTrainedModel, 
     assert (tmp_path / "runs" / "tiny.jsonl").read_text().endswith("and no end of line")
 
 
-def test_a_draft_set_otherwise_is_another_arm(run: Any, draft_folder: str):
-    run(arms=["draft"], temperatures=(0.0,))
-    path = Path(draft_folder) / "config.json"
-    written = path.read_text()
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("num_glimpse_tokens", 3, r"arms\.draft\.glimpse: 4, now 3; arms\.draft@chain-3\.glimpse: 4, now 3"),
+        ("glimpse_spacing", "logarithmic", r"drafts\.draft\.glimpse_spacing: 'even', now 'logarithmic'"),
+        ("position_mode", "original", r"drafts\.draft\.position_mode: 'compact', now 'original'"),
+        ("visual_bridge_layer", 1, r"drafts\.draft\.visual_bridge_layer: 2, now 1"),
+        ("rms_norm_eps", 0.5, r"drafts\.draft\.rms_norm_eps: 1e-05, now 0\.5"),
+        ("project_visual", True, r"drafts\.draft\.project_visual: False, now True"),
+    ],
+)
+def test_a_draft_set_otherwise_is_another_arm(run: Any, set_draft: Any, field: str, value: Any, told: str):
+    options = {"arms": ["none", "draft", "draft@chain-3"], "temperatures": (0.0,)}
+    run(**options)
     # No weight changes, and neither does the arm's name.
-    path.write_text(json.dumps(json.loads(written) | {"num_glimpse_tokens": 3}))
-    try:
-        with pytest.raises(BenchmarkError, match=r"arms\.draft\.glimpse: 4, now 3"):
-            run(arms=["draft"], temperatures=(0.0,))
-    finally:
-        path.write_text(written)
+    set_draft(**{field: value})
+    with pytest.raises(BenchmarkError, match=rf"made differently \({told}\): choose"):
+        run(**options)
+
+
+def test_what_a_draft_does_not_decode_with_may_change(run: Any, set_draft: Any, tmp_path: Path):
+    options = {"arms": ["none", "prompt-lookup", "draft@chain-3/glimpse=2"], "temperatures": (0.0,)}
+    rows = run(**options)
+    # The arm has its own tree and glimpse, and where a target is found decides nothing.
+    set_draft(target_name_or_path="elsewhere", num_glimpse_tokens=3, num_draft_levels=2, num_tree_nodes=3)
+    assert run(**options) == rows
+    told = json.loads((tmp_path / "runs" / "tiny.jsonl").read_text().splitlines()[0])["provenance"]["drafts"]
+    assert list(told) == ["draft@chain-3/glimpse=2"]
+    set_draft(glimpse_spacing="logarithmic")
+    # Without a draft nothing is drafted.
+    run(arms=["none"], temperatures=(0.0,), name="other")
+    set_draft(glimpse_spacing="even")
+    run(arms=["none"], temperatures=(0.0,), name="other")
+
+
+def test_a_run_file_that_names_no_draft_s_configuration_goes_on(run: Any, set_draft: Any, tmp_path: Path):
+    options = {"arms": ["draft"], "temperatures": (0.0,)}
+    rows = run(**options)
+    path = tmp_path / "runs" / "tiny.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        del line["provenance"]["drafts"]
+    path.write_text("".join(json.dumps(resealed(line)) + "\n" for line in lines[1:]))
+    assert len(run(**options)) == len(rows)
+    # The line that was measured now names it.
+    set_draft(glimpse_spacing="logarithmic")
+    with pytest.raises(BenchmarkError, match=r"drafts\.draft\.glimpse_spacing") as refused:
+        run(**options)
+    # What is refused is not kept open.
+    set_draft()
+    assert refused.value and len(run(**options)) == len(rows)
+
+
+def test_an_arm_without_settings_of_its_own_has_those_of_its_draft(target: PreTrainedModel, draft_folder: str):
+    draft = Arms(target, draft_folder).arm("draft").draft
+    assert draft is not None
+    assert describe(Arm("mine", draft)) == {"tree": (8, 7, 1), "glimpse": 4}
+    assert describe(Arm("mine", draft, TreeShape(3, 2, 1), 0)) == {"tree": (3, 2, 1), "glimpse": 0}
+    assert describe(Arms(target, draft_folder).arm("none")) == {"tree": (1, 0, 1), "glimpse": None}
 
 
 def test_the_command_is_recorded_and_may_change(run: Any, tmp_path: Path):

@@ -18,9 +18,16 @@ from ..data.prepare import to_target
 from ..draft_inputs import EVERY_VISUAL_TOKEN, visual_mask
 from ..errors import BenchmarkError
 from ..measurement import Arm, compare, num_rounds, warm_up
+from ..modeling_sparrow import SparrowDraftModel
 from ..target_config import visual_token_ids
 from .provenance import provenance
 from .run_file import RunFile
+
+#: Fields of a draft's configuration that do not decide what it drafts, or that its arms name: see [`describe`].
+_NOT_COMPARED = {
+    *("architectures", "dtype", "tensors_sha256", "transformers_version", "target_name_or_path", "target_revision"),
+    *("num_tree_nodes", "num_draft_levels", "beam_width", "num_glimpse_tokens"),
+}
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,15 @@ class Benchmark:
         )
 
     @property
+    def drafts(self) -> dict[str, Any]:
+        """The configuration of each draft, under the name of the first arm that drafts with it."""
+        first: dict[int, Arm] = {}
+        for arm in self.arms:
+            if arm.draft is not None and arm.num_draft_levels:
+                first.setdefault(id(arm.draft), arm)
+        return {arm.name: configuration(arm.draft) for arm in first.values() if arm.draft is not None}
+
+    @property
     def calls_per_prompt(self) -> int:
         """Calls of `generate()` that measuring one prompt at one setting takes, the warm-up left out."""
         return sum(num_rounds(arm, self.repeats, self.shared_prefill) for arm in self.arms)
@@ -122,7 +138,7 @@ class Benchmark:
         Raises:
             BenchmarkError: They were made under other conditions.
         """
-        return RunFile(folder / f"{self.name}.jsonl", self.conditions)
+        return RunFile(folder / f"{self.name}.jsonl", self.conditions, {"drafts": self.drafts})
 
     def missing(self, runs: RunFile) -> Iterator[tuple[Prompt, list[Setting]]]:
         """Prompts that are not measured yet, each with the settings it still needs."""
@@ -138,7 +154,7 @@ class Benchmark:
             VideoError: A video cannot be read; what was measured before it stays.
         """
         command = {} if self.command is None else {"command": self.command}
-        details = provenance(self.target, **command, **self.conditions)
+        details = provenance(self.target, **command, **self.conditions, drafts=self.drafts)
         todo = list(self.missing(runs))
         is_warm = False
         with tqdm(total=sum(len(settings) for _, settings in todo), desc=self.name, unit="prompt") as progress:
@@ -201,14 +217,23 @@ def _key(prompt: Prompt, setting: Setting) -> dict[str, Any]:
 
 def describe(arm: Arm) -> dict[str, Any]:
     """The tree `[nodes, levels, beam]` of an arm and its glimpse (`None`: it has none), and how the target runs."""
-    glimpse = arm.num_glimpse_tokens
-    told = {"tree": arm.tree, "glimpse": "all" if glimpse == EVERY_VISUAL_TOKEN else glimpse}
+    tree, glimpse = arm.tree, arm.num_glimpse_tokens
+    if arm.draft is not None and arm.num_draft_levels:
+        tree = arm.draft.config.tree_shape if tree is None else tree
+        glimpse = arm.draft.config.num_glimpse_tokens if glimpse is None else glimpse
+    told = {"tree": tree, "glimpse": "all" if glimpse == EVERY_VISUAL_TOKEN else glimpse}
     # Named where they are not plain `generate()`'s only: files of earlier versions do not know them.
     if arm.attention is not None:
         told["attention"] = arm.attention
     if arm.is_compiled:
         told["compiled"] = True
     return told
+
+
+def configuration(draft: SparrowDraftModel) -> dict[str, Any]:
+    """What decides what a draft drafts beside its weights, its tree and its glimpse, as JSON holds it."""
+    fields = draft.config.to_diff_dict().items()
+    return json.loads(json.dumps({name: value for name, value in fields if name not in _NOT_COMPARED}))
 
 
 def count_visual_tokens(target: PreTrainedModel, input_ids: Tensor) -> int:

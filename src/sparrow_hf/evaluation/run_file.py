@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..artifacts import check_made_alike
 from ..errors import BenchmarkError
 from ..line_file import LineFile, read_whole_lines
 
@@ -19,13 +20,21 @@ class RunFile(LineFile):
 
     Args:
         conditions: What must be the same for all lines, JSON types; compared with each line's `"provenance"`.
+        later: Further conditions, which earlier versions did not write: compared where a line names them.
 
     Raises:
         BenchmarkError: The file holds measurements made under other conditions, or something else.
     """
 
-    def __init__(self, path: Path, conditions: Mapping[str, Any]):
+    def __init__(self, path: Path, conditions: Mapping[str, Any], later: Mapping[str, Any] | None = None):
         super().__init__(path, conditions, BenchmarkError, KIND)
+        try:
+            for found in (line["provenance"] for line in self.lines):
+                known = {name: value for name, value in (later or {}).items() if name in found}
+                check_made_alike(path, found, known, BenchmarkError)
+        except BenchmarkError:
+            self.close()
+            raise
 
     def check_line(self, line: Mapping[str, Any]) -> None:
         digest = line["provenance"].get("target_sha256")
