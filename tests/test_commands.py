@@ -248,4 +248,6 @@ def test_help_names_every_option_and_starts_nothing(tmp_path: Path) -> None:
     text = succeed("train", "--help")
     assert all(f"--{name}" in text for name in ("num-mtp-steps", "num-visual-rows-max", "on-bad-row", "lora"))
     assert "required" in text and "--learning-rate" in text
-    assert " ".join(text.split()).endswith("except --output-dir and --remove-unused-columns.")
+    assert " ".join(text.split()).endswith(
+        "except --output-dir, --resume-from-checkpoint and --remove-unused-columns."
+    )

@@ -79,6 +79,7 @@ def test_a_preset_in_the_file_counts(tmp_path):
         ([*NEEDED, "--warm-start", "d", "--num-mtp-steps", "2"], "num_mtp_steps"),
         ([*NEEDED, "--warm-start", "d", "--copy-last-layer"], "leave out --copy-last-layer"),
         ([*NEEDED, "--output-dir", "x"], "--output-dir x: checkpoints are always in draft/checkpoints"),
+        ([*NEEDED, "--resume-from-checkpoint", "true"], "give --resume$"),
         ([*NEEDED, "--num-visual-rows-min", "9", "--num-visual-rows-max", "3"], "num_visual_rows"),
         ([*NEEDED, "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],

@@ -97,7 +97,7 @@ def show_options(console: Console, context: typer.Context) -> None:
     console.print(EXIT_CODES, highlight=False)
     console.print(
         "Options of transformers.TrainingArguments work too, such as --learning-rate and --max-steps, except "
-        "--output-dir and --remove-unused-columns."
+        "--output-dir, --resume-from-checkpoint and --remove-unused-columns."
     )
 
 

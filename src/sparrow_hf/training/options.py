@@ -225,6 +225,10 @@ def parse_options(words: Sequence[str]) -> tuple[TrainingOptions, SparrowTrainin
             "them; leave this option out"
         )
     values["output_dir"] = checkpoints
+    if values["resume_from_checkpoint"] is not None:
+        raise TrainingOptionsError(
+            "--resume-from-checkpoint: a training goes on from the last checkpoint of its output folder; give --resume"
+        )
     if values["eval_strategy"] is None and values["held_out"] is not None:
         # Whenever a checkpoint is saved; which one is the best, evaluations every few steps tell.
         values["eval_strategy"] = "steps" if values["save_strategy"] == "best" else values["save_strategy"]
