@@ -116,3 +116,9 @@ def test_drafts_are_measured_and_tabled(folder: Path, tmp_path: Path) -> None:
     text.main([str(word) for word in words])
     assert (tmp_path / "runs" / "trees.jsonl").read_bytes() == before
     assert page.read_text() == written
+
+    # Of fewer prompts, the table has as many.
+    words[words.index("--limit") + 1] = 1
+    text.main([str(word) for word in words])
+    assert (tmp_path / "runs" / "trees.jsonl").read_bytes() == before
+    assert {row["prompts"] for row in json.loads((tmp_path / "text.json").read_text())["rows"]} == {1}

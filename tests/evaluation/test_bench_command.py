@@ -79,6 +79,48 @@ def test_rows_of_ones_own_and_a_wrong_token(models: list[object], tmp_path: Path
         assert result.exit_code == 2 and f"made differently ({name}: None, now" in " ".join(result.output.split())
 
 
+def test_only_prompts_that_are_asked_count(models: list[object], tmp_path: Path):
+    prompts = tmp_path / "prompts.jsonl"
+
+    def ask(*questions: str, limit: int, differs: int = 0) -> str:
+        rows = [{"messages": [{"role": "user", "content": question}]} for question in questions]
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        result = bench(tmp_path, *models, "--prompts", prompts, "--limit", limit, "--arms", "none")
+        assert result.exit_code == differs, result.output
+        found = [(row["arm"], row["prompts"], row["identical"]) for row in read_rows(tmp_path)]
+        right = min(limit, len(questions))
+        assert found == [("plain", right, right), ("none", right, right - differs)]
+        return " ".join(result.output.split())
+
+    assert "to do: 2 calls" in ask("red ?", "green ?", "blue ?", limit=1)
+    # A limit that grows goes on from what is measured.
+    told = ask("red ?", "green ?", "blue ?", limit=3)
+    assert "to do: 4 calls" in told and "not count" not in told
+    told = ask("red ?", "green ?", "blue ?", limit=2)
+    assert "to do: 0 calls" in told and "which do not count: 1" in told
+    # Nor do prompts that were edited.
+    told = ask("red ?", "grey ?", limit=3)
+    assert "to do: 2 calls" in told and "which do not count: 2" in told
+    told = ask("red ?", "green ?", "blue ?", limit=3)
+    assert "to do: 0 calls" in told and "which do not count: 1" in told
+
+    # The text of a prompt that is not asked is no fault of this command.
+    path = tmp_path / "runs" / "bench.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[2])
+    as_if_different(path, "none")
+    path.write_text("".join(lines[:2]) + path.read_text() + "".join(lines[3:]))
+    ask("red ?", "green ?", limit=3)
+    ask("red ?", "green ?", "blue ?", limit=3, differs=1)
+
+    # Of other benchmarks in the folder, all that was measured counts.
+    result = bench(tmp_path, *models, "--prompts", prompts, "--limit", 1, "--arms", "none", "--name", "other")
+    assert result.exit_code == 0, result.output
+    assert [(row["benchmark"], row["prompts"]) for row in read_rows(tmp_path)] == [
+        *[("bench", 4)] * 2, *[("other", 1)] * 2
+    ]  # fmt: skip
+
+
 def test_the_form_of_mmspec(models: list[object], tmp_path: Path):
     make_clip(tmp_path / "clip.mp4", 1, 32)
     video = {"type": "video", "video": "clip.mp4"}

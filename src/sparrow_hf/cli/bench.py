@@ -215,10 +215,13 @@ def bench(
         + (f" × {repeats} repeats; " if repeats > 1 else "; ")
         + f"to do: {todo} calls of up to {max_new_tokens} tokens"
     )
+    asked = {prompt.name for prompt in chosen}
+    if others := sum(line["prompt"] not in asked for line in measured.lines):
+        console.print(f"measurements of other prompts in {measured.path}, which do not count: {others}")
     context.obj.keeps(lambda: f"{len(measured.lines)} measured prompts are kept in {measured.path}")
     with measured:
         benchmark.measure(measured)
-    rows = write_results(runs, output, note)
+    rows = write_results(runs, output, note, {name: asked})
     if report is not None:
         write_report(output, report, layout.value)
     console.print(results_table(rows))

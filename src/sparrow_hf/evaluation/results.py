@@ -1,7 +1,7 @@
 """From single measurements to the rows of a results file: one row per arm, visual length, temperature and seed."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,33 @@ KEY = ("benchmark", "family", "length", "temperature", "seed")
 """Fields of a measurement that are the same for all measurements of one table."""
 
 
-def write_results(runs: Path, output: Path, note: str = "") -> list[dict[str, Any]]:
+def write_results(
+    runs: Path, output: Path, note: str = "", asked: Mapping[str, Collection[str]] | None = None
+) -> list[dict[str, Any]]:
     """Pools all run files of a folder into the JSON file `output`; returns its rows.
 
     Args:
         note: A remark on the circumstances.
+        asked: See [`pool_runs`].
     """
-    rows = pool_runs(runs)
+    rows = pool_runs(runs, asked)
     write_json(output, sealed({"note": note, "rows": rows}), indent=1)
     return rows
 
 
-def pool_runs(runs: Path) -> list[dict[str, Any]]:
-    """The rows of all run files of a folder: one per arm, visual length, temperature and seed."""
+def pool_runs(runs: Path, asked: Mapping[str, Collection[str]] | None = None) -> list[dict[str, Any]]:
+    """The rows of all run files of a folder: one per arm, visual length, temperature and seed.
+
+    Args:
+        asked: Benchmark → names of its prompts that count; of a benchmark that is not named, all prompts do.
+    """
+    asked = asked or {}
     rows: list[dict[str, Any]] = []
     for path in sorted(runs.glob("*.jsonl")):
         tables: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for line in read_lines(path):
-            tables.setdefault(tuple(line[name] for name in KEY), []).append(line)
+            if line["benchmark"] not in asked or line["prompt"] in asked[line["benchmark"]]:
+                tables.setdefault(tuple(line[name] for name in KEY), []).append(line)
         for lines in tables.values():
             rows += beside_best_baseline([result_row(arm, lines) for arm in lines[0]["runs"]])
     return rows

@@ -89,7 +89,9 @@ def measure(
     run("trees", [*others, *(f"draft:sparrow@{shape}" for shape in shapes)], repeats)
     if compared:
         run("drafts", [f"draft:{name}@{shape}" for shape in COMPARED_SHAPES for name in folders], 1)
-    return {"drafts": {name: training_of(folder) for name, folder in folders.items()}, "rows": pool_runs(work)}
+    names = {prompt.name for prompt in asked}
+    rows = pool_runs(work, {"trees": names, "drafts": names})
+    return {"drafts": {name: training_of(folder) for name, folder in folders.items()}, "rows": rows}
 
 
 def training_of(folder: Path) -> dict[str, Any]:
