@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from sparrow_hf import SparrowDraftModel
+from sparrow_hf import SparrowDraftModel, hidden_states
 from sparrow_hf.errors import HiddenStateCaptureError
 from sparrow_hf.hidden_states import HiddenStateCollector
 
@@ -61,6 +61,14 @@ def test_a_hook_that_never_fired_is_reported() -> None:
     collector.collect(1, torch.randn(1, 3, 4))
     with pytest.raises(HiddenStateCaptureError, match="3 states"):
         collector.take(1)
+
+
+def test_a_step_that_fails_while_it_is_traced_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(ZeroDivisionError), hidden_states.in_step([1]) as states:
+        assert hidden_states._traced is states
+        raise ZeroDivisionError
+    assert hidden_states._traced is None
 
 
 def test_rows_that_a_target_leaves_out_are_computed_for_a_collector() -> None:

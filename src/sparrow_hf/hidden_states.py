@@ -123,8 +123,10 @@ def in_step(layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     states: dict[int, Tensor] = {}
     if torch.compiler.is_compiling():
         _traced = states
-        yield states
-        _traced = None
+        try:
+            yield states
+        finally:
+            _traced = None
     else:
         with HiddenStateCollector(dict.fromkeys(layers)).active() as collector:
             yield states

@@ -252,7 +252,7 @@ class SparrowDraftModel(SavedDraft):
             `(…, H)` states → `(…, D)` logits, for one call or one training step; `None` for a draft that proposes the
             whole vocabulary.
         """
-        return None if self.draft_to_target is None else self.target.head_rows(self.draft_to_target)
+        return None if self.draft_to_target is None else self.target.reduced_head(self.draft_to_target)
 
     def compute_logits(
         self,

@@ -124,21 +124,30 @@ class TargetView:
             and model.get_output_embeddings() is self.head
         )
 
-    def head_rows(self, token_ids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The head cut down to some tokens: `(…, H)` states → `(…, len(token_ids))` logits.
+    def head_rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """Weights of the head, and its biases if it has some, of some tokens: copied as they are now, beside the ids.
 
-        The weights of these tokens are copied, as they are now: keep the result for one call or one training step
-        only, since the head may be edited or moved after it. A head without plain weights (quantised, or offloaded by
-        accelerate) computes all logits and the others are discarded, which is correct but saves no time.
+        Returns:
+            What `functional.linear` takes behind the states; `None` for a head without plain weights (quantised, or
+            offloaded by accelerate).
         """
         head = self.head
-        if type(head) is nn.Linear and head.weight.device.type != "meta":
-            ids = token_ids.to(head.weight.device)
-            # On several devices, a head that is tied to the embedding lies beside it and not where the draft runs.
-            rows, offsets = (
-                None if each is None else each.detach()[ids].to(token_ids.device) for each in (head.weight, head.bias)
-            )
-            return lambda states: functional.linear(states, rows, offsets)
+        if type(head) is not nn.Linear or head.weight.device.type == "meta":
+            return None
+        parts = (head.weight,) if head.bias is None else (head.weight, head.bias)
+        # On several devices, a head that is tied to the embedding lies beside it and not where the draft runs.
+        return tuple(part.detach()[token_ids.to(part.device)].to(token_ids.device) for part in parts)
+
+    def reduced_head(self, token_ids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The head cut down to some tokens: `(…, H)` states → `(…, len(token_ids))` logits.
+
+        Keep the result for one call or one training step only, since the head may be edited or moved after it. A head
+        without plain weights computes all logits and the others are discarded, which is correct but saves no time.
+        """
+        rows = self.head_rows(token_ids)
+        if rows is not None:
+            return lambda states: functional.linear(states, *rows)
+        head = self.head
         return lambda states: head(states)[..., token_ids]
 
     @cached_property

@@ -4,6 +4,8 @@ That the ids are plain `generate()`'s, over all families, processors and stop ru
 its cases decode in fixed shapes.
 """
 
+import functools
+import inspect
 import threading
 from typing import Any
 
@@ -206,6 +208,57 @@ def test_an_earlier_call_leaves_nothing_behind() -> None:
     for each in (inputs, others, inputs):
         assert new_ids(target, each, assistant_model=draft, cache_implementation="static") == new_ids(target, each)
     assert len(draft.target.static_sessions) <= 2
+
+
+@pytest.mark.parametrize("is_first_call", [True, False])
+def test_a_prompt_of_which_the_draft_reads_nothing(is_first_call: bool) -> None:
+    """Visual tokens alone, and a draft that looks at none of them."""
+    target, inputs = a_target("llava_onevision")
+    draft = a_draft(target, num_glimpse_tokens=0, **CHAIN)
+    is_visual = torch.isin(inputs["input_ids"][0], torch.tensor(FAMILY_BY_NAME["llava_onevision"].visual_token_ids))
+    visual = inputs | {name: inputs[name][:, is_visual] for name in ("input_ids", "attention_mask")}
+    if not is_first_call:
+        new_ids(target, inputs, assistant_model=draft, cache_implementation="static")
+    assert new_ids(target, visual, assistant_model=draft, cache_implementation="static") == new_ids(target, visual)
+    assert draft.last_generation.accepted == [0] * (NEW - 1)
+
+
+def test_an_option_of_the_forward_holds_for_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, inputs = a_target()
+    draft, forward, given = a_draft(target, **CHAIN), target.forward, []
+
+    @functools.wraps(forward)
+    def noted(**kwargs: Any) -> Any:
+        given.append(kwargs.pop("style", None))
+        return forward(**kwargs)
+
+    signature = inspect.signature(forward)
+    style = inspect.Parameter("style", inspect.Parameter.KEYWORD_ONLY, default=None)
+    *named, rest = signature.parameters.values()
+    noted.__signature__ = signature.replace(parameters=[*named, style, rest])  # type: ignore[attr-defined]
+    monkeypatch.setattr(target, "forward", noted)
+    steps = []
+    for options in ({}, {}, {"style": "bold"}, {}):
+        given.clear()
+        assert new_ids(target, inputs, assistant_model=draft, cache_implementation="static", **options)
+        assert set(given) == {options.get("style")}
+        (session,) = draft.target.static_sessions.values()
+        steps.append(session.verification._verify)
+    # What was captured with an option is not run without it.
+    assert steps[0] is steps[1] and steps[1] is not steps[2] and steps[2] is not steps[3]
+
+
+def test_a_head_that_is_offloaded_is_run_as_a_whole() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    target, inputs = a_target()
+    plain = new_ids(target, inputs)
+    draft = a_draft(target, draft_vocab_size=40, **CHAIN)
+    rows = draft.target.head_rows(draft.draft_to_target)
+    assert torch.equal(rows[0], target.lm_head.weight[:40])
+    accelerate.cpu_offload(target.lm_head, execution_device="cpu")
+    assert target.lm_head.weight.is_meta and draft.target.head_rows(draft.draft_to_target) is None
+    for options in ({}, {"cache_implementation": "static"}):
+        assert new_ids(target, inputs, assistant_model=draft, **options) == plain
 
 
 def test_an_adapter_that_is_switched_is_seen() -> None:

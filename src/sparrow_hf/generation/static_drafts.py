@@ -48,7 +48,7 @@ class StaticDrafting:
             self.hidden = draft.fc.weight.new_zeros((1, 1, hidden))
             self.visual_summary: Tensor | None = None
             self._columns = torch.arange(num_rows, device=draft.device)
-            self._head_rows = self._copy_of_head_rows()
+            self._head_rows = self._head_rows_now()
             # What the draft looks up once and keeps must not be looked up in a step.
             self._logits(self.hidden)
         self._extend = FixedStep(self._extended, draft.device, compile_config)
@@ -63,7 +63,7 @@ class StaticDrafting:
             with torch.inference_mode(False):
                 self.visual_summary = visual_summary.clone()
         if self._head_rows is not None:
-            for rows, now in zip(self._head_rows, self._copy_of_head_rows() or (), strict=True):
+            for rows, now in zip(self._head_rows, self._head_rows_now() or (), strict=True):
                 rows.copy_(now)
 
     def end(self) -> None:
@@ -75,12 +75,9 @@ class StaticDrafting:
         for layer in slab_layers(self.cache):
             layer.at = at
 
-    def _copy_of_head_rows(self) -> tuple[Tensor, ...] | None:
-        ids, head = self._draft.draft_to_target, self._draft.target.head
-        if ids is None or type(head) is not torch.nn.Linear:
-            return None
-        rows = (head.weight, head.bias) if head.bias is not None else (head.weight,)
-        return tuple(part.detach()[ids.to(part.device)] for part in rows)
+    def _head_rows_now(self) -> tuple[Tensor, ...] | None:
+        ids = self._draft.draft_to_target
+        return None if ids is None else self._draft.target.head_rows(ids)
 
     def extend(self, tokens: list[int], committed: int, position_id: int) -> None:
         """Appends the newest tokens, whose states lie in `features`; `hidden` becomes the output of the last."""
@@ -164,7 +161,7 @@ class StaticDrafting:
 
 
 class StaticCandidateGenerator(SparrowCandidateGenerator):
-    """Drafts for one sequence like its parent, in fixed shapes.
+    """Drafts for one sequence like its parent, in fixed shapes; nothing if the draft reads nothing of the prompt.
 
     Args:
         drafting: The buffers and steps; this call's alone.
@@ -186,7 +183,7 @@ class StaticCandidateGenerator(SparrowCandidateGenerator):
 
     def extend(self, features: Tensor, next_tokens: list[int]) -> None:
         self._root_token = next_tokens[-1]
-        if self.shape.num_draft_levels == 0:
+        if self.hidden is None:
             return
         self._drafting.features[:, : len(next_tokens)] = features
         self._drafting.extend(next_tokens, self._committed, self.next_position_id)
@@ -194,7 +191,7 @@ class StaticCandidateGenerator(SparrowCandidateGenerator):
         self.next_position_id += len(next_tokens)
 
     def propose(self, max_levels: int) -> CandidateTree:
-        if self.shape.num_draft_levels == 0 or max_levels <= 0:
+        if self.hidden is None or max_levels <= 0:
             return build_tree([self._root_token], [-1])
         picked = self._drafting.propose(self._committed, self.next_position_id)
         drafted = self.shape.beam_width * (self.shape.num_draft_levels - 1)

@@ -11,6 +11,7 @@ in the step from `past` and the tree, so it cannot be out of date.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,8 +54,10 @@ class StaticVerification:
         self._view = view
         self._max_path = max_path
         self._layer_ids = layer_ids
-        # What of a forward's inputs stays the same for a call; tensors stay where they are for all calls.
+        # What of a forward's inputs stays the same for a call. Tensors stay where they are for all calls that have the
+        # same options and shapes.
         self._inputs: dict[str, Any] = {}
+        self._options_and_shapes = ""
         # Kinds of layers that have a mask of their own; one mask for all is that of the only kind.
         self._kinds: list[str] = []
         self._has_one_mask = True
@@ -68,7 +71,8 @@ class StaticVerification:
             self._is_text = torch.ones(num_rows, dtype=torch.bool, device=view.device)
             self._columns = torch.arange(num_rows, device=view.device)
             self._nodes = torch.arange(num_nodes, device=view.device)
-        self._verify = FixedStep(self._forward, view.device, compile_config)
+        self._new_step = partial(FixedStep, self._forward, view.device, compile_config)
+        self._verify = self._new_step()
         self._move = FixedStep(self._move_path, view.device)
 
     def empty_cache(self) -> DynamicCache:
@@ -109,13 +113,15 @@ class StaticVerification:
         tensors = {"position_ids": inputs["position_ids"] - held.length}
         tensors |= {name: inputs[name] for name in TOKEN_TYPE_KEYS if inputs.get(name) is not None}
         others = {name: value for name, value in inputs.items() if not isinstance(value, Tensor | dict)}
+        others.pop(CACHE)
+        found = repr((others, {name: value.shape for name, value in tensors.items()}))
         with torch.inference_mode(False):
+            if found != self._options_and_shapes:
+                # A captured step would go on with the options and tensors of an earlier call.
+                self._options_and_shapes, self._verify = found, self._new_step()
+                self._inputs = others | {name: value.clone() for name, value in tensors.items()} | {CACHE: self.cache}
             for name, value in tensors.items():
-                if name in self._inputs:
-                    self._inputs[name].copy_(value)
-                else:
-                    self._inputs[name] = value.clone()
-        self._inputs |= others | {CACHE: self.cache}
+                self._inputs[name].copy_(value)
         for layer in slab_layers(self.cache):
             layer.at = self._at
         # On CUDA the first run of a step is several, and rows that are moved twice are the wrong ones. On this path
