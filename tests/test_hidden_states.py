@@ -59,7 +59,7 @@ def test_a_hook_that_never_fired_is_reported() -> None:
         HiddenStateCollector({1: None}).take(1)
     collector = HiddenStateCollector({1: torch.tensor([9])})
     collector.collect(1, torch.randn(1, 3, 4))
-    with pytest.raises(HiddenStateCaptureError, match="3 states"):
+    with pytest.raises(HiddenStateCaptureError, match="3 states passed the hook, fewer than were asked for"):
         collector.take(1)
 
 

@@ -57,7 +57,7 @@ class HiddenStateCollector:
         wanted = self._positions[layer]
         if self._seen[layer] == 0 or (wanted is not None and len(wanted) and int(wanted[-1]) >= self._seen[layer]):
             raise HiddenStateCaptureError(
-                f"layer {layer}: {self._seen[layer]} states passed the hook, fewer than the prompt has. Was the "
+                f"layer {layer}: {self._seen[layer]} states passed the hook, fewer than were asked for. Was the "
                 "target compiled or copied before the draft was bound? Call draft.bind(target) first."
             )
         parts = self._parts[layer]

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf._transformers import CACHE
 from sparrow_hf.errors import UnsupportedGenerationError
-from sparrow_hf.generation.refusals import _OTHER_WAYS
+from sparrow_hf.generation.refusals import _OTHER_WAYS, named_mode
 
 from batches import batch_of
 from families import FAMILY_BY_NAME
@@ -54,7 +54,8 @@ def test_the_vision_tower_is_watched(setting) -> None:
 
 #: Options of a call, and what is said of them.
 OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"num_beams": 3}, "num_beams=3"),
+    ({"num_beams": 3}, r"draft: beam_search \(num_beams=3\)$"),
+    ({"num_beams": 3, "do_sample": True}, r"draft: beam_sample \(num_beams=3\)$"),
     ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
     ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
     ({"use_cache": False}, "use_cache=False"),
@@ -75,6 +76,20 @@ def test_the_page_of_refusals_names_every_option() -> None:
     refused_options = {name for kwargs, _ in OPTIONS for name in kwargs} - {"do_sample"} | of_others
     assert refused_options >= set(_OTHER_WAYS)
     assert not {name for name in refused_options if not re.search(rf"`{name}\b", section)}
+
+
+# transformers itself asks for `trust_remote_code` first in these modes.
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search (penalty_alpha=0.6, top_k=4)"),
+        ({"force_words_ids": [[5]], "num_beams": 1}, "constrained_beam_search"),
+        ({"force_words_ids": [[5]], "num_beams": 2}, "constrained_beam_search (num_beams=2)"),
+    ],
+)
+def test_a_mode_is_named_with_the_options_that_ask_for_it(options: dict[str, Any], named: str) -> None:
+    config = GenerationConfig(**options)
+    assert named_mode(config.get_generation_mode(), config) == named
 
 
 @pytest.mark.parametrize(("kwargs", "message"), OPTIONS)

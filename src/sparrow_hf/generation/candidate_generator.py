@@ -194,8 +194,10 @@ class SparrowCandidateGenerator(CandidateGenerator):
         if levels <= 0 or self.hidden is None:
             return self._root_alone()
         committed = self.cache.get_seq_length()
-        grow = self._grow_chain if self.shape.beam_width == 1 else self._grow_tree
-        tree = grow(levels, self.hidden, committed)
+        if self.shape.beam_width == 1:
+            tree = self._grow_chain(levels, self.hidden)
+        else:
+            tree = self._grow_tree(levels, self.hidden, committed)
         self._note_length()
         drop_newest(self.cache, self.cache.get_seq_length() - committed)
         if tree is None:
@@ -204,7 +206,7 @@ class SparrowCandidateGenerator(CandidateGenerator):
             return self._root_alone()
         return tree
 
-    def _grow_chain(self, levels: int, hidden: Tensor, committed: int) -> CandidateTree | None:
+    def _grow_chain(self, levels: int, hidden: Tensor) -> CandidateTree | None:
         """The best token of every level. The tokens stay on the device until all are drafted, and are read at once."""
         tokens = [torch.full((1,), self._root_token, device=hidden.device)]
         scores: list[Tensor] = []

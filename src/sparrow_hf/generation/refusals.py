@@ -70,7 +70,7 @@ def check_request(
     """
     found: list[str] = []
     if generation_mode != GenerationMode.ASSISTED_GENERATION:
-        found.append(f"{generation_mode.value} (num_beams={generation_config.num_beams})")
+        found.append(named_mode(generation_mode, generation_config))
     if (generation_config.num_return_sequences or 1) > 1:
         found.append(f"num_return_sequences={generation_config.num_return_sequences}")
     if generation_config.assistant_ensemble_weight is not None:
@@ -91,6 +91,17 @@ def check_request(
         found.append("prompt or prefix tuning of peft on the target (its virtual tokens are not in input_ids)")
     if found:
         raise UnsupportedGenerationError(f"cannot be combined with a Sparrow draft: {'; '.join(found)}")
+
+
+def named_mode(generation_mode: Any, generation_config: Any) -> str:
+    """A way to decode, with the options that ask for it."""
+    options: tuple[str, ...] = ()
+    if (generation_config.num_beams or 1) > 1:
+        options = ("num_beams",)
+    elif generation_mode == GenerationMode.CONTRASTIVE_SEARCH:
+        options = ("penalty_alpha", "top_k")
+    settings = ", ".join(f"{name}={getattr(generation_config, name)}" for name in options)
+    return f"{generation_mode.value} ({settings})" if settings else generation_mode.value
 
 
 def check_modes(draft: SparrowDraftModel) -> None:
