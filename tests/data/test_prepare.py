@@ -101,9 +101,21 @@ def test_a_target_in_bf16_reads_pixels_as_a_processor_gives_them(name: str, tmp_
     record(SparrowDraftModel.from_target(target), [row], tmp_path / "recording", SparrowDataCollator())
 
 
+class Reader(torch.nn.Module):
+    """What a target is to its inputs, in bf16."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(4, 2, device=device)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embedding
+
+
 def test_seconds_stay_exact_where_pixels_are_rounded() -> None:
-    target = torch.nn.Module()
-    target.device, target.dtype = torch.device("cpu"), torch.bfloat16
+    target = Reader("cpu")
     pixels, ids = torch.full((2, 3), 1.11), torch.tensor([[1, 2]])
     for name in ("second_per_grid_ts", "video_second_per_grid"):
         moved = to_target(
@@ -119,8 +131,7 @@ def test_seconds_stay_exact_where_pixels_are_rounded() -> None:
 
 
 def test_inputs_are_made_for_a_target(processor: Any) -> None:
-    target = torch.nn.Module()
-    target.device, target.dtype = torch.device("meta"), torch.bfloat16
+    target = Reader("meta")
     frames = torch.zeros((4, 3, 32, 32), dtype=torch.uint8).numpy()
     messages = [{"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": "what ?"}]}]
     for made_for, device, dtype in ((None, "cpu", torch.float32), (target, "meta", torch.bfloat16)):

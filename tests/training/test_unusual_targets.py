@@ -39,15 +39,19 @@ def train(draft, target, rows, folder, steps):
 
 def test_an_offloaded_target_trains_the_same_draft(target, offloaded, samples, prompts, tmp_path):
     assert any(parameter.is_meta for parameter in offloaded.parameters())
-    weights = []
+    weights, recorded = [], []
     for teacher in (target, offloaded):
         torch.manual_seed(0)
         draft = SparrowDraftModel.from_target(target, num_mtp_steps=2, num_draft_levels=3)
         train(draft, teacher, samples, tmp_path / "training", steps=3)
         weights.append(draft.state_dict())
+        recording = tmp_path / f"recording-{len(weights)}"
+        record(draft, samples[:1], recording, SparrowDataCollator())
+        recorded.append((recording / "rows" / "row-000000.safetensors").read_bytes())
         plain = target.generate(**prompts[0], **greedy(12))
         assert torch.equal(teacher.generate(**prompts[0], **greedy(12), assistant_model=draft), plain)
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert recorded[0] == recorded[1]
 
 
 def test_a_draft_overfits_one_recorded_row_of_a_target_that_shares_keys_and_values(tmp_path):

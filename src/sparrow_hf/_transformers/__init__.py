@@ -42,6 +42,7 @@ from .models import (
     decoder_of,
     execution_device,
     find_file,
+    input_device,
     name_of,
     not_given_by_generate,
     on_device,

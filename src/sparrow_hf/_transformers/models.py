@@ -86,6 +86,14 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None if hook is None else torch.device(hook.execution_device)
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model's inputs enter: the device on which its input embedding runs."""
+    embedding = model.get_input_embeddings()
+    device = next(embedding.parameters()).device
+    # Offloaded by accelerate: the weight is on its device during the forward only.
+    return device if device.type != "meta" else execution_device(embedding) or device
+
+
 def on_device(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """A batch, moved to where a `Trainer` trains."""
     return trainer._prepare_inputs(inputs)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
+from .._transformers import input_device
 from ..errors import MessagesError, TrainingDataError, VideoError
 from .dialects import has_turns
 from .media import load_image, load_video, set_sizes
@@ -223,11 +224,11 @@ def to_target(inputs: Mapping[str, Any], target: PreTrainedModel) -> dict[str, A
         inputs: What a processor returned, several prompts in a batch too. What is no tensor is handed on.
         target: The model that will read them.
     """
-    moved = {}
+    device, moved = input_device(target), {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             is_cast = value.is_floating_point() and name not in TIMES
-            value = value.to(target.device, target.dtype if is_cast else None)
+            value = value.to(device, target.dtype if is_cast else None)
         moved[name] = value
     return moved
 
