@@ -3,7 +3,7 @@
 from .datasets import Rows, StreamedRows, load_rows
 from .images import read_image
 from .messages import clean_messages, fingerprint, split_answer, text_of
-from .prepare import append_answer, kind_of, prepare_conversation, prepare_inputs, prepare_prompt
+from .prepare import append_answer, kind_of, prepare_conversation, prepare_inputs, prepare_prompt, to_target
 from .video import read_video
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "read_video",
     "split_answer",
     "text_of",
+    "to_target",
 ]

@@ -9,7 +9,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from sparrow_hf.captioning import NO_DRAFT, load_models
-from sparrow_hf.data import prepare_prompt
+from sparrow_hf.data import prepare_prompt, to_target
 from sparrow_hf.measurement import PLAIN, Arm, measure
 from sparrow_hf.metrics import Run, acceptance
 
@@ -76,7 +76,7 @@ class Sparrow(lmms):
             run, tokens = measure(
                 self.target,
                 self.arm,
-                inputs.to(self.target.device, self.target.dtype),
+                to_target(inputs, self.target),
                 settings_of(gen_kwargs),
                 self.seed,
             )
