@@ -44,6 +44,21 @@ def test_what_drafts_accept_while_they_are_trained() -> None:
         assert line.endswith(f"| {' | '.join(taus.get(step, '') for step in (75, 150, 225, 300))} |")
 
 
+def test_rivals_on_text() -> None:
+    rivals = json.loads((DATA / "tokens.json").read_text())["rivals_200_steps"]["drafts"]
+    assert list(rivals) == ["sparrow", "one-pass", "eagle", "hivis", "text-only"]
+    for name, evaluations in rivals.items():
+        last = evaluations[-1]
+        assert last["step"] == 200
+        accepted = " ".join(f"{last[f'eval_accepted_{token}']:.3f}".removeprefix("0") for token in (1, 2, 3))
+        line = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}`") and accepted in line)
+        assert f"| {accepted} | {last['eval_tau']:.3f} |" in line
+    after_100 = next(each["eval_tau"] for each in rivals["sparrow"] if each["step"] == 100)
+    ours, one = (rivals[name][-1]["eval_tau"] for name in ("sparrow", "one-pass"))
+    told = f"{one:.3f} after 200 steps, while three passes have {after_100:.3f} after 100"
+    assert told in " ".join(PAGE.split()) and f"{ours - one:.3f}".removeprefix("0") in PAGE
+
+
 def test_rivals_and_variants() -> None:
     rivals = kept()["rivals"]
     for name, evaluations in rivals["drafts"].items():
