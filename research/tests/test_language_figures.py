@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_research.language.text import tables
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY / "research/data/language"
@@ -103,6 +104,35 @@ def test_lengths_and_decoded_answers() -> None:
     for name, row in zip(("chain of 3", "30-4-8"), kept()["decoded"]["rows"][-2:], strict=True):
         line = f"| {name} | 384 | {row['identical']} of {row['prompts']} | {row['tau']:.2f} | {row['dsr']:.2f}× |"
         assert line in README
+
+
+def test_sampled_answers() -> None:
+    for row in kept()["sampled"]["rows"]:
+        assert row["identical"] == row["prompts"] == 8
+        name = row["arm"].removeprefix("draft:sparrow@")
+        if row["temperature"] == 1 and name != row["arm"]:
+            low, high = row["tau_interval"]
+            slow, fast = row["dsr_quartiles"]
+            shares = " ".join(share(each) for each in row["per_position"])
+            figures = (
+                f"{row['tau']:.2f} | {low:.2f} … {high:.2f} | {shares} | {row['dsr']:.2f} | {slow:.2f} … {fast:.2f}"
+            )
+            assert f"| {name} | {figures} |" in PAGE
+    chain = next(row for row in kept()["sampled"]["rows"] if row["temperature"] == 1 and "chain-3" in row["arm"])
+    assert f"| chain of 3, sampled at T = 1 | 384 | 8 of 8 | {chain['tau']:.2f} | {chain['dsr']:.2f}× |" in README
+
+
+def test_decoded_text() -> None:
+    found = json.loads((DATA / "text.json").read_text())
+    assert all(line in PAGE.splitlines() for line in tables(found).splitlines())
+    taus = {(row["temperature"], row["arm"]): f"{row['tau']:.2f}" for row in found["rows"]}
+    greedy, sampled = (
+        [taus[temperature, f"draft:sparrow@{tree}"] for tree in ("chain-3", "chain-5", "30-4-8")]
+        for temperature in (0.0, 1.0)
+    )
+    text = " ".join(PAGE.split())
+    assert "τ {} with chains of 3, {} with chains of 5 and **{} with the tree 30-4-8**".format(*greedy) in text
+    assert "where several tokens are right and one is drawn, {}, {} and {}.".format(*sampled) in text
 
 
 def test_the_kept_parts_load() -> None:
