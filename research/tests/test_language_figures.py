@@ -133,6 +133,11 @@ def test_decoded_text() -> None:
     text = " ".join(PAGE.split())
     assert "τ {} with chains of 3, {} with chains of 5 and **{} with the tree 30-4-8**".format(*greedy) in text
     assert "where several tokens are right and one is drawn, {}, {} and {}.".format(*sampled) in text
+    plain, reduced, full = found["vocabulary"]["rows"]
+    assert (plain["arm"], reduced["arm"], full["arm"]) == ("plain", "8192", "49152")
+    assert all(row["identical"] == 10 for row in (reduced, full)) and f"{reduced['tau']:.2f}" == f"{full['tau']:.2f}"
+    told = f"drafting takes {full['draft_ms']:.0f} ms a round instead of {reduced['draft_ms']:.0f}"
+    assert f"{told}: {full['dsr']:.2f} times as fast as plain, and not {reduced['dsr']:.2f} " in text
 
 
 def test_the_kept_parts_load() -> None:
