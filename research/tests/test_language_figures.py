@@ -133,6 +133,12 @@ def test_decoded_text() -> None:
     text = " ".join(PAGE.split())
     assert "τ {} with chains of 3, {} with chains of 5 and **{} with the tree 30-4-8**".format(*greedy) in text
     assert "where several tokens are right and one is drawn, {}, {} and {}.".format(*sampled) in text
+    tuned, costs = found["tuned"], found["tuned"]["costs"]["all frames"]["verify_ms"]
+    ratios = [f"{tuned['speed_up'][f'chain-{depth}']:.2f}" for depth in (3, 2, 4)]
+    assert tuned["shape"] == "chain-3"
+    assert "chains of 3 there, {} times as fast as plain (chains of 2: {}, of 4: {})".format(*ratios) in text
+    rows = [f"{costs[shape] / costs['none']:.1f}" for shape in ("chain-2", "chain-5")]
+    assert "three rows takes {} times as long as over one, over six {} ".format(*rows) in text
     plain, reduced, full = found["vocabulary"]["rows"]
     assert (plain["arm"], reduced["arm"], full["arm"]) == ("plain", "8192", "49152")
     assert all(row["identical"] == 10 for row in (reduced, full)) and f"{reduced['tau']:.2f}" == f"{full['tau']:.2f}"
