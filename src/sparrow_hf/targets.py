@@ -167,9 +167,7 @@ class TargetView:
         # A norm without weights runs where the last layer does.
         parts = (self.norm, *self.layers[-1].modules())
         last, weight = next((part, weight) for part in parts for weight in part.parameters(recurse=False))
-        device = weight.device
-        # Offloaded by accelerate: the weight is on its device during the forward only.
-        return device if device.type != "meta" else execution_device(last) or device
+        return execution_device(last, weight)
 
 
 def bind(config: SparrowDraftConfig, target: PreTrainedModel) -> TargetView:

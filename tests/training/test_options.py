@@ -1,6 +1,7 @@
 """Options of `sparrow train` from preset, file and command line: which one counts, and that none is ignored."""
 
 import pytest
+import torch
 
 from sparrow_hf import SparrowDraftConfig
 from sparrow_hf.errors import TrainingOptionsError
@@ -40,8 +41,9 @@ def test_options_of_other_verbs_have_their_names_here_too(tmp_path):
 
 def test_a_training_is_where_its_options_say():
     options, arguments = parse_options([*NEEDED, "--device", "cpu"])
-    assert arguments.use_cpu and arguments.device.type == "cpu" and options.device == "cpu"
-    assert parse_options([*NEEDED, "--device", "auto"])[0].device == "auto"
+    assert arguments.use_cpu and options.device_of(arguments) == arguments.device == torch.device("cpu")
+    options, arguments = parse_options([*NEEDED, "--device", "auto"])
+    assert options.device_of(arguments) == "auto"
     assert not parse_options(NEEDED)[1].use_cpu
     # There is no GPU here, and a second one is never chosen by its number.
     for device in ("meta", "cuda:1"):

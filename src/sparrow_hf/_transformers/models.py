@@ -80,18 +80,16 @@ def attention_of(config: Any) -> str:
     return config._attn_implementation or ""
 
 
-def execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate runs a module whose weights it keeps elsewhere; `None` if it does not."""
+def execution_device(module: nn.Module, weight: Tensor) -> torch.device:
+    """Where a module runs that has this weight: where the weight is, or where accelerate brings one it offloads."""
     hook = getattr(module, "_hf_hook", None)
-    return None if hook is None else torch.device(hook.execution_device)
+    return weight.device if weight.device.type != "meta" or hook is None else torch.device(hook.execution_device)
 
 
 def input_device(model: Any) -> torch.device:
     """Where a model's inputs enter: the device on which its input embedding runs."""
     embedding = model.get_input_embeddings()
-    device = next(embedding.parameters()).device
-    # Offloaded by accelerate: the weight is on its device during the forward only.
-    return device if device.type != "meta" else execution_device(embedding) or device
+    return execution_device(embedding, next(embedding.parameters()))
 
 
 def on_device(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def train(context: typer.Context) -> None:
     options, arguments = parse_options(context.args)
     quiet_transformers()
     # Reading it sets up the processes as the options say.
-    device = "auto" if options.device == "auto" else arguments.device
+    device = options.device_of(arguments)
     processes = PartialState()
     console = Console(quiet=not processes.is_main_process)
     if options.target_dtype not in Dtype.__members__:

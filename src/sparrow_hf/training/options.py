@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -173,6 +174,10 @@ class TrainingOptions:
         """Fields of the draft's configuration that the preset or the user set."""
         said = {name: getattr(self, name) for name in DRAFT_FIELDS if getattr(self, name) is not None}
         return DRAFT_PRESETS[self.preset] | said
+
+    def device_of(self, arguments: TrainingArguments) -> str | torch.device:
+        """Where the target is loaded: where these arguments train, or spread over all GPUs."""
+        return "auto" if self.device == "auto" else arguments.device
 
     def __post_init__(self) -> None:
         if self.lora is not None and self.warm_start is None:

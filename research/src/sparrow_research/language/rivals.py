@@ -65,8 +65,7 @@ def train_rival(name: str, words: list[str]) -> SparrowDraftModel:
     """Trains the rival of this name; `words` are those of `sparrow train`."""
     rival = RIVALS[name]
     options, arguments = parse_options([*rival.options.split(), *words])
-    device = "auto" if options.device == "auto" else arguments.device
-    target, processor = load_target(options.target, dtype=options.target_dtype, device=device)
+    target, processor = load_target(options.target, dtype=options.target_dtype, device=options.device_of(arguments))
     torch.manual_seed(arguments.seed)
     draft = build_draft(options, target, rival.draft_class)
     if rival.prepare is not None:
