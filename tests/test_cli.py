@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from typer.testing import CliRunner, Result
 from untrained import save_models
 
 import sparrow_hf
-from sparrow_hf import _transformers, extras
+from sparrow_hf import _transformers, extras, testbed
 from sparrow_hf.cli import app
+from sparrow_hf.evaluation import demo
 from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.loading import load_target
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
+from sparrow_hf.tree_shapes import chain
 
 VERDICT_KEYS = {"identical", "clips", "visual_tokens", "tau", "k", "per_position", "dsr", "esr"}
 
@@ -220,9 +223,10 @@ def test_a_temperature_alone_samples(models: tuple[object, ...], tmp_path: Path)
     for number, (options, expected) in enumerate(
         (
             ([], {"do_sample": False}),
-            (["--do-sample"], {"do_sample": True, "temperature": 1.0, "top_p": 1.0}),
-            (["--temperature", 0.8], {"do_sample": True, "temperature": 0.8, "top_p": 1.0}),
-            (["--top-p", 0.9], {"do_sample": True, "temperature": 1.0, "top_p": 0.9}),
+            (["--do-sample"], {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}),
+            (["--temperature", 0.8], {"do_sample": True, "temperature": 0.8, "top_p": 1.0, "top_k": 0}),
+            (["--top-p", 0.9], {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}),
+            (["--top-k", 5], {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 5}),
         )
     ):
         output, length = tmp_path / str(number), ("--max-new-tokens", 4)
@@ -274,3 +278,13 @@ def test_answers_and_recording_from_a_list_of_prompts(models: tuple[object, ...]
     assert json.loads((recording / "recording.json").read_text())["text_layers"] == [1, 2]
     missing = run("record", "--target", "nowhere", "--answers", answers, "--output", recording)
     assert missing.exit_code == 2 and "target 'nowhere'" in missing.output
+
+
+def test_the_demo_decodes_with_a_draft_of_the_targets_dtype(clip: Path) -> None:
+    target, processor, draft = testbed.load("qwen2.5-vl")
+    models = demo.Models(target.to(torch.bfloat16), processor, draft)
+    content = [{"type": "video", "video": str(clip)}, {"type": "text", "text": "describe this video ."}]
+    question = demo.VideoQuestion("clip.mp4", [{"role": "user", "content": content}])
+    options: dict[str, Any] = {"tree": chain(3), "max_new_tokens": 2, "console": Console(quiet=True)}
+    demo.run_demo(models, iter([question]), 1, **options)
+    assert draft.dtype == torch.bfloat16

@@ -227,7 +227,7 @@ def test_one_video_prints_its_text_and_nothing_else(models: tuple[object, ...], 
     told = json.loads(first.stdout)
     assert told["identical"] is True and told["differs_at"] is None and told["speedup"] > 0
     assert told["provenance"]["settings"] == {
-        "max_new_tokens": 8, "do_sample": True, "temperature": 1.5, "top_p": 1.0,
+        "max_new_tokens": 8, "do_sample": True, "temperature": 1.5, "top_p": 1.0, "top_k": 0,
     }  # fmt: skip
     assert told["provenance"]["attention"] == "eager"
     assert told["text"] == json.loads(second.stdout)["text"] != line["text"]

@@ -111,6 +111,8 @@ def test_drafts_are_measured_and_tabled(folder: Path, tmp_path: Path) -> None:
         row = arms["drafts", temperature, "draft:28k@30-4-8"]
         assert f"| 28k | 28,000 | 5 × 16 | 30-4-8 | 2/2 | {row['tau']:.2f} |" in written
         assert f"| {row['dsr']:.2f} |\n" in written
+    of_tables = [block.splitlines() for block in written.split("\n\n") if block.startswith("|")]
+    assert len(of_tables) == 4 and all(len({line.count("|") for line in lines}) == 1 for lines in of_tables)
 
     before = (tmp_path / "runs" / "trees.jsonl").read_bytes()
     text.main([str(word) for word in words])

@@ -31,7 +31,7 @@ def test_every_draft_is_trained_by_the_same_options(tmp_path: Path) -> None:
         assert (arguments.max_steps, arguments.warmup_steps, arguments.learning_rate) == (40, 2, 5e-4)
         assert arguments.bf16 and options.target_dtype == "bfloat16"
         # A rival's own passes stay its own.
-        assert ("--num-mtp-steps" in step.words) is (step.words[1] not in ("eagle", "text-only", "one-pass"))
+        assert ("--num-mtp-steps" in step.words) is (step.words[1] not in ("eagle", "text-only", "paper", "one-pass"))
         assert options.copy_last_layer and options.train.startswith(str(tmp_path))
     sets = [step.words[step.words.index("--train") + 1] for step in trainings]
     assert sets == [f"{tmp_path}/recording-{size}" for size in (1000, *[2000] * (1 + len(TEXT_RIVALS)))]

@@ -39,7 +39,8 @@ def test_every_draft_is_trained_with_options_that_exist(tmp_path: Path) -> None:
         assert options.copy_last_layer and arguments.max_steps == video.SCALES["cpu"].draft_steps
         assert "--resume" not in words
         # What is common to all comes last, and must not take a rival's own passes away.
-        assert options.num_mtp_steps == (1 if words[1] in ("eagle-visual", "text-only", "one-pass") else 3)
+        passes = {"eagle-visual": 1, "text-only": 1, "one-pass": 1, "paper": 2}
+        assert options.num_mtp_steps == passes.get(words[1], 3)
         checkpoint = Path(options.output) / "checkpoints" / "checkpoint-4"
         checkpoint.mkdir(parents=True)
         (checkpoint / "trainer_state.json").write_text("{}")

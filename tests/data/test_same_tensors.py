@@ -149,7 +149,8 @@ def shown_by_the_demo(world: World, row: dict[str, Any], sampling: dict[str, Any
 
     patch.setattr(demo, "_stream", stop)
     patch.chdir(world.folder)
-    draft = SimpleNamespace(bind=lambda target: None, config=SimpleNamespace(visual_token_ids=[]))
+    patch.setattr(demo, "follow", lambda draft, target: None)
+    draft = SimpleNamespace(config=SimpleNamespace(visual_token_ids=[]))
     question = demo.VideoQuestion("clip.mp4", row["messages"])
     options: dict[str, Any] = {"tree": None, "max_new_tokens": 2, "console": Console(quiet=True)}
     with pytest.raises(KeyboardInterrupt):

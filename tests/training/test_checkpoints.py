@@ -168,6 +168,8 @@ def test_other_rows_and_another_target_are_refused(
 
 def test_what_decides_no_weights_may_change(prepare: Callable[..., TrainingRun], output: Path) -> None:
     prepare(output, "--resume", "--logging-steps", 1, "--save-total-limit", 3, "--run-name", "again")
+    # A bad row has stopped the training.
+    prepare(output, "--resume", "--on-bad-row", "skip")
     with pytest.warns(UserWarning, match="planned for .*'max_steps': 2.* goes on with .*'max_steps': 3"):
         prepare(output, "--resume", "--max-steps", 3)
 

@@ -71,6 +71,8 @@ def test_held_out_prompts_decide_if_they_can_be_decoded(saved: Any, monkeypatch:
 
     def tune(draft: Any, target: Any, prompts: Any, **options: Any) -> Tuning:
         asked.update(options, prompts=[read() for read in prompts["held-out"]], training=draft.training)
+        # On first use it takes the dtype of its target, as any draft that is loaded.
+        asked["is_bound"] = draft._target is not None
         return Tuning(chain(9), chain(3), {}, {}, {chain(9): 3.5, chain(3): 2.5})
 
     monkeypatch.setattr(depth, "tune", tune)
@@ -79,7 +81,7 @@ def test_held_out_prompts_decide_if_they_can_be_decoded(saved: Any, monkeypatch:
     assert "proposes chain-9, the fastest here: 3.50 × plain generate() on 2 held-out prompts, chain-3 2.50 ×" in told
     assert shapes_of(draft, folder)[:2] == [chain(9)] * 2
     assert asked == {
-        **{"trees": (), "do_sample": False, "max_new_tokens": 128, "training": False},
+        **{"trees": (), "do_sample": False, "max_new_tokens": 128, "training": False, "is_bound": False},
         "prompts": [{"input_ids": 1}, {"input_ids": 2}],
     }
     assert draft.training

@@ -1,5 +1,6 @@
 """A prepared training: which draft it trains."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel
-from sparrow_hf.errors import TrainingOptionsError
+from sparrow_hf.errors import TrainingDataError, TrainingOptionsError
+from sparrow_hf.testbed.nano import build_processor
 from sparrow_hf.training import DRAFT_PRESETS, SparrowDataCollator
 from sparrow_hf.training.depth import was_chosen
 from sparrow_hf.training.options import parse_options
@@ -144,3 +146,43 @@ def test_a_recording_is_not_streamed(target: PreTrainedModel, samples: list[Any]
     words = f"--target t --train {tmp_path}/rows --output {tmp_path}/draft --max-steps 1 --use-cpu --streaming"
     with pytest.raises(TrainingOptionsError, match="--streaming: .* is a recording"):
         prepare_training(*parse_options(words.split()), target, None)  # type: ignore[arg-type]
+
+
+def test_held_out_rows_that_cannot_be_evaluated_are_found_before_the_first_step(
+    target: PreTrainedModel, samples: list[Any], tmp_path: Path
+) -> None:
+    draft, half = SparrowDraftModel.from_target(target), len(samples) // 2
+    # Without visual rows, which training does without and decoding does not.
+    for name, rows in (("rows", samples[:half]), ("others", samples[half:])):
+        record(draft, rows, tmp_path / name, SparrowDataCollator(), visual_rows=False)
+    words = (
+        f"--target t --train {tmp_path}/rows --held-out {tmp_path}/others --output {tmp_path}/draft --max-steps 2 "
+        "--num-visual-rows-max 0 --use-cpu --report-to none --disable-tqdm true"
+    ).split()
+
+    def prepare(*further: str) -> Any:
+        options, arguments = parse_options([*words, *further])
+        return prepare_training(options, arguments, target, None)  # type: ignore[arg-type]
+
+    run = prepare()
+    with pytest.raises(TrainingDataError, match="held-out rows: the draft reads .* visual tokens"):
+        run.run()
+    assert run.trainer.state.global_step == 0
+    prepare("--num-glimpse-tokens", "0").run()
+
+
+def test_a_bad_held_out_conversation_is_found_before_the_first_step(
+    target: PreTrainedModel, samples: list[Any], tmp_path: Path
+) -> None:
+    record(SparrowDraftModel.from_target(target), samples, tmp_path / "rows", SparrowDataCollator())
+    turns = [{"role": "user", "content": [{"type": "video", "video": "nowhere.mp4"}]}]
+    row = {"messages": [*turns, {"role": "assistant", "content": "a red dot ."}]}
+    (tmp_path / "others.jsonl").write_text(json.dumps(row) + "\n")
+    words = (
+        f"--target t --train {tmp_path}/rows --held-out {tmp_path}/others.jsonl --output {tmp_path}/draft "
+        "--max-steps 2 --use-cpu --report-to none --disable-tqdm true"
+    ).split()
+    run = prepare_training(*parse_options(words), target, build_processor())
+    with pytest.raises(TrainingDataError, match="held-out rows: row 0: There is no video file at .*nowhere"):
+        run.run()
+    assert run.trainer.state.global_step == 0

@@ -16,6 +16,7 @@ from sparrow_hf import SparrowDraftModel
 from sparrow_hf.artifacts import write_json
 from sparrow_hf.cli.regenerate import regenerate as regenerate_command
 from sparrow_hf.errors import TrainingDataError
+from sparrow_hf.testbed import LLAVA_ONEVISION
 from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.testbed.world import make_clip
 from sparrow_hf.training import SparrowDataCollator, load_rows
@@ -285,6 +286,30 @@ def test_bad_rows_are_named_and_left_out_on_request(tmp_path, nano, processor, r
     assert list(read_skipped(tmp_path / "b")) == [1] and "nowhere" in read_skipped(tmp_path / "b")[1]
 
 
+def test_a_run_that_a_bad_row_stopped_goes_on_without_it(tmp_path, nano, processor, rows):
+    bad = {"messages": [{"role": "user", "content": [{"type": "video", "video": "nowhere.mp4"}]}]}
+    prompts = [rows[2], rows[3], bad, rows[4]]
+    with pytest.raises(TrainingDataError, match="row 2"):
+        regenerate(nano, processor, prompts, tmp_path / "a", shard_size=2, **SETTINGS)
+    written = (tmp_path / "a" / "answers-00000.jsonl").stat().st_mtime_ns
+    regenerate(nano, processor, prompts, tmp_path / "a", on_bad_row="skip", shard_size=2, **SETTINGS)
+    assert (tmp_path / "a" / "answers-00000.jsonl").stat().st_mtime_ns == written
+    assert len(list(read_answers(tmp_path / "a"))) == 3 and list(read_skipped(tmp_path / "a")) == [2]
+
+
+def test_videos_that_do_not_fit_into_one_batch_are_answered_one_by_one(tmp_path, rows):
+    processor = build_processor(LLAVA_ONEVISION)
+    target = build_target(processor.tokenizer, num_hidden_layers=2, family=LLAVA_ONEVISION)
+    prompts, settings = rows[:3], SETTINGS | {"do_sample": False}
+    with pytest.raises(TrainingDataError, match="pixel_values_videos have shapes"):
+        left_pad([dict(prepare_inputs(processor, row["messages"])) for row in prompts[:2]], 0)
+    answers = []
+    for size in (1, 3):
+        regenerate(target, processor, prompts, tmp_path / str(size), batch_size=size, **settings)
+        answers.append([row["answer_ids"] for row in read_answers(tmp_path / str(size))])
+    assert answers[0] == answers[1] and len(answers[0]) == 3
+
+
 def test_a_draft_writes_the_same_answers(tmp_path, nano, processor, rows):
     draft = SparrowDraftModel.from_target(nano, num_glimpse_tokens=4)
     for size in (1, 2):
@@ -342,6 +367,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, nano, processor, rows,
 REGENERATE = """
 import sys
 from sparrow_hf.cli.common import launched_processes
+from sparrow_hf.testbed import LLAVA_ONEVISION
 from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.training.regenerate import regenerate
 assert launched_processes(None).num_processes == int(sys.argv[2])

@@ -294,3 +294,24 @@ def test_the_drafts_own_card_stays(tmp_path, target, make_draft, samples):
     assert "SparrowDraftModel" in card
     trainer.create_model_card(model_name="draft")
     assert (tmp_path / "README.md").read_text() == card
+
+
+def test_a_draft_that_is_trained_on_is_not_told_by_its_earlier_training(tmp_path, target, make_draft, samples):
+    first = make_draft()
+    first.provenance = {"recipe": {"steps": 600}, "acceptance": [{"τ": "5.58"}], "data": "ours"}
+    first.save_pretrained(tmp_path / "first")
+    draft = SparrowDraftModel.from_pretrained(tmp_path / "first")
+    trainer = SparrowTrainer(draft, target, arguments(tmp_path, max_steps=1), train_dataset=samples)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "second"))
+    start = SparrowDraftModel.from_pretrained(tmp_path / "second").provenance["warm_start"]
+    assert start["recipe"] == {"steps": 600} and start["data"] == "ours" and start["from"] == "first"
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert "trained on from the draft `first`" in card and "600" not in card and "5.58" not in card
+
+
+def test_what_a_user_tells_of_the_data_stays(tmp_path, target, make_draft, samples):
+    draft = make_draft()
+    draft.provenance = {"data": "ours"}
+    SparrowTrainer(draft, target, arguments(tmp_path, max_steps=1), train_dataset=samples).train()
+    assert draft.provenance == {"data": "ours"}

@@ -94,6 +94,12 @@ TopPOption = Annotated[
         min=0.01, max=1.0, help="Nucleus (top-p) of sampled answers (default: 1). Samples, as --do-sample does."
     ),
 ]
+TopKOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Sample among so many of the most probable tokens (default: all). Samples, as --do-sample does."
+    ),
+]
 #: torch takes no larger ones.
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampled answers.")]
 
@@ -278,14 +284,18 @@ def built_in_family(family: str | None, target: str | None) -> str:
     return family or QWEN2_5_VL.name
 
 
-def sampling_of(do_sample: bool, temperature: float | None, top_p: float | None) -> dict[str, Any]:
-    """How answers are chosen, as arguments of `generate()`: greedily, unless one of the three options samples."""
-    if not do_sample and temperature is None and top_p is None:
+def sampling_of(do_sample: bool, temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:
+    """How answers are chosen, as arguments of `generate()`: greedily, unless one of the four options samples.
+
+    What is not said is 1, or all tokens, and not what the target's `generation_config` says: some have `top_k=1`.
+    """
+    if not do_sample and temperature is None and top_p is None and top_k is None:
         return {"do_sample": False}
     return {
         "do_sample": True,
         "temperature": 1.0 if temperature is None else temperature,
         "top_p": 1.0 if top_p is None else top_p,
+        "top_k": 0 if top_k is None else top_k,
     }
 
 

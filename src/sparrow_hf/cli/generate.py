@@ -31,6 +31,7 @@ from .common import (
     ProcessorOption,
     SeedOption,
     TemperatureOption,
+    TopKOption,
     TopPOption,
     built_in_family,
     quiet_transformers,
@@ -74,6 +75,7 @@ def generate(
     do_sample: DoSampleOption = False,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
+    top_k: TopKOption = None,
     seed: SeedOption = 0,
     fps: FpsOption = None,
     max_frames: MaxFramesOption = None,
@@ -133,7 +135,7 @@ def generate(
             fps=usual_fps if fps is None else fps,
             max_frames=usual_frames if max_frames is None else max_frames,
             seed=seed,
-            settings={"max_new_tokens": max_new_tokens} | sampling_of(do_sample, temperature, top_p),
+            settings={"max_new_tokens": max_new_tokens} | sampling_of(do_sample, temperature, top_p, top_k),
         )
         say(f"{target or f'built-in {family}'} in {captioner.told}")
         conditions = captioner.conditions(target or family, draft, asked.question)

@@ -22,6 +22,7 @@ from .common import (
     SeedOption,
     SplitOption,
     TemperatureOption,
+    TopKOption,
     TopPOption,
     VllmPositionsOption,
     launched_processes,
@@ -44,6 +45,7 @@ def regenerate(
     do_sample: DoSampleOption = False,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
+    top_k: TopKOption = None,
     seed: SeedOption = 0,
     fps: FpsOption = None,
     max_frames: MaxFramesOption = None,
@@ -103,7 +105,7 @@ def regenerate(
         max_frames=max_frames,
         on_bad_row=on_bad_row.value,
         show_progress=processes.is_main_process,
-        **sampling_of(do_sample, temperature, top_p),
+        **sampling_of(do_sample, temperature, top_p, top_k),
     )
     processes.wait_for_everyone()
     report_skipped(console, read_skipped(output), len(rows))

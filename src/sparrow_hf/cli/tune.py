@@ -119,7 +119,7 @@ def tune(
         chosen = conversation_prompts(its_processor, conversations.rows, max_frames or [], fps)
     lengths: dict[str, list[Any]] = {}
     for prompt in chosen:
-        lengths.setdefault("all frames" if prompt.length is None else str(prompt.length), []).append(prompt.read)
+        lengths.setdefault("whole prompt" if prompt.length is None else str(prompt.length), []).append(prompt.read)
 
     with tqdm(desc="tuning", unit="call", leave=False) as bar:
 

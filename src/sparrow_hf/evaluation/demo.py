@@ -19,6 +19,7 @@ from ..data.messages import text_of
 from ..data.prepare import prepare_prompt, to_target
 from ..draft_inputs import visual_mask
 from ..errors import SparrowError
+from ..generation.integration import follow
 from ..loading import load_target, told_if_not_loaded
 from ..measurement import NO_DRAFT, PLAIN, Arm, compare, is_exact, warm_up
 from ..metrics import Acceptance, Run, Speed, acceptance, speed
@@ -182,7 +183,7 @@ def run_demo(
     repeats = SINGLE_CLIP_REPEATS if clips == 1 else 1
     runs: dict[str, list[Run]] = {arm.name: [] for arm in arms}
     lengths = []
-    draft.bind(target)
+    follow(draft, target)
 
     def prepare(prompt: VideoQuestion) -> BatchFeature:
         inputs = prepare_prompt(processor, {"messages": prompt.messages}, fps, max_frames)

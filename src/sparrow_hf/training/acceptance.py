@@ -1,6 +1,6 @@
 """Teacher-forced acceptance: how many drafted tokens the target would accept, computed from the exact passes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -74,6 +74,14 @@ def acceptance_metrics(prediction: EvalPrediction) -> dict[str, float]:
         "tau": metrics.tau(accepted + rounds, rounds),
         **{f"accepted_{step}": share for step, share in enumerate(shares, start=1)},
     }
+
+
+def accepted(metrics: Mapping[str, float]) -> list[float]:
+    """`a_1`, `a_2` … of an evaluation's metrics."""
+    shares: list[float] = []
+    while (share := metrics.get(f"eval_accepted_{len(shares) + 1}")) is not None:
+        shares.append(share)
+    return shares
 
 
 def summarize(agreed: Sequence[float], losses: Sequence[float]) -> dict[str, float]:

@@ -1,14 +1,21 @@
 """What a training writes into the draft's provenance, from which its card is written (`model_card.py`)."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..modeling_sparrow import SparrowDraftModel
 from ..target_config import fields_for
+from .acceptance import accepted
 from .arguments import ALL_VISUAL_ROWS
-from .depth import accepted
-from .trainer import SparrowTrainer
+
+if TYPE_CHECKING:
+    from .trainer import SparrowTrainer
+
+#: Entries of a provenance that tell of weights, so that they are wrong once these are trained on.
+_OF_WEIGHTS = ("recipe", "acceptance", "tuned")
 
 
 def begin_anew(draft: SparrowDraftModel, source: str) -> None:
@@ -26,6 +33,11 @@ def begin_anew(draft: SparrowDraftModel, source: str) -> None:
     # A path of one machine is useless on another.
     told = Path(source).resolve().name if Path(source).is_dir() else source
     draft.provenance = {"warm_start": {**draft.provenance, "from": told}}
+
+
+def is_of_other_weights(draft: SparrowDraftModel) -> bool:
+    """Whether the provenance of a draft that is about to be trained tells of the weights it starts from."""
+    return any(name in draft.provenance for name in _OF_WEIGHTS)
 
 
 def recipe_of(trainer: SparrowTrainer, **further: Any) -> dict[str, Any]:

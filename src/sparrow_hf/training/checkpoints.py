@@ -33,6 +33,8 @@ _NOT_COMPARED = re.compile(
     r"|per_device_eval_batch_size|batch_eval_metrics|prediction_loss_only|resume_from_checkpoint"
     r"|local_rank|use_cpu|skip_memory_metrics|restore_callback_states_from_checkpoint|(gradient|activation)_checkpointing(_kwargs)?|(bf16|fp16)_full_eval"
     r"|torch_empty_cache_steps|enable_jit_checkpoint|use_cache|max_steps|num_train_epochs|label_names"
+    # A training that a bad row stopped goes on without it.
+    r"|on_bad_row"
 )
 #: Arguments that the pattern above leaves out by their beginning, although they decide the weights.
 _COMPARED = ("dataloader_drop_last",)

@@ -10,6 +10,7 @@ from ..modeling_sparrow import SparrowDraftModel
 from ..tree_costs import assumed_costs, candidates, choose
 from ..tree_shapes import TreeShape, tree_name
 from ..tuning import tune, write_shape
+from .acceptance import accepted
 from .callbacks import DecodingCallback, evaluation_mode
 
 #: Number of held-out prompts that are decoded with chains of several depths.
@@ -35,9 +36,11 @@ def write_depth(
     if prompts and decoding is not None:
         reads = [lambda prompt=prompt: prompt for prompt in prompts]
         settings = decoding.settings | {"max_new_tokens": min(decoding.settings["max_new_tokens"], 128)}
+        # As it will decode: a draft that was loaded has its target's dtype, a trained one is mostly fp32.
+        loaded = type(draft).from_pretrained(folder)
         try:
-            with evaluation_mode(draft):
-                tuning = tune(draft, draft.target.model, {"held-out": reads}, trees=(), **settings)
+            with evaluation_mode(loaded):
+                tuning = tune(loaded, draft.target.model, {"held-out": reads}, trees=(), **settings)
         except BenchmarkError as error:
             return f"The draft proposes {before}, as it was configured: no other shape was measured ({error})."
         device = {"prompts": "held-out rows", "device": str(draft.target.device), "dtype": str(draft.target.dtype)}
@@ -74,14 +77,6 @@ def was_chosen(provenance: Mapping[str, Any]) -> bool:
     """
     before = provenance.get("warm_start")
     return "tuned" in provenance or (isinstance(before, Mapping) and was_chosen(before))
-
-
-def accepted(metrics: Mapping[str, float]) -> list[float]:
-    """`a_1`, `a_2` … of an evaluation's metrics."""
-    shares: list[float] = []
-    while (share := metrics.get(f"eval_accepted_{len(shares) + 1}")) is not None:
-        shares.append(share)
-    return shares
 
 
 def _write(draft: SparrowDraftModel, folder: Path, shape: TreeShape, evidence: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
 
 from .._transformers import commit_of, name_of, uses_vllm_positions
 from ..artifacts import (
@@ -37,6 +38,8 @@ from ..data.prepare import prepare_prompt, to_target, tokenizer_of
 from ..errors import SparrowError, TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 from .data import as_row
+
+logger = logging.get_logger(__name__)
 
 PROVENANCE_FILE = "provenance.json"
 #: Folder of the media that rows gave as bytes, each file called by its `media_digest`.
@@ -80,12 +83,13 @@ def regenerate(
             path or URL; those given as bytes are stored in `media/`.
         draft: A draft of this target that speeds up the writing.
         shard_size: Rows per file.
-        batch_size: Prompts generated together, padded on the left.
+        batch_size: Prompts generated together, padded on the left. Those that do not fit into one batch (videos of
+            different length, where a target's pixels have no mask) are answered one by one.
         max_new_tokens: Maximum length of an answer.
         seed: Seed of sampling. Each shard has its own random stream, so a resumed run writes the same answers.
         fps, max_frames: Sampling of video files. They are stored in each row, and used whenever it is read again.
         on_bad_row: `"refuse"` raises at the first bad row; `"skip"` leaves it out and lists it with the reason in
-            `answers-00000.skipped.json`, see [`read_skipped`].
+            `answers-00000.skipped.json`, see [`read_skipped`]. A run that was refused may go on with `"skip"`.
         show_progress: Show a progress bar over the rows of this process.
         generation_settings: Further arguments of `generate()` (`do_sample`, `temperature`, …).
 
@@ -93,8 +97,8 @@ def regenerate(
         All shards, in order. Those of other processes may still be missing.
 
     Raises:
-        TrainingDataError: The folder holds answers of another target, to other rows or made with other settings, the
-            prompts cannot be batched, or a row is bad.
+        TrainingDataError: The folder holds answers of another target, to other rows or made with other settings, or a
+            row is bad.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +120,6 @@ def regenerate(
         "seed": seed,
         "shard_size": shard_size,
         "batch_size": batch_size,
-        "on_bad_row": on_bad_row,
         "rows": len(rows),
         "prompts_sha256": rows_digest(as_row(rows[index]) for index in range(len(rows))),
     }
@@ -302,7 +305,14 @@ def _answer(
     if not prepared:
         return []
     prompts = [prompt for _, prompt in prepared]
-    answers = generate_answers(target, prompts, tokenizer_of(processor).pad_token_id, **settings)
+    pad_token_id = tokenizer_of(processor).pad_token_id
+    try:
+        answers = generate_answers(target, prompts, pad_token_id, **settings)
+    except TrainingDataError:
+        if len(prompts) == 1:
+            raise
+        logger.warning_once("prompts that do not fit into one batch are answered one by one")
+        answers = [generate_answers(target, [prompt], pad_token_id, **settings)[0] for prompt in prompts]
     return [
         row | {"answer_ids": ids, "answer": tokenizer_of(processor).decode(ids, skip_special_tokens=True)}
         for (row, _), ids in zip(prepared, answers, strict=True)

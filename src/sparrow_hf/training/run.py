@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .._transformers import uses_vllm_positions
@@ -68,8 +69,13 @@ class TrainingRun:
     def run(self) -> SparrowDraftModel:
         """Trains to the end and leaves the finished draft, its card and its curves in the output folder.
 
-        With held-out rows, the depth of the draft's chains is chosen last, unless it was given.
+        Held-out rows are read once before the first step. With them, the depth of the draft's chains is chosen last,
+        unless it was given.
+
+        Raises:
+            TrainingDataError: A row is bad, and bad rows are refused.
         """
+        check_held_out(self.trainer)
         self.trainer.train(resume_from_checkpoint=self.checkpoint)
         metrics = self._metrics()
         draft = self.trainer.draft if self.adapters is None else merge_lora(self.adapters)
@@ -103,6 +109,32 @@ class TrainingRun:
         if not known or nothing_trained or self.trainer.args.load_best_model_at_end:
             return self.trainer.evaluate()
         return known
+
+
+def check_held_out(trainer: SparrowTrainer) -> None:
+    """Reads the held-out rows once, and makes the draft's inputs of them (of conversations, which the target has to
+    read, only of the first).
+
+    A checkpoint is evaluated before it is saved: an error there would lose the steps up to it. Each process reads a
+    part of the rows.
+
+    Raises:
+        TrainingDataError: A row is bad, and bad rows are refused, or the draft's inputs cannot be made of it.
+    """
+    rows, args = trainer.eval_dataset, trainer.args
+    if rows is None:
+        return
+    own = range(args.process_index, len(rows), args.world_size)
+    is_to_try = True
+    for index in tqdm(own, desc="reading held-out rows", unit="row", leave=False, disable=args.disable_tqdm):
+        try:
+            samples = trainer.data_collator([rows[index]])["samples"]
+            if samples and is_to_try:
+                with torch.no_grad():
+                    trainer.make_batch(samples, training=False)
+                is_to_try = isinstance(rows, RecordedDataset)
+        except TrainingDataError as error:
+            raise TrainingDataError(f"held-out rows: {error}") from error
 
 
 def check_output(options: TrainingOptions) -> str | None:

@@ -18,6 +18,7 @@ from ..draft_inputs import draft_positions, visual_mask
 from ..modeling_sparrow import SparrowDraftModel
 from .acceptance import acceptance_metrics, count_acceptance, summarize
 from .arguments import SparrowTrainingArguments
+from .card import begin_anew, is_of_other_weights
 from .checkpoints import SealCheckpoints, check_checkpoint, last_checkpoint
 from .chunked_loss import chunked_loss
 from .data import SparrowDataCollator, TrainingStates, check_sample, read_with_target
@@ -99,6 +100,9 @@ class SparrowTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the base class; a checkpoint is resumed only if every part of it is there, as it was written.
 
+        A draft that was trained before is told from then on by this training; what was told of it is kept in its
+        provenance as `warm_start`.
+
         Args:
             resume_from_checkpoint: Its folder, or `True` for the last one in `args.output_dir`.
 
@@ -111,6 +115,8 @@ class SparrowTrainer(Trainer):
             checkpoint = last_checkpoint(self.args.output_dir) or True
         if isinstance(checkpoint, (str, os.PathLike)):
             check_checkpoint(checkpoint, self._parts())
+        if is_of_other_weights(self.draft):
+            begin_anew(self.draft, self.draft.name_or_path)
         return super().train(checkpoint, *args, **kwargs)
 
     def _parts(self) -> tuple[str, ...]:

@@ -48,8 +48,11 @@ RIVALS = {
     # A language model of one layer: with no states to feed back, all its passes would be the first one.
     "text-only": Rival(f"--num-mtp-steps 1 --feature-smooth-l1-weight 0.0 {_NO_ROW}", prepare=blindfold),
     "hivis": Rival(draft_class=HiViSDraftModel),
-    # The default without its later passes.
+    # The paper's losses, noise, visual rows and two passes; the optimizer is that of all.
+    "paper": Rival("--preset paper --num-mtp-steps 2"),
+    # The default without its later passes, and without its loss of states.
     "one-pass": Rival("--num-mtp-steps 1"),
+    "no-state-loss": Rival("--feature-smooth-l1-weight 0.0"),
     # The default with other visual rows: fewer, in training only, none, all.
     "glimpse-16": Rival("--num-glimpse-tokens 16 --num-visual-rows-max 16"),
     "bridge": Rival("--num-glimpse-tokens 0 --num-visual-rows-min -1 --num-visual-rows-max -1"),
@@ -57,8 +60,11 @@ RIVALS = {
     "every-visual": Rival(_EVERY_ROW),
     "eagle-visual": Rival(f"{_EAGLE} {_EVERY_ROW}"),
 }
-TEXT_RIVALS = ("eagle", "eagle3", "text-only", "hivis", "one-pass")
-VIDEO_RIVALS = ("eagle-visual", "text-only", "one-pass", "glimpse-16", "bridge", "no-visual", "every-visual")
+TEXT_RIVALS = ("eagle", "eagle3", "text-only", "hivis", "paper", "one-pass", "no-state-loss")
+VIDEO_RIVALS = (
+    *("eagle-visual", "text-only", "paper", "one-pass", "no-state-loss"),
+    *("glimpse-16", "bridge", "no-visual", "every-visual"),
+)
 
 
 def train_rival(name: str, words: list[str]) -> SparrowDraftModel:

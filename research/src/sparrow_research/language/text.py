@@ -167,7 +167,7 @@ def draft_table(rows: list[dict[str, Any]], trainings: dict[str, dict[str, Any]]
                 f"{row['dsr']:.2f}",
             ]
         )
-    return table([*head, "DSR"], cells)
+    return table(head, cells)
 
 
 def write_report(found: dict[str, Any], page: Path) -> None:

@@ -1,4 +1,4 @@
-"""The whole of the part "Video" of docs/language.md as one command: a video LLM of SmolLM2, and its draft.
+"""The whole of docs/language-video.md as one command: a video LLM of SmolLM2, and its draft.
 
     python -m sparrow_research.language.video --smollm2 FOLDER --work FOLDER [--device cuda] [--dry-run]
 
@@ -90,7 +90,8 @@ def plan(smollm2: Path, work: Path, device: str = "cpu") -> list[Step]:
     parts, target = work / "parts", work / "target"
     text, on = ("--smollm2", str(smollm2)), ("--target", str(target))
     answers = work / "answers.jsonl"
-    sampled, greedy = "--do-sample --temperature 0.8 --max-new-tokens 200".split(), "--max-new-tokens 96".split()
+    sampled = "--do-sample --temperature 0.8 --top-k 50 --max-new-tokens 200".split()
+    greedy = "--max-new-tokens 96".split()
     found = [
         Step(
             (
