@@ -57,8 +57,13 @@ def trained(name: str, folder: Path, output: Path, *words: str) -> SparrowDraftM
 def test_each_rival_is_what_its_name_says(folder: Path, tmp_path: Path) -> None:
     drafts = {name: trained(name, folder, tmp_path / name) for name in TEXT_RIVALS}
     passes = {name: draft.config.num_mtp_steps for name, draft in drafts.items()}
-    assert passes == {"eagle": 1, "eagle3": 4, "text-only": 1, "hivis": 4, "one-pass": 1}
+    fewer = {"eagle": 1, "text-only": 1, "one-pass": 1, "paper": 2}
+    assert passes == dict.fromkeys(TEXT_RIVALS, 4) | fewer
     assert drafts["eagle3"].config.feature_layers == [2, 15, 27]
+    assert drafts["four-layers"].config.feature_layers == [2, 15, 27, -1]
+    losses = {name: draft.provenance["recipe"]["losses"] for name, draft in drafts.items()}
+    assert losses["paper"] == "10 × probability_l1, 0.1 × list_mle"
+    assert losses["no-state-loss"] == losses["eagle3"] == "1 × soft_cross_entropy"
     assert isinstance(drafts["hivis"], HiViSDraftModel) and drafts["hivis"].step_residuals.weight.abs().min() > 0
     hidden = drafts["text-only"].config.hidden_size
     assert drafts["text-only"].fc.weight[:, hidden:].eq(0).all()

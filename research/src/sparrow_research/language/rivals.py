@@ -50,7 +50,8 @@ RIVALS = {
     "hivis": Rival(draft_class=HiViSDraftModel),
     # The paper's losses, noise, visual rows and two passes; the optimizer is that of all.
     "paper": Rival("--preset paper --num-mtp-steps 2"),
-    # The default without its later passes, and without its loss of states.
+    # The default on four layers, without its later passes, and without its loss of states.
+    "four-layers": Rival("--feature-layers 2 15 27 -1"),
     "one-pass": Rival("--num-mtp-steps 1"),
     "no-state-loss": Rival("--feature-smooth-l1-weight 0.0"),
     # The default with other visual rows: fewer, in training only, none, all.
@@ -60,9 +61,9 @@ RIVALS = {
     "every-visual": Rival(_EVERY_ROW),
     "eagle-visual": Rival(f"{_EAGLE} {_EVERY_ROW}"),
 }
-TEXT_RIVALS = ("eagle", "eagle3", "text-only", "hivis", "paper", "one-pass", "no-state-loss")
+TEXT_RIVALS = ("eagle", "eagle3", "text-only", "hivis", "paper", "four-layers", "one-pass", "no-state-loss")
 VIDEO_RIVALS = (
-    *("eagle-visual", "text-only", "paper", "one-pass", "no-state-loss"),
+    *("eagle-visual", "eagle3", "text-only", "paper", "four-layers", "one-pass"),
     *("glimpse-16", "bridge", "no-visual", "every-visual"),
 )
 

@@ -86,7 +86,9 @@ def measure(
         with benchmark.open_runs(work) as runs:
             benchmark.measure(runs)
 
-    run("trees", [*others, *(f"draft:sparrow@{shape}" for shape in shapes)], repeats)
+    trees = [*others, *(f"draft:sparrow@{shape}" for shape in shapes)]
+    if trees:
+        run("trees", trees, repeats)
     if compared:
         run("drafts", [f"draft:{name}@{shape}" for shape in COMPARED_SHAPES for name in folders], 1)
     names = {prompt.name for prompt in asked}
@@ -189,7 +191,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=1, help="calls of each arm; that of median time counts")
     parser.add_argument("--dtype", default="float32", help="of the target")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="trees of --draft")
+    parser.add_argument(
+        "--shapes", nargs="*", default=SHAPES, help="trees of --draft; none, with no --others: only --compare"
+    )
     parser.add_argument("--others", nargs="*", default=OTHERS, help="arms beside them, as `sparrow bench` names them")
     parser.add_argument("--note", default="", help="about the machine, kept with the figures")
     parser.add_argument("--work", type=Path, required=True, help="folder of single measurements")
