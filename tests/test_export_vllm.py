@@ -111,7 +111,11 @@ def test_the_visual_tokens_of_a_glimpse(spacing: str, num_glimpse_tokens: int, r
 
 def test_several_feature_layers_and_another_bridge() -> None:
     fields = config_for(
-        Qwen3VLConfig(), feature_layers=[-1, 3, 20], visual_bridge_layer=3, glimpse_spacing="logarithmic"
+        Qwen3VLConfig(),
+        feature_layers=[-1, 3, 20],
+        feature_norm=False,
+        visual_bridge_layer=3,
+        glimpse_spacing="logarithmic",
     )
     depth = Qwen3VLConfig().text_config.num_hidden_layers
     assert fields["sparrow"]["feature_layers"] == [depth, 3, 20]
@@ -154,9 +158,10 @@ def test_another_target_of_the_same_family(wrong: dict[str, Any]) -> None:
             {"feature_layers": [2, -1]},
             "of a llava_onevision vLLM hands out the last",
         ),
+        (Qwen3VLConfig(), {"feature_layers": [2, -1]}, "does not scale the states of several layers"),
         (Qwen2_5_VLConfig(), {}, "64 visual tokens at equal distances, .* with --glimpse-spacing logarithmic, or"),
     ],
-    ids=("activation", "biases", "layers", "glimpse"),
+    ids=("activation", "biases", "layers", "scaled layers", "glimpse"),
 )
 def test_parts_that_the_plugin_has_not(target: PreTrainedConfig, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(DraftConfigError, match=message):

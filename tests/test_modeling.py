@@ -1,7 +1,9 @@
 """The draft as a model: borrowed parts stay borrowed, checkpoints hold the draft only, misfits are refused."""
 
 import copy
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,9 +49,43 @@ def test_several_feature_layers_start_as_the_last_one(target: PreTrainedModel, f
     features = torch.randn(3, 2, draft.config.hidden_size)
     last = features[:, feature_layers.index(-1)]
     assert torch.equal(draft.feature_fc(features.flatten(1)), last)
+    # Nothing of the others' size, which may be that of padding, changes that.
+    features[:, 1 - feature_layers.index(-1)] *= torch.tensor([[0.0], [1.0], [1e4]])
     ids, single = torch.arange(3)[None], SparrowDraftModel.from_target(target)
     single.fc.load_state_dict(draft.fc.state_dict())
     assert torch.equal(draft.embed_next(ids, features.flatten(1)[None]), single.embed_next(ids, last[None]))
+
+
+def test_the_states_of_several_layers_are_as_long_as_the_latest(target: PreTrainedModel) -> None:
+    layers = [2, 1, -1]
+    draft = SparrowDraftModel.from_target(target, feature_layers=layers)
+    assert draft.config.feature_norm
+    width = draft.config.hidden_size
+    states = torch.randn(4, 3, width) * torch.tensor([0.1, 30.0, 3.0])[:, None]
+    states[0, 1] = 0
+    seen: list[torch.Tensor] = []
+    draft.feature_fc.register_forward_pre_hook(lambda module, args: seen.append(args[0].unflatten(-1, (3, width))))
+    draft.fuse(states.flatten(1))
+    latest = states[:, 2].norm(dim=-1, keepdim=True)
+    assert torch.equal(seen[0][:, 2], states[:, 2]) and seen[0][0, 1].eq(0).all()
+    for layer in (0, 1):
+        expected = states[:, layer] / states[:, layer].norm(dim=-1, keepdim=True).clamp(min=1e-6) * latest
+        torch.testing.assert_close(seen[0][:, layer], expected)
+
+
+def test_drafts_of_earlier_versions_take_the_states_of_several_layers_as_they_are(
+    target: PreTrainedModel, tmp_path: Path
+) -> None:
+    SparrowDraftModel.from_target(target, feature_layers=[1, -1], feature_norm=False).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["feature_norm"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    draft = SparrowDraftModel.from_pretrained(tmp_path)
+    seen: list[torch.Tensor] = []
+    draft.feature_fc.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    states = torch.randn(2, 2 * draft.config.hidden_size)
+    draft.fuse(states)
+    assert torch.equal(seen[0], states) and not SparrowDraftModel.from_target(target).config.feature_norm
 
 
 def test_the_target_is_neither_registered_nor_moved(target: PreTrainedModel) -> None:

@@ -47,7 +47,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
 }
 SWITCHES = (
     *("attention_bias", "mlp_bias", "use_cache", "tie_word_embeddings", "input_norm", "output_norm", "fc_bias"),
-    *("project_visual", "output_hidden_states", "return_dict", "is_encoder_decoder"),
+    *("feature_norm", "project_visual", "output_hidden_states", "return_dict", "is_encoder_decoder"),
 )
 CHOICES: dict[str, tuple[str, ...]] = {
     "block_type": ("qwen2", "qwen3", "llama"),

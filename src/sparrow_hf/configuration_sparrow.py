@@ -57,6 +57,9 @@ class SparrowDraftConfig(PreTrainedConfig):
         num_hidden_layers (`int`): Decoder layers of the draft (paper, section 3.1: one).
         feature_layers (`list[int]`): Target layers whose text states the draft reads, in the `hidden_states`
             convention: k = output after k layers, −1 = post-norm. Several are fused by one more linear map.
+        feature_norm (`bool`): Of several feature layers, every state is first brought to the length of that of the
+            latest layer: states of middle layers are many times as long, and training stumbles over them. The default
+            of [`SparrowDraftConfig.from_target_config`] where there are several; drafts of earlier versions lack it.
         visual_bridge_layer (`int`): Layer m whose visual states serve as the bridge (IVSB) and the glimpse; the paper
             takes half of the layers. 0: the projected visual features, as they enter the target's decoder.
         num_glimpse_tokens (`int`): Visual tokens kept in the draft's window at inference; 0 = the paper's VATA.
@@ -116,6 +119,7 @@ class SparrowDraftConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     feature_layers: list[int] | None = None
+    feature_norm: bool = False
     visual_bridge_layer: int | None = None
     num_glimpse_tokens: int = 64
     glimpse_spacing: Literal["even", "logarithmic"] = "even"
@@ -230,7 +234,8 @@ class SparrowDraftConfig(PreTrainedConfig):
             UnsupportedTargetError: The text decoder has no number of layers, no vocabulary or no width.
             DraftConfigError: An override is out of range.
         """
-        return cls(**(fields_for(target_config) | overrides))
+        norm = {"feature_norm": len(overrides.get("feature_layers") or [-1]) > 1}
+        return cls(**(fields_for(target_config) | norm | overrides))
 
     def set_tree_shape(self, shape: TreeShape | tuple[int, int, int] | str) -> None:
         """Sets the three tree fields at once.

@@ -128,6 +128,11 @@ def exported_config(config: SparrowDraftConfig, target_config: PreTrainedConfig)
             f"this draft reads the states of layers {features}; of a {target_config.model_type} vLLM hands out the "
             "last ones only. Train a draft that reads those (feature_layers [-1])"
         )
+    if config.feature_norm and len(features) > 1:
+        raise DraftConfigError(
+            "sparrow-vllm does not scale the states of several layers as this draft does: train one with "
+            "feature_layers [-1], or with feature_norm=False"
+        )
     glimpse_rows = _glimpse_rows(config) if method == "eagle3" else []
     layers_read = {*features, *([] if glimpse_rows == [] else [config.bridge_layer_id])}
     names = (

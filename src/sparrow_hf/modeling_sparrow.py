@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .targets import TargetView
 
 _Inputs = TypeVar("_Inputs", bound=DraftInputs)
+#: Length of a state below which it is taken to be nothing.
+_SHORTEST = 1e-6
 
 
 class SparrowDraftModel(SavedDraft):
@@ -77,8 +79,7 @@ class SparrowDraftModel(SavedDraft):
         super()._init_weights(module)
         if module is self.feature_fc and isinstance(module, nn.Linear):
             # Several feature layers start as [0 | … | I]: the last layer's states alone.
-            hidden, layers = self.config.hidden_size, self.config.feature_layer_ids
-            last = layers.index(max(layers))
+            hidden, last = self.config.hidden_size, self._latest_feature
             start = torch.zeros_like(module.weight)
             start[:, last * hidden : (last + 1) * hidden] = torch.eye(hidden)
             initialization.copy_(module.weight, start)
@@ -135,9 +136,25 @@ class SparrowDraftModel(SavedDraft):
             `(B, n, H)`.
         """
         if step == 0:
-            states = self.feature_fc(states)
+            states = self.fuse(states)
         states = self.read_states(states, visual_summary, step)
         return self.fc(torch.cat((self.embed(token_ids), states), dim=-1))
+
+    @property
+    def _latest_feature(self) -> int:
+        """Which of the feature layers is the latest in the target."""
+        layers = self.config.feature_layer_ids
+        return layers.index(max(layers))
+
+    def fuse(self, states: Tensor) -> Tensor:
+        """`(…, H)` of the states of all feature layers, `(…, F·H)`."""
+        if self.config.feature_norm:
+            layers = states.unflatten(-1, (-1, self.config.hidden_size))
+            lengths = torch.linalg.vector_norm(layers, dim=-1, keepdim=True, dtype=torch.float32)
+            latest = lengths[..., self._latest_feature, None, :]
+            # Padding is all zeros.
+            states = (layers * (latest / lengths.clamp(min=_SHORTEST)).to(layers.dtype)).flatten(-2)
+        return self.feature_fc(states)
 
     def read_states(self, states: Tensor, visual_summary: Tensor | None, step: int) -> Tensor:
         """`(B, n, H)` states as FC reads them, arguments as in [`~SparrowDraftModel.embed_next`]: here as they are."""

@@ -124,6 +124,6 @@ def _pairs(draft: SparrowDraftModel, reader: SparrowDraftModel, states: Training
     hidden = draft.config.hidden_size
     ids = states.input_ids[draft_positions(states.input_ids, draft.config.visual_token_ids or [], 0).text]
     features, entry = states.text_states.split((states.text_states.shape[1] - hidden, hidden), dim=-1)
-    read = draft.read_states(draft.feature_fc(features[None, 1:-1].to(draft.fc.weight)), None, 0)
+    read = draft.read_states(draft.fuse(features[None, 1:-1].to(draft.fc.weight)), None, 0)
     embeds = draft.embed(ids[None, 2:].to(draft.device))
     return torch.cat((embeds, read), dim=-1)[0].float(), entry[2:].to(read.device).float()
