@@ -47,17 +47,44 @@ def test_what_drafts_accept_while_they_are_trained() -> None:
 
 def test_rivals_on_text() -> None:
     rivals = json.loads((DATA / "tokens.json").read_text())["rivals_200_steps"]["drafts"]
-    assert list(rivals) == ["sparrow", "one-pass", "eagle", "hivis", "text-only"]
+    seeds = {name: rivals.pop(name) for name in list(rivals) if name.endswith("-seed1")}
+    assert {"sparrow", "four-layers", "eagle3", "hivis", "paper", "one-pass", "eagle", "text-only"} <= set(rivals)
     for name, evaluations in rivals.items():
         last = evaluations[-1]
         assert last["step"] == 200
         accepted = " ".join(f"{last[f'eval_accepted_{token}']:.3f}".removeprefix("0") for token in (1, 2, 3))
         line = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}`") and accepted in line)
-        assert f"| {accepted} | {last['eval_tau']:.3f} |" in line
+        again = f"{seeds[f'{name}-seed1'][-1]['eval_tau']:.3f} " if f"{name}-seed1" in seeds else " "
+        assert f"| {accepted} | {last['eval_tau']:.3f} | {again}|" in line
     after_100 = next(each["eval_tau"] for each in rivals["sparrow"] if each["step"] == 100)
     ours, one = (rivals[name][-1]["eval_tau"] for name in ("sparrow", "one-pass"))
     told = f"{one:.3f} after 200 steps, while three passes have {after_100:.3f} after 100"
     assert told in " ".join(PAGE.split()) and f"{ours - one:.3f}".removeprefix("0") in PAGE
+
+
+def test_four_layers_on_videos() -> None:
+    for name, evaluations in kept()["rivals_100_steps"]["drafts"].items():
+        taus = [f"{each['eval_tau']:.3f}" for each in evaluations] + [""] * (4 - len(evaluations))
+        last = " ".join(f"{evaluations[-1][f'eval_accepted_{token}']:.3f}".removeprefix("0") for token in (1, 2, 3))
+        line = f"| {last} | {' | '.join(taus)} |"
+        assert any(each.startswith(f"| `{name}` |") and each.endswith(line) for each in PAGE.splitlines())
+    four, last = (kept()["rivals_100_steps"]["drafts"][name][-1]["eval_tau"] for name in ("four-layers", "sparrow"))
+    assert f"({four:.2f} against {last:.2f}, at another equal budget)" in README
+
+
+def test_decoded_rivals() -> None:
+    text = json.loads((DATA / "tokens.json").read_text())["rivals_200_steps"]["decoded"]
+    for decoded in (text, kept()["rivals_100_steps"]["decoded"]):
+        drafts = [row for row in decoded["rows"] if row["arm"] != "plain"]
+        assert all(row["identical"] == row["prompts"] for row in drafts)
+        arms = {(row["temperature"], *row["arm"].removeprefix("draft:").split("@")): row for row in drafts}
+        for name in dict.fromkeys(name for _, name, _ in arms):
+            cells = [
+                f"{arms[temperature, name, tree]['tau']:.2f} | {arms[temperature, name, tree]['dsr']:.2f}"
+                for temperature in (0.0, 1.0)
+                for tree in ("chain-5", "30-4-8")
+            ]
+            assert any(each == f"| `{name}` | {' | '.join(cells)} |" for each in PAGE.splitlines())
 
 
 def test_rivals_and_variants() -> None:

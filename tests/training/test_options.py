@@ -16,12 +16,16 @@ def test_command_line_before_file_before_preset(tmp_path):
         "target: t\ntrain: rows.jsonl\noutput: draft\nlearning-rate: 1e-4\nnum_mtp_steps: 3\nuse_cpu: true\n"
     )
     options, arguments = parse_options(
-        ["--config", str(config), "--preset", "paper", "--num-mtp-steps", "4", "--feature-layers", "2", "-1"]
+        [
+            *("--config", str(config), "--preset", "paper", "--num-mtp-steps", "4"),
+            *("--feature-layers", "2", "-1", "--feature-norm", "false"),
+        ]
     )
     assert options.target == "t" and arguments.output_dir == "draft/checkpoints"
     assert arguments.learning_rate == 1e-4 and arguments.use_cpu  # from the file; the preset has 3e-5
     assert arguments.mtp_attention == "reinput" and arguments.probability_l1_weight == 10.0  # preset
-    assert options.draft_fields == {"num_mtp_steps": 4, "num_glimpse_tokens": 0, "feature_layers": [2, -1]}
+    layers = {"feature_layers": [2, -1], "feature_norm": False}
+    assert options.draft_fields == {"num_mtp_steps": 4, "num_glimpse_tokens": 0} | layers
 
 
 def test_dashes_and_underscores_are_one(tmp_path):

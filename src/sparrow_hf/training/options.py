@@ -20,6 +20,7 @@ from .vocabulary import MIN_COVERAGE, REDUCED_SIZE
 DRAFT_FIELDS = (
     "num_hidden_layers",
     "feature_layers",
+    "feature_norm",
     "visual_bridge_layer",
     "num_glimpse_tokens",
     "glimpse_spacing",
@@ -125,6 +126,12 @@ class TrainingOptions:
         metadata={
             "help": "Target layers whose text states the draft reads; -1 is the state after the final norm (the "
             "default)."
+        },
+    )
+    feature_norm: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Bring the states of several feature layers to one length (default: where there are several)."
         },
     )
     visual_bridge_layer: int | None = field(
