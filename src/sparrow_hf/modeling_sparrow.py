@@ -150,7 +150,8 @@ class SparrowDraftModel(SavedDraft):
         """`(…, H)` of the states of all feature layers, `(…, F·H)`."""
         if self.config.feature_norm:
             layers = states.unflatten(-1, (-1, self.config.hidden_size))
-            lengths = torch.linalg.vector_norm(layers, dim=-1, keepdim=True, dtype=torch.float32)
+            exact = torch.promote_types(layers.dtype, torch.float32)
+            lengths = torch.linalg.vector_norm(layers, dim=-1, keepdim=True, dtype=exact)
             latest = lengths[..., self._latest_feature, None, :]
             # Padding is all zeros.
             states = (layers * (latest / lengths.clamp(min=_SHORTEST)).to(layers.dtype)).flatten(-2)

@@ -37,7 +37,7 @@ def decode_by_hand(draft, states, kept, chain_start, num_steps):
             embeds.append(draft.fc(torch.cat((0 * state, state))) if draft.config.project_visual else state)
             visual += 1
         else:
-            embeds.append(fuse(draft, text_ids[text + 1], draft.feature_fc(states.text_states[text])))
+            embeds.append(fuse(draft, text_ids[text + 1], draft.fuse(states.text_states[text])))
             text += 1
         position_ids.append(position)
 
