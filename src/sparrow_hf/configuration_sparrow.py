@@ -58,8 +58,9 @@ class SparrowDraftConfig(PreTrainedConfig):
         feature_layers (`list[int]`): Target layers whose text states the draft reads, in the `hidden_states`
             convention: k = output after k layers, −1 = post-norm. Several are fused by one more linear map.
         feature_norm (`bool`): Of several feature layers, every state is first brought to the length of that of the
-            latest layer: states of middle layers are many times as long, and training stumbles over them. The default
-            of [`SparrowDraftConfig.from_target_config`] where there are several; drafts of earlier versions lack it.
+            latest layer: before the target's final norm they can be many times as long, and drafts then learn more
+            slowly (docs/language.md). The default of [`SparrowDraftConfig.from_target_config`] where there are
+            several; drafts of earlier versions lack it.
         visual_bridge_layer (`int`): Layer m whose visual states serve as the bridge (IVSB) and the glimpse; the paper
             takes half of the layers. 0: the projected visual features, as they enter the target's decoder.
         num_glimpse_tokens (`int`): Visual tokens kept in the draft's window at inference; 0 = the paper's VATA.

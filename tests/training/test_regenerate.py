@@ -367,7 +367,6 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, nano, processor, rows,
 REGENERATE = """
 import sys
 from sparrow_hf.cli.common import launched_processes
-from sparrow_hf.testbed import LLAVA_ONEVISION
 from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.training.regenerate import regenerate
 assert launched_processes(None).num_processes == int(sys.argv[2])

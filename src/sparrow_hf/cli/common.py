@@ -287,7 +287,8 @@ def built_in_family(family: str | None, target: str | None) -> str:
 def sampling_of(do_sample: bool, temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:
     """How answers are chosen, as arguments of `generate()`: greedily, unless one of the four options samples.
 
-    What is not said is 1, or all tokens, and not what the target's `generation_config` says: some have `top_k=1`.
+    What is not said is 1, or all tokens, and not what the target's `generation_config` says: a `top_k=1` there would
+    choose greedily.
     """
     if not do_sample and temperature is None and top_p is None and top_k is None:
         return {"do_sample": False}
