@@ -44,7 +44,7 @@ def test_the_built_in_draft(tmp_path: Path) -> None:
     assert rows[:12] == [0, 1, 2, 3, 4, 6, 7, 9, 11, 13, 15, 17]
     assert rows == draft_inputs.logarithmic(torch.arange(saved["max_position_embeddings"]), 64).tolist()
     assert saved["sparrow"] == {
-        "format": 2,
+        "format": 3,
         "method": "eagle3",
         "target": {
             "name": None,
@@ -56,6 +56,7 @@ def test_the_built_in_draft(tmp_path: Path) -> None:
             "rms_norm_eps": 1e-06,
         },
         "feature_layers": [24],
+        "feature_norm": False,
         "bridge_layer": 12,
         "after_visual": 4,
         "qk_norm": False,
@@ -109,17 +110,14 @@ def test_the_visual_tokens_of_a_glimpse(spacing: str, num_glimpse_tokens: int, r
     assert fields["eagle_aux_hidden_state_layer_ids"] == ([depth] if rows == [] else [9, depth])
 
 
-def test_several_feature_layers_and_another_bridge() -> None:
-    fields = config_for(
-        Qwen3VLConfig(),
-        feature_layers=[-1, 3, 20],
-        feature_norm=False,
-        visual_bridge_layer=3,
-        glimpse_spacing="logarithmic",
-    )
+@pytest.mark.parametrize("scaled", [{}, {"feature_norm": False}], ids=("scaled", "as they are"))
+def test_several_feature_layers_and_another_bridge(scaled: dict[str, Any]) -> None:
+    other = {"feature_layers": [-1, 3, 20], "visual_bridge_layer": 3, "glimpse_spacing": "logarithmic"}
+    fields = config_for(Qwen3VLConfig(), **other, **scaled)
     depth = Qwen3VLConfig().text_config.num_hidden_layers
     assert fields["sparrow"]["feature_layers"] == [depth, 3, 20]
     assert fields["eagle_aux_hidden_state_layer_ids"] == [3, 20, depth]
+    assert fields["sparrow"]["feature_norm"] == (not scaled)
     assert fields["sparrow"]["qk_norm"] and fields["sparrow"]["position_rule"] is None
 
 
@@ -158,10 +156,9 @@ def test_another_target_of_the_same_family(wrong: dict[str, Any]) -> None:
             {"feature_layers": [2, -1]},
             "of a llava_onevision vLLM hands out the last",
         ),
-        (Qwen3VLConfig(), {"feature_layers": [2, -1]}, "does not scale the states of several layers"),
         (Qwen2_5_VLConfig(), {}, "64 visual tokens at equal distances, .* with --glimpse-spacing logarithmic, or"),
     ],
-    ids=("activation", "biases", "layers", "scaled layers", "glimpse"),
+    ids=("activation", "biases", "layers", "glimpse"),
 )
 def test_parts_that_the_plugin_has_not(target: PreTrainedConfig, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(DraftConfigError, match=message):

@@ -26,7 +26,7 @@ from .modeling_sparrow import SparrowDraftModel
 from .target_config import visual_token_ids
 
 #: Of the exported files; `sparrow_vllm.config` reads this number and no other.
-FORMAT = 2
+FORMAT = 3
 #: `model_type` of targets of which vLLM hands out the states of any layer (its method "eagle3"). Of others it hands
 #: out the last ones (its method "eagle"), so that there is no glimpse.
 AUXILIARY_STATES = frozenset({"qwen2_5_vl", "qwen3_vl"})
@@ -128,11 +128,6 @@ def exported_config(config: SparrowDraftConfig, target_config: PreTrainedConfig)
             f"this draft reads the states of layers {features}; of a {target_config.model_type} vLLM hands out the "
             "last ones only. Train a draft that reads those (feature_layers [-1])"
         )
-    if config.feature_norm and len(features) > 1:
-        raise DraftConfigError(
-            "sparrow-vllm does not scale the states of several layers as this draft does: train one with "
-            "feature_layers [-1], or with feature_norm=False"
-        )
     glimpse_rows = _glimpse_rows(config) if method == "eagle3" else []
     layers_read = {*features, *([] if glimpse_rows == [] else [config.bridge_layer_id])}
     names = (
@@ -158,6 +153,7 @@ def exported_config(config: SparrowDraftConfig, target_config: PreTrainedConfig)
                 "rms_norm_eps": getattr(text, "rms_norm_eps", config.rms_norm_eps),
             },
             "feature_layers": features,
+            "feature_norm": config.feature_norm and len(features) > 1,
             "bridge_layer": config.bridge_layer_id,
             "glimpse_rows": glimpse_rows,
             "after_visual": getattr(target_config, "vision_end_token_id", None),

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 
 #: Small, offline and on loopback; read when vLLM is imported.
 ENVIRONMENT = {
@@ -114,6 +116,35 @@ def engine(family: Family, draft: bool = True, **options: Any) -> Iterator[Engin
         its.llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+#: Largest difference of a state from transformers'; states are about 1 in size.
+STATE_TOLERANCE = 1e-4
+STATES = 5
+
+
+def draft_states(family: Family, drafting: Engine, clips: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """Per clip `(5, H)`: what the draft makes of the prompt's last token and of those that it drafts first."""
+    from sparrow_vllm.model import SparrowDraft
+
+    found = []
+    own = SparrowDraft.forward
+
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        states, _ = own(self, *arguments, **named)
+        found.append(states)
+        return states, states
+
+    drafting.forget()
+    of_clips = []
+    with patch.object(SparrowDraft, "forward", forward):
+        for clip in clips:
+            found.clear()
+            drafting.answer([family.request(clip)], max_tokens=2)
+            prompt = next(index for index, states in enumerate(found) if len(states) == len(clip["prompt_ids"]))
+            of_clips.append(torch.stack([states[-1] for states in found[prompt : prompt + STATES]]))
+    drafting.forget()
+    return of_clips
 
 
 #: How far the acceptance length may be from transformers'.

@@ -37,6 +37,7 @@ SEEDS = list(testbed.EVALUATION_SEEDS[:5])
 MAX_NEW_TOKENS = 100
 #: Drafted tokens of a round.
 CHAIN = 5
+LARGER_VOCABULARY = 300
 #: Of the glimpse, in vLLM.
 SPACING = "logarithmic"
 
@@ -57,9 +58,10 @@ def write(output: Path) -> None:
         export_vllm(shipped / "draft", folder / "draft", shipped / "target", SPACING)
         (folder / "target").write_text(str(served_target(shipped / "target", folder)))
         target, processor, draft = testbed.load(family)
-        as_in_vllm = copy.deepcopy(target)
+        as_in_vllm, larger = copy.deepcopy(target), None
         if family == "qwen2.5-vl":
             use_vllm_positions(as_in_vllm)
+            larger = exported_larger_draft(target, shipped / "target", folder)
         draft.config.set_tree_shape(f"chain-{CHAIN}")
         tokens_per_step = testbed.family_of(target).tokens_per_step
         clips = []
@@ -81,6 +83,9 @@ def write(output: Path) -> None:
                     **answers(family, target, as_in_vllm, draft, inputs),
                 }
             )
+            if larger is not None and visual_tokens == min(lengths):
+                states = states_of(as_in_vllm, larger, inputs)
+                clips[-1]["larger"] = describe(as_in_vllm, larger, inputs) | {"states": states}
             print(family, name, flush=True)
             (folder / "clips.json").write_text(json.dumps(clips, default=np.ndarray.tolist))
         for visual_tokens in lengths:
@@ -155,6 +160,28 @@ def answers(family: str, target: Any, as_in_vllm: Any, draft: Any, inputs: Any) 
     assert found["vllm"]["ids"] == describe(as_in_vllm, None, inputs)["ids"]
     found["states"] = states_of(as_in_vllm, without_slowest_pair(draft), inputs)
     return found
+
+
+def exported_larger_draft(target: Any, weights: Path, folder: Path) -> Any:
+    """An untrained draft with four feature layers, two decoder layers and a vocabulary of its own, as it is exported.
+
+    It weighs the layers at random: a fresh one reads the last alone.
+    """
+    draft = SparrowDraftModel.from_target(
+        target,
+        copy_last_layer=True,
+        num_hidden_layers=2,
+        feature_layers=[2, 12, 20, -1],
+        glimpse_spacing=SPACING,
+    )
+    draft.set_vocabulary(range(draft.config.vocab_size - LARGER_VOCABULARY, draft.config.vocab_size))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        draft.feature_fc.weight.data.normal_(std=draft.config.hidden_size**-0.5)
+    draft.config.set_tree_shape(f"chain-{CHAIN}")
+    draft.save_pretrained(folder / "larger-saved")
+    export_vllm(folder / "larger-saved", folder / "larger-draft", weights)
+    return without_slowest_pair(draft)
 
 
 def without_slowest_pair(draft: Any) -> Any:

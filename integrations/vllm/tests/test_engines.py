@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from engines import Engine, Family, check, engine, others
+from engines import STATE_TOLERANCE, Engine, Family, check, draft_states, engine, others
 
 
 @pytest.fixture(scope="module")
@@ -83,34 +83,6 @@ def leaves_the_slots() -> Any:
     from sparrow_vllm import seams
 
     return patch.object(seams, "put_slots", lambda name, slots: None)
-
-
-def draft_states(qwen: Family, drafting: Engine, clips: list[dict[str, Any]]) -> list[torch.Tensor]:
-    """Per clip `(5, H)`: what the draft makes of the prompt's last token and of those that it drafts first."""
-    from sparrow_vllm.model import SparrowDraft
-
-    found = []
-    own = SparrowDraft.forward
-
-    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
-        states, _ = own(self, *arguments, **named)
-        found.append(states)
-        return states, states
-
-    drafting.forget()
-    of_clips = []
-    with patch.object(SparrowDraft, "forward", forward):
-        for clip in clips:
-            found.clear()
-            drafting.answer([qwen.request(clip)], max_tokens=2)
-            prompt = next(index for index, states in enumerate(found) if len(states) == len(clip["prompt_ids"]))
-            of_clips.append(torch.stack([states[-1] for states in found[prompt : prompt + len(clip["states"])]]))
-    drafting.forget()
-    return of_clips
-
-
-#: Largest difference of a state from transformers'; states are about 1 in size.
-STATE_TOLERANCE = 1e-4
 
 
 def test_the_draft_computes_what_it_does_in_transformers(qwen: Family, drafting: Engine) -> None:

@@ -75,7 +75,7 @@ def test_another_vllm(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_format() -> None:
     with pytest.raises(
-        DraftError, match="have the export format 7, and this sparrow-vllm reads 2: run `sparrow export-vllm"
+        DraftError, match="have the export format 7, and this sparrow-vllm reads 3: run `sparrow export-vllm"
     ):
         SparrowVllmConfig(sparrow={"format": 7})
 

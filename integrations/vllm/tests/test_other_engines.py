@@ -3,7 +3,8 @@
 from typing import Any
 from unittest.mock import patch
 
-from engines import Family, check, engine, others
+import torch
+from engines import STATE_TOLERANCE, Family, check, draft_states, engine, others
 
 
 def test_pieces_and_preemptions(qwen: Family, plain: list[list[int]]) -> None:
@@ -38,6 +39,22 @@ def test_a_target_without_middle_states(llava: Family) -> None:
     with engine(llava) as with_draft:
         answers = with_draft.answer([llava.request(clip) for clip in clips], at_once=False)
     check(answers, clips, "none")
+
+
+def test_a_larger_draft(qwen: Family) -> None:
+    """Four feature layers, two decoder layers, a vocabulary of its own. States that are not scaled are seen."""
+    from sparrow_vllm import model
+
+    clips = qwen.of_length(400)
+    wanted = [torch.tensor(clip["larger"]["states"]) for clip in clips]
+    with engine(qwen, speculative_config=qwen.speculative_config(model=str(qwen.folder / "larger-draft"))) as larger:
+        for found, states in zip(draft_states(qwen, larger, clips), wanted, strict=True):
+            # Rounding grows through the outputs that an untrained draft feeds itself.
+            torch.testing.assert_close(found, states, rtol=0, atol=10 * STATE_TOLERANCE)
+        check(larger.answer([qwen.request(clip) for clip in clips], at_once=False), clips, "larger")
+        with patch.object(model, "of_one_length", lambda features, latest: features):
+            (found,) = draft_states(qwen, larger, clips[:1])
+    assert (found - wanted[0]).abs().max() > 100 * STATE_TOLERANCE
 
 
 def test_frame_headers(qwen3: Family) -> None:

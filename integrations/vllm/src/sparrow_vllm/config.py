@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 #: Of `config.json` and of the tensors' names; `sparrow export-vllm` writes the same number.
-FORMAT = 2
+FORMAT = 3
 #: The version of vLLM that is supported. Tried: 0.32.0.
 SUPPORTED_VLLM = "0.32"
 
@@ -36,10 +36,11 @@ class SparrowVllmConfig(PretrainedConfig):
     The fields of the decoder layer have the names of a Llama configuration; vLLM itself reads
     `eagle_aux_hidden_state_layer_ids`. All that this plugin alone reads lies in `sparrow`:
 
-        format          2
+        format          3
         method          "eagle3" or "eagle"
         target          model_type, num_hidden_layers, hidden_size, vocab_size, visual_token_ids, rms_norm_eps
         feature_layers  target layers whose text states are read; k = output of layer k, the last one normed
+        feature_norm    whether the states of several layers are brought to the length of the latest layer's
         bridge_layer    target layer whose visual states are read
         glimpse_rows    visual rows that are kept, 0 being a prompt's first, or null: all
         after_visual    token that follows a visual run, or null

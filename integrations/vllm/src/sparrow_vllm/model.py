@@ -25,6 +25,8 @@ logger = init_logger("vllm.sparrow")
 #: A hidden row's key has −HIDING_KEY in one channel, and every query so much that their product is HIDDEN_LOGIT: its
 #: weight is then exactly 0, whatever the rest of the score is. fp8 holds the key.
 HIDING_KEY, HIDDEN_LOGIT = 240.0, -15360.0
+#: A state's length is taken to be no less, as in transformers.
+SHORTEST = 1e-6
 
 
 class HidingRope(nn.Module):
@@ -117,7 +119,10 @@ class SparrowDraft(seams.Eagle3Base):
             states[last] = self.target_norm(states[last].contiguous())
         if self.has_glimpse:
             self.bridge[: len(hidden_states)] = states[self.fields["bridge_layer"]]
-        return self.model.feature_fc(torch.cat([states[layer] for layer in self.fields["feature_layers"]], dim=-1))
+        features = [states[layer] for layer in self.fields["feature_layers"]]
+        if self.fields["feature_norm"]:
+            features = of_one_length(features, states[max(self.fields["feature_layers"])])
+        return self.model.feature_fc(torch.cat(features, dim=-1))
 
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, is_multimodal: Tensor | None = None
@@ -166,6 +171,14 @@ class SparrowDraft(seams.Eagle3Base):
         if missing := dict(self.named_parameters()).keys() - loaded - borrowed:
             raise DraftError(f"the draft's files lack {', '.join(sorted(missing))}: export the draft again")
         return loaded | borrowed
+
+
+def of_one_length(features: list[Tensor], latest: Tensor) -> list[Tensor]:
+    """Each `(n, H)` brought to the length of `latest` `(n, H)`, row by row."""
+    length = torch.linalg.vector_norm(latest, dim=-1, keepdim=True, dtype=torch.float32)
+    lengths = (torch.linalg.vector_norm(each, dim=-1, keepdim=True, dtype=torch.float32) for each in features)
+    scales = (length / each.clamp(min=SHORTEST) for each in lengths)
+    return [each * scale.to(each.dtype) for each, scale in zip(features, scales, strict=True)]
 
 
 def check_fits(fields: dict[str, Any], vllm_config: VllmConfig) -> None:
