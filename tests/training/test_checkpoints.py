@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,20 @@ def test_arguments_of_another_version_of_transformers_are_not_compared(
     del settings["arguments"]["weight_decay"]
     checkpoints.seal_checkpoint(path.parent, settings)
     prepare(output, "--resume")
+
+
+@pytest.mark.parametrize("steps", [4, 2])
+def test_a_field_that_an_earlier_version_had_not_was_the_default(
+    prepare: Callable[..., TrainingRun], tmp_path: Path, steps: int
+) -> None:
+    prepare(tmp_path, "--num-mtp-steps", steps).run()
+    path = tmp_path / "checkpoints" / "checkpoint-2" / SETTINGS_FILE
+    settings = json.loads(path.read_text())
+    del settings["draft"]["num_mtp_steps"]
+    checkpoints.seal_checkpoint(path.parent, settings)
+    outcome = nullcontext() if steps == 4 else pytest.raises(TrainingOptionsError, match="num_mtp_steps: 4, now 2")
+    with outcome:
+        prepare(tmp_path, "--num-mtp-steps", steps, "--resume")
 
 
 class Evaluations(TrainerCallback):

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..artifacts import check_made_alike, write_json
 from ..checksums import DIGESTS_FILE, Digests, digest_of_files, file_digest, read_json
+from ..configuration_sparrow import SparrowDraftConfig
 from ..errors import TrainingOptionsError
 
 SETTINGS_FILE = "training.json"
@@ -212,6 +213,9 @@ def check_settings(checkpoint: str | os.PathLike[str], wanted: dict[str, Any]) -
             )
         return {}
     found = read_json(path, TrainingOptionsError, _remedy(folder))
+    if isinstance(found.get("draft"), dict):
+        # A field that its version did not have: `from_pretrained` takes it for the default, too.
+        found["draft"] = json.loads(json.dumps(SparrowDraftConfig().to_dict(), default=str)) | found["draft"]
     # Versions of transformers differ in the arguments they know.
     shared = [name for name in wanted if name in found and name != "steps"]
     check_made_alike(
