@@ -102,7 +102,12 @@ def config_for(target: PreTrainedConfig, **fields: Any) -> dict[str, Any]:
     ],
 )
 def test_the_visual_tokens_of_a_glimpse(spacing: str, num_glimpse_tokens: int, rows: list[int] | None) -> None:
-    glimpse = {"glimpse_spacing": spacing, "num_glimpse_tokens": num_glimpse_tokens, "max_position_embeddings": 100}
+    glimpse = {
+        "feature_layers": [-1],
+        "glimpse_spacing": spacing,
+        "num_glimpse_tokens": num_glimpse_tokens,
+        "max_position_embeddings": 100,
+    }
     fields = config_for(Qwen2_5_VLConfig(), **glimpse, visual_bridge_layer=9)
     assert fields["sparrow"]["glimpse_rows"] == rows
     # What is not read is not asked for.
@@ -122,7 +127,7 @@ def test_several_feature_layers_and_another_bridge(scaled: dict[str, Any]) -> No
 
 
 def test_a_llama_layer_has_its_output_bias() -> None:
-    fields = config_for(LlavaConfig(), attention_bias=True, mlp_bias=True)
+    fields = config_for(LlavaConfig(), feature_layers=[-1], attention_bias=True, mlp_bias=True)
     assert fields["qkv_bias"] and fields["attention_bias"] and fields["mlp_bias"]
 
 
@@ -138,7 +143,12 @@ def test_a_reduced_vocabulary(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"target_num_hidden_layers": 12}, {"hidden_size": 896}, {"vocab_size": 999}, {"visual_token_ids": [3]}],
+    [
+        {"target_num_hidden_layers": 12, "feature_layers": [-1]},
+        {"hidden_size": 896},
+        {"vocab_size": 999},
+        {"visual_token_ids": [3]},
+    ],
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_another_target_of_the_same_family(wrong: dict[str, Any]) -> None:
@@ -153,8 +163,8 @@ def test_another_target_of_the_same_family(wrong: dict[str, Any]) -> None:
         (Qwen3VLConfig(), {"attention_bias": True}, "no Qwen3 layers with biases"),
         (
             LlavaOnevisionConfig(),
-            {"feature_layers": [2, -1]},
-            "of a llava_onevision vLLM hands out the last",
+            {},
+            "of a llava_onevision vLLM hands out the last ones only. Train .*--feature-layers -1",
         ),
         (Qwen2_5_VLConfig(), {}, "64 visual tokens at equal distances, .* with --glimpse-spacing logarithmic, or"),
     ],

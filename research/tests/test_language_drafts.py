@@ -60,7 +60,8 @@ def test_each_rival_is_what_its_name_says(folder: Path, tmp_path: Path) -> None:
     fewer = {"eagle": 1, "text-only": 1, "one-pass": 1, "paper": 2}
     assert passes == dict.fromkeys(TEXT_RIVALS, 4) | fewer
     assert drafts["eagle3"].config.feature_layers == [2, 15, 27]
-    assert drafts["four-layers"].config.feature_layers == [2, 15, 27, -1]
+    assert drafts["one-pass"].config.feature_layers == [2, 15, 27, -1]
+    assert all(drafts[name].config.feature_layers == [-1] for name in ("last-layer", "eagle", "hivis", "paper"))
     losses = {name: draft.provenance["recipe"]["losses"] for name, draft in drafts.items()}
     assert losses["paper"] == "10 × probability_l1, 0.1 × list_mle"
     assert losses["no-state-loss"] == losses["eagle3"] == "1 × soft_cross_entropy"

@@ -235,8 +235,10 @@ class SparrowDraftConfig(PreTrainedConfig):
             UnsupportedTargetError: The text decoder has no number of layers, no vocabulary or no width.
             DraftConfigError: An override is out of range.
         """
-        norm = {"feature_norm": len(overrides.get("feature_layers") or [-1]) > 1}
-        return cls(**(fields_for(target_config) | norm | overrides))
+        fields = fields_for(target_config) | overrides
+        layers = fields["feature_layers"]
+        fields.setdefault("feature_norm", isinstance(layers, list) and len(layers) > 1)
+        return cls(**fields)
 
     def set_tree_shape(self, shape: TreeShape | tuple[int, int, int] | str) -> None:
         """Sets the three tree fields at once.

@@ -136,7 +136,8 @@ def convert_tensors(
     else:
         notes.append("no config.json: heads, RoPE and epsilon are taken to be the target's")
     # Nothing in the family reads the target's middle layers at inference.
-    fields = {"position_mode": "original", "num_glimpse_tokens": 0, "num_mtp_steps": 1} | shape | overrides
+    one_pass = {"feature_layers": [-1], "position_mode": "original", "num_glimpse_tokens": 0, "num_mtp_steps": 1}
+    fields = one_pass | shape | overrides
     draft = SparrowDraftModel(SparrowDraftConfig.from_target_config(target_config, **fields))
     _check_names(weights, draft)
     draft = draft.to(weights["fc.weight"].dtype)

@@ -126,7 +126,7 @@ def exported_config(config: SparrowDraftConfig, target_config: PreTrainedConfig)
     if method == "eagle" and features != [config.target_num_hidden_layers]:
         raise DraftConfigError(
             f"this draft reads the states of layers {features}; of a {target_config.model_type} vLLM hands out the "
-            "last ones only. Train a draft that reads those (feature_layers [-1])"
+            "last ones only. Train a draft that reads those (--feature-layers -1)"
         )
     glimpse_rows = _glimpse_rows(config) if method == "eagle3" else []
     layers_read = {*features, *([] if glimpse_rows == [] else [config.bridge_layer_id])}

@@ -70,6 +70,7 @@ def fields_for(target_config: PreTrainedConfig) -> dict[str, Any]:
         "target_model_type": target_config.model_type,
         "target_num_hidden_layers": text.num_hidden_layers,
         "visual_token_ids": visual_token_ids(target_config),
+        "feature_layers": feature_layers_of(text.num_hidden_layers),
         "block_type": block_type,
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
@@ -81,6 +82,16 @@ def fields_for(target_config: PreTrainedConfig) -> dict[str, Any]:
         # `pipeline(assistant_model=)` compares these three with the target's text configuration.
         fields[field] = getattr(text, field, None)
     return fields
+
+
+def feature_layers_of(num_layers: int) -> list[int]:
+    """An early, a middle and a late layer of a target, as far as it has them, and its last one.
+
+    These are the three of EAGLE-3 (arXiv 2503.01840) and the one of EAGLE. On a language model that writes English a
+    draft of all four accepts more than one of either (docs/language.md, "Rivals").
+    """
+    chosen = {2, num_layers // 2, num_layers - 3}
+    return [*sorted(layer for layer in chosen if 0 < layer < num_layers), -1]
 
 
 def _layer_fields(text: PreTrainedConfig) -> dict[str, Any]:

@@ -170,8 +170,8 @@ def tokens_left(draft: SparrowDraftModel) -> list[int]:
 
 #: Of the most expensive round. More is no failure of the text, but of the speed on a GPU: see docs/design.md.
 MOST: dict[str, dict[str, int]] = {
-    "chain-5": {"calls": 246, "launches": 173, "uploads": 1},
-    "30-4-8": {"calls": 337, "launches": 214, "uploads": 4},
+    "chain-5": {"calls": 260, "launches": 180, "uploads": 1},
+    "30-4-8": {"calls": 351, "launches": 223, "uploads": 4},
 }
 
 
@@ -219,6 +219,7 @@ def test_the_rows_of_the_target_are_not_copied_in_a_round(target: PreTrainedMode
     copied, decode = [], _transformers.decoding
     for num_frames in (4, 40):
         inputs = FAMILY.build_inputs(target, num_frames=num_frames)
+        torch.manual_seed(0)
         draft = SparrowDraftModel.from_target(target, num_glimpse_tokens=2)
         concatenated = Concatenated()
 

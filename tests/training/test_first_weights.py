@@ -121,7 +121,7 @@ def test_the_fit_reads_a_recording_of_another_bridge_layer(
     target: Any, samples: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = target.config.get_text_config().num_hidden_layers - 1
-    recorded = copied(target, feature_layers=[entry, -1], visual_bridge_layer=1)
+    recorded = copied(target, feature_layers=[1, 2, entry, -1], visual_bridge_layer=1)
     assert SparrowDraftModel.from_target(target).config.visual_bridge_layer == 2
     record(recorded, samples, tmp_path / "rows", SparrowDataCollator())
     beside = copied(target)
@@ -131,8 +131,8 @@ def test_the_fit_reads_a_recording_of_another_bridge_layer(
     assert f"fitted to {count} tokens, it explains {explained:.0%} of it." in sentence
 
     # No other fault is taken for a layer that was not recorded.
-    monkeypatch.setattr(run, "reader_of", lambda draft: copied(target, feature_layers=[1]))
-    with pytest.raises(TrainingDataError, match="lacks text layer 1, visual layer 2"):
+    monkeypatch.setattr(run, "reader_of", lambda draft: copied(target))
+    with pytest.raises(TrainingDataError, match="lacks visual layer 2, which"):
         prepare_training(*options, target, None)
 
 

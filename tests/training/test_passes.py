@@ -1,5 +1,7 @@
 """The passes against decoding done by hand, and the shift and the losses against values written by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -137,8 +139,9 @@ def test_padding_changes_nothing(make_draft, recorded):
 
 def test_reinput_passes_shift_their_own_output(make_draft, recorded):
     """Against the definition: pass 1 is pass 0 with the answer rows' states replaced by outputs one row earlier."""
-    draft = make_draft()
+    draft = make_draft(feature_layers=[-1])
     states = TrainingStates.from_row(recorded[0])
+    states = replace(states, text_states=states.last_states)
     kept = draft_positions(states.input_ids, draft.config.visual_token_ids, num_glimpse_tokens=4)
     first_answer = int((kept.text < states.answer_start).sum())
 

@@ -78,7 +78,7 @@ def test_one_recording_serves_drafts_of_other_layers(tmp_path, target, make_draf
     with pytest.raises(TrainingDataError, match="lacks text layer 2"):
         RecordedDataset(tmp_path, make_draft(feature_layers=[2]))
     with pytest.raises(TrainingDataError, match="lacks visual layer 1"):
-        RecordedDataset(tmp_path, make_draft(visual_bridge_layer=1))
+        RecordedDataset(tmp_path, make_draft(feature_layers=[-1], visual_bridge_layer=1))
 
 
 def test_layers_that_a_draft_does_not_read_stay_on_the_disk(tmp_path, make_draft, samples, monkeypatch):

@@ -58,8 +58,14 @@ CAPTION_BATCH_ROWS = 16_384
 """Prompt rows, padding included, of clips captioned together: a decoding step costs the same for few or many."""
 MAX_CAPTION_TOKENS = 320
 
-DRAFT: dict[str, Any] = {"num_mtp_steps": 5, "num_draft_levels": 5, "num_glimpse_tokens": 64}
-"""What the testbed's draft is, where it differs from `SparrowDraftConfig`'s defaults: one pass per drafted token."""
+DRAFT: dict[str, Any] = {
+    "feature_layers": [-1],
+    "num_mtp_steps": 5,
+    "num_draft_levels": 5,
+    "num_glimpse_tokens": 64,
+}
+"""What the testbed's draft is, where it differs from the package's: one pass per drafted token, and it reads the last
+layer alone, as the package's did when it was trained; its tiny targets gain nothing of four (docs/training.md)."""
 
 TEXT_ONLY_DRAFT: dict[str, Any] = {"num_glimpse_tokens": 0, "num_mtp_steps": 1}
 TEXT_ONLY_RECIPE: dict[str, Any] = {

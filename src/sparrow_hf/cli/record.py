@@ -38,7 +38,8 @@ def record(
         list[int] | None,
         typer.Option(
             help="Layer whose text states drafts read; -1 is the state after the final norm. Repeat the option for "
-            "several layers (default: -1, and the last layer but one, for `sparrow train --copy-last-layer`)."
+            "several layers (default: those of a new draft, and the last layer but one, for `sparrow train "
+            "--copy-last-layer`)."
         ),
     ] = None,
     bridge_layer: Annotated[
@@ -78,8 +79,9 @@ def record(
     model, its_processor = load_target(
         target, processor, dtype.value, device or processes.device, vllm_positions=vllm_positions
     )
-    if feature_layers is None and (entry := entry_layer(SparrowDraftConfig.from_target_config(model.config))) > 0:
-        feature_layers = [entry, -1]
+    if feature_layers is None:
+        usual = SparrowDraftConfig.from_target_config(model.config)
+        feature_layers = sorted({*usual.feature_layer_ids, entry_layer(usual)} - {0})
     # Only its configuration counts: which layers are kept.
     draft = SparrowDraftModel.from_target(model, feature_layers=feature_layers, visual_bridge_layer=bridge_layer)
     collator = SparrowDataCollator(

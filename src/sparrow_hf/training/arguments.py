@@ -34,7 +34,7 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
 
 #: What the recipes set in the draft, as fields of [`SparrowDraftConfig`].
 DRAFT_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"num_mtp_steps": 2, "num_glimpse_tokens": 0},
+    "paper": {"feature_layers": [-1], "num_mtp_steps": 2, "num_glimpse_tokens": 0},
     "default": {},
 }
 

@@ -124,8 +124,8 @@ class TrainingOptions:
     feature_layers: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Target layers whose text states the draft reads; -1 is the state after the final norm (the "
-            "default)."
+            "help": "Target layers whose text states the draft reads; -1 is the state after the final norm "
+            "(default: an early, a middle, a late layer and -1)."
         },
     )
     feature_norm: bool | None = field(

@@ -263,7 +263,8 @@ class RecordedDataset(Dataset):
         if missing:
             raise TrainingDataError(
                 f"{folder} lacks {', '.join(missing)}, which the draft reads; it has text layers "
-                f"{found['text_layers']} and visual layers {found['visual_layers']}: record again, or change the draft"
+                f"{found['text_layers']} and visual layers {found['visual_layers']}: record again, or "
+                "train a draft that reads these (--feature-layers, --visual-bridge-layer)"
             )
         self.config = draft.config
         self.text_layers: list[int] = found["text_layers"]

@@ -48,6 +48,7 @@ class Baseline:
 _ALL_VISUAL_ROWS = {"num_visual_rows_min": ALL_VISUAL_ROWS, "num_visual_rows_max": ALL_VISUAL_ROWS}
 
 _MSD_DRAFT = {
+    "feature_layers": [-1],
     "visual_bridge_layer": 0,
     "num_glimpse_tokens": EVERY_VISUAL_TOKEN,
     "position_mode": "original",
@@ -71,7 +72,7 @@ BASELINES: dict[str, Baseline] = {
     "msd-deleted": Baseline(draft=_MSD_DRAFT | {"num_glimpse_tokens": 0}, weights_of="msd"),
     "vispec": Baseline(
         ViSpecDraftModel,
-        draft={"num_mtp_steps": 2, "num_glimpse_tokens": EVERY_VISUAL_TOKEN},
+        draft={"feature_layers": [-1], "num_mtp_steps": 2, "num_glimpse_tokens": EVERY_VISUAL_TOKEN},
         training=_ALL_VISUAL_ROWS
         | {
             "probability_l1_weight": 10.0,
@@ -84,7 +85,9 @@ BASELINES: dict[str, Baseline] = {
             "visual_full": 0.5,
         },
     ),
-    "hivis": Baseline(HiViSDraftModel, draft={"num_glimpse_tokens": 0}, training={"num_visual_rows_max": 0}),
+    "hivis": Baseline(
+        HiViSDraftModel, draft={"feature_layers": [-1], "num_glimpse_tokens": 0}, training={"num_visual_rows_max": 0}
+    ),
 }
 
 __all__ = [

@@ -37,7 +37,8 @@ class Rival:
     prepare: Callable[[SparrowDraftModel], None] | None = None
 
 
-_EAGLE = "--num-mtp-steps 1 --feature-smooth-l1-weight 1.0 --soft-cross-entropy-weight 0.1"
+_LAST = "--feature-layers -1"
+_EAGLE = f"{_LAST} --num-mtp-steps 1 --feature-smooth-l1-weight 1.0 --soft-cross-entropy-weight 0.1"
 _EVERY_ROW = f"--num-glimpse-tokens {EVERY_VISUAL_TOKEN} --num-visual-rows-min -1 --num-visual-rows-max -1"
 _NO_ROW = "--num-glimpse-tokens 0 --num-visual-rows-max 0"
 RIVALS = {
@@ -46,12 +47,12 @@ RIVALS = {
     # Three layers, early, middle and late, and no loss of states.
     "eagle3": Rival("--feature-layers 2 15 27 --feature-smooth-l1-weight 0.0"),
     # A language model of one layer: with no states to feed back, all its passes would be the first one.
-    "text-only": Rival(f"--num-mtp-steps 1 --feature-smooth-l1-weight 0.0 {_NO_ROW}", prepare=blindfold),
-    "hivis": Rival(draft_class=HiViSDraftModel),
+    "text-only": Rival(f"{_LAST} --num-mtp-steps 1 --feature-smooth-l1-weight 0.0 {_NO_ROW}", prepare=blindfold),
+    "hivis": Rival(_LAST, draft_class=HiViSDraftModel),
     # The paper's losses, noise, visual rows and two passes; the optimizer is that of all.
     "paper": Rival("--preset paper --num-mtp-steps 2"),
-    # The default on four layers, without its later passes, and without its loss of states.
-    "four-layers": Rival("--feature-layers 2 15 27 -1"),
+    # The default on the last layer alone, without its later passes, and without its loss of states.
+    "last-layer": Rival(_LAST),
     "one-pass": Rival("--num-mtp-steps 1"),
     "no-state-loss": Rival("--feature-smooth-l1-weight 0.0"),
     # The default with other visual rows: fewer, in training only, none, all.
@@ -61,9 +62,9 @@ RIVALS = {
     "every-visual": Rival(_EVERY_ROW),
     "eagle-visual": Rival(f"{_EAGLE} {_EVERY_ROW}"),
 }
-TEXT_RIVALS = ("eagle", "eagle3", "text-only", "hivis", "paper", "four-layers", "one-pass", "no-state-loss")
+TEXT_RIVALS = ("eagle", "eagle3", "text-only", "hivis", "paper", "last-layer", "one-pass", "no-state-loss")
 VIDEO_RIVALS = (
-    *("eagle-visual", "eagle3", "text-only", "paper", "four-layers", "one-pass"),
+    *("eagle-visual", "eagle3", "text-only", "paper", "last-layer", "one-pass"),
     *("glimpse-16", "bridge", "no-visual", "every-visual"),
 )
 

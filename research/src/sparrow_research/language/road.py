@@ -28,8 +28,6 @@ TRAIN = ("train-h100", "train-cpu", "train-h200")
 """Kept answers, in the order in which they are used."""
 TOKENS = (28_000, 100_000, 459_403, 963_186)
 VOCABULARY = 8192
-LAYERS = tuple(word for layer in (2, 15, 27, 29, -1) for word in ("--feature-layers", str(layer)))
-"""Recorded states: those that rivals read, what enters the last layer, and the last ones."""
 COMMON = "--copy-last-layer --lr-scheduler-type cosine --adam-beta2 0.95 --weight-decay 0"
 PASSES = "--num-mtp-steps 3"
 """Of every draft but the rivals that have their own."""
@@ -122,7 +120,7 @@ def plan(
         Step(
             (
                 *("sparrow_hf.cli", "record", *on, "--answers", f"{work}/answers-{name}", "--output"),
-                *(f"{work}/recording-{name}", "--text-only", "--dtype", dtype, "--device", device, *LAYERS),
+                *(f"{work}/recording-{name}", "--text-only", "--dtype", dtype, "--device", device),
             ),
             None,
             count * SECONDS["record"],

@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .rivals import VIDEO_RIVALS
-from .road import LAYERS, VOCABULARY, training_words
+from .road import VOCABULARY, training_words
 from .steps import Step, run_steps, tell
 from .video_clips import LENGTHS
 
@@ -155,7 +155,7 @@ def plan(smollm2: Path, work: Path, device: str = "cpu") -> list[Step]:
                 None,
                 count * 4 * SECONDS["row"],
             ),
-            Step(("sparrow_hf.cli", "record", *on, *recorded, *seen, *LAYERS), None, count * SECONDS["row"]),
+            Step(("sparrow_hf.cli", "record", *on, *recorded, *seen), None, count * SECONDS["row"]),
         ]
     vocabulary = work / "vocabulary.safetensors"
     size = ("--size", str(VOCABULARY))
