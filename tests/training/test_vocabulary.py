@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
@@ -153,6 +154,18 @@ def test_what_ends_an_answer_comes_from_both_configurations(tmp_path, checkpoint
     assert len(tokens.visual_ids) == 2
     chosen = choose_vocabulary(torch.ones(tokens.vocab_size, dtype=torch.int64), 32_768, tokens)
     assert len(chosen) == 32_768 and set(chosen[-2:].tolist()) == {151645, 151643}
+
+
+@pytest.mark.parametrize("name", ["Molmo2Config", "Qwen3VLConfig", "Glm4vConfig", "GlmOcrConfig"])
+@pytest.mark.parametrize("ends", [None, 5, [5, 10**6]], ids=["none", "one", "one-that-is-no-id"])
+def test_text_configurations_without_an_end_and_ids_behind_the_vocabulary(name, ends):
+    config = getattr(transformers, name)()
+    size = config.get_text_config().vocab_size
+    # Molmo 2's own placeholder is behind its vocabulary, too.
+    config.image_token_id, config.video_token_id = size + 2, 7
+    tokens = TargetTokens.from_configs(config, GenerationConfig(eos_token_id=ends))
+    assert tokens == TargetTokens(size, frozenset({5} if ends else ()), frozenset({7}))
+    assert 7 not in choose_vocabulary(torch.ones(size, dtype=torch.int64), size - 1, tokens)
 
 
 def run(*arguments):

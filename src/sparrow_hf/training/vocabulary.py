@@ -36,7 +36,7 @@ class TargetTokens:
     """The properties of a target's vocabulary that the choice depends on; no weights.
 
     Attributes:
-        vocab_size: Ids its head scores.
+        vocab_size: Ids its head scores; all others are of these.
         end_ids: Ids that end an answer: in every draft vocabulary.
         visual_ids: Visual placeholders: in none.
     """
@@ -63,9 +63,12 @@ class TargetTokens:
     def from_configs(cls, config: PreTrainedConfig, generation_config: GenerationConfig | None) -> "TargetTokens":
         """From the configurations of a loaded target."""
         text = config.get_text_config()
-        ends = [text.eos_token_id, getattr(generation_config, "eos_token_id", None)]
+        # Some text configurations have no such field.
+        ends = [getattr(each, "eos_token_id", None) for each in (text, generation_config)]
         flat = [token for end in ends for token in (end if isinstance(end, list) else [end]) if token is not None]
-        return cls(text.vocab_size, frozenset(flat), frozenset(visual_token_ids(config)))
+        # Placeholders may lie behind the ids that the head scores.
+        scored = set(range(text.vocab_size))
+        return cls(text.vocab_size, frozenset(scored & {*flat}), frozenset(scored & {*visual_token_ids(config)}))
 
 
 def count_tokens(rows: Iterable[Mapping[str, Any]], vocab_size: int) -> Tensor:
