@@ -32,8 +32,8 @@ class DecodingCallback(TrainerCallback):
     Evaluation itself is teacher-forced on known answers (`eval_tau`, `eval_k`, `eval_accepted_j`). With a chain, and
     on the same rows with greedy answers of the target of at most `max_new_tokens`, the two must agree up to the last
     round of each answer; if they do not, training and decoding read different positions. The figures are also added
-    to the metrics of the trainer, so
-    `metric_for_best_model="decoded_tau"` with `load_best_model_at_end` or `save_strategy="best"` keeps the best draft.
+    to the metrics of the trainer: with `metric_for_best_model="decoded_tau"`, `load_best_model_at_end` ends with the
+    best draft. `save_strategy="best"` keeps its checkpoint, and alone ends with the last draft.
 
     Training is not affected: the random state and the draft's mode are restored. Of several processes only the main
     one generates.
