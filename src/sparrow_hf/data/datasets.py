@@ -107,12 +107,12 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
 
     path = Path(source)
     try:
-        if path.is_dir() and not _data_files(path):
+        files = data_files(path)
+        if path.is_dir() and not files:
             found = datasets.load_from_disk(str(path))
             rows, folder = found[split] if isinstance(found, datasets.DatasetDict) else found, path.resolve()
             rows = rows.to_iterable_dataset() if streaming else rows
-        elif path.exists():
-            files = [str(path)] if path.is_file() else _data_files(path)
+        elif files:
             check_written(files, TrainingDataError, "run `sparrow regenerate` again, with the same options")
             folder = (path if path.is_dir() else path.parent).resolve()
             if not files[0].endswith(".parquet"):
@@ -250,11 +250,15 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
     return row if isinstance(row, dict) else {ROW_ERROR: f"{where} is no JSON object, found {shown(row)}"}
 
 
-def _data_files(folder: Path) -> list[str]:
-    """The data files of a folder, all of the kind that comes first; none in a folder of `save_to_disk`."""
+def data_files(source: Path) -> list[str]:
+    """The files that [`load_rows`] reads itself: the one that is named, or the data files of a folder, all of the kind
+    that comes first; none in a folder of `save_to_disk`.
+    """
+    if source.is_file():
+        return [str(source)]
     for ending in ROW_FILES:
-        files = sorted(map(str, folder.glob(f"*{ending}")))
-        if ending == ".json" and any((folder / name).exists() for name in SAVED_DATASETS):
+        files = sorted(map(str, source.glob(f"*{ending}")))
+        if ending == ".json" and any((source / name).exists() for name in SAVED_DATASETS):
             return []
         if files:
             return files

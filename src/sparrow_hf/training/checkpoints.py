@@ -19,7 +19,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..artifacts import check_made_alike, write_json
 from ..checksums import DIGESTS_FILE, Digests, digest_of_files, file_digest, read_json
 from ..configuration_sparrow import SparrowDraftConfig
+from ..data.datasets import data_files
 from ..errors import TrainingOptionsError
+from .recording import PROVENANCE_FILE, recorded_files
 
 SETTINGS_FILE = "training.json"
 _STATE_FILE = "trainer_state.json"
@@ -135,7 +137,7 @@ def describe_training(trainer: Trainer, **sources: Any) -> dict[str, Any]:
 
 
 def digest_of_rows(source: str | os.PathLike[str]) -> str:
-    """Digest of the rows at a path, wherever it is: of their files, or of the digests beside them.
+    """Digest of the rows at a path, wherever it is: of the files that are read, or of the digests beside them.
 
     Args:
         source: A file, or a folder: answers, a recording, files of rows, or one of `save_to_disk`. The name of a data
@@ -144,12 +146,12 @@ def digest_of_rows(source: str | os.PathLike[str]) -> str:
     path = Path(source)
     if not path.exists():
         return str(source)
-    if path.is_dir() and (path / DIGESTS_FILE).exists():
+    if (path / DIGESTS_FILE).exists():
         return file_digest(path / DIGESTS_FILE)
-    kinds = (".jsonl", ".parquet", ".arrow", ".safetensors")
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in kinds]
-    # Beside the others, `.json` files hold no rows.
-    return digest_of_files(path, files or path.rglob("*.json"))
+    if (path / PROVENANCE_FILE).exists():
+        return digest_of_files(path, recorded_files(path))
+    # What else lies there, such as the checkpoints of a training, are no rows.
+    return digest_of_files(path, [Path(file) for file in data_files(path)] or path.rglob("*.arrow"))
 
 
 # -- checking ---------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class Recorder:
                 if self.digests.known is None:
                     # An earlier version's files are taken as they are.
                     self.digests.warn_without()
-                    self.digests.write([provenance, *self.rows_folder.glob("row-*.safetensors")])
+                    self.digests.write([provenance, *recorded_files(folder)])
                 self.digests.check(provenance)
                 found = read_description(provenance, draft.target)
                 # An earlier version described less.
@@ -112,7 +112,7 @@ class Recorder:
 
     def bytes_on_disk(self) -> int:
         """What the recorded rows take."""
-        return sum(path.stat().st_size for path in self.rows_folder.glob("row-*.safetensors"))
+        return sum(path.stat().st_size for path in recorded_files(self.digests.folder))
 
     def path(self, index: int) -> Path:
         """File of the row `index`."""
@@ -207,6 +207,11 @@ def record(
     return skipped
 
 
+def recorded_files(folder: Path) -> list[Path]:
+    """The files of a recording's rows, in order."""
+    return sorted((folder / "rows").glob("row-*.safetensors"))
+
+
 class RecordedDataset(Dataset):
     """The rows of a recording, for [`SparrowTrainer`].
 
@@ -269,7 +274,7 @@ class RecordedDataset(Dataset):
         self.config = draft.config
         self.text_layers: list[int] = found["text_layers"]
         self.digests.check_present()
-        self.paths = sorted((Path(folder) / "rows").glob("row-*.safetensors"))
+        self.paths = recorded_files(Path(folder))
         #: Rows whose files this process has checked.
         self._checked: set[int] = set()
 
