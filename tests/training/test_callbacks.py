@@ -1,6 +1,7 @@
 """Decoding held-out prompts while training: it agrees with the teacher-forced figures, and it disturbs nothing."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -128,6 +129,24 @@ def test_the_best_checkpoint_by_tau_is_kept(tmp_path, target, make_draft, sample
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     kept = SparrowDraftModel.from_pretrained(tmp_path / "checkpoint-2")
     assert_same_weights(weights_of(kept), weights_of(draft))
+
+
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_the_best_checkpoint_is_found_where_the_folder_is_now(tmp_path, target, make_draft, samples, monkeypatch, how):
+    def train(folder, resume=None):
+        best = {"metric_for_best_model": "decoded_tau", "load_best_model_at_end": True}
+        saving = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+        trainer = make_trainer(folder, make_draft(), target, samples, samples[:1], max_steps=2, **saving, **best)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    measured = iter([1.9, 1.2])
+    monkeypatch.setattr(callbacks, "decode", lambda *args: {"decoded_tau": next(measured)})
+    whole = weights_of(train(tmp_path / "first").draft)
+    (shutil.move if how == "moved" else shutil.copytree)(tmp_path / "first", tmp_path / "second")
+    resumed = train(tmp_path / "second", resume=True)
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "second" / "checkpoint-1")
+    assert_same_weights(weights_of(resumed.draft), whole)
 
 
 def test_every_tracker_gets_plain_numbers(tmp_path, target, make_draft, samples):

@@ -71,6 +71,18 @@ def _is_json(path: Path) -> bool:
     return True
 
 
+class FindBestCheckpoint(TrainerCallback):
+    """Finds the best checkpoint of a resumed training in its folder, wherever that is now."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The trainer's state names it by a path of the first run, which may be gone or another one's by now."""
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
