@@ -101,3 +101,17 @@ def test_figures_do_not_depend_on_how_rows_are_batched(tmp_path, target, make_dr
     assert set(found[2]) >= {"eval_accepted_5", "eval_agreement_5", "eval_k", "eval_tau"}
     # All rows in one batch: nothing is put together.
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("levels", [0, 2, 7])
+def test_the_loss_of_an_evaluation_is_of_the_passes_of_training(tmp_path, target, make_draft, samples, levels):
+    # Without a glimpse, nothing of a training step is random.
+    args = SparrowTrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", num_visual_rows_min=0, num_visual_rows_max=0
+    )
+    draft = make_draft(num_draft_levels=levels, num_mtp_steps=4, num_glimpse_tokens=0)
+    trainer = SparrowTrainer(draft, target, args, eval_dataset=samples)
+    expected = trainer.compute_loss(draft.train(), trainer.data_collator(samples)).item()
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert sum(name.startswith("eval_agreement") for name in metrics) == levels

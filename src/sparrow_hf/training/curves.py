@@ -49,7 +49,7 @@ def _panels(log: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, dict[str, 
     accepted = {f"token {position}": f"{prefix}{position}" for position in positions}
     kind = "decoded" if "decoded" in prefix else "teacher-forced"
     return [
-        ("Loss", "loss of all passes per row", _curves(log, LOSSES)),
+        ("Loss", "sum over the passes of training, per answer token", _curves(log, LOSSES)),
         ("Tokens per target forward", "τ", _curves(log, TAUS)),
         (f"Accepted drafts ({kind})", "share of rounds", _curves(log, accepted)),
     ]

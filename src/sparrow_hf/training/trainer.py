@@ -181,7 +181,8 @@ class SparrowTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Sum over passes of the weighted losses, summed over positions, over the number of losses of the first pass.
+        """Sum over the passes of training of the weighted losses, summed over positions, over the number of losses of
+        the first pass. In evaluation too, where the draft runs further passes if its chains are deeper.
 
         Args:
             inputs: `{"samples": [...]}` from the collator.
@@ -195,9 +196,8 @@ class SparrowTrainer(Trainer):
         batch = self.make_batch(inputs["samples"], training=training)
         # Evaluation measures what decoding would accept, whatever the training recipe was.
         exact = self.args.mtp_attention == "exact" or not training
-        levels = self.draft.config.num_mtp_steps if training else self.draft.config.num_draft_levels
-        # The loss is of one pass also where nothing is drafted.
-        num_passes = max(levels, 1)
+        trained, levels = self.draft.config.num_mtp_steps, self.draft.config.num_draft_levels
+        num_passes = trained if training else max(trained, levels)
         # The forward goes through the model as it was wrapped: DDP averages no gradient of a forward it has not seen.
         passes = (exact_passes if exact else reinput_passes)(self.draft, batch, num_passes, forward=model)
 
@@ -220,7 +220,8 @@ class SparrowTrainer(Trainer):
         for step, (of_pass, agreed, kept) in enumerate(
             zip(losses.split(counts), agrees.split(counts), valid, strict=True)
         ):
-            total = total + self.args.mtp_loss_decay**step * of_pass.sum()
+            if step < trained:
+                total = total + self.args.mtp_loss_decay**step * of_pass.sum()
             match = torch.zeros_like(kept)
             match[kept] = agreed
             matches.append(match)
