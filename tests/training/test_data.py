@@ -79,7 +79,8 @@ def test_skipped_rows_are_reported_and_never_trained_on(tmp_path, target, make_d
         draft = make_draft()
         args = SparrowTrainingArguments(
             output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
-            per_device_train_batch_size=1, max_steps=4, num_visual_rows_max=4, logging_steps=1, **settings,
+            per_device_train_batch_size=1, per_device_eval_batch_size=1, max_steps=4, num_visual_rows_max=4,
+            logging_steps=1, **settings,
         )  # fmt: skip
         trainer = SparrowTrainer(draft, target, args, train_dataset=rows, eval_dataset=rows)
         trainer.train()
@@ -93,7 +94,8 @@ def test_skipped_rows_are_reported_and_never_trained_on(tmp_path, target, make_d
     assert {index for index, _ in trainer.skipped_rows} == {0, 1}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sorted(loss > 0 for loss in losses) == [False, False, True, True]
-    assert trainer.evaluate()["eval_tau"] >= 1
+    measured, good = trainer.evaluate(), trainer.evaluate(samples[:2])
+    assert measured["eval_tau"] == good["eval_tau"] and measured["eval_loss"] == pytest.approx(good["eval_loss"])
     trainer = train(bad, on_bad_row="skip")
     for name, tensor in make_draft().state_dict().items():
         assert torch.equal(tensor, trainer.draft.state_dict()[name]), name

@@ -282,6 +282,9 @@ class SparrowTrainer(Trainer):
         inputs = on_device(self, self._without_repeated(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, counts = self.compute_loss(model, inputs, return_outputs=True)
+        if not inputs["samples"]:
+            # Processes gather one loss each; the base class leaves one that is no number out of the mean.
+            loss = torch.full_like(loss, torch.nan)
         if prediction_loss_only:
             return loss, None, None
         # The evaluation loop calls compute_metrics only if there are labels.
