@@ -127,7 +127,7 @@ def test_requests_are_read_as_lmms_eval_writes_them():
         "max_new_tokens": 5, "do_sample": False,
     }  # fmt: skip
     assert settings_of(until | {"temperature": 0.7, "top_p": 0.9, "num_beams": 2}) == {
-        "max_new_tokens": 4096, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "num_beams": 2,
+        "max_new_tokens": 4096, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "num_beams": 2,
     }  # fmt: skip
     with pytest.raises(ValueError, match="set --batch_size 1, found auto"):
         Sparrow(pretrained="nowhere", batch_size="auto")

@@ -116,12 +116,16 @@ def plain_part(part: Mapping[str, Any]) -> dict[str, Any]:
 def settings_of(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `generate()`. Sampled where the temperature is above 0; `until` is not read, as in the chat models
     of lmms-eval itself, because a task that names none gets a blank line.
+
+    A sampled answer is drawn from all tokens within `top_p`, and not from the `top_k` of the target's
+    `generation_config`: one of 1 there would choose greedily.
     """
     settings = {"max_new_tokens": gen_kwargs.get("max_new_tokens") or MAX_NEW_TOKENS, "do_sample": False}
     if (gen_kwargs.get("num_beams") or 1) > 1:
         settings["num_beams"] = gen_kwargs["num_beams"]
     if (temperature := gen_kwargs.get("temperature") or 0.0) > 0:
-        settings |= {"do_sample": True, "temperature": temperature, "top_p": gen_kwargs.get("top_p") or 1.0}
+        top_p = gen_kwargs.get("top_p") or 1.0
+        settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     return settings
 
 
