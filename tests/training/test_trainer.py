@@ -310,8 +310,9 @@ def test_a_draft_that_is_trained_on_is_not_told_by_its_earlier_training(tmp_path
     assert "trained on from the draft `first`" in card and "600" not in card and "5.58" not in card
 
 
-def test_what_a_user_tells_of_the_data_stays(tmp_path, target, make_draft, samples):
+@pytest.mark.parametrize("told", [{"data": "ours"}, {"recipe": {"captions": "ours"}}])
+def test_what_a_user_tells_of_a_fresh_draft_stays(tmp_path, target, make_draft, samples, told):
     draft = make_draft()
-    draft.provenance = {"data": "ours"}
+    draft.provenance = told
     SparrowTrainer(draft, target, arguments(tmp_path, max_steps=1), train_dataset=samples).train()
-    assert draft.provenance == {"data": "ours"}
+    assert draft.provenance == told

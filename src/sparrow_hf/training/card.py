@@ -36,8 +36,9 @@ def begin_anew(draft: SparrowDraftModel, source: str) -> None:
 
 
 def is_of_other_weights(draft: SparrowDraftModel) -> bool:
-    """Whether the provenance of a draft that is about to be trained tells of the weights it starts from."""
-    return any(name in draft.provenance for name in _OF_WEIGHTS)
+    """Whether the provenance of a draft that is about to be trained tells of the weights it was loaded with."""
+    # A fresh draft has no name: what its provenance says was written for the training to come.
+    return bool(draft.name_or_path) and any(name in draft.provenance for name in _OF_WEIGHTS)
 
 
 def recipe_of(trainer: SparrowTrainer, **further: Any) -> dict[str, Any]:
