@@ -30,6 +30,8 @@ DRAFT_FIELDS = (
     "project_visual",
 )
 
+#: Those whose default depends on the target or on another one: their help says it.
+_WITHOUT_ONE_DEFAULT = ("feature_layers", "feature_norm", "visual_bridge_layer")
 
 #: Names of options in the other verbs → what they are called here, where the draft has a dtype too.
 ALIASES = {"dtype": "target_dtype"}
@@ -153,8 +155,8 @@ class TrainingOptions:
     num_draft_levels: int | None = field(
         default=None,
         metadata={
-            "help": "Number of levels that the draft proposes in one round. Not given, it is chosen on the held-out "
-            "rows at the end, if there are any."
+            "help": "Number of levels that the draft proposes in one round. With held-out rows, it is chosen at the "
+            "end, unless it is given."
         },
     )
     position_mode: Literal["compact", "original"] | None = field(
@@ -281,6 +283,8 @@ def describe_options() -> dict[str, list[tuple[str, str, str]]]:
 def _default_of(item: dataclasses.Field[Any]) -> str:
     if item.default is dataclasses.MISSING:
         return "required"
+    if item.name in _WITHOUT_ONE_DEFAULT:
+        return ""
     # What is not given here is what a new draft's configuration says.
     default = getattr(SparrowDraftConfig, item.name) if item.name in DRAFT_FIELDS else item.default
     return "" if default is None else str(default)
