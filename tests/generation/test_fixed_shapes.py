@@ -121,6 +121,17 @@ def test_outputs_of_every_step_are_refused(name: str) -> None:
         target.generate(**inputs, assistant_model=draft, max_new_tokens=4, **options)
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_the_target_as_a_whole_are_refused(register: str) -> None:
+    target, inputs = a_target()
+    draft = a_draft(target, **CHAIN)
+    hook = getattr(target, register)(lambda *_: None)
+    with pytest.raises(UnsupportedGenerationError, match="forward hooks on the target as a whole"):
+        new_ids(target, inputs, assistant_model=draft, cache_implementation="static")
+    hook.remove()
+    assert new_ids(target, inputs, assistant_model=draft, cache_implementation="static") == new_ids(target, inputs)
+
+
 def test_a_torch_that_cannot_compile_says_so_and_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     target, inputs = a_target()
     draft, plain = a_draft(target, **CHAIN), new_ids(target, inputs)

@@ -104,6 +104,9 @@ def check_fixed_shapes(view: TargetView, ways: Verification, recorded: Collectio
         found.append(f"the attention function {attention_of(view.text_config)!r}, which follows no mask of a tree")
     if len({parameter.device for parameter in view.decoder.parameters()}) > 1:
         found.append("a decoder on several devices")
+    if view.model._forward_hooks or view.model._forward_pre_hooks:
+        # A step calls the model's `forward`: torch would trace them, and a graph would not run them.
+        found.append("forward hooks on the target as a whole")
     if found:
         raise UnsupportedGenerationError(
             f"cache_implementation='static' cannot be combined with a Sparrow draft and {'; '.join(found)}: leave "
