@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, pipeline
+from transformers.generation import BaseStreamer
 
 from sparrow_hf import SparrowCandidateGenerator, SparrowDraftModel
 from sparrow_hf._transformers import CACHE
@@ -231,3 +232,36 @@ def test_threads_share_one_target_and_one_draft(setting) -> None:
     for expected, (found, new_tokens) in zip(serial, threaded, strict=True):
         assert torch.equal(expected, found)
         assert new_tokens == 10
+
+
+class Rebinding(BaseStreamer):
+    """Binds the draft to another target with every token, as a call of another thread might."""
+
+    def __init__(self, draft: SparrowDraftModel, other: PreTrainedModel):
+        self.draft, self.other = draft, other
+
+    def put(self, value: torch.Tensor) -> None:
+        self.draft.bind(self.other)
+
+    def end(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [(1, {}), (1, {"cache_implementation": "static"}), (2, {})],
+    ids=["dynamic", "static", "batch"],
+)
+def test_a_call_keeps_its_target_when_the_draft_is_bound_to_another(rows: int, options: dict[str, Any]) -> None:
+    target, other = (FAMILY_BY_NAME["qwen2_5_vl"].build_target() for _ in range(2))
+    with torch.no_grad():
+        for weight in other.get_decoder().parameters():
+            weight.mul_(-1.5)
+    draft = SparrowDraftModel.from_target(target, **TREE | {"beam_width": 1, "num_tree_nodes": 5})
+    ids = torch.arange(20, 40).repeat(rows, 1)
+    call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    plain = target.generate(ids, **call)
+    assert not torch.equal(plain, other.generate(ids, **call))
+    # The second call, too: nothing that was made for the other target is kept for this one.
+    for _ in range(2):
+        streamer = Rebinding(draft, other)
+        assert torch.equal(plain, target.generate(ids, **call, assistant_model=draft, streamer=streamer, **options))

@@ -234,6 +234,9 @@ class SparrowDraftModel(SavedDraft):
 
         Called by `generate()` on first use; calling it again with the same target costs nothing.
 
+        Returns:
+            The view of this very target, even if another thread binds the draft to another one meanwhile.
+
         Raises:
             TransformersContractError: The installed transformers lacks something that the package needs.
             BindingError: Another hidden size, vocabulary, layer count or set of placeholder ids.
@@ -242,11 +245,13 @@ class SparrowDraftModel(SavedDraft):
         from .targets import bind
 
         check_contract()
-        if self._target is None or not self._target.is_view_of(target):
+        view = self._target
+        if view is None or not view.is_view_of(target):
             if self.draft_to_target is not None:
                 check_vocabulary(self.config, self.draft_to_target)
-            object.__setattr__(self, "_target", bind(self.config, target))
-        return self._target
+            view = bind(self.config, target)
+            object.__setattr__(self, "_target", view)
+        return view
 
     @property
     def target(self) -> "TargetView":

@@ -46,7 +46,9 @@ def decode_batch(
     """
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     check_inputs(target, input_ids, embeds, model_kwargs[CACHE], mask)
-    view, ways = draft.target, how_to_verify(draft.target)
+    # Not `draft.target`, which a call with another target may replace.
+    view = draft.bind(target)
+    ways = how_to_verify(view)
     in_step = not may_part(view, ways, logits_processor, generation_config, model_kwargs)
     emitter = BatchEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer, in_step)
     recorded = recorded_outputs(generation_config)

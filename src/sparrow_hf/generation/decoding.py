@@ -12,6 +12,7 @@ from .._transformers import CACHE, GenerateOutput
 from ..clocks import PhaseClock
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
+from ..targets import TargetView
 from .caches import hold
 from .candidate_generator import SparrowCandidateGenerator
 from .emission import TokenEmitter
@@ -50,8 +51,10 @@ def speculative_decode(
     check_inputs(target, input_ids, embeds, None if is_static else model_kwargs[CACHE], mask)
     emitter = TokenEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     recorded = recorded_outputs(generation_config)
+    # Not `draft.target`, which a call with another target may replace.
+    view = draft.bind(target)
     if not is_static:
-        _decode(target, draft, emitter, recorded, generation_config, model_kwargs, None)
+        _decode(target, view, draft, emitter, recorded, generation_config, model_kwargs, None)
         cache = model_kwargs[CACHE]
     else:
         compiles = _transformers.compiles(target, model_kwargs[CACHE], generation_config)
@@ -59,9 +62,9 @@ def speculative_decode(
             warnings.warn("torch before 2.11 cannot compile a draft's steps: they run as they are", stacklevel=2)
             compiles = False
         options = _transformers.compile_options(target, generation_config) if compiles else None
-        with static_session(draft, generation_config.max_length, options) as session:
+        with static_session(view, draft, generation_config.max_length, options) as session:
             model_kwargs[CACHE] = session.verification.empty_cache()
-            _decode(target, draft, emitter, recorded, generation_config, model_kwargs, session)
+            _decode(target, view, draft, emitter, recorded, generation_config, model_kwargs, session)
             cache = session.copy_of_cache() if generation_config.return_dict_in_generate else None
     if streamer is not None:
         streamer.end()
@@ -70,6 +73,7 @@ def speculative_decode(
 
 def _decode(
     target: PreTrainedModel,
+    view: TargetView,
     draft: SparrowDraftModel,
     emitter: TokenEmitter,
     recorded: dict[str, tuple[Any, ...]],
@@ -95,7 +99,7 @@ def _decode(
             generator = SparrowCandidateGenerator(*prompt)
         else:
             generator = StaticCandidateGenerator(session.drafting, *prompt)
-    view, ways = draft.target, how_to_verify(draft.target)
+    ways = how_to_verify(view)
     if generator.shape.beam_width > 1 and ways.trees is None:
         generator.draft_chains()
         warnings.warn(

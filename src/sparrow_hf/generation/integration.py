@@ -8,6 +8,7 @@ from torch import Tensor
 from .._transformers import contract_breaches, install_seam
 from ..errors import UnsupportedGenerationError
 from ..modeling_sparrow import SparrowDraftModel
+from ..targets import TargetView
 from .batches import decode_batch
 from .decoding import recorded_outputs, speculative_decode
 from .grouped_attention import install_grouped_attention
@@ -43,14 +44,14 @@ def check_call(
 ) -> None:
     """Checks a `generate()` call with a draft and binds the draft, before anything is computed."""
     check_request(generation_mode, generation_config, generation_mode_kwargs, target)
-    follow(draft, target)
-    check_modes(draft)
-    ways = how_to_verify(draft.target)
+    view = follow(draft, target)
+    check_modes(draft, view)
+    ways = how_to_verify(view)
     if generation_config.cache_implementation == "static":
-        check_fixed_shapes(draft.target, ways, recorded_outputs(generation_config))
+        check_fixed_shapes(view, ways, recorded_outputs(generation_config))
 
 
-def follow(draft: SparrowDraftModel, target: Any) -> None:
+def follow(draft: SparrowDraftModel, target: Any) -> TargetView:
     """Binds the draft to the target if it is not yet, and brings it to the target's device.
 
     On first use the draft also takes the target's dtype; a draft that was bound before (for training in fp32, for
@@ -64,3 +65,4 @@ def follow(draft: SparrowDraftModel, target: Any) -> None:
             draft.to(dtype=view.dtype)
         if draft.device != view.device:
             draft.to(device=view.device)
+    return view

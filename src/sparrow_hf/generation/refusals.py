@@ -14,6 +14,7 @@ from transformers.generation import GenerationMode
 from .._transformers import CACHE, layer_kinds
 from ..errors import UnsupportedGenerationError
 from ..modeling_sparrow import SparrowDraftModel
+from ..targets import TargetView
 
 #: Options of `generate()` for other ways to draft or to decode, which a draft would silently replace.
 _OTHER_WAYS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type", "dola_layers")
@@ -104,13 +105,13 @@ def named_mode(generation_mode: Any, generation_config: Any) -> str:
     return f"{generation_mode.value} ({settings})" if settings else generation_mode.value
 
 
-def check_modes(draft: SparrowDraftModel) -> None:
+def check_modes(draft: SparrowDraftModel, view: TargetView) -> None:
     """Checks that neither a bound draft nor its target draws random numbers beside those that choose tokens.
 
     Raises:
         UnsupportedGenerationError: One of them is in training mode and has dropout.
     """
-    for name, model in (("draft", draft), ("target", draft.target.decoder)):
+    for name, model in (("draft", draft), ("target", view.decoder)):
         if draws_numbers(model):
             raise UnsupportedGenerationError(
                 f"the {name} is in training mode and has dropout: its random numbers come from the generator that "

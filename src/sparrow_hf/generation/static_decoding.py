@@ -31,12 +31,18 @@ class StaticSession:
         compile_config: Arguments of `torch.compile`; `None`: not compiled.
     """
 
-    def __init__(self, draft: SparrowDraftModel, num_rows: tuple[int, int], compile_config: dict[str, Any] | None):
-        self._view, shape = draft.target, draft.config.tree_shape
+    def __init__(
+        self,
+        view: TargetView,
+        draft: SparrowDraftModel,
+        num_rows: tuple[int, int],
+        compile_config: dict[str, Any] | None,
+    ):
+        self._view, shape = view, draft.config.tree_shape
         max_path = shape.num_draft_levels + 1
         num_nodes = shape.num_tree_nodes
         layers = draft.config.feature_layer_ids
-        self.verification = StaticVerification(draft.target, num_rows[0], num_nodes, max_path, layers, compile_config)
+        self.verification = StaticVerification(view, num_rows[0], num_nodes, max_path, layers, compile_config)
         self.drafting = StaticDrafting(draft, num_rows[1], shape, max_path, compile_config)
 
     def copy_of_cache(self) -> DynamicCache:
@@ -116,23 +122,23 @@ def check_fixed_shapes(view: TargetView, ways: Verification, recorded: Collectio
 
 @contextmanager
 def static_session(
-    draft: SparrowDraftModel, max_length: int, compile_config: dict[str, Any] | None
+    view: TargetView, draft: SparrowDraftModel, max_length: int, compile_config: dict[str, Any] | None
 ) -> Iterator[StaticSession]:
     """A session for one call, with an empty cache: that of an earlier call where it fits, or else a new one.
 
     A thread that finds it in use makes its own.
     """
-    kept = draft.target.static_sessions
+    kept = view.static_sessions
     num_rows = rows_needed(draft.config.tree_shape, max_length)
     key = (
         num_rows,
         draft.config.tree_shape,
         repr(compile_config),
-        attention_of(draft.target.text_config),
-        _state_of(draft.target.model),
+        attention_of(view.text_config),
+        _state_of(view.model),
         _state_of(draft),
     )
-    session = kept.pop(key, None) or StaticSession(draft, num_rows, compile_config)
+    session = kept.pop(key, None) or StaticSession(view, draft, num_rows, compile_config)
     try:
         yield session
     finally:
