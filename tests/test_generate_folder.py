@@ -135,6 +135,7 @@ GOOD: dict[str, Maker] = {
 BAD: dict[str, Maker] = {
     "empty.mp4": Path.touch,
     "text.mp4": lambda path: path.write_text("not a video\n"),
+    "description.nfo": lambda path: path.write_text("A movie.\n" * 20),
     "noise.mkv": lambda path: path.write_bytes(random.Random(0).randbytes(20_000)),
     "truncated.mp4": lambda path: damage(path, lambda data: data[: len(data) // 2]),
     "truncated too.webm": lambda path: (write(path, "libvpx"), os.truncate(path, 40)),

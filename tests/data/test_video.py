@@ -131,6 +131,14 @@ def test_the_error_of_an_unreadable_file_names_it_and_what_to_do(gray_ramp: Path
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["movie.nfo", "notes.txt", "notes"])
+def test_a_text_is_no_video(tmp_path: Path, name: str) -> None:
+    """FFmpeg would make pictures of its letters."""
+    (tmp_path / name).write_text("The description of a movie.\n" * 20)
+    with pytest.raises(VideoError, match=rf"{name} (is a text, not|cannot be read as) a video"):
+        read_video(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["av", "torchvision"])
 def test_a_missing_dependency_names_the_install_line(
     gray_ramp: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -144,6 +144,9 @@ class VideoFile:
         try:
             # Tags may be in any encoding.
             with av.open(source, "r", metadata_errors="replace") as container:
+                if container.format.name == "tty":
+                    # FFmpeg makes pictures of the letters of a text.
+                    raise VideoError(f"{self.name} is a text, not a video. Check the path.")
                 stream = self._shown_stream(container)
                 self._pixel_aspect = stream.sample_aspect_ratio
                 yield container, stream
