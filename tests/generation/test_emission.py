@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteri
 from transformers.generation import BaseStreamer, EosTokenCriteria, LogitsProcessor, MaxTimeCriteria, StoppingCriteria
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf.errors import UnsupportedGenerationError
 from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.generation.stop_rules import stop_rules
 
@@ -65,6 +66,47 @@ def test_rules_of_several_criteria_are_the_strictest() -> None:
     rules = stop_rules(StoppingCriteriaList(criteria))
     assert rules is not None and (rules.max_length, rules.ends) == (7, {3})
     assert not rules.stop(4, 6) and rules.stop(4, 7) and rules.stop(3, 6)
+
+
+@pytest.mark.parametrize("beyond", [-3, 3, 20])
+@pytest.mark.parametrize("options", [{}, {"return_dict_in_generate": True}], ids=["own pace", "in step"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_length_of_the_users_own_takes_the_place_of_the_options(
+    rows: int, options: dict[str, Any], beyond: int
+) -> None:
+    target = FAMILY_BY_NAME["qwen2_5_vl"].build_target()
+    draft = SparrowDraftModel.from_target(target, num_draft_levels=3)
+    ids = torch.arange(20, 60).view(2, 20)[:rows]
+    criteria = StoppingCriteriaList([MaxLengthCriteria(26 + beyond)])
+    call = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "stopping_criteria": criteria, **options}
+    plain = target.generate(ids, **call)
+    sequences = plain["sequences"] if options else plain
+    assert sequences.shape[1] == 26 + beyond
+    texts = sequences[:, 20:].tolist()
+    with drafting_around(texts[0], adversarial=False), drafting_batches_around(texts, adversarial=False):
+        ours = target.generate(ids, **call, assistant_model=draft)
+    assert torch.equal(ours["sequences"] if options else ours, sequences)
+    # It goes on drafting.
+    assert draft.last_generation.rounds == rows * -(-(6 + beyond - 1) // 4)
+
+
+def test_a_length_beyond_the_buffers_is_refused() -> None:
+    target = FAMILY_BY_NAME["qwen2_5_vl"].build_target()
+    draft, ids = SparrowDraftModel.from_target(target), torch.arange(20, 40)[None]
+    options = {"assistant_model": draft, "cache_implementation": "static", "max_new_tokens": 6}
+    criteria = StoppingCriteriaList([MaxLengthCriteria(27)])
+    with pytest.raises(UnsupportedGenerationError, match="room for max_length=26 tokens, found .* of 27: raise"):
+        target.generate(ids, **options, stopping_criteria=criteria)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_an_end_may_be_a_number_alone(rows: int) -> None:
+    target = FAMILY_BY_NAME["qwen2_5_vl"].build_target()
+    draft = SparrowDraftModel.from_target(target, num_draft_levels=3)
+    ids = torch.arange(20, 60).view(2, 20)[:rows]
+    end = target.generate(ids, **greedy(6))[0, -1]
+    call = {**greedy(12), "min_new_tokens": None, "stopping_criteria": [EosTokenCriteria(end)], "pad_token_id": 0}
+    assert torch.equal(target.generate(ids, **call, assistant_model=draft), target.generate(ids, **call))
 
 
 def test_ids_are_put_together_when_they_are_read() -> None:

@@ -16,17 +16,15 @@ Sequences accept different numbers of drafted tokens. Two paces follow from that
     sequence b     b0       | b1   | b2 b3 b4
 """
 
-import itertools
-
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import BaseStreamer, EosTokenCriteria
+from transformers.generation import BaseStreamer
 
 from .._transformers import pad_token
 from ..devices import on_device
 from .emission import TokenChoice
-from .stop_rules import stop_rules
+from .stop_rules import end_tokens, max_length, stop_rules
 
 #: Processors of transformers that treat every sequence by itself and keep nothing from one call to the next.
 ROW_BY_ROW = frozenset(
@@ -79,7 +77,7 @@ class BatchEmitter:
         self._criteria = stopping_criteria
         self._rules = stop_rules(stopping_criteria)
         self.choice = TokenChoice(logits_processor, generation_config)
-        self._max_new = generation_config.max_length - input_ids.shape[1]
+        self._max_new = max_length(stopping_criteria) - input_ids.shape[1]
         self._streamer = streamer
         self._is_finished = [False] * len(input_ids)
         #: Tokens of each finished sequence up to its end.
@@ -88,8 +86,7 @@ class BatchEmitter:
         pad = pad_token(generation_config)
         has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._pad = int(pad) if has_end and pad is not None else None
-        ends = [each.eos_token_id.tolist() for each in stopping_criteria if type(each) is EosTokenCriteria]
-        self._ends = frozenset(itertools.chain.from_iterable(ends))
+        self._ends = end_tokens(stopping_criteria)
 
     @property
     def input_ids(self) -> Tensor:

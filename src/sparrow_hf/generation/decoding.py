@@ -128,9 +128,8 @@ def _decode(
         with _transformers.decoding(target):
             while not emitter.finished:
                 # A round commits at most one token more than it drafts.
-                budget = generation_config.max_length - emitter.length
                 with clock.phase("draft"):
-                    tree = generator.propose(max_levels=min(budget - 1, verifier.max_levels()))
+                    tree = generator.propose(max_levels=min(emitter.budget - 1, verifier.max_levels()))
                 with clock.phase("verify"), verifier.verifying(tree) as (logits, path):
                     accept(tree, logits, emitter, stats, path)
                 if not emitter.finished:

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import BaseStreamer
 
 from ..devices import on_device
-from .stop_rules import stop_rules
+from .stop_rules import max_length, stop_rules
 
 
 class TokenChoice:
@@ -71,12 +71,18 @@ class TokenEmitter:
         self.choice = TokenChoice(logits_processor, generation_config)
         self._criteria = stopping_criteria
         self._rules = stop_rules(stopping_criteria)
+        self._max_length = max_length(stopping_criteria)
         self._streamer = streamer
 
     @property
     def length(self) -> int:
         """Tokens of prompt and text together."""
         return self._prompt_length + len(self.new_tokens)
+
+    @property
+    def budget(self) -> int:
+        """How many tokens the text may still get, at most."""
+        return self._max_length - self.length
 
     @property
     def input_ids(self) -> Tensor:

@@ -15,6 +15,7 @@ from .grouped_attention import install_grouped_attention
 from .refusals import check_inputs, check_modes, check_request
 from .self_check import how_to_verify
 from .static_decoding import check_fixed_shapes
+from .stop_rules import max_length
 
 
 def install() -> None:
@@ -26,13 +27,28 @@ def install() -> None:
 
 def decode(target: Any, draft: SparrowDraftModel, input_ids: Tensor, **call: Any) -> Any:
     """Runs the loop for one sequence, or the one for several."""
-    if len(input_ids) > 1 and call["generation_config"].cache_implementation == "static":
-        raise UnsupportedGenerationError(
-            f"cache_implementation='static' with a Sparrow draft decodes one sequence, found {len(input_ids)} "
-            "sequences: call generate() for each, or leave cache_implementation at its default"
-        )
+    if call["generation_config"].cache_implementation == "static":
+        check_room(len(input_ids), max_length(call["stopping_criteria"]), call["generation_config"].max_length)
     loop = speculative_decode if len(input_ids) == 1 else decode_batch
     return loop(target, draft, input_ids, **call)
+
+
+def check_room(num_sequences: int, longest: int, room: int) -> None:
+    """Whether the buffers of fixed shapes, made for one text of `room` tokens, hold what a call may write.
+
+    Raises:
+        UnsupportedGenerationError: There are several sequences, or the criteria admit a longer text.
+    """
+    if num_sequences > 1:
+        raise UnsupportedGenerationError(
+            f"cache_implementation='static' with a Sparrow draft decodes one sequence, found {num_sequences} "
+            "sequences: call generate() for each, or leave cache_implementation at its default"
+        )
+    if longest > room:
+        raise UnsupportedGenerationError(
+            f"cache_implementation='static' has room for max_length={room} tokens, found a MaxLengthCriteria of "
+            f"{longest}: raise max_length to it, or leave cache_implementation at its default"
+        )
 
 
 def check_call(
