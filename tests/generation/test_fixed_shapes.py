@@ -15,6 +15,7 @@ from kills import apart
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
+from transformers.generation import BaseStreamer
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf._transformers import CACHE, slab_layers
@@ -292,6 +293,38 @@ def test_an_adapter_that_is_switched_is_seen() -> None:
         ids = new_ids(model, inputs, assistant_model=draft, cache_implementation="static")
         assert ids == new_ids(model, inputs)
     assert len(set(states)) == 3
+
+
+@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
+def test_autocast_is_seen(shape: dict[str, int]) -> None:
+    """The slabs have the dtype of what was put into them first."""
+    target, inputs = a_target()
+    draft = a_draft(target, **shape)
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            ids = new_ids(target, inputs, assistant_model=draft, cache_implementation="static")
+            assert ids == new_ids(target, inputs)
+    assert len(draft.target.static_sessions) == 2
+
+
+def test_the_session_of_a_call_that_raised_is_not_kept() -> None:
+    target, inputs = a_target()
+    draft = a_draft(target, **CHAIN)
+    new_ids(target, inputs, assistant_model=draft, cache_implementation="static")
+    assert len(draft.target.static_sessions) == 1
+
+    class Full(BaseStreamer):
+        def put(self, value: Tensor) -> None:
+            # Not at the prompt, which is no step.
+            if value.numel() == 1:
+                raise OSError("the disk is full")
+
+        def end(self) -> None: ...
+
+    with pytest.raises(OSError, match="the disk"):
+        new_ids(target, inputs, assistant_model=draft, cache_implementation="static", streamer=Full())
+    assert not draft.target.static_sessions
+    assert new_ids(target, inputs, assistant_model=draft, cache_implementation="static") == new_ids(target, inputs)
 
 
 def test_threads_do_not_share_a_session() -> None:

@@ -126,27 +126,26 @@ def static_session(
 ) -> Iterator[StaticSession]:
     """A session for one call, with an empty cache: that of an earlier call where it fits, or else a new one.
 
-    A thread that finds it in use makes its own.
+    A thread that finds it in use makes its own. That of a call that raises is not kept: it may be half made.
     """
     kept = view.static_sessions
-    num_rows = rows_needed(draft.config.tree_shape, max_length)
+    num_rows, device = rows_needed(draft.config.tree_shape, max_length), view.device.type
     key = (
         num_rows,
         draft.config.tree_shape,
         repr(compile_config),
         attention_of(view.text_config),
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         _state_of(view.model),
         _state_of(draft),
     )
     session = kept.pop(key, None) or StaticSession(view, draft, num_rows, compile_config)
-    try:
-        yield session
-    finally:
-        session.verification.end()
-        session.drafting.end()
-        kept[key] = session
-        for old in list(kept)[:-_MAX_KEPT]:
-            kept.pop(old, None)
+    yield session
+    session.verification.end()
+    session.drafting.end()
+    kept[key] = session
+    for old in list(kept)[:-_MAX_KEPT]:
+        kept.pop(old, None)
 
 
 def _state_of(model: nn.Module) -> int:
