@@ -159,6 +159,12 @@ def test_answers_of_one_token_are_refused(machine: Any, target: Any, draft: Any,
             tune(draft, target, none)
 
 
+def test_answers_without_room_for_a_draft_are_refused(machine: Any, target: Any, draft: Any) -> None:
+    with pytest.raises(BenchmarkError, match="at most 2 tokens leave no room for a draft.*: ask for at least 3"):
+        tune(draft, target, prompts(target), max_new_tokens=2)
+    assert tune(draft, target, prompts(target), max_new_tokens=3).lengths["4"].prompts
+
+
 class TestWriting:
     def test_weights_and_digest_stay(self, draft: SparrowDraftModel, tmp_path: Path) -> None:
         draft.provenance = {"license": "apache-2.0"}

@@ -36,6 +36,8 @@ DEPTHS = (2, 5, 8, 12, MAX_DEPTH)
 TREES = ("24-8-4",)
 #: How many of the predicted shapes decode again. Depths that differ by less than a quarter are no two candidates.
 NUM_VERIFIED = 3
+#: Tokens of the shortest answer with a draft: the prefill's, one that is drafted, and the target's own behind it.
+SHORTEST_DRAFTED = 3
 
 Read = Callable[[], Mapping[str, Tensor]]
 """Gives the inputs of one prompt, as the target's processor returned them."""
@@ -133,11 +135,17 @@ def tune(
         settings: Further arguments of `generate()`; greedy by default.
 
     Raises:
-        BenchmarkError: There is no prompt, or the answers to all prompts of a length are single tokens.
+        BenchmarkError: There is no prompt, the answers to all prompts of a length are single tokens, or none may be
+            long enough for a draft.
         BindingError: The draft was made for another target.
     """
     if not prompts or not all(prompts.values()) or num_verified < 1 or repeats < 1:
         raise BenchmarkError("tuning needs at least one prompt of each length, one shape to verify and one repeat")
+    if max_new_tokens < SHORTEST_DRAFTED:
+        raise BenchmarkError(
+            f"answers of at most {max_new_tokens} tokens leave no room for a draft: ask for at least "
+            f"{SHORTEST_DRAFTED} (max_new_tokens)"
+        )
     follow(draft, target)
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens} | settings
     configured = draft.config.tree_shape
