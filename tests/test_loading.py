@@ -50,6 +50,7 @@ def test_a_spread_target_needs_accelerate(monkeypatch: pytest.MonkeyPatch) -> No
         (OSError("first line\nsecond line"), "first line"),
         (KeyError("name"), "'name'"),
         (AssertionError(), "AssertionError"),
+        (ImportError("FlashAttention2 has been toggled on, but it is not installed"), "FlashAttention2 has been .*"),
     ],
 )
 def test_the_sentence_is_the_first_line_of_the_error(error: Exception, reason: str) -> None:
@@ -57,6 +58,8 @@ def test_the_sentence_is_the_first_line_of_the_error(error: Exception, reason: s
         with told_if_not_loaded("draft", "mine", BenchmarkError):
             raise error
     assert raised.value.__cause__ is error
+    with pytest.raises(MissingDependencyError), told_if_not_loaded("draft", "mine"):
+        raise MissingDependencyError("install it")
     with pytest.raises(TypeError), told_if_not_loaded("draft", "mine"):
         raise TypeError("a mistake of ours")
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from ._transformers import OTHER_POSITIONS_IN_VLLM, use_vllm_positions
-from .errors import TargetLoadError
+from .errors import MissingDependencyError, TargetLoadError, TransformersContractError
 from .extras import require
 
 
@@ -29,8 +29,11 @@ def told_if_not_loaded(what: str, source: str, error_class: type[Exception] = Ta
     """
     try:
         yield
-    # torch asserts that it was built for the device.
-    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+    except (MissingDependencyError, TransformersContractError):
+        # These have a sentence of their own.
+        raise
+    # torch asserts that it was built for the device, and an attention function may need a package.
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise error_class(f"{what} {source!r} cannot be loaded: {reason}") from error
 
