@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from sparrow_hf.data.messages import messages_for
 from sparrow_hf.evaluation.benchmark import count_visual_tokens
 from sparrow_hf.testbed import EVALUATION_SEEDS, SHIPPED, content_accuracy, load_target
 from sparrow_hf.testbed.captions import vocabulary
 from sparrow_hf.testbed.families import FAMILIES, LLAVA_ONEVISION, QWEN2_5_VL, Family
 from sparrow_hf.testbed.nano import build_processor, build_target
-from sparrow_hf.testbed.world import make_clip, messages_for
+from sparrow_hf.testbed.world import make_clip
 from sparrow_hf.video import prepare_inputs
 
 

@@ -18,12 +18,13 @@ from torch.nn import functional
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from sparrow_hf._transformers import CACHE
+from sparrow_hf.data.messages import messages_for
 from sparrow_hf.testbed.captions import CLAIM_WORDS, STYLES, meaning, sample_prompt, write_caption
 from sparrow_hf.testbed.families import family_of
 from sparrow_hf.testbed.nano import build_target
 from sparrow_hf.testbed.scenes import Story, sample_story, sample_timeline
 from sparrow_hf.testbed.tokenizer import VOCABULARY_SIZE
-from sparrow_hf.testbed.world import messages_for, render
+from sparrow_hf.testbed.world import render
 
 from .family_training import training_of
 from .vision_pretraining import through_codec

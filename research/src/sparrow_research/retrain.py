@@ -23,6 +23,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from sparrow_hf.artifacts import tensor_digest, write_json
+from sparrow_hf.data.messages import messages_for
 from sparrow_hf.data.prepare import prepare_inputs
 from sparrow_hf.evaluation.provenance import commit
 from sparrow_hf.modeling_sparrow import SparrowDraftModel
@@ -32,7 +33,6 @@ from sparrow_hf.testbed.world import (
     FRAMES_PER_SECOND,
     TRAIN_SEEDS,
     VALIDATION_SEEDS,
-    messages_for,
     render,
     write_script,
 )

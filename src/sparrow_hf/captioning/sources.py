@@ -9,7 +9,16 @@ from typing import Any
 
 from ..data.datasets import ROW_FILES, SAVED_DATASETS, load_rows
 from ..data.files import is_url
-from ..data.messages import ROW_ERROR, ROW_FOLDER, ROW_INDEX, media_parts, row_name, split_answer, text_of
+from ..data.messages import (
+    ROW_ERROR,
+    ROW_FOLDER,
+    ROW_INDEX,
+    media_parts,
+    messages_for,
+    row_name,
+    split_answer,
+    text_of,
+)
 from ..data.prepare import own_sampling
 from ..errors import CaptionError, TrainingDataError, VideoError
 from ..testbed import EVALUATION_SEEDS, FAMILIES, make_clip, shipped
@@ -156,8 +165,7 @@ def _moves(picture: Path) -> bool:
 
 
 def _about(name: str, video: str, question: str) -> Question:
-    content = [{"type": "video", "video": video}, {"type": "text", "text": question}]
-    return Question(name, video, {"messages": [{"role": "user", "content": content}]})
+    return Question(name, video, {"messages": messages_for(video, question)})
 
 
 def _of_row(row: dict[str, Any]) -> Question:

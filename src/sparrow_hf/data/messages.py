@@ -105,6 +105,12 @@ def text_of(message: Mapping[str, Any]) -> str:
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
+def messages_for(video: str, question: str) -> list[dict[str, Any]]:
+    """One user's turn that shows a video, named by its path or URL, and then asks a question."""
+    content = [{"type": "video", "video": video}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
 @contextmanager
 def naming_row(index: int | None) -> Iterator[None]:
     """Turns any error that a bad row causes into a [`TrainingDataError`] that names the row.

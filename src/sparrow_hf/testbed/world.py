@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ..artifacts import atomic_path
+from ..data.messages import messages_for
 from ..extras import require
 from .captions import STYLES, sample_prompt, write_caption
 from .scenes import BLANK, COLOURS, Scene, Step, Story, sample_story, sample_timeline
@@ -236,8 +237,3 @@ def make_clip(
     with atomic_path(path) as partial:
         write_mp4(partial, render(script.story, script.timeline, np.random.default_rng([seed, 1])))
     return Clip(messages_for(str(path), script.prompt), script.caption)
-
-
-def messages_for(video: str, prompt: str) -> list[dict[str, Any]]:
-    """One user turn that shows `video` and then asks `prompt`."""
-    return [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": prompt}]}]

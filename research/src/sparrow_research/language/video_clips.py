@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from sparrow_hf.artifacts import write_text
-from sparrow_hf.testbed.world import EVALUATION_SEEDS, FRAMES_PER_STEP, VALIDATION_SEEDS, make_clip, messages_for
+from sparrow_hf.data.messages import messages_for
+from sparrow_hf.testbed.world import EVALUATION_SEEDS, FRAMES_PER_STEP, VALIDATION_SEEDS, make_clip
 
 from .video_answers import EVERY_PROMPT
 from .video_facts import PROMPTS, SLOTS

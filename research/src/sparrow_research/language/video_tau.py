@@ -19,11 +19,12 @@ import torch
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.artifacts import tensor_digest, write_json
+from sparrow_hf.data.messages import messages_for
 from sparrow_hf.errors import BenchmarkError
 from sparrow_hf.line_file import LineFile
 from sparrow_hf.loading import load_target
 from sparrow_hf.metrics import bootstrap, count_reaching, per_position, tau
-from sparrow_hf.testbed.world import EVALUATION_SEEDS, FRAMES_PER_STEP, make_clip, messages_for
+from sparrow_hf.testbed.world import EVALUATION_SEEDS, FRAMES_PER_STEP, make_clip
 from sparrow_hf.video import prepare_inputs
 
 from .video_answers import EVERY_PROMPT
