@@ -270,6 +270,12 @@ def speed(plain: Sequence[Run], runs: Sequence[Run]) -> Speed:
     )
 
 
+def decoded(plain: Sequence[Run], runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Those pairs of a plain run and another of the same clip that got past their first token, and so have a speed."""
+    pairs = [pair for pair in zip(plain, runs, strict=True) if all(run.decode_tokens for run in pair)]
+    return [base for base, _ in pairs], [run for _, run in pairs]
+
+
 def end_to_end_ratio(prefill_share: float, dsr: float) -> float:
     """`1 / (p + (1 − p) / DSR)`: ESR when only the decoding gets faster (Amdahl's law)."""
     return 1 / (prefill_share + (1 - prefill_share) / dsr)

@@ -8,6 +8,9 @@ from transformers.generation import BaseStreamer
 
 from .modeling_sparrow import SparrowDraftModel
 
+#: How drafted tokens and the target's own look on a terminal.
+DRAFTED_STYLE, OWN_STYLE = "bold green", "yellow"
+
 
 class ProvenanceStreamer(BaseStreamer):
     """Passes on new text, and whether its tokens were drafted or the target's own.

@@ -15,21 +15,20 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from ..configuration_sparrow import TREE_PRESETS, TreeShape
-from ..data.messages import text_of
-from ..data.prepare import prepare_prompt, to_target
+from ..data.messages import messages_for, text_of
+from ..data.prepare import prepare_prompt, to_target, tokenizer_of
 from ..draft_inputs import visual_mask
 from ..errors import SparrowError
 from ..generation.integration import follow
 from ..loading import load_target, told_if_not_loaded
 from ..measurement import NO_DRAFT, PLAIN, Arm, compare, is_exact, warm_up
-from ..metrics import Acceptance, Run, Speed, acceptance, speed
+from ..metrics import Acceptance, Run, Speed, acceptance, decoded, speed
 from ..modeling_sparrow import SparrowDraftModel
-from ..streaming import ProvenanceStreamer
+from ..streaming import DRAFTED_STYLE, OWN_STYLE, ProvenanceStreamer
 from .provenance import provenance
 from .results import figures
 
 DRAFT = "draft"
-DRAFTED_STYLE, OWN_STYLE = "bold green", "yellow"
 #: A single clip is measured more than once, and in both orders.
 SINGLE_CLIP_REPEATS = 2
 #: The control (our loop without a draft) varies little between clips and is slow, so it runs on a few only.
@@ -81,26 +80,31 @@ class Verdict:
         return acceptance(self.runs[DRAFT])
 
     @property
-    def speed(self) -> Speed:
-        return speed(self.runs[PLAIN], self.runs[DRAFT])
+    def speed(self) -> Speed | None:
+        """Over the clips whose answers are longer than a token; `None` if there are none."""
+        return self._speed(DRAFT)
 
     @property
-    def same_engine(self) -> Speed:
+    def same_engine(self) -> Speed | None:
         """Speed-up of our loop without a draft: the part that is not due to the draft."""
-        control = self.runs[NO_DRAFT]
-        return speed(self.runs[PLAIN][: len(control)], control)
+        return self._speed(NO_DRAFT)
+
+    def _speed(self, arm: str) -> Speed | None:
+        plain, runs = decoded(self.runs[PLAIN][: len(self.runs[arm])], self.runs[arm])
+        return speed(plain, runs) if runs else None
 
     def to_dict(self) -> dict[str, Any]:
         """The results as JSON types."""
-        told, control = figures(self.runs[PLAIN], self.runs[DRAFT]), self.same_engine
+        plain, drafted = decoded(self.runs[PLAIN], self.runs[DRAFT])
+        told, control = figures(plain, drafted) if drafted else {}, self.same_engine
         return {
             "identical": self.identical,
             "clips": self.clips,
             "visual_tokens": self.visual_tokens,
             **{name: figure for name, figure in told.items() if name not in LEFT_OUT},
-            "target_forwards_per_token": told["forwards_per_token"],
-            "same_engine_dsr": control.dsr.median,
-            "same_engine_esr": control.esr.median,
+            "target_forwards_per_token": self.acceptance.forwards_per_token,
+            "same_engine_dsr": None if control is None else control.dsr.median,
+            "same_engine_esr": None if control is None else control.esr.median,
             "draft_cache_rows": max(run.draft_cache_rows or 0 for run in self.runs[DRAFT]),
             "provenance": self.provenance,
         }
@@ -147,8 +151,7 @@ def unseen_clips(target: Any, folder: Path, seed: int, count: int, visual_tokens
 
 def question_about(video: Path, question: str) -> VideoQuestion:
     """The prompt of a user's own video."""
-    content = [{"type": "video", "video": str(video)}, {"type": "text", "text": question}]
-    return VideoQuestion(video.name, [{"role": "user", "content": content}])
+    return VideoQuestion(video.name, messages_for(str(video), question))
 
 
 # -- running and printing ---------------------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ def run_demo(
         BindingError: The draft was made for another target.
     """
     target, processor, draft = models
-    settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "tokenizer": tokenizer_of(processor)}
     arms = [Arm(PLAIN), Arm(DRAFT, draft, tree), Arm(NO_DRAFT, draft, TREE_PRESETS["none"])]
     repeats = SINGLE_CLIP_REPEATS if clips == 1 else 1
     runs: dict[str, list[Run]] = {arm.name: [] for arm in arms}
@@ -220,7 +223,7 @@ def _stream(
     models: Models, arms: Sequence[Arm], inputs: dict[str, Tensor], settings: dict[str, Any], console: Console
 ) -> None:
     """Captions one clip with each arm, the text appearing as it is generated."""
-    tokenizer = getattr(models.processor, "tokenizer", models.processor)
+    tokenizer = tokenizer_of(models.processor)
     for arm in arms:
         if arm.draft is None:
             legend = Text("plain generate()", style="bold")
@@ -267,22 +270,19 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
-    for row in (
+    rows = [
         ("τ, tokens per forward", f"{taken.tau:.2f}", f"{taken.rounds} rounds after the prefill"),
         ("k, drafts per round", f"{taken.k:.2f}", f"accepted at position 1, 2, …: {positions}"),
         ("forwards per token", f"{taken.forwards_per_token:.2f}", "of the target; plain generate(): 1.00"),
-        (
-            "DSR, decode speed-up",
-            f"{faster.dsr.median:.2f}×",
-            f"{faster.plain_ms_per_token.median:.1f} → {faster.ms_per_token.median:.1f} ms per token",
-        ),
-        (
-            "ESR, end to end",
-            f"{faster.esr.median:.2f}×",
-            f"the prefill is {faster.prefill_share.median:.0%} of plain generate()",
-        ),
-        ("without a draft", f"{control.dsr.median:.2f}×", "DSR of the same loop drafting nothing"),
-    ):
+    ]
+    if faster is not None:
+        per_token = f"{faster.plain_ms_per_token.median:.1f} → {faster.ms_per_token.median:.1f} ms per token"
+        prefill = f"the prefill is {faster.prefill_share.median:.0%} of plain generate()"
+        rows.append(("DSR, decode speed-up", f"{faster.dsr.median:.2f}×", per_token))
+        rows.append(("ESR, end to end", f"{faster.esr.median:.2f}×", prefill))
+    if control is not None:
+        rows.append(("without a draft", f"{control.dsr.median:.2f}×", "DSR of the same loop drafting nothing"))
+    for row in rows:
         table.add_row(*row)
     console.print(table)
     console.print()
@@ -301,10 +301,14 @@ def _verdict_line(verdict: Verdict) -> Text:
         head = Text("IDENTICAL", style="bold green")
         head.append(f" in {verdict.clips} {'clip' if verdict.clips == 1 else 'clips'}", style="green")
     positions = " ".join(f"{share:.2f}" for share in taken.per_position)
+    speeds = (
+        ("no speed, every answer is a single token",)
+        if faster is None
+        else (f"DSR {faster.dsr.median:.2f}×", f"ESR {faster.esr.median:.2f}×")
+    )
     figures = (
         f"τ {taken.tau:.2f} (k {taken.k:.2f}: {positions})",
         f"{taken.forwards_per_token:.2f} forwards per token",
-        f"DSR {faster.dsr.median:.2f}×",
-        f"ESR {faster.esr.median:.2f}×",
+        *speeds,
     )
     return head.append("".join(f" · {figure}" for figure in figures), style="bold")

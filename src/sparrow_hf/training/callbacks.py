@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from ..data.messages import ROW_INDEX
-from ..data.prepare import kind_of, to_target
+from ..data.prepare import kind_of, to_target, tokenizer_of
 from ..errors import TrainingDataError
 from ..measurement import PLAIN, Arm, compare
-from ..metrics import Run, acceptance, speed
+from ..metrics import Run, acceptance, decoded, speed
 from ..modeling_sparrow import SparrowDraftModel
 from .data import SparrowDataCollator, as_row
 from .trainer import SparrowTrainer
@@ -59,7 +59,8 @@ class DecodingCallback(TrainerCallback):
             raise TrainingDataError("decoding needs at least one held-out row, found none")
         self.trainer = trainer
         self.rows = rows
-        self.settings = {"do_sample": False, "max_new_tokens": max_new_tokens} | settings
+        own = {"do_sample": False, "max_new_tokens": max_new_tokens}
+        self.settings = own | {"tokenizer": tokenizer_of(collator_of(trainer).processor)} | settings
 
     def on_evaluate(
         self,
@@ -135,8 +136,8 @@ def decode(
         **{f"decoded_accepted_{j}": share for j, share in enumerate(taken.per_position, start=1)},
         "identical": sum(run.differs_at is None for run in drafted) / len(drafted),
     }
-    decoded = [pair for pair in zip(plain, drafted, strict=True) if all(run.decode_tokens for run in pair)]
-    return figures | ({"dsr": speed(*zip(*decoded, strict=True)).dsr.median} if decoded else {})
+    plain, drafted = decoded(plain, drafted)
+    return figures | ({"dsr": speed(plain, drafted).dsr.median} if drafted else {})
 
 
 @contextmanager
