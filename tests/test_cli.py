@@ -19,6 +19,7 @@ from sparrow_hf.cli import app
 from sparrow_hf.evaluation import demo
 from sparrow_hf.generation.emission import TokenEmitter
 from sparrow_hf.loading import load_target
+from sparrow_hf.metrics import Run
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
 from sparrow_hf.tree_shapes import chain
 
@@ -71,6 +72,18 @@ def test_the_doctor_says_what_is_installed(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--fps", 2, "--num-frames", 3), "Error: fps (2.0) and num_frames (3) exclude each other: give one."),
+        (("--start", 5, "--end", 2), "Error: end must be behind start (5.0 s), got 2.0 s."),
+    ],
+)
+def test_the_doctor_refuses_senseless_sampling_in_one_sentence(clip: Path, options: Any, told: str):
+    result = run("doctor", "--video", clip, *options)
+    assert result.exit_code == 2 and result.stderr.strip() == told.removesuffix("."), result.output
+
+
+@pytest.mark.parametrize(
     "verb",
     [
         command.callback.__name__.replace("_", "-")
@@ -110,6 +123,28 @@ def test_demo_writes_its_verdict(models: tuple[object, ...], tmp_path: Path):
     assert verdict["dsr"] > 0 and verdict["esr"] > 0 and verdict["same_engine_dsr"] > 0
     assert (verdict["provenance"]["tree"], verdict["provenance"]["seed"]) == ("10-2-4", 0)
     assert verdict["provenance"]["dtype"] == "float32"
+
+
+SHORT, LONG = Run(1, 0, 0, [], 3, 0.1, 0.0), Run(5, 4, 2, [1, 1], 3, 0.1, 0.2)
+
+
+def verdict_of(*runs: Run) -> demo.Verdict:
+    return demo.Verdict(len(runs), 24, {name: list(runs) for name in ("plain", "draft", "none")}, {"dtype": "float32"})
+
+
+def test_demo_leaves_single_tokens_out_of_the_speed():
+    verdict = verdict_of(SHORT, LONG)
+    assert verdict.speed is not None and verdict.speed.dsr_per_prompt == [1.0]
+    assert verdict.to_dict()["dsr"] == verdict.to_dict()["same_engine_dsr"] == 1.0
+
+
+def test_demo_of_single_tokens_tells_no_speed():
+    console, verdict = Console(width=200), verdict_of(SHORT)
+    with console.capture() as captured:
+        demo.print_verdict(verdict, console)
+    assert "IDENTICAL in 1 clip" in captured.get() and "DSR" not in captured.get()
+    assert "no speed, every answer is a single token" in captured.get()
+    assert "dsr" not in verdict.to_dict() and verdict.to_dict()["same_engine_dsr"] is None
 
 
 def test_demo_over_several_clips(models: tuple[object, ...], tmp_path: Path):

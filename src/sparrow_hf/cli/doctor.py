@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import VideoError
 from .common import (
     BAD_INPUT,
     AttentionOption,
@@ -55,7 +56,7 @@ def doctor(
         try:
             sampling = Sampling(fps, max_frames, num_frames, start=start, end=end)
         except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+            raise VideoError(str(error)) from None
         print_facts(facts_of_video(video, sampling))
     elif target is not None:
         quiet_transformers()
