@@ -53,6 +53,7 @@ MALFORMED: dict[str, Any] = {
     "no rate": plain("a.mp4") | {"fps": "fast"},
     "deep brackets": {"messages": [{"role": "user", "content": [[[[[[[[["a"]]]]]]]]]}]},
     "no object": 7,
+    "no conversation": {"prompts": ["what is this ?"]},
 }
 
 
@@ -111,6 +112,10 @@ def test_a_malformed_row_gets_one_line_and_the_run_goes_on(models: tuple[object,
     assert [line["name"] for line in lines] == [question.name for question in found]
     for what, line in zip([*MALFORMED, "good"], lines, strict=True):
         assert (line["error"] is None) == (what == "good"), (what, line["error"])
+        # The name beside it tells which row it is.
+        assert not (line["error"] or "").startswith("row "), line["error"]
+        if what == "no conversation":
+            assert "a row needs 'messages'" in line["error"] and line["error"].endswith("it has prompts"), line
         assert line["source"] is None and (line["text"] is None) == (what != "good"), what
 
     # Nothing is left to do, and a row that has changed is not taken for what it was.

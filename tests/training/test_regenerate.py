@@ -389,3 +389,12 @@ def test_two_processes_write_what_one_does(tmp_path):
         assert result.returncode == 0, result.stderr
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
     assert len(files_of(tmp_path / "2")) == 5
+
+
+def test_padding_behind_a_stop_string_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = FAMILY_BY_NAME["qwen2_5_vl"].build_target()
+    target.generation_config.eos_token_id = 2
+    prompts = [{"input_ids": torch.tensor([[5, 6]])}] * 3
+    answers = torch.tensor([[7, 8, 0, 0], [7, 2, 0, 0], [7, 0, 9, 0]])
+    monkeypatch.setattr(target, "generate", lambda input_ids, **_: torch.cat((input_ids, answers), dim=1))
+    assert generate_answers(target, prompts, 0) == [[7, 8], [7, 2], [7, 0, 9]]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .._transformers import prompt_position_ids, unwrap
 from ..data.datasets import load_rows
 from ..data.messages import split_answer
-from ..data.prepare import append_answer, prepare_prompt, to_target
+from ..data.prepare import append_answer, prepare_prompt, to_target, tokenizer_of
 from ..draft_inputs import visual_mask
 from ..errors import AnalysisError
 from ..target_config import visual_token_ids
@@ -69,11 +69,13 @@ class ProcessedPrompt:
         inputs: What the target's processor returned: a batch of one, unpadded.
         instruction: `(n,)` positions of the instruction, ascending.
         reference: Reference answer, for a scoring function.
+        tokenizer: The target's, for targets whose `generation_config` has stop strings.
     """
 
     inputs: dict[str, Any]
     instruction: Tensor
     reference: str | None = None
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,9 @@ def process_conversation(
     if not texts or not texts[-1].strip():
         raise AnalysisError("the messages hold no instruction: end the user's turn with a text")
     inputs = dict(prepare_prompt(processor, row, fps, max_frames))
-    instruction = find_text(processor.tokenizer, inputs["input_ids"][0], texts[-1])
-    return ProcessedPrompt(inputs, instruction, conversation.reference)
+    tokenizer = tokenizer_of(processor)
+    instruction = find_text(tokenizer, inputs["input_ids"][0], texts[-1])
+    return ProcessedPrompt(inputs, instruction, conversation.reference, tokenizer)
 
 
 def find_text(tokenizer: Any, input_ids: Tensor, text: str) -> Tensor:
@@ -186,7 +189,7 @@ def answer(target: PreTrainedModel, prompt: ProcessedPrompt, max_new_tokens: int
         raise AnalysisError(
             "the prompt has no visual tokens: add a video or an image, there is nothing to analyse without one"
         )
-    output = greedy(model, inputs, max_new_tokens)
+    output = greedy(model, inputs, max_new_tokens, prompt.tokenizer)
     answer_ids = output[0, input_ids.shape[1] :]
     return AnsweredPrompt(
         prompt,
@@ -197,7 +200,7 @@ def answer(target: PreTrainedModel, prompt: ProcessedPrompt, max_new_tokens: int
 
 
 @torch.no_grad()
-def greedy(model: PreTrainedModel, inputs: Mapping[str, Any], max_new_tokens: int) -> Tensor:
+def greedy(model: PreTrainedModel, inputs: Mapping[str, Any], max_new_tokens: int, tokenizer: Any = None) -> Tensor:
     """`(1, L + A)` the prompt and its most probable answer, token by token; never a placeholder, which is no text."""
     suppressed = [*(model.generation_config.suppress_tokens or []), *visual_token_ids(model.config)]
     return model.generate(
@@ -206,6 +209,7 @@ def greedy(model: PreTrainedModel, inputs: Mapping[str, Any], max_new_tokens: in
         do_sample=False,
         repetition_penalty=1.0,
         suppress_tokens=suppressed,
+        tokenizer=tokenizer,
     )
 
 

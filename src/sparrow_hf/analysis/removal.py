@@ -115,6 +115,6 @@ def scores(
     found = {}
     for layer in layers:
         with hidden_visual_rows(view, answered.is_visual[: answered.prompt_length], layer):
-            output = greedy(view.model, inputs, max_new_tokens)
+            output = greedy(view.model, inputs, max_new_tokens, answered.prompt.tokenizer)
         found[layer] = score(output[0, answered.prompt_length :].tolist(), answered.prompt)
     return found

@@ -10,8 +10,8 @@ from transformers.generation import BaseStreamer
 
 from .._transformers import attention_of, commit_of, unwrap
 from ..artifacts import tensor_digest
-from ..data.messages import naming_row, split_answer, text_of
-from ..data.prepare import prepare_prompt, to_target
+from ..data.messages import ROW_INDEX, naming_row, split_answer, text_of
+from ..data.prepare import prepare_prompt, readable_kind, to_target, tokenizer_of
 from ..draft_inputs import visual_mask
 from ..errors import CaptionError, MissingDependencyError, SparrowError
 from ..generation.integration import follow
@@ -94,6 +94,8 @@ class Captioner:
             follow(self.draft, self.target)
         self._arm = Arm(PLAIN) if self.draft is None else Arm(DRAFT, self.draft)
         self._visual_ids = visual_token_ids(unwrap(self.target).config)
+        # Stop strings of the target's generation_config need the tokenizer.
+        self._options = self.settings | {"tokenizer": tokenizer_of(self.processor)}
 
     @property
     def told(self) -> str:
@@ -151,9 +153,12 @@ class Captioner:
             OSError: The disk is full.
         """
         try:
+            # The line has the row's name already.
+            row = question.row | {ROW_INDEX: None}
             with naming_row(None):
-                asked = text_of(split_answer(question.row)[0][-1])
-                inputs = prepare_prompt(self.processor, question.row, self.fps, self.max_frames)
+                readable_kind(row)
+                asked = text_of(split_answer(row)[0][-1])
+                inputs = prepare_prompt(self.processor, row, self.fps, self.max_frames)
         except MissingDependencyError:
             raise
         except Exception as error:
@@ -170,13 +175,13 @@ class Captioner:
 
     def _answer(self, inputs: Mapping[str, Any], streamer: BaseStreamer | None) -> dict[str, Any]:
         if self.compare and not self._is_warm:
-            warm_up(self.target, [Arm(PLAIN), self._arm], inputs, self.settings)
+            warm_up(self.target, [Arm(PLAIN), self._arm], inputs, self._options)
             self._is_warm = True
         compared: dict[str, Any] = dict.fromkeys(COMPARED)
         if self.compare:
             streamer = None
-            plain, expected = measure(self.target, Arm(PLAIN), inputs, self.settings, self.seed)
-        run, tokens = measure(self.target, self._arm, inputs, self.settings, self.seed, streamer=streamer)
+            plain, expected = measure(self.target, Arm(PLAIN), inputs, self._options, self.seed)
+        run, tokens = measure(self.target, self._arm, inputs, self._options, self.seed, streamer=streamer)
         if self.compare:
             differs_at = first_difference(expected, tokens)
             compared = {

@@ -86,6 +86,7 @@ def tune(
     from tqdm import tqdm
 
     from .. import SparrowDraftModel
+    from ..data.prepare import tokenizer_of
     from ..evaluation.prompts import conversation_prompts, read_conversations
     from ..evaluation.provenance import provenance
     from ..loading import load_target, told_if_not_loaded
@@ -142,6 +143,7 @@ def tune(
             repeats=repeats,
             max_new_tokens=max_new_tokens,
             progress=progress,
+            tokenizer=tokenizer_of(its_processor),
         )
     console.print(costs_table(tuning), shapes_table(tuning))
     name, before = tree_name(tuning.shape), tree_name(tuning.configured)

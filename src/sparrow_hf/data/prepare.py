@@ -75,7 +75,7 @@ def prepare_prompt(
         TrainingDataError: The row has no well-formed messages, no question, or holds states instead of pixels.
         VideoError: See [`prepare_inputs`], as are ImageError and MissingDependencyError.
     """
-    if _readable_kind(row) == "messages":
+    if readable_kind(row) == "messages":
         return prepare_inputs(_required(processor), split_answer(row)[0], **_sampling(row, fps, max_frames))
     shape, end = row["input_ids"].shape, row.get("answer_start")
     inputs = {
@@ -103,7 +103,7 @@ def prepare_conversation(
     Raises:
         TrainingDataError: As for [`prepare_prompt`]; or the row has no answer.
     """
-    if _readable_kind(row) == "processed":
+    if readable_kind(row) == "processed":
         return _without_place(row)
     answer_ids, answer = row.get("answer_ids"), row.get("answer")
     if answer_ids is None:
@@ -258,14 +258,19 @@ def _check_places(processor: ProcessorMixin, text: str, shown_media: Mapping[str
             )
 
 
-def _readable_kind(row: Mapping[str, Any]) -> Literal["messages", "processed"]:
+def readable_kind(row: Mapping[str, Any]) -> Literal["messages", "processed"]:
+    """What kind of row the target can read again.
+
+    Raises:
+        TrainingDataError: It is none.
+    """
     if row.get(ROW_ERROR) is not None:
         raise MessagesError(row[ROW_ERROR])
     kind = kind_of(row)
     if kind is None:
         raise TrainingDataError(
             "a row needs 'messages', 'conversations' or a 'prompt' of turns, or 'input_ids' and 'answer_start'; "
-            f"it has {', '.join(map(str, list(row)[:20])) or 'nothing'}"
+            f"it has {', '.join(map(str, list(_without_place(row))[:20])) or 'nothing'}"
         )
     if kind == "states":
         raise TrainingDataError(

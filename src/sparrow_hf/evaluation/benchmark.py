@@ -74,6 +74,7 @@ class Benchmark:
         conditions: Further conditions that must not change between two runs, JSON types: digests of the weights,
             source and sampling of the prompts.
         command: The command that makes these measurements, recorded with each; the running command by default.
+        tokenizer: The target's, for targets whose `generation_config` has stop strings.
 
     Raises:
         BenchmarkError: There is nothing to measure, or the name is not a file name.
@@ -91,6 +92,7 @@ class Benchmark:
     is_content: Callable[[int], bool] | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
     command: str | None = None
+    tokenizer: Any = None
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name:
@@ -204,6 +206,7 @@ class Benchmark:
             "max_new_tokens": self.max_new_tokens,
             "do_sample": temperature > 0,
             "repetition_penalty": 1.0,
+            "tokenizer": self.tokenizer,
         }
         if temperature > 0:
             # A min_p of 0 changes nothing, but would sort the vocabulary at every token.

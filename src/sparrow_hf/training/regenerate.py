@@ -305,7 +305,8 @@ def _answer(
     if not prepared:
         return []
     prompts = [prompt for _, prompt in prepared]
-    pad_token_id = tokenizer_of(processor).pad_token_id
+    tokenizer = tokenizer_of(processor)
+    pad_token_id, settings = tokenizer.pad_token_id, settings | {"tokenizer": tokenizer}
     try:
         answers = generate_answers(target, prompts, pad_token_id, **settings)
     except TrainingDataError:
@@ -314,7 +315,7 @@ def _answer(
         logger.warning_once("prompts that do not fit into one batch are answered one by one")
         answers = [generate_answers(target, [prompt], pad_token_id, **settings)[0] for prompt in prompts]
     return [
-        row | {"answer_ids": ids, "answer": tokenizer_of(processor).decode(ids, skip_special_tokens=True)}
+        row | {"answer_ids": ids, "answer": tokenizer.decode(ids, skip_special_tokens=True)}
         for (row, _), ids in zip(prepared, answers, strict=True)
     ]
 
@@ -348,6 +349,9 @@ def generate_answers(
     answers = []
     for row in output[:, inputs["input_ids"].shape[1] :].tolist():
         length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
+        while length and row[length - 1] == pad_token_id and pad_token_id not in ends:
+            # What ended at a stop string is followed by padding alone.
+            length -= 1
         answers.append(row[:length])
     return answers
 
