@@ -13,6 +13,7 @@ from transformers import AutoModel, TrainerCallback
 from typer.testing import CliRunner, Result
 from untrained import save_target
 
+from sparrow_hf import SparrowDraftModel
 from sparrow_hf.cli import app
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
 from sparrow_hf.testbed.nano import build_processor, load_target
@@ -104,6 +105,31 @@ def test_from_videos_to_generate(work: Path, tmp_path: Path) -> None:
     plain = target.generate(**inputs, max_new_tokens=12)
     assert torch.equal(target.generate(**inputs, max_new_tokens=12, assistant_model=draft), plain)
     assert draft.last_generation.rounds > 0
+
+
+#: What every verb that writes answers is told beside its models.
+WRITES_ANSWERS = {
+    "generate": ("{work}/my_videos/0.mp4", "--compare"),
+    "regenerate": ("--prompts", "{work}/prompts.jsonl", "--output", "{out}", "--batch-size", 2),
+    "demo": ("--video", "{work}/my_videos/0.mp4", "--question", "What moves?"),
+    "bench": ("--prompts", "{work}/prompts.jsonl", "--limit", 1, "--output", "{out}/b.json", "--runs", "{out}"),
+    "tune": ("--prompts", "{work}/prompts.jsonl", "--limit", 1, "--verify", 1, "--dry-run"),
+    "analyze": ("--prompts", "{work}/prompts.jsonl", "--output", "{out}"),
+    "train": ("--train", "{work}/prompts_answers", "--held-out", "{work}/held_out_answers", "--output", "{out}"),
+}
+
+
+@pytest.mark.parametrize("verb", WRITES_ANSWERS)
+def test_targets_with_stop_strings(work: Path, tmp_path: Path, verb: str) -> None:
+    target = save_target(tmp_path / "target")
+    target.generation_config.stop_strings = ["nowhere to be found"]
+    target.save_pretrained(tmp_path / "target")
+    SparrowDraftModel.from_target(target, num_glimpse_tokens=4).save_pretrained(tmp_path / "draft")
+    folders = {"work": work, "out": tmp_path / "out"}
+    options = [each.format(**folders) if isinstance(each, str) else each for each in WRITES_ANSWERS[verb]]
+    options += [] if verb in ("train", "regenerate") else ["--draft", tmp_path / "draft"]
+    options += [*TRAINING, *SMALL] if verb == "train" else ["--max-new-tokens", 8]
+    succeed(verb, *options, "--target", tmp_path / "target")
 
 
 def test_a_recording_trains_the_same_draft(work: Path, tmp_path: Path) -> None:

@@ -303,6 +303,30 @@ def test_what_cannot_be_counted_is_said() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((1, "answer", 40), "1 of 40 answers is kept in here"),
+        ((3, "row", 40), "3 of 40 rows are kept in here"),
+        ((1, "row", 1), "1 of 1 row is kept in here"),
+        ((1, "measured prompt"), "1 measured prompt is kept in here"),
+        ((0, "measured prompt"), "0 measured prompts are kept in here"),
+    ],
+)
+def test_what_is_kept_is_counted(arguments: Any, told: str) -> None:
+    assert common.count_kept(Path("here"), *arguments) == told
+
+
+def test_an_error_says_once_what_is_kept_and_how_to_go_on() -> None:
+    ending = common.Ending(["bench", "--output", "b"])
+    ending.keeps(lambda: "1 measured prompt is kept in b")
+    assert common._sentence(TrainingDataError("no such row."), ending) == (
+        "Error: no such row; 1 measured prompt is kept in b; once this is mended, go on with: "
+        "sparrow bench --output b",
+        2,
+    )
+
+
 def test_a_verb_hands_on_what_is_not_its_own_debug(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
 

@@ -18,6 +18,7 @@ from .common import (
     ProcessorOption,
     PromptsOption,
     SplitOption,
+    count_kept,
     quiet_transformers,
 )
 
@@ -61,9 +62,7 @@ def analyze(
     layers = layer_grid(len(TargetView(model).layers))
     console.print(f"{len(conversations)} prompts: one answer and {len(layers) + 1} forwards each; results in {output}")
     context.obj.keeps(
-        lambda: (
-            f"{len(list((output / 'prompts').glob('*.json')))} of {len(conversations)} prompts are kept in {output}"
-        )
+        lambda: count_kept(output, len(list((output / "prompts").glob("*.json"))), "prompt", of=len(conversations))
     )
     summary = run_analysis(
         model,

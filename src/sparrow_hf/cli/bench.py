@@ -23,6 +23,7 @@ from .common import (
     ProcessorOption,
     VllmPositionsOption,
     built_in_family,
+    count_kept,
     quiet_transformers,
 )
 
@@ -142,6 +143,7 @@ def bench(
     nor do those of compiled or grouped arms, whose targets round differently.
     """
     from ..artifacts import tensor_digest
+    from ..data.prepare import tokenizer_of
     from ..evaluation.arms import BASELINES, Arms
     from ..evaluation.benchmark import Benchmark
     from ..evaluation.prompts import conversation_prompts, read_conversations
@@ -207,6 +209,7 @@ def bench(
             # Files of earlier versions do not name it.
             "vllm_positions": vllm_positions or None,
         },
+        tokenizer=tokenizer_of(its_processor),
     )
     measured = benchmark.open_runs(runs)
     todo = benchmark.calls_per_prompt * sum(len(settings) for _, settings in benchmark.missing(measured))
@@ -218,7 +221,7 @@ def bench(
     asked = {prompt.name for prompt in chosen}
     if others := sum(line["prompt"] not in asked for line in measured.lines):
         console.print(f"measurements of other prompts in {measured.path}, which do not count: {others}")
-    context.obj.keeps(lambda: f"{len(measured.lines)} measured prompts are kept in {measured.path}")
+    context.obj.keeps(lambda: count_kept(measured.path, len(measured.lines), "measured prompt"))
     with measured:
         benchmark.measure(measured)
     rows = write_results(runs, output, note, {name: asked})

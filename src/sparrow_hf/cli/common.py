@@ -133,6 +133,10 @@ class Ending:
         return self._kept is not None
 
     def __str__(self) -> str:
+        return self.told()
+
+    def told(self, condition: str = "") -> str:
+        """What is kept, and how to go on; `condition` says on what, such as "once this is mended, "."""
         words = self._words + [word for word in self._further() if word not in self._words]
         command = shlex.join([*program(), *words])
         if self._kept is None:
@@ -142,7 +146,7 @@ class Ending:
         except Exception as error:
             # What stopped the verb may have left files that cannot be counted.
             kept = f"what is kept cannot be counted ({' '.join(str(error).split())})"
-        return f"{kept}; go on with: {command}"
+        return f"{kept}; {condition}go on with: {command}"
 
 
 class Verb(TyperCommand):
@@ -232,7 +236,7 @@ def _sentence(error: BaseException, ending: Ending | None) -> tuple[str, int]:
     if what == "memory":
         return _joined(f"Memory ran out ({told})", rest), RAN_OUT
     if ending is not None and ending.is_resumable:
-        return f"Error: {told.rstrip('.')}. Once this is mended, go on with what is kept: {rest}", BAD_INPUT
+        return f"Error: {told.rstrip('.')}; {ending.told('once this is mended, ')}", BAD_INPUT
     return f"Error: {told}", BAD_INPUT
 
 
@@ -298,6 +302,23 @@ def sampling_of(do_sample: bool, temperature: float | None, top_p: float | None,
         "top_p": 1.0 if top_p is None else top_p,
         "top_k": 0 if top_k is None else top_k,
     }
+
+
+def counted(count: int, one: str, several: str) -> str:
+    """A number with its word: "1 error", "2 errors"."""
+    return f"{count} {one if count == 1 else several}"
+
+
+def count_kept(folder: Path, count: int, what: str, of: int | None = None) -> str:
+    """What a verb has kept, for its [`Ending`]: "3 of 40 answers are kept in captions.jsonl".
+
+    Args:
+        folder: Where; or a file.
+        what: What is counted, in the singular.
+        of: How many there will be, where that is known.
+    """
+    number, all_ = (f"{count}", count) if of is None else (f"{count} of {of}", of)
+    return f"{number} {what}{'' if all_ == 1 else 's'} {'is' if count == 1 else 'are'} kept in {folder}"
 
 
 def size(num_bytes: float) -> str:

@@ -34,6 +34,8 @@ from .common import (
     TopKOption,
     TopPOption,
     built_in_family,
+    count_kept,
+    counted,
     quiet_transformers,
     sampling_of,
 )
@@ -44,7 +46,6 @@ SAMPLING, BUILT_IN_SAMPLING = (2.0, 128), (8.0, 768)
 RECENT = 32
 #: Seconds between two lines of progress where stderr is no terminal.
 LOG_SECONDS = 30.0
-DRAFTED_STYLE, OWN_STYLE = "bold green", "yellow"
 
 
 def generate(
@@ -145,7 +146,7 @@ def generate(
             if retry_errors:
                 answers.remove(lambda line: line["error"])
             context.obj.keeps(
-                lambda: f"{len(captioning.given_before(answers, asked))} of {len(asked)} answers are kept in {output}"
+                lambda: count_kept(output, len(captioning.given_before(answers, asked)), "answer", of=len(asked))
             )
         lines = [] if answers is None else captioning.given_before(answers, asked)
         is_single = len(asked) == 1
@@ -183,7 +184,8 @@ def generate(
 @contextmanager
 def text_on_screen(captioner: Any) -> Iterator[Any]:
     """A streamer that prints the text of one answer as it is written, and ends its line whatever happens."""
-    from ..streaming import ProvenanceStreamer
+    from ..data.prepare import tokenizer_of
+    from ..streaming import DRAFTED_STYLE, OWN_STYLE, ProvenanceStreamer
 
     console = Console(highlight=False)
     if captioner.draft is not None:
@@ -195,14 +197,15 @@ def text_on_screen(captioner: Any) -> Iterator[Any]:
         console.print(Text(piece, style=style), end="", soft_wrap=True)
 
     try:
-        yield ProvenanceStreamer(getattr(captioner.processor, "tokenizer", captioner.processor), show, captioner.draft)
+        yield ProvenanceStreamer(tokenizer_of(captioner.processor), show, captioner.draft)
     finally:
         console.print()
 
 
 def rate_of(totals: Any) -> str:
     """Speed and errors of the last answers."""
-    return f"{totals.tokens_per_second:.1f} tokens/s" + (f", {totals.errors} errors" if totals.errors else "")
+    errors = f", {counted(totals.errors, 'error', 'errors')}" if totals.errors else ""
+    return f"{totals.tokens_per_second:.1f} tokens/s{errors}"
 
 
 def told_of(totals: Any, is_single: bool, output: Path | None, exact: bool) -> Iterator[str]:
@@ -210,7 +213,9 @@ def told_of(totals: Any, is_single: bool, output: Path | None, exact: bool) -> I
     answered = totals.rows - totals.errors
     if not is_single:
         yield f"{answered} of {totals.rows} rows answered" + (
-            f", {totals.errors} have an error (--retry-errors answers them once more)" if totals.errors else ""
+            f", {counted(totals.errors, 'has', 'have')} an error (--retry-errors answers such rows once more)"
+            if totals.errors
+            else ""
         )
     if answered:
         yield f"{totals.tokens} tokens in {totals.seconds:.2f} s, {totals.tokens_per_second:.1f} tokens/s"

@@ -17,6 +17,7 @@ from .common import (
     OnBadRowOption,
     ProcessorOption,
     VllmPositionsOption,
+    count_kept,
     launched_processes,
     quiet_transformers,
     report_skipped,
@@ -91,7 +92,7 @@ def record(
     console.print(f"{len(rows)} rows; the recording takes about {size(expected)} in {output}")
     check_disk_budget(expected, max_disk_gb)
     context.obj.keeps(
-        lambda: f"{len(list((output / 'rows').glob('row-*.safetensors')))} of {len(rows)} rows are kept in {output}"
+        lambda: count_kept(output, len(list((output / "rows").glob("row-*.safetensors"))), "row", of=len(rows))
     )
     skipped = write_recording(
         draft,

@@ -25,6 +25,7 @@ from .common import (
     TopKOption,
     TopPOption,
     VllmPositionsOption,
+    count_kept,
     launched_processes,
     quiet_transformers,
     report_skipped,
@@ -85,7 +86,7 @@ def regenerate(
 
     def kept() -> str:
         done = sum(1 for _ in read_answers(output)) + len(read_skipped(output))
-        return f"{done} of {len(rows)} rows are kept in {output}"
+        return count_kept(output, done, "row", of=len(rows))
 
     context.obj.keeps(kept)
     model, its_processor = load_target(
