@@ -139,6 +139,16 @@ def test_a_damaged_part_ends_the_resumed_training(
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
+def test_weights_alone_are_started_from(prepare: Callable[..., TrainingRun], tmp_path: Path) -> None:
+    prepare(tmp_path / "a", "--save-only-model", "true").run()
+    with pytest.raises(TrainingOptionsError) as caught:
+        prepare(tmp_path / "a", "--resume").run()
+    checkpoint = tmp_path / "a" / "checkpoints" / "checkpoint-2"
+    assert f"--warm-start {checkpoint} and another --output" in str(caught.value)
+    assert "delete" not in str(caught.value)
+    assert SparrowDraftModel.from_pretrained(checkpoint)
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

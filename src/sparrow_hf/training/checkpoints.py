@@ -191,6 +191,12 @@ def check_checkpoint(checkpoint: str | os.PathLike[str], parts: Sequence[str] = 
     digests.warn_without()
     digests.check_all()
     written = digests.known if digests.known is not None else {path.name for path in folder.iterdir()}
+    if parts and not any(part in written for part in parts):
+        # Those before it were saved in the same way.
+        raise TrainingOptionsError(
+            f"{folder} holds no {parts[0]}, as --save-only-model leaves it, so the training cannot go on as it was: "
+            f"start another one from its weights with --warm-start {folder} and another --output"
+        )
     for names in (WEIGHTS, *((part,) for part in (_STATE_FILE, *parts))):
         if not any(name in written for name in names):
             raise TrainingOptionsError(
