@@ -207,11 +207,11 @@ def test_a_target_without_its_norm(tmp_path: Path) -> None:
         export_vllm(QWEN / "draft", tmp_path / "out", target, "logarithmic")
 
 
-@pytest.mark.parametrize("shape", [None, "chain-3", "24-8-4"])
+@pytest.mark.parametrize("shape", [None, "chain-3", "24-8-4", "none"])
 def test_the_command(tmp_path: Path, shape: str | None) -> None:
     draft, depth = QWEN / "draft", 12
     if shape is not None:
-        draft, depth = tmp_path / "draft", {"chain-3": 3, "24-8-4": 8}[shape]
+        draft, depth = tmp_path / "draft", {"chain-3": 3, "24-8-4": 8, "none": 1}[shape]
         shutil.copytree(QWEN / "draft", draft)
         write_shape(draft, parse_tree_shape(shape), {})
     arguments = [draft, tmp_path / "out", "--target", QWEN / "target", "--glimpse-spacing", "logarithmic"]
@@ -219,6 +219,7 @@ def test_the_command(tmp_path: Path, shape: str | None) -> None:
     assert result.exit_code == 0, result.output
     serve = {"method": "eagle3", "model": str(tmp_path / "out"), "num_speculative_tokens": depth}
     assert f"vllm serve TARGET --speculative-config '{json.dumps(serve)}'" in result.output
+    assert ("this draft proposes nothing" in result.output) == (shape == "none")
     assert "largest of time, height and width" in result.output
     assert json.loads((tmp_path / "out" / "config.json").read_text())["sparrow"]["glimpse_rows"][:3] == [0, 1, 2]
     result = CliRunner().invoke(app, ["export-vllm", str(QWEN / "draft"), str(tmp_path / "other")])

@@ -39,6 +39,9 @@ def export_vllm(
     if sparrow["position_rule"]:
         console.print(f"Note: {sparrow['position_rule']}", soft_wrap=True)
     depth = SparrowDraftConfig.from_pretrained(draft).num_draft_levels
+    if depth == 0:
+        console.print("Note: this draft proposes nothing (num_draft_levels 0), and vLLM drafts at least one token.")
+        depth = 1
     serve = {"method": sparrow["method"], "model": str(output), "num_speculative_tokens": depth}
     console.print(f"Written to {output}. Serve it with", soft_wrap=True)
     console.print(f"vllm serve TARGET --speculative-config '{json.dumps(serve)}'", soft_wrap=True, highlight=False)
