@@ -248,7 +248,8 @@ def test_inspect_and_dry_run(work: Path, tmp_path: Path) -> None:
     ("options", "sentence"),
     [
         (("--held-out", "prompts.jsonl"), "held-out"),
-        (("--inspect", 99), "no such row"),
+        (("--inspect", 99), "no such row; give a number from 0 to 3"),
+        (("--inspect", 0, "--streaming", "--max-steps", 1), "leave out --streaming"),
         (("--vocabulary", "prompts.jsonl"), "sparrow vocab"),
         (("--draft-dtype", "int8"), "draft-dtype"),
         (("--target-dtype", "float8"), "target-dtype"),
@@ -257,8 +258,8 @@ def test_inspect_and_dry_run(work: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_work_is_one_sentence(work: Path, tmp_path: Path, options: Any, sentence: str) -> None:
-    name, value = options
-    result = train(work, tmp_path / "draft", name, work / value if str(value).endswith("jsonl") else value)
+    words = [work / word if str(word).endswith("jsonl") else word for word in options]
+    result = train(work, tmp_path / "draft", *words)
     assert result.exit_code == 2, result.output
     assert sentence in result.output and "Traceback" not in result.output
 

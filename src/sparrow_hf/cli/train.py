@@ -112,9 +112,13 @@ def kept_in(checkpoints: Path) -> str:
 def sample_of(trainer: Any, index: int) -> dict[str, Any]:
     """The sample of training row `index`, on the trainer's device."""
     dataset = trainer.train_dataset
-    if not hasattr(dataset, "__len__") or not 0 <= index < len(dataset):
+    if not hasattr(dataset, "__len__"):
         raise TrainingOptionsError(
-            f"--inspect {index}: the training set has no such row; give a number from 0 on below its length"
+            f"--inspect {index}: the rows of a stream have no numbers to choose one by; leave out --streaming"
+        )
+    if not 0 <= index < len(dataset):
+        raise TrainingOptionsError(
+            f"--inspect {index}: the training set has no such row; give a number from 0 to {len(dataset) - 1}"
         )
     samples = on_device(trainer, trainer.data_collator([dataset[index]]))["samples"]
     if not samples:
