@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel
-from sparrow_hf.errors import BindingError, DraftLoadError, UnsupportedTargetError
+from sparrow_hf.errors import BindingError, DraftConfigError, DraftLoadError, UnsupportedTargetError
 
 from families import FAMILY_BY_NAME
 from meta_targets import META_TARGETS, MetaTarget
@@ -175,6 +175,13 @@ def test_layers_of_another_kind_are_not_copied() -> None:
     target = FAMILY_BY_NAME["glm4v"].build_target()
     with pytest.raises(UnsupportedTargetError, match="Glm4vTextDecoderLayer is no LlamaDecoderLayer"):
         SparrowDraftModel.from_target(target, copy_last_layer=True)
+
+
+def test_more_layers_than_the_target_has_are_not_copied() -> None:
+    target = FAMILY_BY_NAME["qwen2_5_vl"].build_target()
+    most = target.config.get_text_config().num_hidden_layers
+    with pytest.raises(DraftConfigError, match=f"has {most + 1} layers to copy into, but the target has {most}"):
+        SparrowDraftModel.from_target(target, copy_last_layer=True, num_hidden_layers=most + 1)
 
 
 @pytest.mark.parametrize("meta_target", META_TARGETS, ids=lambda meta_target: meta_target.name)

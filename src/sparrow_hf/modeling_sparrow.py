@@ -20,7 +20,7 @@ from ._transformers import (
 )
 from .configuration_sparrow import SparrowDraftConfig, check_vocabulary
 from .draft_inputs import DraftInputs, put
-from .errors import BindingError, UnsupportedTargetError
+from .errors import BindingError, DraftConfigError, UnsupportedTargetError
 from .saved_draft import SavedDraft
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class SparrowDraftModel(SavedDraft):
         Raises:
             UnsupportedTargetError: The target's drafts could not be verified, or its last layers cannot be copied
                 because they are not of the kind a draft has.
-            DraftConfigError: An override is out of range.
+            DraftConfigError: An override is out of range, or the target has fewer layers than are to be copied.
         """
         from .targets import TargetView
 
@@ -219,6 +219,11 @@ class SparrowDraftModel(SavedDraft):
             draft = cls(config)
         draft = draft.to(dtype=view.dtype).eval()
         if copy_last_layer:
+            if config.num_hidden_layers > len(view.layers):
+                raise DraftConfigError(
+                    f"the draft has {config.num_hidden_layers} layers to copy into, but the target has "
+                    f"{len(view.layers)}: lower num_hidden_layers, or start at random"
+                )
             for layer, source in zip(draft.layers, view.layers[-config.num_hidden_layers :], strict=True):
                 _copy_weights(source, layer)
             weight = getattr(view.norm, "weight", None)

@@ -95,10 +95,16 @@ def test_what_makes_no_sense_is_refused(words, message):
         parse_options(words)
 
 
-@pytest.mark.parametrize("text", ["colour: blue\n", "optimiser:\n  lr: 1\n", "- a\n- b\n", "a: [\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"colour: blue\n", b"optimiser:\n  lr: 1\n", b"- a\n- b\n", b"a: [\n", b"run_name: caf\xe9\n"),
+        *(b"feature_layers: 14\n", b"feature_layers: [a]\n"),
+    ],
+)
 def test_bad_files_are_refused(tmp_path, text):
     config = tmp_path / "recipe.yaml"
-    config.write_text(text)
+    config.write_bytes(text)
     with pytest.raises(TrainingOptionsError):
         parse_options([*NEEDED, "--config", str(config)])
 

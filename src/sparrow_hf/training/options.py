@@ -191,6 +191,11 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         if self.lora is not None and self.warm_start is None:
             raise TrainingOptionsError("--lora adapts an existing draft: name it with --warm-start")
+        layers = self.feature_layers
+        if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+            raise TrainingOptionsError(
+                f"feature_layers must be a list of layers' numbers, found {layers!r}: write it as [14, -1]"
+            )
         given = [name for name in (*DRAFT_FIELDS, "vocabulary") if getattr(self, name) is not None]
         if self.warm_start is not None and given:
             raise TrainingOptionsError(
@@ -308,8 +313,8 @@ def _with_field(word: str) -> str:
 
 def _read_yaml(file: str) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(Path(file).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TrainingOptionsError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
         raise TrainingOptionsError(f"{file} must hold `name: value` lines and nothing nested")
