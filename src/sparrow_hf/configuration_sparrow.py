@@ -237,7 +237,7 @@ class SparrowDraftConfig(PreTrainedConfig):
         """
         fields = fields_for(target_config) | overrides
         layers = fields["feature_layers"]
-        fields.setdefault("feature_norm", isinstance(layers, list) and len(layers) > 1)
+        fields.setdefault("feature_norm", isinstance(layers, (list, tuple)) and len(layers) > 1)
         return cls(**fields)
 
     def set_tree_shape(self, shape: TreeShape | tuple[int, int, int] | str) -> None:
