@@ -26,21 +26,20 @@ QUESTIONS = ("What is a river?", "Why?", "Write a poem.")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target of 28 layers, prompts, and a recording of its answers."""
+    """A target of 30 layers, prompts, and a recording of its answers."""
     folder = tmp_path_factory.mktemp("language")
     tokenizer = build_tokenizer({})
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "target")
     torch.manual_seed(0)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    LlamaForCausalLM(LlamaConfig(**TEXT_SIZES | {"num_hidden_layers": 28}, **ids)).save_pretrained(folder / "target")
+    LlamaForCausalLM(LlamaConfig(**TEXT_SIZES | {"num_hidden_layers": 30}, **ids)).save_pretrained(folder / "target")
     prompts = [{"messages": [{"role": "user", "content": question}]} for question in QUESTIONS]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     target, tokenizer = load_target(str(folder / "target"), device="cpu")
     regenerate(target, tokenizer, prompts, folder / "answers", batch_size=3, max_new_tokens=12)
-    draft = SparrowDraftModel.from_target(target, feature_layers=[2, 15, 27, -1])
-    record(draft, load_rows(folder / "answers"), folder / "recording", SparrowDataCollator(tokenizer))
     draft = SparrowDraftModel.from_target(target)
+    record(draft, load_rows(folder / "answers"), folder / "recording", SparrowDataCollator(tokenizer))
     draft.save_pretrained(folder / "draft")
     return folder
 

@@ -119,9 +119,9 @@ def test_a_preset_is_applied_as_a_whole_or_not_at_all(
     with pytest.raises(TrainingOptionsError) as refused:
         build_draft(parse_options(f"{words}/other".split())[0], target)
     assert str(refused.value) == (
-        f"--preset paper is a recipe for drafts of num_mtp_steps 2, num_glimpse_tokens 0, but {tmp_path}/other has "
-        "num_mtp_steps 5, num_glimpse_tokens 64, and --warm-start keeps its draft's configuration: leave out --preset "
-        "and give the options that you want, or train a new draft"
+        "--preset paper is a recipe for drafts of feature_layers [-1], num_mtp_steps 2, num_glimpse_tokens 0, but "
+        f"{tmp_path}/other has feature_layers [1, 2, -1], num_mtp_steps 5, num_glimpse_tokens 64, and --warm-start "
+        "keeps its draft's configuration: leave out --preset and give the options that you want, or train a new draft"
     )
     # A draft that was made by the preset is trained on by it.
     draft = build_draft(parse_options(f"{words}/papers".split())[0], target)
