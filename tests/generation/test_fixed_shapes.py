@@ -300,10 +300,12 @@ def test_autocast_is_seen(shape: dict[str, int]) -> None:
     """The slabs have the dtype of what was put into them first."""
     target, inputs = a_target()
     draft = a_draft(target, **shape)
-    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-            ids = new_ids(target, inputs, assistant_model=draft, cache_implementation="static")
-            assert ids == new_ids(target, inputs)
+    texts = []
+    for is_autocast in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            texts.append(new_ids(target, inputs, assistant_model=draft, cache_implementation="static"))
+    # bf16 rounds a step over several tokens otherwise than one over a single token.
+    assert texts[0] == texts[2] and texts[1] == new_ids(target, inputs)
     assert len(draft.target.static_sessions) == 2
 
 
