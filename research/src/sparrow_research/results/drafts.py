@@ -45,7 +45,7 @@ DRAFTS: dict[str, Baseline] = {
 }
 
 MEANINGS = {
-    SHIPPED_DRAFT: "Sparrow, this package's recipe: a glimpse of 64 visual rows, five passes (MTP)",
+    SHIPPED_DRAFT: "Sparrow, this package's recipe on the last layer: a glimpse of 64 visual rows, five passes (MTP)",
     "paper": "Sparrow as published: all visual rows in training (IVSB), two passes (MTP), none in use (VATA)",
     "no-bridge": "as published, without IVSB: never sees a visual row",
     "no-mtp": "as published, without MTP: one pass",
