@@ -142,6 +142,13 @@ def test_the_draft_that_is_kept() -> None:
     assert f"| `four-layers`, kept | 2, 15, 27, last | {accepted[0]} | {taus} |" in PAGE
     assert f"| `last-layer`, kept before | last | {accepted[1]} |  |  |  | {earlier['eval_tau']:.3f} |" in PAGE
     assert f"τ {ours[-1]['eval_tau']:.2f} against {earlier['eval_tau']:.2f}, equal budget" in README
+    for name, draft in about["lengths"]["drafts"].items():
+        short, long = draft["lengths"]
+        kept_share = draft["retention"]["3000"]
+        low, high = kept_share["interval"]
+        figures = f"{short['tau']:.2f} | {long['tau']:.2f} | {kept_share['ratio']:.2f} ({low:.2f} … {high:.2f}) |"
+        lines = [line for line in PAGE.splitlines() if line.startswith(f"| `{name.removesuffix('-100')}` |")]
+        assert any(line.endswith(figures) for line in lines)
     told = []
     for row in about["decoded"]["rows"]:
         name = row["arm"].removeprefix("draft:sparrow@")
