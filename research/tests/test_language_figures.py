@@ -70,6 +70,16 @@ def test_four_layers_on_videos() -> None:
         assert any(each.startswith(f"| `{name}` |") and each.endswith(line) for each in PAGE.splitlines())
 
 
+def test_tau_over_answer_tokens_on_videos() -> None:
+    for tokens, evaluations in kept()["tokens_100_steps"]["drafts"].items():
+        taus = " | ".join(f"{each['eval_tau']:.3f}" for each in evaluations)
+        accepted = " ".join(
+            f"{evaluations[-1][f'eval_accepted_{token}']:.3f}".removeprefix("0") for token in (1, 2, 3)
+        )
+        lines = [line for line in PAGE.splitlines() if line.startswith(f"| {tokens} |")]
+        assert any(line.endswith(f"| {accepted} | {taus} |") for line in lines)
+
+
 def test_decoded_rivals() -> None:
     text = json.loads((DATA / "tokens.json").read_text())["rivals_200_steps"]["decoded"]
     for decoded in (text, kept()["rivals_100_steps"]["decoded"]):
