@@ -2,6 +2,7 @@
 
 import json
 
+from sparrow_hf.testbed.nano import ASSETS
 from sparrow_research import recipes, retrain
 
 
@@ -38,3 +39,10 @@ def test_runs_are_made_once_and_told_as_a_table(small_world, monkeypatch):
     monkeypatch.setattr(recipes, "run_recipe", refuse)
     recipes.main([*command, "--recipes", "default", "128 of 384 tokens"])
     assert json.loads(output.read_text()) == rows
+
+
+def test_a_recording_has_the_layers_of_every_recipe():
+    target, _ = retrain.load_target(ASSETS / "target")
+    recorded = {*retrain.recorded_features(target)}
+    read = [recipe.draft.get("feature_layers", [-1]) for recipe in recipes.RECIPES.values()]
+    assert [2, 12, 21, -1] in read and all({*layers} <= recorded for layers in read)

@@ -34,8 +34,6 @@ from .processes import run_in_processes
 from .retrain import DRAFT, build_draft, build_trainer, record, train
 
 CLIPS, STEPS, SEEDS = 1024, 200, (0, 1, 2)
-FEATURE_LAYERS = [2, 12, 21, -1]
-"""Of the 24 layers: those of a new draft of the package. All 24 are recorded."""
 LENGTHS = {400: 24, 2000: 12, 8000: 4}
 """Visual tokens → validation clips of that length. None of them is among the evaluation clips of any other figure."""
 FIRST_CLIP = 10_000
@@ -87,7 +85,7 @@ RECIPES = {
     "loss: L1 + ListMLE": Recipe(training=_losses(0.0, 10.0, 0.1, 0.0)),
     "loss: smooth L1 + 0.1 cross-entropy": Recipe(training=_losses(0.1, 0.0, 0.0, 1.0)),
     "noise 0.2": Recipe(training={"hidden_state_noise": 0.2}),
-    "four feature layers": Recipe({"feature_layers": FEATURE_LAYERS}),
+    "four feature layers": Recipe({"feature_layers": [2, 12, 21, -1]}),
     "three feature layers": Recipe({"feature_layers": [8, 16, -1]}),
     "projected visual rows": Recipe({"project_visual": True}),
     "original positions": Recipe({"position_mode": "original"}),

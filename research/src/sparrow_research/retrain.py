@@ -27,6 +27,7 @@ from sparrow_hf.data.messages import messages_for
 from sparrow_hf.data.prepare import prepare_inputs
 from sparrow_hf.evaluation.provenance import commit
 from sparrow_hf.modeling_sparrow import SparrowDraftModel
+from sparrow_hf.target_config import feature_layers_of
 from sparrow_hf.testbed.families import family_of
 from sparrow_hf.testbed.nano import load_target
 from sparrow_hf.testbed.world import (
@@ -65,7 +66,7 @@ DRAFT: dict[str, Any] = {
     "num_glimpse_tokens": 64,
 }
 """What the testbed's draft is, where it differs from the package's: one pass per drafted token, and it reads the last
-layer alone, as the package's did when it was trained; its tiny targets gain nothing of four (docs/training.md)."""
+layer alone, as the package's did when it was trained."""
 
 TEXT_ONLY_DRAFT: dict[str, Any] = {"num_glimpse_tokens": 0, "num_mtp_steps": 1}
 TEXT_ONLY_RECIPE: dict[str, Any] = {
@@ -184,9 +185,10 @@ def record(
 
 
 def recorded_features(target: Any) -> list[int]:
-    """Text layers that are recorded: after one and two thirds of the depth, and the last, which the draft reads."""
+    """Text layers that are recorded: those of a new draft of the package, and one and two thirds of the depth."""
     depth = target.config.text_config.num_hidden_layers
-    return [*sorted({max(1, depth // 3), max(1, 2 * depth // 3)}), -1]
+    *earlier, last = feature_layers_of(depth)
+    return [*sorted({*earlier, max(1, depth // 3), max(1, 2 * depth // 3)}), last]
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

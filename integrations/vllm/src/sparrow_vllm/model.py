@@ -121,7 +121,8 @@ class SparrowDraft(seams.Eagle3Base):
             self.bridge[: len(hidden_states)] = states[self.fields["bridge_layer"]]
         features = [states[layer] for layer in self.fields["feature_layers"]]
         if self.fields["feature_norm"]:
-            features = of_one_length(features, states[max(self.fields["feature_layers"])])
+            layers = self.fields["feature_layers"]
+            features = of_one_length(features, layers.index(max(layers)))
         return self.model.feature_fc(torch.cat(features, dim=-1))
 
     def embed_input_ids(
@@ -173,11 +174,10 @@ class SparrowDraft(seams.Eagle3Base):
         return loaded | borrowed
 
 
-def of_one_length(features: list[Tensor], latest: Tensor) -> list[Tensor]:
-    """Each `(n, H)` brought to the length of `latest` `(n, H)`, row by row."""
-    length = torch.linalg.vector_norm(latest, dim=-1, keepdim=True, dtype=torch.float32)
-    lengths = (torch.linalg.vector_norm(each, dim=-1, keepdim=True, dtype=torch.float32) for each in features)
-    scales = (length / each.clamp(min=SHORTEST) for each in lengths)
+def of_one_length(features: list[Tensor], latest: int) -> list[Tensor]:
+    """Each `(n, H)` brought to the length of the one at `latest`, row by row."""
+    lengths = [torch.linalg.vector_norm(each, dim=-1, keepdim=True, dtype=torch.float32) for each in features]
+    scales = (lengths[latest] / length.clamp(min=SHORTEST) for length in lengths)
     return [each * scale.to(each.dtype) for each, scale in zip(features, scales, strict=True)]
 
 
