@@ -76,6 +76,16 @@ def test_a_wrapped_draft(target, inputs, wrap: Callable[[SparrowDraftModel], Any
     assert draft.last_generation.rounds > 0
 
 
+@pytest.mark.parametrize("wrap", [lambda draft: draft, compiled])
+def test_a_draft_given_by_its_place(target, inputs, wrap: Callable[[SparrowDraftModel], Any]) -> None:
+    """`assistant_model` is the seventh argument of `generate()`."""
+    draft, rest = make_draft(target), {name: value for name, value in inputs.items() if name != "input_ids"}
+    plain = target.generate(**inputs, max_new_tokens=16)
+    output = target.generate(inputs["input_ids"], *[None] * 5, wrap(draft), max_new_tokens=16, **rest)
+    assert torch.equal(output, plain)
+    assert draft.last_generation.rounds > 0
+
+
 def test_a_draft_used_in_inference_mode_can_still_be_trained(target, inputs) -> None:
     draft = make_draft(target)
     other_dtype = SparrowDraftModel(copy.deepcopy(draft.config)).double()

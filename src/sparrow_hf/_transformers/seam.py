@@ -1,6 +1,7 @@
 """The wrapped methods of `GenerationMixin`."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -43,15 +44,16 @@ def install_seam(
     stock_validate = GenerationMixin._validate_generation_mode
 
     @functools.wraps(stock_generate)
-    def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        draft = unwrap(kwargs.get("assistant_model"))
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = _by_name(stock_generate, self, *args, **kwargs)
+        draft = unwrap(call.get("assistant_model"))
         if is_draft(draft):
-            kwargs["assistant_model"] = draft
-            caches = [kwargs[name] for name in (CACHE, "past_key_values") if kwargs.get(name) is not None]
-            input_ids = kwargs.get("input_ids") if inputs is None else inputs
-            embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+            args, kwargs = (), call | {"assistant_model": draft}
+            caches = [call[name] for name in (CACHE, "past_key_values") if call.get(name) is not None]
+            input_ids = call.get("input_ids") if call.get("inputs") is None else call["inputs"]
+            embeds, mask = call.get("inputs_embeds"), call.get("attention_mask")
             check_inputs(self, input_ids, embeds, caches[0] if caches else None, mask)
-        return stock_generate(self, inputs, *args, **kwargs)
+        return stock_generate(self, *args, **kwargs)
 
     # `wraps`: generate() inspects the signature of the method it is about to call.
     @functools.wraps(stock_decode)
@@ -86,8 +88,15 @@ def _refuse_drafts(is_draft: Callable[[Any], bool]) -> None:
 
     @functools.wraps(stock)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_draft(kwargs.get("assistant_model")):
+        if is_draft(unwrap(_by_name(stock, self, *args, **kwargs).get("assistant_model"))):
             check_contract()
         return stock(self, *args, **kwargs)
 
     GenerationMixin.generate = generate
+
+
+def _by_name(function: Callable[..., Any], target: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call of a method of `target`, those that were given by their place as well."""
+    named = inspect.signature(function).bind_partial(target, *args, **kwargs).arguments
+    named.pop("self")
+    return named.pop("kwargs", {}) | named
