@@ -24,6 +24,7 @@ from ._transformers import (
     not_given_by_generate,
     query_groups,
     rope_borders,
+    takes_masks_of_kinds,
     takes_positions,
     unwrap,
 )
@@ -97,10 +98,15 @@ class TargetView:
 
     @cached_property
     def obstacle_to_trees(self) -> str:
-        """What does not let its rows branch: layers that follow no mask, or positions that it counts itself."""
+        """What does not let its rows branch: layers that follow no mask, positions or masks that it makes itself."""
         if self.chain_layers:
             return f"{', '.join(self.chain_layers)} layers"
-        return "" if takes_positions(self.model, self.decoder) else "decoder, which counts positions itself,"
+        if not takes_positions(self.model, self.decoder):
+            return "decoder, which counts positions itself,"
+        has_kinds = len(set(self.layer_kinds) - {NO_CACHE}) > 1
+        if has_kinds and not takes_masks_of_kinds(self.model, self.decoder):
+            return "forward, which makes the masks of its layers itself,"
+        return ""
 
     @cached_property
     def query_groups(self) -> dict[str, int]:

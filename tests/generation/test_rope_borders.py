@@ -4,13 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf.errors import UnsupportedGenerationError
 from sparrow_hf.generation import verifiers
 
 from families import FAMILY_BY_NAME
 from oracles import drafting_around
+from tiny_targets import TEXT_SIZES, randomize
 
 TREE = {"num_tree_nodes": 14, "num_draft_levels": 4, "beam_width": 3}
 NEW_TOKENS = 40
@@ -25,6 +28,18 @@ def target_with(rope: dict[str, Any], border: int, family: str = "llava_onevisio
         rope = rope | {"original_max_position_embeddings": border, "factor": 4.0}
         return FAMILY_BY_NAME[family].build_target(rope_parameters=rope, max_position_embeddings=4 * border)
     return FAMILY_BY_NAME[family].build_target(rope_parameters=rope, max_position_embeddings=border)
+
+
+def text_target(name: str, rope: dict[str, Any], border: int) -> PreTrainedModel:
+    """A language model of this class without other inputs than text."""
+    sizes = TEXT_SIZES | {"vocab_size": 200, "max_position_embeddings": 256, "rope_parameters": rope}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "original_max_position_embeddings": border}
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    target = getattr(transformers, f"{name}ForCausalLM")._from_config(config, dtype=torch.float32)
+    randomize(target, [2])
+    target.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    return target.eval()
 
 
 def ids(target: PreTrainedModel, inputs: dict[str, Any], draft: SparrowDraftModel | None, **kwargs: Any) -> list[int]:
@@ -104,3 +119,23 @@ def test_text_before_the_border_is_drafted_as_deep_as_ever() -> None:
     with drafting_around(plain, adversarial=False):
         assert ids(target, inputs, draft, max_new_tokens=20) == plain
     assert draft.last_generation.accepted == [5, 5, 5, 0]
+
+
+@pytest.mark.parametrize("name", ["Phi3", "Phi4Multimodal"])
+def test_a_text_that_plain_decoding_computes_anew_is_refused(name: str) -> None:
+    """From the border on, Phi-3's rows before it are others, and the cache of drafts has those of the prompt."""
+    length, border = 13, 24
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.7] * 4}
+    target = text_target(name, rope | {"original_max_position_embeddings": border, "factor": 8.0}, border)
+    draft = SparrowDraftModel.from_target(target)
+    input_ids = torch.randint(3, 200, (1, length), generator=torch.Generator().manual_seed(2))
+    inputs = {"input_ids": input_ids}
+    message = rf"passes {border} tokens.* let it end at {border + 1} \(max_new_tokens={border + 1 - length}\)"
+    with pytest.raises(UnsupportedGenerationError, match=message):
+        ids(target, inputs, draft, max_new_tokens=border + 2 - length)
+    for prompt, new_tokens in ((input_ids, border + 1 - length), (input_ids.repeat(1, 2), 20)):
+        inputs, options = {"input_ids": prompt}, {"max_new_tokens": new_tokens}
+        plain = ids(target, inputs, None, **options)
+        with drafting_around(plain, adversarial=False):
+            assert ids(target, inputs, draft, **options) == plain
+        assert max(draft.last_generation.accepted) > 0

@@ -6,19 +6,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, PreTrainedModel
 from typer.testing import CliRunner
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf._transformers import CACHE, new_cache
 from sparrow_hf.cli import app
-from sparrow_hf.errors import UnsupportedTargetError
+from sparrow_hf.errors import UnsupportedGenerationError, UnsupportedTargetError
 from sparrow_hf.generation import self_check
 from sparrow_hf.generation.self_check import how_to_verify, measure, what_cannot_be_read
 from sparrow_hf.targets import TargetView
 
 from families import ALL_FAMILIES, FAMILY_BY_NAME
 from lossless import SERVED
+from oracles import drafting_around
+from tiny_targets import HIDDEN_SIZE, TEXT_SIZES, randomize
+from tiny_tokenizer import VOCAB_SIZE
 
 
 class MixedRows(nn.Module):
@@ -41,8 +44,8 @@ class SeparateRows(MixedRows):
         return self.linear((states / scale).round() * scale)
 
 
-def quantised(kind: type[MixedRows]) -> PreTrainedModel:
-    target = FAMILY_BY_NAME["llava_onevision"].build_target()
+def quantised(kind: type[MixedRows], target: PreTrainedModel | None = None) -> PreTrainedModel:
+    target = target or FAMILY_BY_NAME["llava_onevision"].build_target()
     for layer in target.get_decoder().layers:
         layer.mlp.up_proj = kind(layer.mlp.up_proj)
     return target
@@ -102,6 +105,49 @@ def test_too_little_memory_says_nothing_about_a_target(monkeypatch: pytest.Monke
         target.generate(**inputs, assistant_model=draft, max_new_tokens=4)
     monkeypatch.setattr(self_check._Prompt, "_logits", logits)
     target.generate(**inputs, assistant_model=draft, max_new_tokens=4)
+
+
+def test_modules_replaced_after_a_call_are_tried() -> None:
+    target = FAMILY_BY_NAME["llava_onevision"].build_target()
+    inputs = FAMILY_BY_NAME["llava_onevision"].build_inputs(target)
+    draft = SparrowDraftModel.from_target(target)
+    target.generate(**inputs, assistant_model=draft, max_new_tokens=4)
+    quantised(MixedRows, target)
+    with pytest.raises(UnsupportedTargetError, match="modules of the kind MixedRows"):
+        target.generate(**inputs, assistant_model=draft, max_new_tokens=4)
+
+
+def paligemma2() -> PreTrainedModel:
+    """Windows and full attention, whose masks the model in between makes itself."""
+    text = TEXT_SIZES | {"model_type": "gemma2", "head_dim": 8, "sliding_window": 6}
+    vision = {"model_type": "siglip_vision_model", "vision_use_head": False, "hidden_size": HIDDEN_SIZE}
+    vision |= {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 16, "num_image_tokens": 4, "projection_dim": HIDDEN_SIZE}
+    config = PaliGemmaConfig(
+        text_config=text, vision_config=vision, image_token_index=VOCAB_SIZE - 1, projection_dim=HIDDEN_SIZE
+    )
+    torch.manual_seed(1)
+    target = PaliGemmaForConditionalGeneration._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    randomize(target, [2])
+    target.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    return target.eval()
+
+
+def test_a_model_that_makes_the_masks_of_its_layers_verifies_chains_only() -> None:
+    target = paligemma2()
+    draft = SparrowDraftModel.from_target(target)
+    image = torch.randn((1, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    input_ids = torch.tensor([[VOCAB_SIZE - 1] * 4 + [5, 6, 7, 8, 9]])
+    call = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": image}
+    call |= {"token_type_ids": torch.zeros_like(input_ids), "max_new_tokens": 20}
+    plain = target.generate(**call)
+    draft.config.set_tree_shape("14-4-3")
+    with drafting_around(plain[0, 9:].tolist(), adversarial=True):
+        with pytest.warns(UserWarning, match="makes the masks of its layers itself, cannot verify trees"):
+            assert torch.equal(target.generate(**call, assistant_model=draft), plain)
+    assert draft.last_generation.tau > 1
+    with pytest.raises(UnsupportedGenerationError, match="draft and the target's forward, which makes the masks"):
+        target.generate(**call, assistant_model=draft, cache_implementation="static")
 
 
 def test_nothing_is_tried_where_all_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

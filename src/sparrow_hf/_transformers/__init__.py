@@ -7,6 +7,7 @@ this room; `docs/compatibility.md` explains how.
 from .attention import (
     GROUPED_ATTENTION,
     attention_function,
+    computes_cache_anew,
     eager_attention,
     is_stock_attention,
     makes_masks,
@@ -15,6 +16,7 @@ from .attention import (
     registered_attention,
     rope_borders,
     takes_flat_masks_only,
+    takes_masks_of_kinds,
     takes_positions,
 )
 from .caches import (

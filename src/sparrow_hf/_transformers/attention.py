@@ -148,6 +148,37 @@ def _asks_for_length(forward: Callable[..., Any]) -> bool:
     return code is not None and "get_seq_length" in code.co_names
 
 
+def takes_masks_of_kinds(target: nn.Module, decoder: nn.Module) -> bool:
+    """Whether a mask for each kind of layer can be handed to a model whose layers are of several kinds.
+
+    The model, or one between it and its decoder, may make these masks of what it is given, whatever that is
+    (PaliGemma); the others leave a dictionary as it is.
+    """
+    place = next(name for name, module in target.named_modules() if module is decoder).split(".")
+    on_the_way = [target.get_submodule(".".join(place[:depth])) for depth in range(len(place) + 1)]
+    return all(_leaves_dictionaries(type(module).forward) for module in on_the_way)
+
+
+@functools.cache
+def _leaves_dictionaries(forward: Callable[..., Any]) -> bool:
+    """Whether the forward of a module makes no masks, or not of what is a dictionary already."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    names = set() if code is None else set(code.co_names)
+    makes_masks = any(name.startswith("create_") and "mask" in name for name in names)
+    return not makes_masks or {"isinstance", "dict"} <= names
+
+
+def computes_cache_anew(target: Any) -> int | None:
+    """The number of tokens beyond which plain decoding computes all rows of a text once more; `None` if it never does.
+
+    Phi-3 and its relatives do so where their `longrope` changes, so that rows before the border change, too.
+    """
+    code = getattr(inspect.unwrap(type(target).prepare_inputs_for_generation), "__code__", None)
+    name = "original_max_position_embeddings"
+    reads_it = code is not None and name in (*code.co_names, *code.co_consts)
+    return getattr(target.config, name, None) if reads_it else None
+
+
 def rope_borders(decoder: nn.Module) -> list[tuple[int, bool]]:
     """Positions from which on the frequencies of a rotary embedding follow the longest position of a forward.
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._transformers import contract_breaches, install_seam
+from .._transformers import computes_cache_anew, contract_breaches, install_seam
 from ..errors import UnsupportedGenerationError
 from ..modeling_sparrow import SparrowDraftModel
 from ..targets import TargetView
@@ -27,8 +27,10 @@ def install() -> None:
 
 def decode(target: Any, draft: SparrowDraftModel, input_ids: Tensor, **call: Any) -> Any:
     """Runs the loop for one sequence, or the one for several."""
+    longest = max_length(call["stopping_criteria"])
     if call["generation_config"].cache_implementation == "static":
-        check_room(len(input_ids), max_length(call["stopping_criteria"]), call["generation_config"].max_length)
+        check_room(len(input_ids), longest, call["generation_config"].max_length)
+    check_cache_stays(target, input_ids.shape[1], longest)
     loop = speculative_decode if len(input_ids) == 1 else decode_batch
     return loop(target, draft, input_ids, **call)
 
@@ -48,6 +50,23 @@ def check_room(num_sequences: int, longest: int, room: int) -> None:
         raise UnsupportedGenerationError(
             f"cache_implementation='static' has room for max_length={room} tokens, found a MaxLengthCriteria of "
             f"{longest}: raise max_length to it, or leave cache_implementation at its default"
+        )
+
+
+def check_cache_stays(target: Any, length: int, longest: int) -> None:
+    """Whether plain decoding of a prompt of `length` tokens to `longest` keeps the rows that it has computed.
+
+    Raises:
+        UnsupportedGenerationError: It may compute all of them anew on the way, and others than the first time.
+    """
+    border = computes_cache_anew(target)
+    # The step that reads the first token beyond the border makes one more.
+    if border is not None and length <= border < longest - 1:
+        raise UnsupportedGenerationError(
+            f"plain generate() of {type(target).__name__} computes the whole text anew, with other rotary embeddings, "
+            f"where it passes {border} tokens, and a draft cannot follow it there: the prompt has {length} tokens and "
+            f"the text may get {longest}; let it end at {border + 1} (max_new_tokens={border + 1 - length}), or "
+            "generate without the draft"
         )
 
 

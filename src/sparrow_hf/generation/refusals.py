@@ -5,6 +5,7 @@ What depends on the target alone is refused when the draft is made or bound (`ta
 lists all of it.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,6 +91,10 @@ def check_request(
         found.append("output_attentions with layers that see a window (the rows that they have left differ)")
     if learns_prompt(target):
         found.append("prompt or prefix tuning of peft on the target (its virtual tokens are not in input_ids)")
+    if adapts_part_of_prompt(target):
+        found.append("an activated LoRA (aLoRA) of peft (it leaves out rows of a forward over several tokens)")
+    if chooses_adapters(target.get_input_embeddings(), target.get_output_embeddings()):
+        found.append("adapter_names with an adapter on the embedding or the head (the draft calls both by itself)")
     if found:
         raise UnsupportedGenerationError(f"cannot be combined with a Sparrow draft: {'; '.join(found)}")
 
@@ -145,3 +150,30 @@ def learns_prompt(target: Any) -> bool:
     # While it generates, the wrapper replaces a method of the model with its own.
     wrapper = getattr(target.prepare_inputs_for_generation, "__self__", None)
     return bool(getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def adapts_part_of_prompt(target: nn.Module) -> bool:
+    """Whether an adapter of peft that begins to act within the prompt takes part in this call (aLoRA).
+
+    It counts its rows from the end of each forward, so it leaves out the first rows of a long one.
+    """
+    return any(
+        offset is not None
+        for module in target.modules()
+        for arguments in arguments_of_hooks(module)
+        for offset in arguments.get("alora_offsets") or []
+    )
+
+
+def chooses_adapters(*modules: nn.Module | None) -> bool:
+    """Whether peft gives one of these modules an adapter for each sequence of this call (`adapter_names`).
+
+    It then takes one entry per sequence, and the draft calls it with other numbers of rows.
+    """
+    given = (arguments for module in modules if module is not None for arguments in arguments_of_hooks(module))
+    return any("adapter_names" in arguments for arguments in given)
+
+
+def arguments_of_hooks(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """What the hooks in front of a module were given by whoever put them there; peft's are partial functions."""
+    return (getattr(hook, "keywords", {}) for hook in module._forward_pre_hooks.values())

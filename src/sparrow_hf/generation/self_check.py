@@ -68,13 +68,14 @@ def how_to_verify(view: TargetView) -> Verification:
     Raises:
         UnsupportedTargetError: It cannot: rows of one forward depend on each other.
     """
-    key = _transformers.attention_of(view.text_config), _transformers.attention_function(view.layers, view.text_config)
+    # Modules may have been replaced since the last call, and quantised in place.
+    name, untold = _transformers.attention_of(view.text_config), tuple(what_cannot_be_read(view))
+    key = name, _transformers.attention_function(view.layers, view.text_config), untold
     known: dict[Any, Verification] = view.verification
     if key not in known:
-        known[key] = _known(view) if not what_cannot_be_read(view) else measure(view)
+        known[key] = measure(view) if untold else _known(view)
         # The function may be a new one now that also follows masks.
-        function = _transformers.attention_function(view.layers, view.text_config)
-        known[key[0], function] = known[key]
+        known[name, _transformers.attention_function(view.layers, view.text_config), untold] = known[key]
     refuse_without_a_way(view, known[key])
     return known[key]
 

@@ -14,6 +14,7 @@ from ..devices import index_of
 from ..errors import UnsupportedGenerationError
 from ..modeling_sparrow import SparrowDraftModel
 from ..targets import TargetView
+from .refusals import arguments_of_hooks
 from .self_check import Verification
 from .static_drafts import StaticDrafting
 from .static_verification import StaticVerification
@@ -156,6 +157,8 @@ def _state_of(model: nn.Module) -> int:
     parts: list[Any] = [model.training]
     for module in model.modules():
         parts += [id(module), len(module._forward_hooks), len(module._forward_pre_hooks)]
+        # peft tells the modules of one call what its adapters are.
+        parts += [repr(arguments) for arguments in arguments_of_hooks(module)]
         parts += [tensor.data_ptr() for tensor in module.parameters(recurse=False)]
         parts += [tensor.data_ptr() for tensor in module.buffers(recurse=False)]
         # Adapters of peft.
