@@ -1,5 +1,6 @@
 """Answers to many questions in a file that a stopped run goes on with, and their totals."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +26,48 @@ def open_answers(path: Path, conditions: Mapping[str, Any], asked: Questions) ->
         asked: What is asked.
 
     Raises:
-        CaptionError: The file holds answers made with other settings or to other rows, or something else.
+        CaptionError: The file holds answers made with other settings, to other rows or about other files of the same
+            names, or something else.
     """
     answers = LineFile(path, conditions, CaptionError, "an answer of sparrow generate")
-    if asked.are_rows:
-        strange = {line["name"] for line in answers.lines} - {question.name for question in asked}
-        if strange:
-            answers.close()
-            raise CaptionError(
-                f"{path} holds answers to other rows, {len(strange)} in number ({min(strange)}): choose another file, "
-                "or delete it"
-            )
+    try:
+        _refuse_others(answers, asked)
+    except CaptionError:
+        answers.close()
+        raise
     return answers
+
+
+def _refuse_others(answers: LineFile, asked: Questions) -> None:
+    known, others = {line["name"]: line for line in answers.lines}, []
+    strange = set(known) if asked.are_rows else set()
+    for question in asked if known else ():
+        strange.discard(question.name)
+        if question.name in known and _is_about_another(known[question.name], question):
+            others.append(question.name)
+    if strange:
+        raise CaptionError(
+            f"{answers.path} holds answers to other rows, {len(strange)} in number ({min(strange)}): choose another "
+            "file, or delete it"
+        )
+    if others:
+        raise CaptionError(
+            f"{answers.path} holds answers about other files of the same names, {len(others)} in number "
+            f"({others[0]}: {_file_of(known[others[0]])}): choose another file, or delete it"
+        )
+
+
+def _is_about_another(line: Mapping[str, Any], question: Question) -> bool:
+    """Whether an answer is about another file than the question. A file that is gone may have been moved."""
+    answered, asked = _file_of(line), question.file
+    if answered is None or asked is None or not os.path.exists(answered):
+        return False
+    return not os.path.exists(asked) or not os.path.samefile(answered, asked)
+
+
+def _file_of(line: Mapping[str, Any]) -> str | None:
+    """The file that an answer is about. Earlier versions wrote its path as it was given, and no more."""
+    return line.get("file") or line["source"]
 
 
 def given_before(answers: LineFile, asked: Sequence[Question]) -> list[dict[str, Any]]:

@@ -140,7 +140,7 @@ class Captioner:
             streamer: Is handed the text while it is written, if nothing is compared.
 
         Returns:
-            `name`, `source`, `question`, and
+            `name`, `source`, `file`, `question`, and
             `text`: the answer without special tokens; `None` in a row with an error, as are all figures;
             `tokens`, `visual_tokens`, `truncated`: its length, the video's, whether `max_new_tokens` ended it;
             `seconds`, `tokens_per_second`: of the call of `generate()`, prefill included;
@@ -171,7 +171,7 @@ class Captioner:
             if isinstance(error, (SparrowError, getattr(torch, "AcceleratorError", ()))):
                 raise
             return self._bad_row(question, error)
-        return {"name": question.name, "source": question.source, "question": asked} | answer | {"error": None}
+        return _named(question, asked) | answer | {"error": None}
 
     def _answer(self, inputs: Mapping[str, Any], streamer: BaseStreamer | None) -> dict[str, Any]:
         if self.compare and not self._is_warm:
@@ -217,13 +217,16 @@ class Captioner:
             told = f"memory ran out, lower --max-frames or --fps ({told})"
         elif not isinstance(error, SparrowError):
             told = f"{type(error).__name__}: {told}"
-        line: dict[str, Any] = {"name": question.name, "source": question.source, "question": None}
-        return line | dict.fromkeys(FIGURES) | {"error": told}
+        return _named(question, None) | dict.fromkeys(FIGURES) | {"error": told}
 
 
 #: Figures of an answer, in the order of a line.
 COMPARED = ("plain_seconds", "speedup", "differs_at", "identical")
 FIGURES = ("text", "tokens", "visual_tokens", "truncated", "seconds", "tokens_per_second", "tau", *COMPARED)
+
+
+def _named(question: Question, asked: str | None) -> dict[str, Any]:
+    return {"name": question.name, "source": question.source, "file": question.file, "question": asked}
 
 
 def _rate(run: Run) -> float:

@@ -1,7 +1,7 @@
 """What is asked: from a video, a folder of videos, or rows, to a list of questions."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from mimetypes import MimeTypes
 from pathlib import Path
@@ -47,6 +47,15 @@ class Question:
     name: str
     source: str | None
     row: dict[str, Any]
+
+    @property
+    def file(self) -> str | None:
+        """The absolute path of its first video or image that is a file of this machine, if it has one."""
+        try:
+            paths = (source for source in _addresses(split_answer(self.row)[0]) if not is_url(source))
+            return os.path.abspath(next(paths))
+        except (TrainingDataError, StopIteration):
+            return None
 
 
 @dataclass(frozen=True)
@@ -181,6 +190,10 @@ def _of_row(row: dict[str, Any]) -> Question:
         written = {name: value for name, value in row.items() if name not in added}
         return Question(row_name(row[ROW_INDEX], repr(written)), None, row)
     asked = [messages, own.get("fps"), own.get("max_frames")]
+    return Question(row_name(row[ROW_INDEX], asked), next(_addresses(messages), None), row)
+
+
+def _addresses(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The paths and URLs of videos and images that clean messages show by them, in order."""
     shown = (part[part["type"]] for part in media_parts(messages))
-    files = (source for source in shown if isinstance(source, str))
-    return Question(row_name(row[ROW_INDEX], asked), next(files, None), row)
+    return (source for source in shown if isinstance(source, str))

@@ -1,0 +1,101 @@
+"""`sparrow generate` goes on in a file of answers only where these are answers to what is asked now."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+from untrained import save_models
+
+from sparrow_hf.cli import app
+from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("clips")
+    for number in range(2):
+        make_clip(folder / f"{number}.mp4", EVALUATION_SEEDS[number], visual_tokens=16)
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture
+def generate(models: tuple[object, ...], tmp_path: Path) -> Callable[..., Result]:
+    def run(source: object, *options: object, name: str = "captions.jsonl") -> Result:
+        words = ("generate", source, *models[:2], "--draft", "none", "--max-new-tokens", 4, "--output")
+        words = (*words, tmp_path / name, *options)
+        return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+
+    return run
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def row(video: str) -> str:
+    content = [{"type": "video", "video": video}, {"type": "text", "text": "what is this ?"}]
+    return json.dumps({"messages": [{"role": "user", "content": content}]}) + "\n"
+
+
+@pytest.mark.parametrize("asked", [".", "rows.jsonl", "clip.mp4"])
+def test_equally_named_files_of_another_folder_are_not_answered_by_the_first(
+    asked: str,
+    generate: Callable[..., Result],
+    clips: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A folder of videos, rows that name a video beside them, and a video by its name in the working folder."""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder, clip in zip(folders, clips, strict=True):
+        folder.mkdir()
+        shutil.copy(clip, folder / "clip.mp4")
+        if asked == "rows.jsonl":
+            (folder / asked).write_text(row("clip.mp4"))
+    monkeypatch.chdir(folders[0])
+    assert generate(asked).exit_code == 0
+    (line,) = lines_of(tmp_path / "captions.jsonl")
+    assert (line["source"], line["file"]) == ("clip.mp4", str(folders[0] / "clip.mp4"))
+    written = (tmp_path / "captions.jsonl").read_bytes()
+    monkeypatch.chdir(folders[1])
+    refused = generate(asked)
+    told = f"holds answers about other files of the same names, 1 in number ({line['name']}: {line['file']}): choose"
+    assert refused.exit_code == 2 and told in refused.output, refused.output
+    assert (tmp_path / "captions.jsonl").read_bytes() == written
+    # The same files by another path are the same.
+    (tmp_path / "link").symlink_to(folders[0])
+    monkeypatch.chdir(tmp_path / "link")
+    assert generate(asked).exit_code == 0
+    # A folder that was moved is answered already.
+    monkeypatch.chdir(tmp_path)
+    folders[0].rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert generate(asked).exit_code == 0
+    assert (tmp_path / "captions.jsonl").read_bytes() == written
+
+
+def test_lines_of_earlier_versions_name_their_file_as_the_source(
+    generate: Callable[..., Result], clips: list[Path], tmp_path: Path
+) -> None:
+    for number, clip in enumerate(clips):
+        (tmp_path / str(number)).mkdir()
+        shutil.copy(clip, tmp_path / str(number) / "clip.mp4")
+    assert generate(tmp_path / "0").exit_code == 0
+    path = tmp_path / "captions.jsonl"
+    (line,) = lines_of(path)
+    del line["file"], line["sha256"]
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.warns(UserWarning, match="carries no digests"):
+        assert generate(tmp_path / "0").exit_code == 0
+    with pytest.warns(UserWarning, match="carries no digests"):
+        refused = generate(tmp_path / "1")
+    assert refused.exit_code == 2 and f"(clip.mp4: {tmp_path}/0/clip.mp4)" in refused.output
