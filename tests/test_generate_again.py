@@ -10,7 +10,10 @@ import pytest
 from typer.testing import CliRunner, Result
 from untrained import save_models
 
+from sparrow_hf.artifacts import tensor_digest
+from sparrow_hf.checksums import sealed
 from sparrow_hf.cli import app
+from sparrow_hf.loading import load_target
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
 
 
@@ -99,3 +102,36 @@ def test_lines_of_earlier_versions_name_their_file_as_the_source(
     with pytest.warns(UserWarning, match="carries no digests"):
         refused = generate(tmp_path / "1")
     assert refused.exit_code == 2 and f"(clip.mp4: {tmp_path}/0/clip.mp4)" in refused.output
+
+
+def test_answers_of_other_weights_in_the_same_folder_are_not_gone_on_with(
+    models: tuple[object, ...], clips: list[Path], tmp_path: Path
+) -> None:
+    target, output = tmp_path / "target", tmp_path / "captions.jsonl"
+    shutil.copytree(str(models[1]), target)
+    (tmp_path / "videos").mkdir()
+    shutil.copy(clips[0], tmp_path / "videos")
+
+    def generate() -> Result:
+        words = ("generate", tmp_path / "videos", "--target", target, "--draft", "none", "--max-new-tokens", 4)
+        return CliRunner().invoke(app, [str(word) for word in (*words, "--output", output)], env={"COLUMNS": "400"})
+
+    assert generate().exit_code == 0
+    (line,) = lines_of(output)
+    first = tensor_digest(load_target(str(target))[0].state_dict())
+    assert line["provenance"]["target_sha256"] == first
+    model = load_target(str(target))[0]
+    model.get_input_embeddings().weight.data[0] += 1
+    model.save_pretrained(target)
+    second = tensor_digest(model.state_dict())
+    shutil.copy(clips[1], tmp_path / "videos")
+    refused = generate()
+    assert refused.exit_code == 2
+    assert f"was made differently (target_sha256: '{first}', now '{second}'): choose" in refused.output
+    assert lines_of(output) == [line]
+
+    # A line of an earlier version says nothing of weights.
+    del line["provenance"]["target_sha256"]
+    output.write_text(json.dumps(sealed({name: line[name] for name in line if name != "sha256"})) + "\n")
+    assert generate().exit_code == 0
+    assert [each["provenance"].get("target_sha256") for each in lines_of(output)] == [None, second]

@@ -11,13 +11,36 @@ from transformers.generation import BaseStreamer
 
 import sparrow_hf
 
+from ..artifacts import check_made_alike
 from ..errors import CaptionError
 from ..line_file import LineFile
 from .caption import Captioner
 from .sources import Question, Questions
 
+#: Conditions that earlier versions did not write.
+LATER_CONDITIONS = ("target_sha256",)
 
-def open_answers(path: Path, conditions: Mapping[str, Any], asked: Questions) -> LineFile:
+
+class AnswerFile(LineFile):
+    """Answers made under the same conditions, see [`~sparrow_hf.line_file.LineFile`].
+
+    Args:
+        conditions: See [`Captioner.conditions`]. Those that earlier versions did not write are compared where a line
+            has them.
+    """
+
+    def __init__(self, path: Path, conditions: Mapping[str, Any]):
+        self._conditions = conditions
+        super().__init__(path, {}, CaptionError, "an answer of sparrow generate")
+
+    def check_line(self, line: Mapping[str, Any]) -> None:
+        found = line["provenance"]
+        lacking = {name for name in LATER_CONDITIONS if found.get(name) is None}
+        wanted = {name: value for name, value in self._conditions.items() if name not in lacking}
+        check_made_alike(self.path, found, wanted, CaptionError)
+
+
+def open_answers(path: Path, conditions: Mapping[str, Any], asked: Questions) -> AnswerFile:
     """The file of answers, with those that were given before.
 
     Args:
@@ -29,7 +52,7 @@ def open_answers(path: Path, conditions: Mapping[str, Any], asked: Questions) ->
         CaptionError: The file holds answers made with other settings, to other rows or about other files of the same
             names, or something else.
     """
-    answers = LineFile(path, conditions, CaptionError, "an answer of sparrow generate")
+    answers = AnswerFile(path, conditions)
     try:
         _refuse_others(answers, asked)
     except CaptionError:

@@ -108,17 +108,20 @@ class Captioner:
             f"draft tree {tree}" if tree else "no draft"
         )
 
-    def conditions(self, target: str, draft: str | None, question: str | None) -> dict[str, Any]:
+    def conditions(self, target: str, draft: str | None, question: str | None, in_file: bool) -> dict[str, Any]:
         """How answers are made. Only answers made alike stand in one file.
 
         Args:
             target, draft: Folders or Hub ids, as the user named them.
             question: What is asked about every video; `None` if rows ask.
+            in_file: Whether the answers go to a file, which a later run may go on with. The digest of the target's
+                weights, seconds of work for a large target, is in its lines only.
         """
         config = unwrap(self.target).config
         return {
             "target": target,
             "target_revision": commit_of(config),
+            "target_sha256": tensor_digest(self.target.state_dict()) if in_file else None,
             "dtype": str(self.target.dtype).removeprefix("torch."),
             "attention": attention_of(config),
             "draft": draft,

@@ -139,7 +139,7 @@ def generate(
             settings={"max_new_tokens": max_new_tokens} | sampling_of(do_sample, temperature, top_p, top_k),
         )
         say(f"{target or f'built-in {family}'} in {captioner.told}")
-        conditions = captioner.conditions(target or family, draft, asked.question)
+        conditions = captioner.conditions(target or family, draft, asked.question, output is not None)
         answers = None
         if output is not None:
             answers = stack.enter_context(captioning.open_answers(output, conditions, asked))
