@@ -12,8 +12,8 @@ from sparrow_hf.data.prepare import to_target
 from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.testbed.nano import build_processor
 from sparrow_hf.training import SparrowDataCollator, TrainingStates
+from sparrow_hf.training.batched_answers import generate_answers
 from sparrow_hf.training.recording import record
-from sparrow_hf.training.regenerate import generate_answers
 
 from families import FAMILY_BY_NAME
 

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.artifacts import tensor_digest
 from sparrow_hf.checksums import file_digest
+from sparrow_hf.data.answers import digests_of, read_answers, read_skipped
 from sparrow_hf.errors import SparrowError
 from sparrow_hf.evaluation import RunFile
 from sparrow_hf.evaluation.run_file import read_lines
 from sparrow_hf.training import SparrowDataCollator
 from sparrow_hf.training.checkpoints import check_checkpoint, seal_checkpoint
 from sparrow_hf.training.recording import RecordedDataset, record
-from sparrow_hf.training.regenerate import digests_of, read_answers, read_skipped
 from sparrow_hf.training.vocabulary import load_vocabulary, save_vocabulary
 
 VALUES = (None, True, -1, 0, 1, 10**9, 10**400, float("nan"), 0.5, "5", "x", [], [1], {}, [[]])

@@ -15,21 +15,15 @@ from kills import die, files_of, kill_this_process
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.artifacts import write_json
 from sparrow_hf.cli.regenerate import regenerate as regenerate_command
+from sparrow_hf.data.answers import digests_of, read_answers, read_skipped
 from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.testbed import LLAVA_ONEVISION
 from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.testbed.world import make_clip
 from sparrow_hf.training import SparrowDataCollator, load_rows
 from sparrow_hf.training import regenerate as regenerating
-from sparrow_hf.training.regenerate import (
-    digests_of,
-    estimate_answer_bytes,
-    generate_answers,
-    left_pad,
-    read_answers,
-    read_skipped,
-    regenerate,
-)
+from sparrow_hf.training.batched_answers import generate_answers, left_pad
+from sparrow_hf.training.regenerate import estimate_answer_bytes, regenerate
 from sparrow_hf.video import prepare_inputs
 
 from families import FAMILY_BY_NAME

@@ -23,7 +23,7 @@ from transformers.generation import BaseStreamer
 from sparrow_hf.artifacts import write_json
 from sparrow_hf.evaluation.provenance import provenance
 from sparrow_hf.testbed import load
-from sparrow_hf.training.regenerate import left_pad
+from sparrow_hf.training.batched_answers import left_pad
 
 from .batches import NUM_CLIPS, SIZES, prompts
 

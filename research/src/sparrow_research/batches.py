@@ -25,7 +25,7 @@ from sparrow_hf.clocks import StopWatch, now
 from sparrow_hf.data.prepare import prepare_inputs
 from sparrow_hf.evaluation.provenance import provenance
 from sparrow_hf.testbed import EVALUATION_SEEDS, FAMILIES, QWEN2_5_VL, family_of, load, make_clip
-from sparrow_hf.training.regenerate import left_pad
+from sparrow_hf.training.batched_answers import left_pad
 
 SIZES = (1, 2, 4, 8)
 NUM_CLIPS = 8

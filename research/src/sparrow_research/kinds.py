@@ -33,7 +33,7 @@ from sparrow_hf.modeling_sparrow import SparrowDraftModel
 from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.testbed.world import EVALUATION_SEEDS, TOKENS_PER_STEP, TRAIN_SEEDS, write_script
 from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments
-from sparrow_hf.training.regenerate import generate_answers, left_pad
+from sparrow_hf.training.batched_answers import generate_answers, left_pad
 from sparrow_hf.tree_shapes import TREE_PRESETS
 
 from .kind_targets import KINDS, Kind

@@ -38,9 +38,9 @@ from sparrow_hf.testbed.world import (
     write_script,
 )
 from sparrow_hf.training import SparrowTrainer, append_answer
+from sparrow_hf.training.batched_answers import generate_answers
 from sparrow_hf.training.checkpoints import last_checkpoint
 from sparrow_hf.training.recording import RecordedDataset, Recorder
-from sparrow_hf.training.regenerate import generate_answers
 
 from .curriculum import CurriculumArguments
 from .muon import Muon

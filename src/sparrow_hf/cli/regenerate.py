@@ -71,8 +71,9 @@ def regenerate(
     require("train", "sparrow regenerate")
     from .. import SparrowDraftModel
     from ..data import load_rows
+    from ..data.answers import read_answers, read_skipped
     from ..loading import load_target
-    from ..training.regenerate import estimate_answer_bytes, read_answers, read_skipped
+    from ..training.regenerate import estimate_answer_bytes
     from ..training.regenerate import regenerate as write_answers
 
     quiet_transformers()

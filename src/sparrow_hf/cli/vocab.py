@@ -30,7 +30,7 @@ def vocab(
     from tqdm import tqdm
 
     from .. import __version__
-    from ..training.regenerate import read_answers
+    from ..data.answers import read_answers
     from ..training.vocabulary import (
         VOCABULARY_FILE,
         TargetTokens,

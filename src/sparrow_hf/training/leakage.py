@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.answers import MEDIA_FOLDER
 from ..data.files import is_url
 from ..data.messages import clean_messages, fingerprint, media_digest, media_parts, split_answer
 from ..errors import SparrowError, TrainingDataError
 from .data import as_row
 from .recording import RecordedDataset
-from .regenerate import MEDIA_FOLDER
 
 #: Pairs of rows that [`refuse_shared_media`] names.
 MAX_NAMED_PAIRS = 10

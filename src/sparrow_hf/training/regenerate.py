@@ -9,14 +9,13 @@ and together write the same files as one process.
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
 from accelerate import PartialState
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
@@ -31,21 +30,28 @@ from ..artifacts import (
     write_text,
 )
 from ..checksums import Digests, read_json
+from ..data.answers import (
+    MEDIA_FOLDER,
+    PROVENANCE_FILE,
+    REMEDY,
+    digests_of,
+    read_answers,
+    read_skipped,
+    skipped_list,
+)
 from ..data.datasets import Rows
 from ..data.files import is_url
 from ..data.messages import columns_of, media_digest, naming_row, rows_digest, split_answer
-from ..data.prepare import prepare_prompt, to_target, tokenizer_of
-from ..errors import SparrowError, TrainingDataError
+from ..data.prepare import prepare_prompt, tokenizer_of
+from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
+from .batched_answers import generate_answers
 from .data import as_row
+
+__all__ = ["estimate_answer_bytes", "read_answers", "read_skipped", "regenerate"]
 
 logger = logging.get_logger(__name__)
 
-PROVENANCE_FILE = "provenance.json"
-#: Folder of the media that rows gave as bytes, each file called by its `media_digest`.
-MEDIA_FOLDER = "media"
-#: What to do about a file that is missing or damaged.
-REMEDY = "delete it and run `sparrow regenerate` again with the same options, which keeps the rest"
 #: Fields of `provenance.json` that earlier versions did not write.
 LATER_FIELDS = ("target_sha256", "prompts_sha256")
 #: What an answer token takes in a shard, its id and its text together (English, a vocabulary of 150,000).
@@ -192,52 +198,6 @@ def regenerate(
     return shards
 
 
-def skipped_list(shard: Path) -> Path:
-    """The file that lists the rows left out of a shard."""
-    return shard.with_suffix(".skipped.json")
-
-
-def digests_of(folder: Path) -> Digests:
-    """The digests of a folder of answers."""
-    return Digests(folder, TrainingDataError, REMEDY)
-
-
-def read_answers(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The rows of all shards in a folder, in order; a dataset for [`SparrowTrainer`].
-
-    Raises:
-        TrainingDataError: A file that was written is missing or damaged.
-    """
-    digests = digests_of(Path(folder))
-    digests.warn_without()
-    digests.check_present()
-    for shard in sorted(Path(folder).glob("answers-*.jsonl")):
-        digests.check(shard)
-        try:
-            with shard.open() as lines:
-                yield from map(json.loads, lines)
-        except ValueError as error:
-            raise TrainingDataError(f"{shard} is damaged ({error}): {REMEDY}") from error
-
-
-def read_skipped(folder: str | os.PathLike[str]) -> dict[int, str]:
-    """Index of each row that was left out → reason.
-
-    Raises:
-        TrainingDataError: A list of them is missing or damaged.
-    """
-    digests = digests_of(Path(folder))
-    digests.check_present()
-    skipped: dict[int, str] = {}
-    for path in sorted(Path(folder).glob("answers-*.skipped.json")):
-        digests.check(path)
-        try:
-            skipped |= {int(index): str(reason) for index, reason in json.loads(path.read_text())}
-        except (ValueError, TypeError) as error:
-            raise TrainingDataError(f"{path} is damaged ({error}): {REMEDY}") from error
-    return skipped
-
-
 def estimate_answer_bytes(rows: Rows | Sequence[Mapping[str, Any]], max_new_tokens: int) -> int:
     """About how much disk the shards take at most: every answer as long as it may be. From a sample of the rows."""
     step = max(1, len(rows) // ROWS_LOOKED_AT)
@@ -318,84 +278,3 @@ def _answer(
         row | {"answer_ids": ids, "answer": tokenizer.decode(ids, skip_special_tokens=True)}
         for (row, _), ids in zip(prepared, answers, strict=True)
     ]
-
-
-def generate_answers(
-    target: PreTrainedModel, prompts: Sequence[Mapping[str, Tensor]], pad_token_id: int, **settings: Any
-) -> list[list[int]]:
-    """Answers of several processed prompts from one batched `generate()` call, end of turn included.
-
-    Args:
-        target: The target.
-        prompts: What its processor returned for each prompt.
-        pad_token_id: Fills up short prompts on the left, and ends short answers.
-        settings: Arguments of `generate()`.
-
-    Raises:
-        TrainingDataError: The prompts cannot be batched.
-    """
-    inputs = to_target(left_pad(prompts, pad_token_id), target)
-    try:
-        output = target.generate(**inputs, pad_token_id=pad_token_id, **settings)
-    except ValueError as error:
-        if isinstance(error, SparrowError) or len({frozenset(prompt) for prompt in prompts}) == 1:
-            raise
-        # GLM 4.xV cannot tell the images of one prompt from the videos of another.
-        raise TrainingDataError(
-            f"the target does not read these prompts in one batch ({error}): use batch_size=1 for these rows"
-        ) from error
-    eos = target.generation_config.eos_token_id
-    ends = set(eos if isinstance(eos, list) else [eos])
-    answers = []
-    for row in output[:, inputs["input_ids"].shape[1] :].tolist():
-        length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
-        while length and row[length - 1] == pad_token_id and pad_token_id not in ends:
-            # What ended at a stop string is followed by padding alone.
-            length -= 1
-        answers.append(row[:length])
-    return answers
-
-
-def left_pad(prompts: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    """One batch of several processed prompts: ids and masks padded on the left, visual tensors one after the other.
-
-    Prompts may differ in what they show: a prompt without a video adds nothing to the videos of the batch.
-
-    Raises:
-        TrainingDataError: Tensors cannot be joined: their shapes differ, they number the patches of one prompt, or a
-            prompt lacks one that has an entry for every token. Generate these prompts one by one.
-    """
-    if len(prompts) == 1:
-        return dict(prompts[0])
-    length = max(prompt["input_ids"].shape[1] for prompt in prompts)
-    batch: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for prompt in prompts for name in prompt):
-        holders = [prompt for prompt in prompts if name in prompt]
-        parts = [prompt[name] for prompt in holders]
-        per_token = all(prompt[name].shape == prompt["input_ids"].shape for prompt in holders)
-        # Molmo 2 numbers the patches of a prompt: in a batch these would be those of the first one.
-        is_numbers = name.endswith("_token_pooling")
-        if name.startswith("pixel_") and all("pixel_attention_mask" in prompt for prompt in holders):
-            parts = _with_as_many_images(parts)
-        if per_token and len(holders) == len(prompts):
-            # Masks and token types of padding are 0.
-            fill = pad_token_id if name == "input_ids" else 0
-            padded = [torch.nn.functional.pad(part, (length - part.shape[1], 0), value=fill) for part in parts]
-            batch[name] = torch.cat(padded)
-        elif not per_token and len({part.shape[1:] for part in parts}) == 1 and (len(parts) == 1 or not is_numbers):
-            batch[name] = torch.cat(parts)
-        else:
-            shapes = ", ".join(str(tuple(prompt[name].shape)) if name in prompt else "none" for prompt in prompts)
-            raise TrainingDataError(
-                f"the prompts' {name} have shapes {shapes} and cannot be batched: use batch_size=1 for these rows"
-            )
-    return batch
-
-
-def _with_as_many_images(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Pixels, or their mask, `(1, images, …)` of several prompts, filled up with images of zeros, which are no images.
-
-    So do the processors that make such a mask (Idefics 3, SmolVLM), and their models leave them out.
-    """
-    most = max(part.shape[1] for part in parts)
-    return [torch.cat([part, part.new_zeros(1, most - part.shape[1], *part.shape[2:])], dim=1) for part in parts]
