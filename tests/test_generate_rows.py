@@ -1,5 +1,6 @@
 """Rows of `sparrow generate`: in every dialect they are called by what they ask, and a malformed one is told."""
 
+import base64
 import hashlib
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ from untrained import save_models
 
 from sparrow_hf.captioning import Question, read_questions
 from sparrow_hf.cli import app
+from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
 
 ASKED = {"type": "text", "text": "what is this ?"}
 ANSWER = {"role": "assistant", "content": "a ring"}
@@ -99,6 +101,29 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
 def generate(rows: Path, models: tuple[object, ...], output: Path) -> Result:
     words = ("generate", rows, *models, "--max-new-tokens", 4, "--output", output)
     return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+
+
+def test_a_folder_of_answers_holds_rows(models: tuple[object, ...], tmp_path: Path) -> None:
+    """Neither its digests nor the media that rows gave as bytes are videos of it."""
+    clip = make_clip(tmp_path / "clip.mp4", EVALUATION_SEEDS[0], visual_tokens=16)
+    packed = base64.b64encode((tmp_path / "clip.mp4").read_bytes()).decode()
+    rows, answers = tmp_path / "rows.jsonl", tmp_path / "answers"
+    rows.write_text(
+        json.dumps(plain(f"data:video/mp4;base64,{packed}")) + "\n" + json.dumps({"messages": clip.messages})
+    )
+    words = ("regenerate", *models[:2], "--prompts", rows, "--output", answers, "--max-new-tokens", 4)
+    assert CliRunner().invoke(app, [str(word) for word in words]).exit_code == 0
+    assert sorted(path.name for path in answers.iterdir()) == [
+        "answers-00000.jsonl", "digests.sha256", "media", "provenance.json",
+    ]  # fmt: skip
+    asked = read_questions(str(answers))
+    assert asked.are_rows and asked.left_out == ()
+    assert [question.row["messages"][0]["content"][1]["text"] for question in asked] == [
+        "what is this ?", "describe this video in detail .",
+    ]  # fmt: skip
+    assert generate(answers, models, tmp_path / "again.jsonl").exit_code == 0
+    lines = [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()]
+    assert [line["question"] for line in lines] == ["what is this ?", "describe this video in detail ."]
 
 
 def test_a_malformed_row_gets_one_line_and_the_run_goes_on(models: tuple[object, ...], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from mimetypes import MimeTypes
 from pathlib import Path
 from typing import Any
 
+from ..data.answers import is_answers
 from ..data.datasets import ROW_FILES, SAVED_DATASETS, load_rows
 from ..data.files import is_url
 from ..data.messages import (
@@ -109,7 +110,7 @@ def read_questions(source: str, question: str | None = None, output: Path | None
         raise CaptionError(f"{output} holds what is asked: name another file for the answers")
     if is_url(source) or source.startswith("file://") or path.is_file() and not is_rows:
         return Questions([_about(source, source, about)], about)
-    if path.is_dir() and not any((path / name).exists() for name in SAVED_DATASETS):
+    if path.is_dir() and not is_answers(path) and not any((path / name).exists() for name in SAVED_DATASETS):
         names = sorted(file.relative_to(path).as_posix() for file in _files(path, output))
         left_out = tuple(name for name in names if _is_other(path / name))
         videos = [name for name in names if name not in left_out]

@@ -10,10 +10,16 @@ from ..checksums import Digests
 from ..errors import TrainingDataError
 
 PROVENANCE_FILE = "provenance.json"
+SHARDS = "answers-*.jsonl"
 #: Folder of the media that rows gave as bytes, each file called by its `media_digest`.
 MEDIA_FOLDER = "media"
 #: What to do about a file that is missing or damaged.
 REMEDY = "delete it and run `sparrow regenerate` again with the same options, which keeps the rest"
+
+
+def is_answers(folder: Path) -> bool:
+    """Whether a folder is one of answers, be they complete or not."""
+    return (folder / PROVENANCE_FILE).is_file() and any(folder.glob(SHARDS))
 
 
 def skipped_list(shard: Path) -> Path:
@@ -35,7 +41,7 @@ def read_answers(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     digests = digests_of(Path(folder))
     digests.warn_without()
     digests.check_present()
-    for shard in sorted(Path(folder).glob("answers-*.jsonl")):
+    for shard in sorted(Path(folder).glob(SHARDS)):
         digests.check(shard)
         try:
             with shard.open() as lines:
