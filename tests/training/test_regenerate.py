@@ -1,6 +1,7 @@
 """The target's own answers: batched as alone, resumed as whole, and ready to train on."""
 
 import contextlib
+import errno
 import inspect
 import json
 import subprocess
@@ -302,6 +303,47 @@ def test_videos_that_do_not_fit_into_one_batch_are_answered_one_by_one(tmp_path,
         regenerate(target, processor, prompts, tmp_path / str(size), batch_size=size, **settings)
         answers.append([row["answer_ids"] for row in read_answers(tmp_path / str(size))])
     assert answers[0] == answers[1] and len(answers[0]) == 3
+
+
+def test_what_does_not_fit_into_memory_is_answered_one_by_one_or_left_out(tmp_path, nano, processor, monkeypatch):
+    prompts = asked("red ?", "blue . " * 40, "a red dot ?")
+    settings = SETTINGS | {"do_sample": False, "shard_size": 3}
+    alone = regenerate(nano, processor, prompts, tmp_path / "alone", **settings)[0].read_text().splitlines()
+    generate, sizes, most = nano.generate, [], 10_000
+
+    def generate_in_little_memory(input_ids, **options):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 1 or input_ids.shape[1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB")
+        return generate(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(nano, "generate", generate_in_little_memory)
+    (shard,) = regenerate(nano, processor, prompts, tmp_path / "a", batch_size=3, **settings)
+    assert shard.read_text().splitlines() == alone and sizes == [3, 1, 1, 1]
+
+    most = 40
+    told = (
+        "row 1: memory ran out, for this row alone: leave it out with --on-bad-row skip (on_bad_row='skip'), or go on "
+        "where there is more memory (CUDA out of memory. Tried to allocate 20.00 GiB)"
+    )
+    with pytest.raises(TrainingDataError) as refused:
+        regenerate(nano, processor, prompts, tmp_path / "b", batch_size=3, **settings)
+    assert str(refused.value) == told
+    (shard,) = regenerate(nano, processor, prompts, tmp_path / "b", batch_size=3, on_bad_row="skip", **settings)
+    assert shard.read_text().splitlines() == [alone[0], alone[2]] and read_skipped(tmp_path / "b") == {1: told}
+
+
+def test_a_full_disk_leaves_no_row_out(tmp_path, nano, processor, rows, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    content = [{"type": "video", "video": Path(rows[0]["messages"][0]["content"][0]["video"]).read_bytes()}]
+    monkeypatch.setattr(regenerating, "atomic_path", full)
+    with pytest.raises(TrainingDataError, match="row 0: OSError: .*No space left on device"):
+        regenerate(
+            nano, processor, [{"messages": [{"role": "user", "content": content}]}], tmp_path, on_bad_row="skip"
+        )
+    assert read_skipped(tmp_path) == {}
 
 
 def test_a_draft_writes_the_same_answers(tmp_path, nano, processor, rows):

@@ -9,7 +9,8 @@ and together write the same files as one process.
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,7 @@ from ..data.messages import columns_of, media_digest, naming_row, rows_digest, s
 from ..data.prepare import prepare_prompt, tokenizer_of
 from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
+from ..resources import ran_out
 from .batched_answers import generate_answers
 from .data import as_row
 
@@ -90,12 +92,14 @@ def regenerate(
         draft: A draft of this target that speeds up the writing.
         shard_size: Rows per file.
         batch_size: Prompts generated together, padded on the left. Those that do not fit into one batch (videos of
-            different length, where a target's pixels have no mask) are answered one by one.
+            different length, where a target's pixels have no mask), or into memory together, are answered one by one.
         max_new_tokens: Maximum length of an answer.
-        seed: Seed of sampling. Each shard has its own random stream, so a resumed run writes the same answers.
+        seed: Seed of sampling. Each shard has its own random stream, so a resumed run writes the same answers. Where
+            memory ran out, the sampled answers of that shard are others.
         fps, max_frames: Sampling of video files. They are stored in each row, and used whenever it is read again.
-        on_bad_row: `"refuse"` raises at the first bad row; `"skip"` leaves it out and lists it with the reason in
-            `answers-00000.skipped.json`, see [`read_skipped`]. A run that was refused may go on with `"skip"`.
+        on_bad_row: `"refuse"` raises at the first bad row, or one that alone does not fit into memory; `"skip"` leaves
+            it out and lists it with the reason in `answers-00000.skipped.json`, see [`read_skipped`]. A run that was
+            refused may go on with `"skip"`.
         show_progress: Show a progress bar over the rows of this process.
         generation_settings: Further arguments of `generate()` (`do_sample`, `temperature`, …).
 
@@ -156,8 +160,10 @@ def regenerate(
         if processes.is_main_process:
             remove_partial_files(folder)
             digests.tidy()
+    tokenizer = tokenizer_of(processor)
+    settings = settings | {"tokenizer": tokenizer, "pad_token_id": tokenizer.pad_token_id}
     if draft is not None:
-        settings = settings | {"assistant_model": draft}
+        settings["assistant_model"] = draft
 
     numbers = range(-(-len(rows) // shard_size))
     shards = [folder / f"answers-{number:05d}.jsonl" for number in numbers]
@@ -176,17 +182,19 @@ def regenerate(
             torch.manual_seed(seed + number)
             written: list[dict[str, Any]] = []
             skipped: list[tuple[int, str]] = []
+            leave_out = skipped if on_bad_row == "skip" else None
             for first in range(0, len(indices), batch_size):
                 batch = indices[first : first + batch_size]
-                good = []
+                good: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
                 for index in batch:
-                    try:
-                        good.append(_prepare(processor, as_row(rows[index]), index, digests, sampling))
-                    except TrainingDataError as error:
-                        if on_bad_row == "refuse":
-                            raise
-                        skipped.append((index, str(error)))
-                written += _answer(target, processor, good, settings)
+                    with _bad_row(index, leave_out):
+                        good[index] = _prepare(processor, as_row(rows[index]), index, digests, sampling)
+                together = _answer_together(target, [prompt for _, prompt in good.values()], settings)
+                for place, (index, (row, prompt)) in enumerate(good.items()):
+                    with _bad_row(index, leave_out):
+                        ids = together[place] if together else generate_answers(target, [prompt], **settings)[0]
+                        text = tokenizer.decode(ids, skip_special_tokens=True)
+                        written.append(row | {"answer_ids": ids, "answer": text})
                 progress.update(len(batch))
             if skipped:
                 # Written first, so that an existing shard always has it.
@@ -256,25 +264,40 @@ def _storable_source(source: Any, digests: Digests) -> Any:
     return source if is_url(source) else os.path.abspath(source)
 
 
-def _answer(
-    target: PreTrainedModel,
-    processor: ProcessorMixin,
-    prepared: Sequence[tuple[dict[str, Any], dict[str, Any]]],
-    settings: dict[str, Any],
-) -> list[dict[str, Any]]:
-    if not prepared:
-        return []
-    prompts = [prompt for _, prompt in prepared]
-    tokenizer = tokenizer_of(processor)
-    pad_token_id, settings = tokenizer.pad_token_id, settings | {"tokenizer": tokenizer}
+def _answer_together(
+    target: PreTrainedModel, prompts: Sequence[Mapping[str, Any]], settings: dict[str, Any]
+) -> list[list[int]] | None:
+    """The answers of a batch; `None` if its prompts must be answered one by one."""
+    if len(prompts) < 2:
+        return None
     try:
-        answers = generate_answers(target, prompts, pad_token_id, **settings)
+        return generate_answers(target, prompts, **settings)
     except TrainingDataError:
-        if len(prompts) == 1:
+        reason = "prompts that do not fit into one batch are answered one by one"
+    except Exception as error:
+        if ran_out(error) != "memory":
             raise
-        logger.warning_once("prompts that do not fit into one batch are answered one by one")
-        answers = [generate_answers(target, [prompt], pad_token_id, **settings)[0] for prompt in prompts]
-    return [
-        row | {"answer_ids": ids, "answer": tokenizer.decode(ids, skip_special_tokens=True)}
-        for (row, _), ids in zip(prepared, answers, strict=True)
-    ]
+        reason = "batches that do not fit into memory are answered one by one: smaller ones take less time"
+    # Here, where the error no longer holds the memory of what was computed.
+    logger.warning_once(reason)
+    return None
+
+
+@contextmanager
+def _bad_row(index: int, leave_out: list[tuple[int, str]] | None) -> Iterator[None]:
+    """Adds a row that is bad, or does not fit into memory, with the reason to a list; raises where there is none."""
+    try:
+        try:
+            yield
+        except Exception as error:
+            if ran_out(error) != "memory":
+                raise
+            raise TrainingDataError(
+                f"row {index}: memory ran out, for this row alone: leave it out with --on-bad-row skip "
+                f"(on_bad_row='skip'), or go on where there is more memory ({' '.join(str(error).split())})"
+            ) from error
+    except TrainingDataError as error:
+        # The row is not to blame for a full disk.
+        if leave_out is None or ran_out(error) == "disk":
+            raise
+        leave_out.append((index, str(error)))
