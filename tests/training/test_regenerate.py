@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import inspect
 import json
 import subprocess
@@ -21,13 +22,11 @@ from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.testbed import LLAVA_ONEVISION
 from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.testbed.world import make_clip
-from sparrow_hf.training import SparrowDataCollator, load_rows
+from sparrow_hf.training import SparrowDataCollator, load_rows, media_keys
 from sparrow_hf.training import regenerate as regenerating
-from sparrow_hf.training.batched_answers import generate_answers, left_pad
+from sparrow_hf.training.batched_answers import left_pad
 from sparrow_hf.training.regenerate import estimate_answer_bytes, regenerate
 from sparrow_hf.video import prepare_inputs
-
-from families import FAMILY_BY_NAME
 
 SETTINGS = {"max_new_tokens": 6, "min_new_tokens": 2, "do_sample": True}
 
@@ -58,73 +57,6 @@ def test_the_command_writes_files_of_the_same_size():
     command, function = (inspect.signature(each).parameters for each in (regenerate_command, regenerate))
     for name in ("shard_size", "batch_size", "max_new_tokens", "seed"):
         assert command[name].default == function[name].default, name
-
-
-def test_answers_of_a_batch_are_those_of_each_prompt(nano, processor, rows):
-    prompts = [dict(prepare_inputs(processor, row["messages"][:1])) for row in rows[:2]]
-    settings = {"max_new_tokens": 8, "do_sample": False}
-    pad = processor.tokenizer.pad_token_id
-    together = generate_answers(nano, prompts, pad, **settings)
-    alone = [generate_answers(nano, [prompt], pad, **settings)[0] for prompt in prompts]
-    assert together == alone
-    prompts[0]["second_per_grid_ts"] = torch.zeros(1, 3)
-    with pytest.raises(TrainingDataError, match="batch_size=1"):
-        left_pad(prompts, pad)
-
-
-@pytest.mark.parametrize("order", [(0, 2), (2, 0), (3, 1, 4, 0)], ids=str)
-def test_prompts_with_and_without_a_video_share_a_batch(nano, processor, rows, order):
-    prompts = [dict(prepare_inputs(processor, rows[index]["messages"][:1])) for index in order]
-    settings = {"max_new_tokens": 8, "do_sample": False}
-    pad = processor.tokenizer.pad_token_id
-    together = generate_answers(nano, prompts, pad, **settings)
-    assert together == [generate_answers(nano, [prompt], pad, **settings)[0] for prompt in prompts]
-    videos = [prompt["video_grid_thw"] for prompt in prompts if "video_grid_thw" in prompt]
-    assert torch.equal(left_pad(prompts, pad)["video_grid_thw"], torch.cat(videos))
-    # What has an entry for every token cannot be made up.
-    del prompts[0]["attention_mask"]
-    with pytest.raises(TrainingDataError, match=r"attention_mask have shapes none, \(1, .*batch_size=1"):
-        left_pad(prompts, pad)
-
-
-PROMPTS = {
-    "video": {"seed": 1},
-    "text": {"videos": 0, "question": "Tell me a long story."},
-    "image": {"videos": 0, "images": 1},
-}
-
-
-def answered(family, kinds):
-    """Answers of the family's tiny target, together and one by one."""
-    target = family.build_target()
-    prompts = [family.build_inputs(target, **PROMPTS[kind]) for kind in kinds]
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    pad = family.tokenizer.pad_token_id
-    together = generate_answers(target, prompts, pad, **settings)
-    return together, [generate_answers(target, [prompt], pad, **settings)[0] for prompt in prompts]
-
-
-def test_every_family_answers_prompts_with_and_without_a_video_in_one_batch(family):
-    together, alone = answered(family, ("text", "video", "text"))
-    assert together == alone
-
-
-def test_prompts_with_different_numbers_of_frames_share_a_batch_where_pixels_are_masked():
-    together, alone = answered(FAMILY_BY_NAME["smolvlm"], ("image", "video", "text"))
-    assert together == alone
-
-
-@pytest.mark.parametrize(
-    ("name", "kinds", "reason"),
-    [
-        ("molmo2", ("video", "video"), "video_token_pooling"),
-        ("cosmos3_edge", ("video", "text"), "mm_token_type_ids have shapes .* none"),
-        ("glm4v", ("image", "video"), "the target does not read these prompts in one batch"),
-    ],
-)
-def test_prompts_that_a_family_cannot_read_together_are_refused(name, kinds, reason):
-    with pytest.raises(TrainingDataError, match=f"{reason}.*batch_size=1"):
-        answered(FAMILY_BY_NAME[name], kinds)
 
 
 def test_a_resumed_run_writes_what_the_whole_one_would(tmp_path, nano, processor, rows):
@@ -269,6 +201,34 @@ def test_what_is_stored_can_be_read_again_from_anywhere(tmp_path, nano, processo
     assert first["video_grid_thw"].tolist() == [[3, 4, 4]]
     with pytest.raises(TrainingDataError, match="row 0: .*cannot hold a ndarray"):
         regenerate(nano, processor, [ask(torch.zeros(4, 64, 64, 3).numpy())], tmp_path / "b", **SETTINGS)
+
+
+def test_answers_that_hold_their_media_can_be_moved(tmp_path, nano, processor, rows, monkeypatch):
+    clips = [Path(row["messages"][0]["content"][0]["video"]).read_bytes() for row in rows[:2]]
+    content = [{"type": "video", "video": clip} for clip in clips]
+    regenerate(nano, processor, [{"messages": [{"role": "user", "content": content}]}], tmp_path / "a", **SETTINGS)
+    names = [f"media/{hashlib.sha256(clip).hexdigest()}" for clip in clips]
+    (line,) = (tmp_path / "a" / "answers-00000.jsonl").read_text().splitlines()
+    assert [part["video"] for part in json.loads(line)["messages"][0]["content"]] == names
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    for found in (list(load_rows("b")), list(read_answers("b"))):
+        monkeypatch.chdir("/")
+        (sample,) = SparrowDataCollator(processor)(found)["samples"]
+        assert media_keys(found[0]) == {f"sha256:{name.removeprefix('media/')}" for name in names}
+        assert sample["video_grid_thw"].shape == (2, 3)
+        monkeypatch.chdir(tmp_path)
+
+    # Earlier versions named them by absolute path.
+    shard = tmp_path / "b" / "answers-00000.jsonl"
+    shard.write_text(line.replace('"media/', f'"{tmp_path}/b/media/') + "\n")
+    digests_of(tmp_path / "b").add(shard)
+    (again,) = SparrowDataCollator(processor)(list(load_rows("b")))["samples"]
+    assert torch.equal(again["pixel_values_videos"], sample["pixel_values_videos"])
+    (tmp_path / "b").rename(tmp_path / "c")
+    with pytest.raises(TrainingDataError) as gone:
+        SparrowDataCollator(processor)(list(load_rows("c")))
+    assert str(gone.value) == f"row 0: There is no video file at {tmp_path}/b/{names[0]}. Check the path."
 
 
 def test_bad_rows_are_named_and_left_out_on_request(tmp_path, nano, processor, rows):
@@ -425,12 +385,3 @@ def test_two_processes_write_what_one_does(tmp_path):
         assert result.returncode == 0, result.stderr
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
     assert len(files_of(tmp_path / "2")) == 5
-
-
-def test_padding_behind_a_stop_string_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    target = FAMILY_BY_NAME["qwen2_5_vl"].build_target()
-    target.generation_config.eos_token_id = 2
-    prompts = [{"input_ids": torch.tensor([[5, 6]])}] * 3
-    answers = torch.tensor([[7, 8, 0, 0], [7, 2, 0, 0], [7, 0, 9, 0]])
-    monkeypatch.setattr(target, "generate", lambda input_ids, **_: torch.cat((input_ids, answers), dim=1))
-    assert generate_answers(target, prompts, 0) == [[7, 8], [7, 2], [7, 0, 9]]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checksums import Digests
 from ..errors import TrainingDataError
+from .messages import ROW_FOLDER
 
 PROVENANCE_FILE = "provenance.json"
 SHARDS = "answers-*.jsonl"
@@ -33,7 +34,8 @@ def digests_of(folder: Path) -> Digests:
 
 
 def read_answers(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The rows of all shards in a folder, in order; a dataset for [`SparrowTrainer`].
+    """The rows of all shards in a folder, in order, each with the folder its relative paths start from; a dataset for
+    [`SparrowTrainer`].
 
     Raises:
         TrainingDataError: A file that was written is missing or damaged.
@@ -45,7 +47,8 @@ def read_answers(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         digests.check(shard)
         try:
             with shard.open() as lines:
-                yield from map(json.loads, lines)
+                for line in lines:
+                    yield json.loads(line) | {ROW_FOLDER: str(Path(folder).resolve())}
         except ValueError as error:
             raise TrainingDataError(f"{shard} is damaged ({error}): {REMEDY}") from error
 

@@ -15,7 +15,7 @@ from ..errors import MessagesError
 
 #: Longest text that an error repeats: a path, but never a file.
 LONGEST_SHOWN = 200
-#: Longer values without a dot are rather base64 than a path, and not repeated either.
+#: Longer values without a dot are rather base64 than a path if no slash comes first, and not repeated either.
 LONGEST_WORD = 64
 
 
@@ -23,7 +23,7 @@ def shown(value: Any) -> str:
     """A value as an error names it, without the payload of a file that it may hold."""
     if isinstance(value, str):
         is_payload = value[:5].lower() == "data:" or (
-            len(value) > LONGEST_WORD and re.fullmatch(r"[\w+/=\s-]+", value) is not None
+            len(value) > LONGEST_WORD and re.fullmatch(r"[\w+=\s-][\w+/=\s-]*", value) is not None
         )
         if not is_payload and len(value) <= LONGEST_SHOWN:
             return repr(value)

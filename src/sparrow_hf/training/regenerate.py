@@ -88,7 +88,7 @@ def regenerate(
             because the target writes them.
         output_dir: Gets `answers-00000.jsonl`, … and `provenance.json`. Each line is the row with `answer_ids` (the
             tokens as written, end of turn included) and `answer` (their text). Videos and images are named by absolute
-            path or URL; those given as bytes are stored in `media/`.
+            path or URL; those given as bytes are stored in `media/`, and named by their paths in the folder.
         draft: A draft of this target that speeds up the writing.
         shard_size: Rows per file.
         batch_size: Prompts generated together, padded on the left. Those that do not fit into one batch (videos of
@@ -236,7 +236,7 @@ def _prepare(
 
 
 def _storable(turn: Mapping[str, Any], digests: Digests) -> dict[str, Any]:
-    """A turn as JSON can hold it: media by absolute path or URL, bytes stored in `media/` under their digest."""
+    """A turn as JSON can hold it: media by absolute path or URL, bytes as a file in `media/`."""
     if isinstance(turn["content"], str):
         return dict(turn)
     content = [
@@ -250,12 +250,12 @@ def _storable_source(source: Any, digests: Digests) -> Any:
     if isinstance(source, list):
         return [_storable_source(frame, digests) for frame in source]
     if isinstance(source, bytes):
-        path = digests.folder / MEDIA_FOLDER / media_digest(source)
-        if path not in digests:
+        name = f"{MEDIA_FOLDER}/{media_digest(source)}"
+        if (path := digests.folder / name) not in digests:
             with atomic_path(path) as partial:
                 partial.write_bytes(source)
             digests.add(path)
-        source = str(path)
+        return name
     if not isinstance(source, str):
         raise TrainingDataError(
             f"answers are stored as text, which cannot hold a {type(source).__name__}: give videos and images as "
