@@ -21,6 +21,7 @@ from sparrow_hf.artifacts import (
     check_made_alike,
     earlier_target_digest,
     tensor_digest,
+    without_names,
     write_json,
     write_text,
 )
@@ -121,6 +122,24 @@ def test_every_difference_is_named() -> None:
         "folder was made differently (arms.a.tree: [1], now [2]; arms.b: 1, now None; arms.c: None, now 3; "
         "seed: 0, now 1): choose another folder, or delete it"
     )
+
+
+def test_names_of_the_same_weights_do_not_count() -> None:
+    wanted = {
+        "target": "/a",
+        "target_revision": None,
+        "target_sha256": "1",
+        "draft": "/b",
+        "draft_sha256": "2",
+        "seed": 0,
+    }
+    rest = {"target_sha256": "1", "draft_sha256": "2", "seed": 0}
+    assert without_names({"target": "a", "target_sha256": "1", "draft": "b", "draft_sha256": "2"}, wanted) == rest
+    assert without_names({"target_sha256": "1"}, wanted) == rest | {"draft": "/b"}
+    assert without_names({"target_sha256": "2", "draft_sha256": None}, wanted) == wanted
+    # Two that have no draft.
+    without = wanted | {"draft": None, "draft_sha256": None}
+    assert without_names({"draft": None, "draft_sha256": None}, without) == without
 
 
 class TestAppending:

@@ -105,14 +105,14 @@ def test_lines_of_earlier_versions_name_their_file_as_the_source(
 
 
 def test_answers_of_other_weights_in_the_same_folder_are_not_gone_on_with(
-    models: tuple[object, ...], clips: list[Path], tmp_path: Path
+    models: tuple[object, ...], clips: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, output = tmp_path / "target", tmp_path / "captions.jsonl"
     shutil.copytree(str(models[1]), target)
     (tmp_path / "videos").mkdir()
     shutil.copy(clips[0], tmp_path / "videos")
 
-    def generate() -> Result:
+    def generate(target: Path = target) -> Result:
         words = ("generate", tmp_path / "videos", "--target", target, "--draft", "none", "--max-new-tokens", 4)
         return CliRunner().invoke(app, [str(word) for word in (*words, "--output", output)], env={"COLUMNS": "400"})
 
@@ -120,6 +120,9 @@ def test_answers_of_other_weights_in_the_same_folder_are_not_gone_on_with(
     (line,) = lines_of(output)
     first = tensor_digest(load_target(str(target))[0].state_dict())
     assert line["provenance"]["target_sha256"] == first
+    # The same weights by another name.
+    monkeypatch.chdir(tmp_path)
+    assert generate(Path("target")).exit_code == 0 and lines_of(output) == [line]
     model = load_target(str(target))[0]
     model.get_input_embeddings().weight.data[0] += 1
     model.save_pretrained(target)

@@ -371,6 +371,18 @@ def check_made_alike(
         raise error(f"{what} was made differently ({'; '.join(wrong)}): {remedy}")
 
 
+def without_names(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What is wanted, without the names of weights that are the same by their digests, whichever way they are named.
+
+    Args:
+        found, wanted: As for [`check_made_alike`]. `target_sha256` stands beside `target` and `target_revision`, and
+            `draft_sha256` beside `draft`.
+    """
+    digests = {name: wanted[f"{name}_sha256"] for name in ("target", "draft")}
+    same = {name for name, digest in digests.items() if digest and found.get(f"{name}_sha256") == digest}
+    return {name: value for name, value in wanted.items() if name.removesuffix("_revision") not in same}
+
+
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for name, value in wanted.items():
         other = found.get(name)

@@ -15,7 +15,6 @@ import torch
 from kills import die, files_of, kill_this_process
 
 from sparrow_hf import SparrowDraftModel
-from sparrow_hf.artifacts import write_json
 from sparrow_hf.cli.regenerate import regenerate as regenerate_command
 from sparrow_hf.data.answers import digests_of, read_answers, read_skipped
 from sparrow_hf.errors import TrainingDataError
@@ -73,83 +72,6 @@ def test_a_resumed_run_writes_what_the_whole_one_would(tmp_path, nano, processor
     assert provenance["settings"] == SETTINGS
     with pytest.raises(TrainingDataError, match="seed: 0, now 1"):
         regenerate(nano, processor, rows, tmp_path / "b", shard_size=2, seed=1, **SETTINGS)
-
-
-def asked(*questions, **columns):
-    return [{"messages": [{"role": "user", "content": question}]} | columns for question in questions]
-
-
-def test_answers_to_other_prompts_are_not_kept(tmp_path, nano, processor):
-    options = {"shard_size": 2} | SETTINGS
-    red, blue = asked("red ?", "red .", "a red dot ?"), asked("red ?", "blue .", "a red dot ?")
-    shards = regenerate(nano, processor, red, tmp_path, **options)
-    # In the shard that is kept, or in the one that is missing: as many prompts as before.
-    shards[1].unlink()
-    before = files_of(tmp_path)
-    for other in (blue, red[::-1], asked("red ?", "red .", "a blue dot ?"), [red[0], red[1] | {"id": 7}, red[2]]):
-        with pytest.raises(
-            TrainingDataError, match=r"made differently \(prompts_sha256: '\w{64}', now '\w{64}'\): choose"
-        ):
-            regenerate(nano, processor, other, tmp_path, **options)
-        assert files_of(tmp_path) == before
-    # The same prompts in another dialect, with answers that do not count.
-    again = [
-        {"conversations": [{"from": "human", "value": row["messages"][0]["content"]}, {"from": "gpt", "value": "a"}]}
-        for row in red
-    ]
-    regenerate(nano, processor, again, tmp_path, **options)
-    assert [row["messages"] for row in read_answers(tmp_path)] == [row["messages"] for row in red]
-
-
-def test_the_split_belongs_to_the_answers(tmp_path, nano, processor):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in asked("red ?", "red ?", "blue ?")))
-    regenerate(nano, processor, load_rows(path, "train[:1]"), tmp_path / "answers", **SETTINGS)
-    # Another row that asks the same.
-    regenerate(nano, processor, load_rows(path, "train[1:2]"), tmp_path / "answers", **SETTINGS)
-    with pytest.raises(TrainingDataError, match="prompts_sha256"):
-        regenerate(nano, processor, load_rows(path, "train[2:]"), tmp_path / "answers", **SETTINGS)
-
-
-def test_a_bad_row_that_was_mended_is_another_row(tmp_path, nano, processor):
-    bad, other, good = {"messages": 1}, {"messages": [], "id": object()}, asked("red ?")[0]
-    for row in (bad, other):
-        regenerate(nano, processor, [good, row], tmp_path, on_bad_row="skip", **SETTINGS)
-    for rows in ([good, good], [bad, good]):
-        with pytest.raises(TrainingDataError, match="prompts_sha256"):
-            regenerate(nano, processor, rows, tmp_path, on_bad_row="skip", **SETTINGS)
-
-
-def test_answers_of_a_target_that_was_trained_on_are_not_kept(tmp_path, nano, processor):
-    rows = asked("red ?")
-    regenerate(nano, processor, rows, tmp_path, **SETTINGS)
-    name, weight = next(nano.named_parameters())
-    written = weight.data.clone()
-    try:
-        weight.data[0] += 1
-        with pytest.raises(TrainingDataError, match=r"\(target_sha256: '\w{64}', now '\w{64}'\)"):
-            regenerate(nano, processor, rows, tmp_path, **SETTINGS)
-    finally:
-        weight.data.copy_(written)
-
-
-def test_a_folder_of_an_earlier_version_goes_on_and_is_checked_from_then_on(tmp_path, nano, processor):
-    rows = asked("red ?", "red .")
-    options = {"shard_size": 1} | SETTINGS
-    shards = regenerate(nano, processor, rows, tmp_path, **options)
-    whole = files_of(tmp_path)
-    path = tmp_path / "provenance.json"
-    provenance = json.loads(path.read_text())
-    write_json(path, {name: value for name, value in provenance.items() if "sha256" not in name}, indent=2)
-    digests_of(tmp_path).add(path)
-    shards[1].unlink()
-    with pytest.raises(TrainingDataError, match=r"\(seed: 0, now 1\)"):
-        regenerate(nano, processor, rows, tmp_path, seed=1, **options)
-    with pytest.warns(UserWarning, match="without target_sha256 and prompts_sha256: the answers there are kept"):
-        regenerate(nano, processor, rows, tmp_path, **options)
-    assert files_of(tmp_path) == whole
-    with pytest.raises(TrainingDataError, match="prompts_sha256"):
-        regenerate(nano, processor, rows[::-1], tmp_path, **options)
 
 
 def test_answers_are_ready_to_train_on(tmp_path, nano, processor, rows):
@@ -263,6 +185,10 @@ def test_videos_that_do_not_fit_into_one_batch_are_answered_one_by_one(tmp_path,
         regenerate(target, processor, prompts, tmp_path / str(size), batch_size=size, **settings)
         answers.append([row["answer_ids"] for row in read_answers(tmp_path / str(size))])
     assert answers[0] == answers[1] and len(answers[0]) == 3
+
+
+def asked(*questions, **columns):
+    return [{"messages": [{"role": "user", "content": question}]} | columns for question in questions]
 
 
 def test_what_does_not_fit_into_memory_is_answered_one_by_one_or_left_out(tmp_path, nano, processor, monkeypatch):

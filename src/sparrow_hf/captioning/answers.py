@@ -11,7 +11,7 @@ from transformers.generation import BaseStreamer
 
 import sparrow_hf
 
-from ..artifacts import check_made_alike
+from ..artifacts import check_made_alike, without_names
 from ..errors import CaptionError
 from ..line_file import LineFile
 from .caption import Captioner
@@ -36,7 +36,8 @@ class AnswerFile(LineFile):
     def check_line(self, line: Mapping[str, Any]) -> None:
         found = line["provenance"]
         lacking = {name for name in LATER_CONDITIONS if found.get(name) is None}
-        wanted = {name: value for name, value in self._conditions.items() if name not in lacking}
+        wanted = without_names(found, self._conditions)
+        wanted = {name: value for name, value in wanted.items() if name not in lacking}
         check_made_alike(self.path, found, wanted, CaptionError)
 
 

@@ -27,6 +27,7 @@ from ..artifacts import (
     check_made_alike,
     remove_partial_files,
     tensor_digest,
+    without_names,
     write_json,
     write_text,
 )
@@ -45,6 +46,7 @@ from ..data.files import is_url
 from ..data.messages import columns_of, media_digest, naming_row, rows_digest, split_answer
 from ..data.prepare import prepare_prompt, tokenizer_of
 from ..errors import TrainingDataError
+from ..generation.integration import follow
 from ..modeling_sparrow import SparrowDraftModel
 from ..resources import ran_out
 from .batched_answers import generate_answers
@@ -55,7 +57,7 @@ __all__ = ["estimate_answer_bytes", "read_answers", "read_skipped", "regenerate"
 logger = logging.get_logger(__name__)
 
 #: Fields of `provenance.json` that earlier versions did not write.
-LATER_FIELDS = ("target_sha256", "prompts_sha256")
+LATER_FIELDS = ("target_sha256", "draft_sha256", "prompts_sha256")
 #: What an answer token takes in a shard, its id and its text together (English, a vocabulary of 150,000).
 BYTES_PER_ANSWER_TOKEN = 12
 #: Number of rows that an estimate reads.
@@ -107,25 +109,31 @@ def regenerate(
         All shards, in order. Those of other processes may still be missing.
 
     Raises:
+        BindingError: The draft was made for another target.
         TrainingDataError: The folder holds answers of another target, to other rows or made with other settings, or a
             row is bad.
     """
+    if draft is not None:
+        # A draft of another target is refused before anything is written.
+        follow(draft, target)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings = generation_settings | {"max_new_tokens": max_new_tokens}
     sampling: dict[str, Any] = {
         name: value for name, value in (("fps", fps), ("max_frames", max_frames)) if value is not None
     }
+    weights = target.state_dict()
     provenance = {
         "target": name_of(target.config),
         "target_revision": commit_of(target.config),
-        "target_sha256": tensor_digest(target.state_dict()),
+        "target_sha256": tensor_digest(weights),
         "transformers": transformers.__version__,
         "dtype": str(target.dtype),
         # Files of earlier versions do not name it.
         "vllm_positions": uses_vllm_positions(target) or None,
         "settings": settings,
         "draft": None if draft is None else name_of(draft.config),
+        "draft_sha256": None if draft is None else tensor_digest(draft.state_dict()),
         "video_sampling": sampling,
         "seed": seed,
         "shard_size": shard_size,
@@ -143,8 +151,11 @@ def regenerate(
                 digests.write([described, *folder.glob("answers-*.json*"), *folder.glob(f"{MEDIA_FOLDER}/*")])
             digests.check(described)
             found = read_json(described, TrainingDataError, REMEDY)
-            untold = {name: provenance[name] for name in LATER_FIELDS if name not in found}
-            check_made_alike(folder, found | untold, provenance, TrainingDataError)
+            untold = {name: provenance[name] for name in LATER_FIELDS if name not in found and provenance[name]}
+            # Of weights that are offloaded to disk, the digest does not say enough.
+            is_whole = not any(weight.is_meta for weight in weights.values())
+            wanted = without_names(found, provenance) if is_whole else provenance
+            check_made_alike(folder, found | untold, wanted, TrainingDataError)
             if untold:
                 warnings.warn(
                     f"an earlier version wrote {described} without {' and '.join(untold)}: the answers there are kept "
