@@ -17,6 +17,7 @@ from kills import die, files_of, kill_this_process
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.cli.regenerate import regenerate as regenerate_command
 from sparrow_hf.data.answers import digests_of, read_answers, read_skipped
+from sparrow_hf.data.prepare import prepare_prompt
 from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.testbed import LLAVA_ONEVISION
 from sparrow_hf.testbed.nano import build_processor, build_target
@@ -123,6 +124,34 @@ def test_what_is_stored_can_be_read_again_from_anywhere(tmp_path, nano, processo
     assert first["video_grid_thw"].tolist() == [[3, 4, 4]]
     with pytest.raises(TrainingDataError, match="row 0: .*cannot hold a ndarray"):
         regenerate(nano, processor, [ask(torch.zeros(4, 64, 64, 3).numpy())], tmp_path / "b", **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("written", "frames"),
+    [({}, 8), ({"fps": 4.0}, 4), ({"max_frames": 6}, 6), ({"fps": 4.0, "max_frames": 2}, 2)],
+)
+def test_answers_are_read_with_the_frames_they_were_written_to(tmp_path, nano, processor, written, frames):
+    clip = make_clip(tmp_path / "clip.mp4", 0, 16)
+    regenerate(nano, processor, [{"messages": clip.messages}], tmp_path / "a", **written, **SETTINGS)
+    (row,) = load_rows(tmp_path / "a")
+    settings = {"fps": None, "max_frames": None} | written | {"fixed_frames": True}
+    assert {name: row[name] for name in settings} == settings
+    for options in ({}, {"max_frames": 2}, {"fps": 2.0}):
+        # Two frames make a step.
+        assert prepare_prompt(processor, row, **options)["video_grid_thw"].tolist() == [[frames // 2, 4, 4]]
+    # Rows of earlier versions name what was set, and leave the rest to the options.
+    for name in settings.keys() - written:
+        del row[name]
+    assert prepare_prompt(processor, row, max_frames=2)["video_grid_thw"].tolist() == [
+        [min(frames, written.get("max_frames", 2)) // 2, 4, 4]
+    ]
+
+
+def test_a_table_without_a_rows_own_frames_leaves_them_to_the_options(tmp_path, processor):
+    """Arrow fills every row with the columns of all others."""
+    clip = make_clip(tmp_path / "clip.mp4", 0, 16)
+    row = {"messages": clip.messages, "fps": None, "max_frames": None, "fixed_frames": None}
+    assert prepare_prompt(processor, row, max_frames=2)["video_grid_thw"].tolist() == [[1, 4, 4]]
 
 
 def test_answers_that_hold_their_media_can_be_moved(tmp_path, nano, processor, rows, monkeypatch):

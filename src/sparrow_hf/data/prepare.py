@@ -25,6 +25,8 @@ from .parts import VIDEO_SETTINGS, plain_settings
 from .sources import shown
 
 RowKind = Literal["messages", "processed", "states"]
+#: What a row says whose `fps` and `max_frames` are all there is: where one of them is not set, no option limits it.
+FIXED_FRAMES = "fixed_frames"
 TIMES = ("second_per_grid_ts", "video_second_per_grid")
 """Inputs that are seconds: RoPE positions are computed from them."""
 
@@ -46,11 +48,19 @@ def kind_of(row: Mapping[str, Any]) -> RowKind | None:
 def own_sampling(row: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling of videos that a row sets itself: its `fps` and `max_frames`, where it has them.
 
+    Both, and `None` for no limit, if the row says [`FIXED_FRAMES`].
+
     Raises:
         TrainingDataError: One of them is no positive number, or `max_frames` no whole one.
     """
     own = {name: row[name] for name in ("fps", "max_frames") if row.get(name) is not None}
-    return plain_settings(own, VIDEO_SETTINGS, "the row's")
+    set_by_row = plain_settings(own, VIDEO_SETTINGS, "the row's")
+    return {"fps": None, "max_frames": None} | set_by_row if row.get(FIXED_FRAMES) is True else set_by_row
+
+
+def sampling_of(row: Mapping[str, Any], fps: float | None = None, max_frames: int | None = None) -> dict[str, Any]:
+    """How videos of a row are sampled: as the row says, else as the options do."""
+    return {"fps": fps, "max_frames": max_frames} | own_sampling(row)
 
 
 def prepare_prompt(
@@ -76,7 +86,7 @@ def prepare_prompt(
         VideoError: See [`prepare_inputs`], as are ImageError and MissingDependencyError.
     """
     if readable_kind(row) == "messages":
-        return prepare_inputs(_required(processor), split_answer(row)[0], **_sampling(row, fps, max_frames))
+        return prepare_inputs(_required(processor), split_answer(row)[0], **sampling_of(row, fps, max_frames))
     shape, end = row["input_ids"].shape, row.get("answer_start")
     inputs = {
         name: value[:, :end] if isinstance(value, Tensor) and value.shape == shape else value
@@ -283,10 +293,6 @@ def readable_kind(row: Mapping[str, Any]) -> Literal["messages", "processed"]:
 def _without_place(row: Mapping[str, Any]) -> dict[str, Any]:
     """A processed row without its index and folder: the rest is passed to the target unchanged."""
     return {name: value for name, value in row.items() if name not in (ROW_INDEX, ROW_FOLDER)}
-
-
-def _sampling(row: Mapping[str, Any], fps: float | None, max_frames: int | None) -> dict[str, Any]:
-    return {"fps": fps, "max_frames": max_frames} | own_sampling(row)
 
 
 def tokenizer_of(processor: Any) -> Any:

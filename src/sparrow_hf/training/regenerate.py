@@ -44,7 +44,7 @@ from ..data.answers import (
 from ..data.datasets import Rows
 from ..data.files import is_url
 from ..data.messages import columns_of, media_digest, naming_row, rows_digest, split_answer
-from ..data.prepare import prepare_prompt, tokenizer_of
+from ..data.prepare import FIXED_FRAMES, prepare_prompt, sampling_of, tokenizer_of
 from ..errors import TrainingDataError
 from ..generation.integration import follow
 from ..modeling_sparrow import SparrowDraftModel
@@ -98,7 +98,8 @@ def regenerate(
         max_new_tokens: Maximum length of an answer.
         seed: Seed of sampling. Each shard has its own random stream, so a resumed run writes the same answers. Where
             memory ran out, the sampled answers of that shard are others.
-        fps, max_frames: Sampling of video files. They are stored in each row, and used whenever it is read again.
+        fps, max_frames: Sampling of video files. They are stored in each row, `None` too, and used whenever it is read
+            again.
         on_bad_row: `"refuse"` raises at the first bad row, or one that alone does not fit into memory; `"skip"` leaves
             it out and lists it with the reason in `answers-00000.skipped.json`, see [`read_skipped`]. A run that was
             refused may go on with `"skip"`.
@@ -238,8 +239,7 @@ def _prepare(
     with naming_row(index):
         messages, _ = split_answer(row)
         prompt = dict(prepare_prompt(processor, row, **sampling))
-        columns = columns_of(row).items()
-        stored = sampling | {name: value for name, value in columns if not (name in sampling and value is None)}
+        stored = columns_of(row) | sampling_of(row, **sampling) | {FIXED_FRAMES: True}
         stored["messages"] = [_storable(turn, digests) for turn in messages]
         # A column that JSON cannot hold is the row's fault, and found before the target has written anything.
         json.dumps(stored)
