@@ -156,7 +156,11 @@ def regenerate(
             # Of weights that are offloaded to disk, the digest does not say enough.
             is_whole = not any(weight.is_meta for weight in weights.values())
             wanted = without_names(found, provenance) if is_whole else provenance
-            check_made_alike(folder, found | untold, wanted, TrainingDataError)
+            found |= untold
+            are_others = found["prompts_sha256"] != provenance["prompts_sha256"]
+            told = "the rows ask something else, or name files in another place: " if are_others else ""
+            remedy = f"{told}choose another folder, or delete it"
+            check_made_alike(folder, found, wanted, TrainingDataError, remedy)
             if untold:
                 warnings.warn(
                     f"an earlier version wrote {described} without {' and '.join(untold)}: the answers there are kept "
