@@ -71,13 +71,15 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-class FindBestCheckpoint(TrainerCallback):
-    """Finds the best checkpoint of a resumed training in its folder, wherever that is now."""
+class RenewState(TrainerCallback):
+    """Replaces what the state of a resumed training took from the first run although it may be another one now."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The trainer's state names it by a path of the first run, which may be gone or another one's by now."""
+        """How often is logged, evaluated and saved; and the path of the best checkpoint, which may be gone or another
+        one's by now."""
+        state.compute_steps(args, state.max_steps)
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         if best.is_dir():
             state.best_model_checkpoint = str(best)

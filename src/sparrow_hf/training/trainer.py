@@ -19,7 +19,7 @@ from ..modeling_sparrow import SparrowDraftModel
 from .acceptance import acceptance_metrics, count_acceptance, summarize
 from .arguments import SparrowTrainingArguments
 from .card import begin_anew, is_of_other_weights
-from .checkpoints import FindBestCheckpoint, SealCheckpoints, check_checkpoint, last_checkpoint
+from .checkpoints import RenewState, SealCheckpoints, check_checkpoint, last_checkpoint
 from .chunked_loss import chunked_loss
 from .data import SparrowDataCollator, TrainingStates, check_sample, read_with_target
 from .passes import DraftBatch, exact_passes, make_batch, reinput_passes
@@ -90,7 +90,7 @@ class SparrowTrainer(Trainer):
         self.draft = model
         self.seal = SealCheckpoints()
         self.add_callback(self.seal)
-        self.add_callback(FindBestCheckpoint())
+        self.add_callback(RenewState())
         target.eval().requires_grad_(False)
         if getattr(target, "hf_device_map", None) is None:
             target.to(device=args.device)

@@ -1,0 +1,43 @@
+"""A training that is resumed: what may have changed since, and what is compared."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from sparrow_hf import SparrowDraftModel
+from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments
+
+
+@pytest.fixture
+def make_trainer(
+    target: PreTrainedModel, make_draft: Callable[..., SparrowDraftModel], recorded: list[Any]
+) -> Callable[..., SparrowTrainer]:
+    """A training of 6 steps, on its way in Python."""
+
+    def make(folder: Path, **overrides: Any) -> SparrowTrainer:
+        settings = {"max_steps": 6, "save_steps": 3, "logging_steps": 3, "learning_rate": 1e-2} | overrides
+        args = SparrowTrainingArguments(
+            output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **settings
+        )
+        return SparrowTrainer(make_draft(), target, args, train_dataset=recorded, eval_dataset=recorded[:1])
+
+    return make
+
+
+def test_how_often_is_logged_evaluated_and_saved_may_change(
+    make_trainer: Callable[..., SparrowTrainer], tmp_path: Path
+) -> None:
+    first = make_trainer(tmp_path, eval_strategy="steps", eval_steps=3)
+    first.train()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    again = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2, save_steps=1, logging_steps=0.5)
+    again.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (3, 4, 5, 6)]
+    history = again.state.log_history
+    assert [entry["step"] for entry in history if "eval_tau" in entry] == [3, 4, 6]
+    # Half of all steps, as it was said before.
+    assert [entry["step"] for entry in history if "loss" in entry] == [3, 6]
