@@ -55,7 +55,8 @@ def main() -> None:
     rows = list(read_answers(options.output / "answers"))
     held_out, rows = rows[:num_held_out], rows[num_held_out:]
 
-    draft = SparrowDraftModel.from_target(target)
+    # Weights of the target's bf16 would lose most of the steps to rounding.
+    draft = SparrowDraftModel.from_target(target).float()
     args = SparrowTrainingArguments(
         output_dir=str(options.output),
         max_steps=options.steps,

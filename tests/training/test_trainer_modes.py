@@ -1,5 +1,8 @@
 """Options of `Trainer` that change how a step is computed, not what: the losses are those of the plain step."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 
@@ -62,3 +65,29 @@ def test_one_process_trains_on_one_gpu(target, make_draft, tmp_path) -> None:
     trainer = SparrowTrainer(draft, target, arguments)
     assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == arguments.per_device_train_batch_size
     assert trainer._wrap_model(draft) is draft
+
+
+@pytest.mark.parametrize("attention", ["exact", "reinput"])
+def test_a_16_bit_draft_trains_in_mixed_precision_too_and_is_warned_of(
+    target, make_draft, samples, tmp_path, attention
+) -> None:
+    low = copy.deepcopy(target).bfloat16()
+
+    def train(draft, **options) -> list[float]:
+        arguments = SparrowTrainingArguments(
+            str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", max_steps=2,
+            logging_steps=1, learning_rate=1e-3, mtp_attention=attention, **options,
+        )  # fmt: skip
+        trainer = SparrowTrainer(draft, low, arguments, train_dataset=samples)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    with pytest.warns(UserWarning, match=r"trained in torch\.bfloat16, .* give SparrowTrainer draft\.float\(\)"):
+        plain = train(make_draft().bfloat16())
+    with pytest.warns(UserWarning, match="draft.float"):
+        mixed = train(make_draft().bfloat16(), bf16=True)
+    # The gradients are rounded in other places.
+    assert mixed[0] == plain[0] and mixed[1] == pytest.approx(plain[1], rel=1e-4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the draft is trained in")
+        train(make_draft().float(), bf16=True)

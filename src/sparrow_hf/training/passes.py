@@ -172,8 +172,9 @@ def exact_passes(
     for step in range(1, min(num_passes, hidden.shape[1])):
         # A chain that has reached the end of the answer is dropped with its last column; its older keys remain.
         keys = PassKeys(keys)
+        # What is wrapped for mixed precision returns fp32, whatever the draft's dtype is.
         hidden = forward(
-            draft.embed_next(next_ids[:, step:], outputs[-1][:, :-1], summary, step),
+            draft.embed_next(next_ids[:, step:], outputs[-1][:, :-1].to(draft.dtype), summary, step),
             position_ids[:, step:],
             _chain_mask(draft, batch, starts, step),
             keys,
@@ -202,7 +203,7 @@ def reinput_passes(
     for step in range(min(num_passes, loss_positions.shape[1])):
         if step > 0:
             predicted = _gather(hidden, batch.text_positions)
-            shifted = torch.cat((predicted[:, :1], predicted[:, :-1]), dim=1)
+            shifted = torch.cat((predicted[:, :1], predicted[:, :-1]), dim=1).to(draft.dtype)
             embeds = put(embeds, answer, draft.embed_next(batch.next_ids, shifted, batch.visual_summary, step))
         hidden = _run_all(draft, forward, batch, embeds)
         outputs.append(_gather(hidden, loss_positions)[:, step:])

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -116,6 +117,7 @@ class SparrowTrainer(Trainer):
             checkpoint = last_checkpoint(self.args.output_dir) or True
         if isinstance(checkpoint, (str, os.PathLike)):
             check_checkpoint(checkpoint, self._parts())
+        _warn_of_16_bits(self.draft)
         if is_of_other_weights(self.draft):
             begin_anew(self.draft, self.draft.name_or_path)
         return super().train(checkpoint, *args, **kwargs)
@@ -323,3 +325,14 @@ class SparrowTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not estimated: the cost of a step is the target's, not the draft's."""
         return 0
+
+
+def _warn_of_16_bits(draft: SparrowDraftModel) -> None:
+    trained = {parameter.dtype for parameter in draft.parameters() if parameter.requires_grad}
+    if low := trained & {torch.bfloat16, torch.float16}:
+        warnings.warn(
+            f"the draft is trained in {low.pop()}, which rounds most steps of a small learning rate away: give "
+            "SparrowTrainer draft.float(), or sparrow train --draft-dtype float32; bf16=True computes in bf16 even so",
+            UserWarning,
+            stacklevel=3,
+        )

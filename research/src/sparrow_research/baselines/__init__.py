@@ -4,7 +4,7 @@ Each is written anew from the published description; docs/baselines.md says what
 loads them once this is imported, and `sparrow bench` imports it where this package is installed. Train one:
 
     baseline = BASELINES["msd"]
-    draft = baseline.draft_class.from_target(target, **baseline.draft)
+    draft = baseline.draft_class.from_target(target, **baseline.draft).float()
     SparrowTrainer(draft, target, CurriculumArguments("msd", **baseline.training), train_dataset=rows).train()
 
 `specvlm` needs no training, but a small sibling of the target, and runs in transformers' own loop.
