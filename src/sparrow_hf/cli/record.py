@@ -67,6 +67,7 @@ def record(
     from .. import SparrowDraftConfig, SparrowDraftModel
     from ..data import load_rows
     from ..loading import load_target
+    from ..training.answers import check_answers
     from ..training.checkpoints import digest_of_rows
     from ..training.data import SparrowDataCollator
     from ..training.first_weights import entry_layer
@@ -85,6 +86,7 @@ def record(
         feature_layers = sorted({*usual.feature_layer_ids, entry_layer(usual)} - {0})
     # Only its configuration counts: which layers are kept.
     draft = SparrowDraftModel.from_target(model, feature_layers=feature_layers, visual_bridge_layer=bridge_layer)
+    check_answers(answers, draft.target)
     collator = SparrowDataCollator(
         its_processor, draft.config.visual_token_ids, on_bad_row.value, fps=fps, max_frames=max_frames
     )

@@ -16,6 +16,7 @@ from ..data.datasets import load_rows
 from ..errors import MissingDependencyError, TrainingDataError, TrainingOptionsError
 from ..modeling_sparrow import SparrowDraftModel
 from ..tree_shapes import chain
+from .answers import check_answers
 from .arguments import DRAFT_PRESETS, SparrowTrainingArguments
 from .callbacks import DecodingCallback
 from .card import acceptance_of, begin_anew, recipe_of
@@ -271,7 +272,8 @@ def prepare_training(
     Raises:
         TrainingOptionsError: The options contradict each other or the files in the output folder, or differ from those
             of the training that is resumed.
-        TrainingDataError: There are no rows, or training and held-out rows share a video, image or prompt.
+        TrainingDataError: There are no rows, or training and held-out rows share a video, image or prompt; or they are
+            answers that were written at other positions.
         BindingError: The draft to start from fits another target.
     """
     checkpoint = check_output(options)
@@ -280,9 +282,11 @@ def prepare_training(
         draft = build_draft(options, target)
     adapters = None if options.lora is None else add_lora(draft, options.lora)
     train = rows_of(options.train, draft, options.streaming)
+    check_answers(options.train, draft.target)
     held_out = None
     if options.held_out is not None:
         held_out = rows_of(options.held_out, draft)
+        check_answers(options.held_out, draft.target)
         with PartialState().main_process_first():
             refuse_shared_media(train, held_out)
     # An existing draft keeps its configuration, but not a depth that was chosen by what it then accepted.
