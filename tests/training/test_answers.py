@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,17 @@ def test_a_recording_compares_too(answers: Path, nano: PreTrainedModel, tmp_path
         assert CliRunner().invoke(app, [*f"{words}a --dtype bfloat16".split()]).exit_code == 0
     refused = CliRunner().invoke(app, [*f"{words}b --vllm-positions".split()])
     assert refused.exit_code == 2 and "were written without --vllm-positions" in refused.output
+
+
+@EACH
+def test_answers_that_are_unfinished_are_warned_of(
+    answers: Path, nano: PreTrainedModel, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "stopped").mkdir()
+    digests = (answers / "digests.sha256").read_text().splitlines()
+    for name in ("provenance.json", "answers-00000.jsonl"):
+        shutil.copy(answers / name, tmp_path / "stopped")
+    kept = [line for line in digests if "answers-00001" not in line]
+    (tmp_path / "stopped" / "digests.sha256").write_text("\n".join([*kept, ""]))
+    with pytest.warns(UserWarning, match=f"{tmp_path}/stopped holds the answers to 2 of 3 rows: "):
+        prepare(tmp_path / "stopped", nano, tmp_path, option)

@@ -1,4 +1,4 @@
-"""A folder of answers is compared with the target that a draft is trained for."""
+"""A folder of answers, before a draft is trained on it: are they this target's, and are all of them there?"""
 
 import os
 import warnings
@@ -12,7 +12,7 @@ from .regenerate import PROVENANCE_FILE, REMEDY
 
 
 def check_answers(source: str | os.PathLike[str], target: TargetView) -> None:
-    """Warns of answers that another target wrote, and refuses those that were written at other positions.
+    """Warns of answers that another target wrote or that are unfinished, and refuses those written at other positions.
 
     Args:
         source: Rows, as [`load_rows`] takes them. What is no folder of `sparrow regenerate` is not compared.
@@ -45,3 +45,14 @@ def check_answers(source: str | os.PathLike[str], target: TargetView) -> None:
             UserWarning,
             stacklevel=3,
         )
+    rows, size = (found.get(name) for name in ("rows", "shard_size"))
+    if isinstance(rows, int) and isinstance(size, int):
+        shards = (Path(source) / f"answers-{number:05d}.jsonl" for number in range(-(-rows // size)))
+        done = sum(min(size, rows - number * size) for number, shard in enumerate(shards) if shard.is_file())
+        if done < rows:
+            warnings.warn(
+                f"{source} holds the answers to {done} of {rows} rows: `sparrow regenerate`, with the same options, "
+                "writes the others",
+                UserWarning,
+                stacklevel=3,
+            )
