@@ -1,5 +1,6 @@
 """A training that is resumed: what may have changed since, and what is compared."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 from transformers import PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf.errors import TrainingOptionsError
 from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments
+from sparrow_hf.training.checkpoints import SETTINGS_FILE, seal_checkpoint
 
 
 @pytest.fixture
@@ -41,3 +44,32 @@ def test_how_often_is_logged_evaluated_and_saved_may_change(
     assert [entry["step"] for entry in history if "eval_tau" in entry] == [3, 4, 6]
     # Half of all steps, as it was said before.
     assert [entry["step"] for entry in history if "loss" in entry] == [3, 6]
+
+
+def test_a_training_in_python_is_compared_with_its_checkpoint(
+    make_trainer: Callable[..., SparrowTrainer], tmp_path: Path
+) -> None:
+    make_trainer(tmp_path, max_steps=3).train()
+    settings = json.loads((tmp_path / "checkpoint-3" / SETTINGS_FILE).read_text())
+    assert settings["arguments"]["learning_rate"] == 1e-2 and settings["draft"]["num_mtp_steps"] == 4
+    others = {"learning_rate": 0.02, "seed": 7, "per_device_train_batch_size": 2}
+    with pytest.raises(TrainingOptionsError) as refused:
+        make_trainer(tmp_path, max_steps=3, **others).train(resume_from_checkpoint=True)
+    for told in ("learning_rate: 0.01, now 0.02", "seed: 42, now 7", "train_batch_size: 8, now 2"):
+        assert told in str(refused.value)
+    with pytest.warns(UserWarning, match="planned for .*'max_steps': 3.* goes on with .*'max_steps': 4"):
+        make_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_settings_is_resumed_with_a_warning(
+    make_trainer: Callable[..., SparrowTrainer], tmp_path: Path
+) -> None:
+    make_trainer(tmp_path, save_steps=2).train()
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    # As an earlier version left it.
+    seal_checkpoint(tmp_path / "checkpoint-2", {})
+    again = make_trainer(tmp_path)
+    with pytest.warns(UserWarning, match=r"written no settings into .*training\.json: nothing tells whether"):
+        again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6

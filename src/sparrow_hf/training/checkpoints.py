@@ -16,7 +16,8 @@ from typing import Any
 from accelerate import PartialState
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..artifacts import check_made_alike, write_json
+from .._transformers import uses_vllm_positions
+from ..artifacts import check_made_alike, tensor_digest, write_json
 from ..checksums import DIGESTS_FILE, Digests, digest_of_files, file_digest, read_json
 from ..configuration_sparrow import SparrowDraftConfig
 from ..data.datasets import data_files
@@ -144,7 +145,10 @@ def describe_training(trainer: Trainer, **sources: Any) -> dict[str, Any]:
         "processes": trainer.args.world_size,
         "draft": configuration,
         "draft_dtype": str(draft.dtype),
+        "vocabulary": None if draft.draft_to_target is None else tensor_digest({"ids": draft.draft_to_target}),
         "target_sha256": draft.target.sha256,
+        # Checkpoints of earlier versions do not name it.
+        "vllm_positions": uses_vllm_positions(draft.target.model) or None,
         **sources,
     }
     return json.loads(json.dumps(settings, default=str))
@@ -207,15 +211,14 @@ def check_checkpoint(checkpoint: str | os.PathLike[str], parts: Sequence[str] = 
             )
 
 
-def check_settings(checkpoint: str | os.PathLike[str], wanted: dict[str, Any]) -> dict[str, Any]:
+def check_settings(checkpoint: str | os.PathLike[str], wanted: dict[str, Any]) -> None:
     """Compares the settings of a checkpoint with those of the training that is to go on from it.
+
+    Warns if there is nothing to compare, and if the learning rate was planned for another number of steps.
 
     Args:
         checkpoint: The folder.
         wanted: From [`describe_training`].
-
-    Returns:
-        The settings of the checkpoint, `{}` if it has none.
 
     Raises:
         TrainingOptionsError: They differ in something that decides the weights, or cannot be read.
@@ -227,14 +230,12 @@ def check_settings(checkpoint: str | os.PathLike[str], wanted: dict[str, Any]) -
         digests.check(path)
     elif not path.exists():
         if digests.known is not None:
-            warnings.warn(
-                f"{folder} has no {SETTINGS_FILE}, because the process was stopped when it saved: nothing tells "
-                "whether these are the options, rows and target of the first run",
-                UserWarning,
-                stacklevel=2,
-            )
-        return {}
+            _warn_of_no_settings(f"{folder} has no {SETTINGS_FILE}, because the process was stopped when it saved")
+        return
     found = read_json(path, TrainingOptionsError, _remedy(folder))
+    if not found:
+        _warn_of_no_settings(f"an earlier version has written no settings into {path}")
+        return
     if isinstance(found.get("draft"), dict):
         # A field that its version did not have: `from_pretrained` takes it for the default, too.
         found["draft"] = json.loads(json.dumps(SparrowDraftConfig().to_dict(), default=str)) | found["draft"]
@@ -248,7 +249,22 @@ def check_settings(checkpoint: str | os.PathLike[str], wanted: dict[str, Any]) -
         "--resume goes on with the options, rows and target of the first run; repeat them, or train on from its "
         "weights with --warm-start and another --output",
     )
-    return found
+    planned, steps = found.get("steps"), wanted.get("steps")
+    if planned and steps and planned != steps and not wanted["arguments"]["lr_scheduler_type"].startswith("constant"):
+        warnings.warn(
+            f"the learning rate was planned for {planned}, and the training goes on with {steps}: its weights will be "
+            "those of neither plan",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_no_settings(why: str) -> None:
+    warnings.warn(
+        f"{why}: nothing tells whether these are the options, rows and target of the first run",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def _only_of(value: Any, other: Any) -> Any:

@@ -1,6 +1,5 @@
 """From options to a trained draft: the work of `sparrow train`, which scripts can call too."""
 
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .._transformers import uses_vllm_positions
-from ..artifacts import tensor_digest
 from ..data.datasets import load_rows
 from ..errors import MissingDependencyError, TrainingDataError, TrainingOptionsError
 from ..modeling_sparrow import SparrowDraftModel
@@ -323,23 +321,9 @@ def prepare_training(
         decoded = [held_out[index] for index in range(min(DECODED_ROWS, len(held_out)))]
         decoding = DecodingCallback(trainer, decoded)
         trainer.add_callback(decoding)
-    settings = describe_training(
-        trainer,
-        train=digest_of_rows(options.train),
-        lora=options.lora,
-        # Checkpoints of earlier versions do not name it.
-        vllm_positions=uses_vllm_positions(target) or None,
-        vocabulary=None if draft.draft_to_target is None else tensor_digest({"ids": draft.draft_to_target}),
-    )
+    settings = describe_training(trainer, train=digest_of_rows(options.train), lora=options.lora)
     if checkpoint is not None:
-        steps = check_settings(checkpoint, settings).get("steps", settings["steps"])
-        if steps != settings["steps"] and not arguments.lr_scheduler_type.startswith("constant"):
-            warnings.warn(
-                f"the learning rate was planned for {steps}, and the training goes on with {settings['steps']}: its "
-                "weights will be those of neither plan",
-                UserWarning,
-                stacklevel=2,
-            )
+        check_settings(checkpoint, settings)
     trainer.seal.settings = settings
     draft.provenance = {**draft.provenance, "vllm_positions": uses_vllm_positions(target)}
     return TrainingRun(trainer, adapters, checkpoint, Path(options.output), decoding, chooses_depth, choices)

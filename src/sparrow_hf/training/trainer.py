@@ -20,7 +20,14 @@ from ..modeling_sparrow import SparrowDraftModel
 from .acceptance import acceptance_metrics, count_acceptance, summarize
 from .arguments import SparrowTrainingArguments
 from .card import begin_anew, is_of_other_weights
-from .checkpoints import RenewState, SealCheckpoints, check_checkpoint, last_checkpoint
+from .checkpoints import (
+    RenewState,
+    SealCheckpoints,
+    check_checkpoint,
+    check_settings,
+    describe_training,
+    last_checkpoint,
+)
 from .chunked_loss import chunked_loss
 from .data import SparrowDataCollator, TrainingStates, check_sample, read_with_target
 from .passes import DraftBatch, exact_passes, make_batch, reinput_passes
@@ -100,7 +107,8 @@ class SparrowTrainer(Trainer):
         self.skipped_rows: set[tuple[int | None, str]] = set()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in the base class; a checkpoint is resumed only if every part of it is there, as it was written.
+        """As in the base class; a checkpoint is resumed only if every part of it is there, as it was written, and with
+        the settings that decided its weights. Rows are not compared.
 
         A draft that was trained before is told from then on by this training; what was told of it is kept in its
         provenance as `warm_start`.
@@ -109,14 +117,21 @@ class SparrowTrainer(Trainer):
             resume_from_checkpoint: Its folder, or `True` for the last one in `args.output_dir`.
 
         Raises:
-            TrainingOptionsError: A part of the checkpoint is missing, damaged or from elsewhere.
+            TrainingOptionsError: A part of the checkpoint is missing, damaged or from elsewhere; or its arguments, its
+                draft or its target were others.
         """
         checkpoint = resume_from_checkpoint or None
         if checkpoint is True:
             # A process that was killed while saving may have left a newer one, half written.
             checkpoint = last_checkpoint(self.args.output_dir) or True
-        if isinstance(checkpoint, (str, os.PathLike)):
-            check_checkpoint(checkpoint, self._parts())
+        folder = checkpoint if isinstance(checkpoint, (str, os.PathLike)) else None
+        if folder is not None:
+            check_checkpoint(folder, self._parts())
+        if not self.seal.settings:
+            # `prepare_training`, which knows more of them, has not compared them.
+            self.seal.settings = describe_training(self)
+            if folder is not None:
+                check_settings(folder, self.seal.settings)
         _warn_of_16_bits(self.draft)
         if is_of_other_weights(self.draft):
             begin_anew(self.draft, self.draft.name_or_path)
