@@ -10,9 +10,10 @@ import pytest
 from transformers import PreTrainedModel
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf.data.datasets import StreamedRows
 from sparrow_hf.errors import TrainingOptionsError
 from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments
-from sparrow_hf.training.checkpoints import SETTINGS_FILE, seal_checkpoint
+from sparrow_hf.training.checkpoints import SETTINGS_FILE, check_settings, describe_training, seal_checkpoint
 
 
 @pytest.fixture
@@ -73,3 +74,18 @@ def test_a_checkpoint_without_settings_is_resumed_with_a_warning(
     with pytest.warns(UserWarning, match=r"written no settings into .*training\.json: nothing tells whether"):
         again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 6
+
+
+def test_rows_are_streamed_as_before_or_not_at_all(
+    make_trainer: Callable[..., SparrowTrainer], recorded: list[Any], tmp_path: Path
+) -> None:
+    make_trainer(tmp_path, max_steps=3).train()
+    streamed = make_trainer(tmp_path, max_steps=3)
+    streamed.train_dataset = StreamedRows(recorded)
+    with pytest.raises(TrainingOptionsError, match="streaming: False, now True"):
+        streamed.train(resume_from_checkpoint=True)
+    # An earlier version did not name it.
+    settings = json.loads((tmp_path / "checkpoint-3" / SETTINGS_FILE).read_text())
+    del settings["streaming"]
+    seal_checkpoint(tmp_path / "checkpoint-3", settings)
+    check_settings(tmp_path / "checkpoint-3", describe_training(streamed))

@@ -143,6 +143,8 @@ def describe_training(trainer: Trainer, **sources: Any) -> dict[str, Any]:
         "arguments": arguments,
         "steps": {"max_steps": trainer.args.max_steps, "num_train_epochs": trainer.args.num_train_epochs},
         "processes": trainer.args.world_size,
+        # A stream is read in order.
+        "streaming": not hasattr(trainer.train_dataset, "__len__"),
         "draft": configuration,
         "draft_dtype": str(draft.dtype),
         "vocabulary": None if draft.draft_to_target is None else tensor_digest({"ids": draft.draft_to_target}),

@@ -64,7 +64,9 @@ class TrainingOptions:
     preset: Literal["default", "paper"] = field(default="default", metadata={"help": "Recipe to start from."})
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read the rows as a stream instead of loading all of them; needs --max-steps."},
+        metadata={
+            "help": "Read the rows as a stream, in their order, instead of loading all of them; needs --max-steps."
+        },
     )
 
     target_revision: str | None = field(default=None, metadata={"help": "Revision of the target on the Hub."})
