@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from greedy import greedy
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from sparrow_hf import SparrowDraftModel, testbed
 from sparrow_hf.errors import TrainingDataError
@@ -129,6 +129,20 @@ def test_the_best_checkpoint_by_tau_is_kept(tmp_path, target, make_draft, sample
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     kept = SparrowDraftModel.from_pretrained(tmp_path / "checkpoint-2")
     assert_same_weights(weights_of(kept), weights_of(draft))
+
+
+def test_early_stopping_goes_by_what_is_decoded_whatever_was_added_first(
+    tmp_path, target, make_draft, samples, monkeypatch
+):
+    measured = iter([1.9, 1.2, 1.4])
+    monkeypatch.setattr(callbacks, "decode", lambda *args: {"decoded_tau": next(measured)})
+    best = {"metric_for_best_model": "decoded_tau", "load_best_model_at_end": True}
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    trainer = make_trainer(tmp_path, make_draft(), target, samples, [], max_steps=3, **saving, **best)
+    trainer.add_callback(EarlyStoppingCallback(1))
+    trainer.add_callback(DecodingCallback(trainer, samples[:1]))
+    trainer.train()
+    assert (trainer.state.global_step, trainer.state.best_metric) == (2, 1.9)
 
 
 @pytest.mark.parametrize("how", ["moved", "copied"])

@@ -52,6 +52,9 @@ class DecodingCallback(TrainerCallback):
         TrainingDataError: There is no row.
     """
 
+    #: See [`SparrowTrainer.add_callback`]: early stopping may go by these figures.
+    adds_metrics = True
+
     def __init__(
         self, trainer: SparrowTrainer, rows: Sequence[Mapping[str, Any]], max_new_tokens: int = 256, **settings: Any
     ):
@@ -138,6 +141,11 @@ def decode(
     }
     plain, drafted = decoded(plain, drafted)
     return figures | ({"dsr": speed(plain, drafted).dsr.median} if drafted else {})
+
+
+def figures_of(levels: int) -> set[str]:
+    """Names of the figures that [`decode`] gives of a draft with so many levels."""
+    return {"decoded_tau", "decoded_k", "identical", "dsr", *(f"decoded_accepted_{j + 1}" for j in range(levels))}
 
 
 @contextmanager

@@ -145,6 +145,13 @@ class SparrowTrainer(Trainer):
         own = "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
         return ("optimizer.pt", "scheduler.pt", own)
 
+    def add_callback(self, callback: Any) -> None:
+        """As in the base class; what adds figures to evaluations (`adds_metrics`) comes before what may read them."""
+        super().add_callback(callback)
+        if getattr(callback, "adds_metrics", False):
+            callbacks = self.callback_handler.callbacks
+            callbacks.insert(0, callbacks.pop())
+
     # -- inputs of a step ---------------------------------------------------------------------------------------------
 
     def make_batch(self, samples: list[Mapping[str, Any]], training: bool) -> DraftBatch:
