@@ -11,11 +11,17 @@ from transformers import PreTrainedModel
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import TrainingDataError, TrainingOptionsError
 from sparrow_hf.testbed.nano import build_processor
-from sparrow_hf.training import DRAFT_PRESETS, SparrowDataCollator
+from sparrow_hf.training import (
+    DRAFT_PRESETS,
+    DecodingCallback,
+    SparrowDataCollator,
+    SparrowTrainer,
+    SparrowTrainingArguments,
+)
 from sparrow_hf.training.depth import was_chosen
 from sparrow_hf.training.options import parse_options
 from sparrow_hf.training.recording import record
-from sparrow_hf.training.run import build_draft, prepare_training
+from sparrow_hf.training.run import build_draft, check_best_metric, prepare_training
 
 
 class OtherDraft(SparrowDraftModel):
@@ -182,7 +188,52 @@ def test_a_bad_held_out_conversation_is_found_before_the_first_step(
         f"--target t --train {tmp_path}/rows --held-out {tmp_path}/others.jsonl --output {tmp_path}/draft "
         "--max-steps 2 --use-cpu --report-to none --disable-tqdm true"
     ).split()
-    run = prepare_training(*parse_options(words), target, build_processor())
-    with pytest.raises(TrainingDataError, match="held-out rows: row 0: There is no video file at .*nowhere"):
-        run.run()
-    assert run.trainer.state.global_step == 0
+    for further, said in (([], ""), (["--on-bad-row", "skip"], "not one of them can be used, for example: ")):
+        run = prepare_training(*parse_options([*words, *further]), target, build_processor())
+        with pytest.raises(TrainingDataError, match=f"^held-out rows: {said}row 0: There is no video file .*nowhere"):
+            run.run()
+        assert run.trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("metric", ["decoded_tau", "eval_decoded_tau", "tao", "accepted_4"])
+def test_a_figure_that_evaluations_have_not_chooses_no_checkpoint(
+    target: PreTrainedModel, samples: list[Any], tmp_path: Path, metric: str
+) -> None:
+    for name, rows in (("rows", samples[:2]), ("others", samples[2:])):
+        record(SparrowDraftModel.from_target(target), rows, tmp_path / name, SparrowDataCollator())
+    turns = [{"role": "user", "content": "a dot ?"}, {"role": "assistant", "content": "a red dot ."}]
+    (tmp_path / "others.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+
+    def prepare(metric: str, *words: object) -> Any:
+        said = f"--target t --train {tmp_path}/rows --output {tmp_path}/draft --max-steps 2 --use-cpu --report-to none"
+        said += f" --num-draft-levels 3 --held-out {tmp_path}/others --metric-for-best-model {metric}"
+        options = parse_options([*said.split(), *map(str, words)])
+        return prepare_training(*options, target, build_processor())
+
+    with pytest.raises(TrainingOptionsError) as refused:
+        prepare(metric)
+    assert str(refused.value) == (
+        f"--metric-for-best-model {metric}: evaluations on these held-out rows have no such figure, but accepted_1, "
+        "accepted_2, accepted_3, agreement_1, agreement_2, agreement_3, k, loss, runtime, samples_per_second, "
+        "steps_per_second, tau; a recording holds no videos to decode"
+    )
+    for known in ("tau", "eval_accepted_3", "agreement_1", "loss", "runtime"):
+        prepare(known)
+    prepare(metric, "--eval-strategy", "no")
+
+
+def test_the_figures_that_may_choose_a_checkpoint_are_those_that_are_logged(
+    target: PreTrainedModel, samples: list[Any], tmp_path: Path
+) -> None:
+    draft = SparrowDraftModel.from_target(target, num_draft_levels=3)
+    arguments = SparrowTrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", metric_for_best_model="tao", eval_strategy="steps"
+    )
+    trainer = SparrowTrainer(draft, target, arguments, eval_dataset=samples)
+    decoding = DecodingCallback(trainer, samples[:1], max_new_tokens=6)
+    trainer.add_callback(decoding)
+    with pytest.raises(TrainingOptionsError) as refused:
+        check_best_metric(trainer, decoding)
+    told = str(refused.value).partition(", but ")[2].split(", ")
+    logged = {name.removeprefix("eval_") for name in trainer.evaluate()} - {"model_preparation_time", "epoch"}
+    assert logged == set(told)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparrow_hf.errors import TrainingDataError
 from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments
 from sparrow_hf.training.lora import add_lora
 from sparrow_hf.training.preview import estimate_cost, preview_sample
@@ -99,6 +100,15 @@ def test_the_measured_steps_are_those_of_the_training(make_trainer, target, samp
     passes = trainer.draft.config.num_mtp_steps
     # In two batches; with checkpointing the layers run a second time in the backward pass.
     assert measured == seen == [(bf16, 2)] * (2 * passes * (2 if checkpointing else 1))
+
+
+def test_rows_that_are_all_bad_cost_nothing_and_are_refused(make_trainer, target, samples):
+    bad = [sample | {"answer_start": sample["input_ids"].shape[1] - 1} for sample in samples]
+    with pytest.raises(TrainingDataError, match="^4 training rows: not one of them can be used, for example"):
+        estimate_cost(make_trainer(rows=bad, on_bad_row="skip"), target)
+    short = make_trainer(rows=samples, dataloader_drop_last=True, per_device_train_batch_size=8)
+    with pytest.raises(TrainingDataError, match="fill no batch of 8"):
+        estimate_cost(short, target)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from .._transformers import TrainingLength, as_trained, training_length
 from ..clocks import now
 from ..draft_inputs import visual_mask
+from .refusals import all_left_out
 from .trainer import SparrowTrainer
 
 #: Number of rows that a dry run measures, spread evenly over the training set; more where two batches have more.
@@ -138,21 +139,25 @@ def estimate_cost(trainer: SparrowTrainer, target: nn.Module) -> CostEstimate:
 
     Raises:
         ValueError: See [`training_length`].
+        TrainingDataError: None of the measured rows can be used.
     """
     draft, args = trainer.draft, trainer.args
     rows, batch_size = _some_rows(trainer), args.train_batch_size
     on_cuda = args.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(args.device)
-    timed, longest = [], 0
+    timed, longest, skipped = [], 0, []
     with as_trained(trainer) as model:
         for first in range(0, len(rows), batch_size):
             start = now(args.device)
             batch = rows[first : first + batch_size]
             inputs = trainer.data_collator(batch)
             longest = max([longest, *(sample["input_ids"].shape[-1] for sample in inputs["samples"])])
+            skipped += inputs.get("skipped", [])
             trainer.training_step(model, inputs)
             timed.append((now(args.device) - start, len(batch)))
+    if not longest:
+        raise all_left_out(f"{len(rows)} training rows", skipped)
     draft.zero_grad()
     trainer._pass_counts = {}
     seconds, timed_rows = (sum(each) for each in zip(*(timed[1:] or timed), strict=True))

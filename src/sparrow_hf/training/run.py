@@ -4,19 +4,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import EvalPrediction, PreTrainedModel, ProcessorMixin
 
 from .._transformers import uses_vllm_positions
 from ..data.datasets import load_rows
 from ..errors import MissingDependencyError, TrainingDataError, TrainingOptionsError
 from ..modeling_sparrow import SparrowDraftModel
 from ..tree_shapes import chain
+from .acceptance import acceptance_metrics
 from .answers import check_answers
 from .arguments import DRAFT_PRESETS, SparrowTrainingArguments
-from .callbacks import DecodingCallback
+from .callbacks import DecodingCallback, figures_of
 from .card import acceptance_of, begin_anew, recipe_of
 from .checkpoints import check_settings, describe_training, digest_of_rows, last_checkpoint, step_of
 from .curves import plot_curves
@@ -26,6 +28,7 @@ from .leakage import refuse_shared_media
 from .lora import add_lora, merge_lora
 from .options import TrainingOptions
 from .recording import PROVENANCE_FILE, RecordedDataset
+from .refusals import all_left_out
 from .trainer import SparrowTrainer
 from .vocabulary import REDUCED_SIZE, TargetTokens, default_vocabulary, load_vocabulary
 
@@ -118,22 +121,50 @@ def check_held_out(trainer: SparrowTrainer) -> None:
     part of the rows.
 
     Raises:
-        TrainingDataError: A row is bad, and bad rows are refused, or the draft's inputs cannot be made of it.
+        TrainingDataError: A row is bad, and bad rows are refused, or the draft's inputs cannot be made of it; or all
+            of them are left out.
     """
     rows, args = trainer.eval_dataset, trainer.args
     if rows is None:
         return
     own = range(args.process_index, len(rows), args.world_size)
-    is_to_try = True
+    good, skipped = 0, []
     for index in tqdm(own, desc="reading held-out rows", unit="row", leave=False, disable=args.disable_tqdm):
         try:
-            samples = trainer.data_collator([rows[index]])["samples"]
-            if samples and is_to_try:
+            batch = trainer.data_collator([rows[index]])
+            skipped += batch.get("skipped", [])
+            # Of conversations, which the target has to read, only the first.
+            if batch["samples"] and (not good or isinstance(rows, RecordedDataset)):
                 with torch.no_grad():
-                    trainer.make_batch(samples, training=False)
-                is_to_try = isinstance(rows, RecordedDataset)
+                    trainer.make_batch(batch["samples"], training=False)
+            good += len(batch["samples"])
         except TrainingDataError as error:
             raise TrainingDataError(f"held-out rows: {error}") from error
+    if not trainer.accelerator.gather(torch.tensor([good], device=args.device)).sum():
+        raise all_left_out("held-out rows", skipped)
+
+
+def check_best_metric(trainer: SparrowTrainer, decoding: DecodingCallback | None) -> None:
+    """Raises unless evaluations have the figure that the best checkpoint is chosen by: the first one would be the end.
+
+    Raises:
+        TrainingOptionsError: They have not.
+    """
+    args, levels = trainer.args, trainer.draft.config.num_draft_levels
+    wanted = args.metric_for_best_model
+    if wanted is None or args.eval_strategy == "no":
+        return
+    known = {"loss", "runtime", "samples_per_second", "steps_per_second"}
+    if not args.prediction_loss_only:
+        known |= acceptance_metrics(EvalPrediction(np.ones((1, 3 * levels + 1)), None)).keys()
+    if decoding is not None:
+        known |= figures_of(levels)
+    if wanted.removeprefix("eval_") not in known:
+        undecoded = "" if decoding is not None else "; a recording holds no videos to decode"
+        raise TrainingOptionsError(
+            f"--metric-for-best-model {wanted}: evaluations on these held-out rows have no such figure, but "
+            f"{', '.join(sorted(known))}{undecoded}"
+        )
 
 
 def check_output(options: TrainingOptions) -> str | None:
@@ -321,6 +352,7 @@ def prepare_training(
         decoded = [held_out[index] for index in range(min(DECODED_ROWS, len(held_out)))]
         decoding = DecodingCallback(trainer, decoded)
         trainer.add_callback(decoding)
+    check_best_metric(trainer, decoding)
     settings = describe_training(trainer, train=digest_of_rows(options.train), lora=options.lora)
     if checkpoint is not None:
         check_settings(checkpoint, settings)

@@ -2,20 +2,21 @@
 
 import hashlib
 import os
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .._transformers import on_device, use_one_gpu
 from ..data.prepare import kind_of, to_target
 from ..draft_inputs import draft_positions, visual_mask
+from ..errors import TrainingDataError
 from ..modeling_sparrow import SparrowDraftModel
 from .acceptance import acceptance_metrics, count_acceptance, summarize
 from .arguments import SparrowTrainingArguments
@@ -31,6 +32,7 @@ from .checkpoints import (
 from .chunked_loss import chunked_loss
 from .data import SparrowDataCollator, TrainingStates, check_sample, read_with_target
 from .passes import DraftBatch, exact_passes, make_batch, reinput_passes
+from .refusals import RefuseNothing, warn_of_16_bits
 
 logger = logging.get_logger(__name__)
 
@@ -99,10 +101,13 @@ class SparrowTrainer(Trainer):
         self.seal = SealCheckpoints()
         self.add_callback(self.seal)
         self.add_callback(RenewState())
+        self.add_callback(RefuseNothing(self))
         target.eval().requires_grad_(False)
         if getattr(target, "hf_device_map", None) is None:
             target.to(device=args.device)
         self._pass_counts: dict[int, Tensor] = {}
+        #: Whether a row was trained on, by any of the processes.
+        self.has_trained = False
         #: Index and reason of the rows left out so far (`args.on_bad_row`).
         self.skipped_rows: set[tuple[int | None, str]] = set()
 
@@ -132,7 +137,7 @@ class SparrowTrainer(Trainer):
             self.seal.settings = describe_training(self)
             if folder is not None:
                 check_settings(folder, self.seal.settings)
-        _warn_of_16_bits(self.draft)
+        warn_of_16_bits(self.draft)
         if is_of_other_weights(self.draft):
             begin_anew(self.draft, self.draft.name_or_path)
         return super().train(checkpoint, *args, **kwargs)
@@ -277,6 +282,21 @@ class SparrowTrainer(Trainer):
         counts = torch.zeros((1, width), dtype=torch.long, device=self.args.device)
         return (loss, counts) if return_outputs else loss
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in the base class, with a batch at least.
+
+        Raises:
+            TrainingDataError: There is none.
+        """
+        loader = super().get_train_dataloader()
+        if has_length(loader) and not len(loader):
+            rows = len(self.train_dataset) if has_length(self.train_dataset) else 0
+            raise TrainingDataError(
+                f"{rows} training rows fill no batch of {self.args.train_batch_size} on {self.args.world_size} "
+                "processes, and dataloader_drop_last leaves out what is not full: give more rows, or not this option"
+            )
+        return loader
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
@@ -292,8 +312,11 @@ class SparrowTrainer(Trainer):
             for batch in batches
             for sample in batch["samples"]
         )
-        count = torch.tensor(max(losses, 1), device=device)
-        return batches, self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        count = torch.tensor(losses, device=device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        self.has_trained = self.has_trained or bool(count)
+        return batches, count.clamp(min=1)
 
     def prediction_step(
         self,
@@ -347,14 +370,3 @@ class SparrowTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not estimated: the cost of a step is the target's, not the draft's."""
         return 0
-
-
-def _warn_of_16_bits(draft: SparrowDraftModel) -> None:
-    trained = {parameter.dtype for parameter in draft.parameters() if parameter.requires_grad}
-    if low := trained & {torch.bfloat16, torch.float16}:
-        warnings.warn(
-            f"the draft is trained in {low.pop()}, which rounds most steps of a small learning rate away: give "
-            "SparrowTrainer draft.float(), or sparrow train --draft-dtype float32; bf16=True computes in bf16 even so",
-            UserWarning,
-            stacklevel=3,
-        )
