@@ -104,6 +104,21 @@ def test_skipped_rows_are_reported_and_never_trained_on(tmp_path, target, make_d
         SparrowTrainer(make_draft(), target, args, train_dataset=samples).train()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_row_is_one_sentence_whichever_process_reads_it(tmp_path, target, make_draft, samples, workers):
+    bad = [sample | {"answer_start": sample["input_ids"].shape[1] - 1, "row_index": 5} for sample in samples[:1]]
+    args = SparrowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", dataloader_num_workers=workers)
+    trainer = SparrowTrainer(make_draft(), target, args, train_dataset=bad, eval_dataset=bad)
+    length = bad[0]["input_ids"].shape[1]
+    for start in (trainer.train, trainer.evaluate):
+        with pytest.raises(TrainingDataError) as refused:
+            start()
+        assert str(refused.value) == (
+            "row 5: the answer must have at least 2 tokens and follow a prompt: "
+            f"answer_start is {length - 1} of {length} tokens (the first answer token is never drafted)"
+        )
+
+
 def test_rows_set_the_sampling_of_their_videos(collate, folder):
     row = ask(video(str(folder / "2.mp4")))
 

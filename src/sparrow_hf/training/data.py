@@ -10,7 +10,8 @@ A dataset row is one of three dictionaries (see [`~sparrow_hf.data.kind_of`]), a
 * a [`TrainingStates`]: the target's states, computed before.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from ..data.messages import ROW_ERROR, ROW_INDEX, naming_row
 from ..data.prepare import kind_of, prepare_conversation, prepare_prompt
 from ..data.sources import shown
 from ..draft_inputs import DraftPositions, draft_positions, visual_mask
-from ..errors import TrainingDataError
+from ..errors import SparrowError, TrainingDataError
 from ..hidden_states import HiddenStateCollector
 from ..modeling_sparrow import SparrowDraftModel
 
@@ -203,3 +204,19 @@ def as_row(row: Mapping[str, Any] | TrainingStates) -> Mapping[str, Any]:
     if isinstance(row, TrainingStates):
         return row.to_row()
     return row if isinstance(row, Mapping) else {ROW_ERROR: f"a row must be a dictionary, found {shown(row)}"}
+
+
+@contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """Errors of this package in the workers of a data loader, with their own sentence.
+
+    torch raises them with the worker's whole traceback as their message; its last line is the error itself.
+    """
+    try:
+        yield
+    except SparrowError as error:
+        name = f"\n{type(error).__module__}.{type(error).__qualname__}: "
+        told, found, sentence = str(error).rpartition(name)
+        if not (found and " in DataLoader worker process " in told):
+            raise
+        raise type(error)(sentence.strip()) from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
 from .._transformers import on_device, use_one_gpu
@@ -30,7 +30,7 @@ from .checkpoints import (
     last_checkpoint,
 )
 from .chunked_loss import chunked_loss
-from .data import SparrowDataCollator, TrainingStates, check_sample, read_with_target
+from .data import SparrowDataCollator, TrainingStates, check_sample, errors_of_workers, read_with_target
 from .passes import DraftBatch, exact_passes, make_batch, reinput_passes
 from .refusals import RefuseNothing, warn_of_16_bits
 
@@ -140,7 +140,13 @@ class SparrowTrainer(Trainer):
         warn_of_16_bits(self.draft)
         if is_of_other_weights(self.draft):
             begin_anew(self.draft, self.draft.name_or_path)
-        return super().train(checkpoint, *args, **kwargs)
+        with errors_of_workers():
+            return super().train(checkpoint, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in the base class; a bad row is told in one sentence, whichever process has read it."""
+        with errors_of_workers():
+            return super().evaluation_loop(*args, **kwargs)
 
     def _parts(self) -> tuple[str, ...]:
         """Files of a checkpoint that a resumed training reads, beside the weights and the trainer's state."""
