@@ -110,6 +110,46 @@ def test_bad_files_are_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rate: yes", "learning_rate: YAML reads this value as true; if it is a word, such as"),
+        ("lora: true", "lora: YAML reads this value as true"),
+        (
+            "save_strategy: no",
+            'save_strategy: YAML reads this value as false; if it is a word, such as "no", quote it',
+        ),
+        ("held_out: on", "held_out: YAML reads this value as true"),
+        ("max_steps: 4.5", "max.steps: invalid int value: '4.5'"),
+        ("num_mtp_steps: two", "num.mtp.steps: invalid int value: 'two'"),
+        ("feature_layers: [1.5]", "feature.layers: invalid int value: '1.5'"),
+        ("bf16: maybe", "bf16: .*maybe"),
+        ("seed:", "seed: there is no value; leave the line out"),
+        ("train: [a, b]", r"train: a single value is needed, found the list \['a', 'b'\]"),
+        ("preset: [paper]", "preset: a single value is needed"),
+        ("glimpse_spacing: log", "glimpse.spacing: invalid choice: 'log'"),
+        ("mtp_attention: Exact", "mtp.attention: invalid choice: 'Exact'"),
+    ],
+)
+def test_a_value_that_yaml_reads_otherwise_is_refused_by_its_name(tmp_path, line, message):
+    (tmp_path / "recipe.yaml").write_text(f"{line}\n")
+    with pytest.raises(TrainingOptionsError, match=message):
+        parse_options([*NEEDED, "--use-cpu", "--config", str(tmp_path / "recipe.yaml")])
+
+
+def test_values_of_yaml_are_those_of_the_command_line(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "learning_rate: 1\nsave_steps: 20\nsave_strategy: 'no'\nstreaming: 'false'\ndry_run: yes\nbf16: no\nlora:\n"
+        "report_to: none\nfeature_layers: [2, -1]\nvocabulary: 5\nmax_grad_norm: 1e-1\nsave_total_limit: null\n"
+    )
+    options, arguments = parse_options([*NEEDED, "--use-cpu", "--config", str(tmp_path / "recipe.yaml")])
+    found = [options.streaming, options.dry_run, options.lora, options.feature_layers, options.vocabulary]
+    assert found == [False, True, None, [2, -1], "5"]
+    found = [arguments.learning_rate, arguments.save_steps, arguments.save_strategy, arguments.bf16]
+    assert found == [1.0, 20, "no", False] and type(arguments.learning_rate) is float
+    assert (arguments.max_grad_norm, arguments.save_total_limit, arguments.report_to) == (0.1, None, [])
+
+
+@pytest.mark.parametrize(
     ("words", "evaluated"),
     [
         ("", ("no", None)),

@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -227,7 +228,7 @@ def parse_options(words: Sequence[str]) -> tuple[TrainingOptions, SparrowTrainin
     parser = HfArgumentParser((TrainingOptions, SparrowTrainingArguments), allow_abbrev=False, add_help=False)
     try:
         known, rest = first.parse_known_args(words)
-        config = _read_yaml(known.config) if known.config else {}
+        config = _parsed(parser, _read_yaml(known.config)) if known.config else {}
         preset = known.preset or config.get("preset", "default")
         if preset not in TRAINING_PRESETS:
             raise TrainingOptionsError(f"unknown preset {preset!r}; known: {', '.join(TRAINING_PRESETS)}")
@@ -323,17 +324,50 @@ def _read_yaml(file: str) -> dict[str, Any]:
     return {_field_of(str(name)): value for name, value in found.items()}
 
 
-def _set_defaults(parser: HfArgumentParser, values: dict[str, Any]) -> None:
+def _parsed(parser: HfArgumentParser, values: dict[str, Any]) -> dict[str, Any]:
+    """Values of a YAML file, read as the command line reads text. YAML has types of its own: `no` is false."""
     actions = {action.dest: action for action in parser._actions}
     unknown = sorted(values.keys() - actions.keys())
     if unknown:
         raise TrainingOptionsError(f"unknown options: {', '.join(unknown)}")
-    for name, value in values.items():
-        action = actions[name]
-        action.required = False
-        # argparse converts text only, and YAML reads 1e-4 as text.
-        is_text = isinstance(value, str) and callable(action.type)
-        action.default = parser._get_value(action, value) if is_text else value
+    hints = get_type_hints(TrainingOptions) | get_type_hints(SparrowTrainingArguments)
+
+    def read(name: str, value: Any) -> Any:
+        action, kinds = actions[name], _kinds_of(hints[name])
+        if value is None and type(None) not in kinds:
+            raise TrainingOptionsError(f"{name}: there is no value; leave the line out")
+        if isinstance(value, bool) and bool not in kinds:
+            raise TrainingOptionsError(
+                f'{name}: YAML reads this value as {str(value).lower()}; if it is a word, such as "no", quote it'
+            )
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, list):
+            if list not in kinds:
+                raise TrainingOptionsError(f"{name}: a single value is needed, found the list {value}")
+            return [read_one(action, each) for each in value]
+        return read_one(action, value)
+
+    def read_one(action: argparse.Action, value: Any) -> Any:
+        parsed = parser._get_value(action, str(value))
+        parser._check_value(action, parsed)
+        return parsed
+
+    return {name: read(name, value) for name, value in values.items()}
+
+
+def _kinds_of(hint: Any) -> set[Any]:
+    """The types that a field may have, without those of what they hold."""
+    if get_origin(hint) in (Union, UnionType):
+        return {kind for each in get_args(hint) for kind in _kinds_of(each)}
+    return {get_origin(hint) or hint}
+
+
+def _set_defaults(parser: HfArgumentParser, values: dict[str, Any]) -> None:
+    for action in parser._actions:
+        if action.dest in values:
+            action.required = False
+            action.default = values[action.dest]
 
 
 def _refuse(message: str) -> None:
