@@ -276,5 +276,6 @@ def test_help_names_every_option_and_starts_nothing(tmp_path: Path) -> None:
     assert all(f"--{name}" in text for name in ("num-mtp-steps", "num-visual-rows-max", "on-bad-row", "lora"))
     assert "required" in text and "--learning-rate" in text
     assert " ".join(text.split()).endswith(
-        "except --output-dir, --resume-from-checkpoint and --remove-unused-columns."
+        "except --output-dir, --resume-from-checkpoint, --remove-unused-columns, --label-smoothing-factor, "
+        "--neftune-noise-alpha and --batch-eval-metrics."
     )

@@ -150,6 +150,24 @@ def test_values_of_yaml_are_those_of_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--label-smoothing-factor 0.3", "label_smoothing_factor must stay 0.0, found 0.3: the losses compare with"),
+        ("--neftune-noise-alpha 5", "neftune_noise_alpha must stay None, found 5.0: .*hidden_state_noise"),
+        ("--batch-eval-metrics true", "batch_eval_metrics must stay False, found True: "),
+        ("--remove-unused-columns true", "remove_unused_columns must stay False, found True: "),
+        (
+            "--train-sampling-strategy group_by_length",
+            "train_sampling_strategy must not be 'group_by_length': rows have",
+        ),
+    ],
+)
+def test_arguments_that_a_draft_has_no_use_for_are_refused(words, told):
+    with pytest.raises(TrainingOptionsError, match=told):
+        parse_options([*NEEDED, "--use-cpu", *words.split()])
+
+
+@pytest.mark.parametrize(
     ("words", "evaluated"),
     [
         ("", ("no", None)),

@@ -86,6 +86,7 @@ def train(context: typer.Context) -> None:
 
 def show_options(console: Console, context: typer.Context) -> None:
     """Prints the help: all options that are not inherited from transformers, with their defaults."""
+    from ..training.arguments import UNSUPPORTED
     from ..training.options import describe_options
 
     console.print(inspect.getdoc(context.command.callback), highlight=False)
@@ -95,9 +96,10 @@ def show_options(console: Console, context: typer.Context) -> None:
             table.add_row(Text(name, no_wrap=True), Text(default), Text(text))
         console.print(table)
     console.print(EXIT_CODES, highlight=False)
+    refused = [f"--{name.replace('_', '-')}" for name in ("output_dir", "resume_from_checkpoint", *UNSUPPORTED)]
     console.print(
         "Options of transformers.TrainingArguments work too, such as --learning-rate and --max-steps, except "
-        "--output-dir, --resume-from-checkpoint and --remove-unused-columns."
+        f"{', '.join(refused[:-1])} and {refused[-1]}."
     )
 
 

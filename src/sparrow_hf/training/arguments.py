@@ -38,6 +38,17 @@ DRAFT_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
 }
 
+#: Fields of [`~transformers.TrainingArguments`] that a draft's training has no use for → the only value, and why.
+UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "remove_unused_columns": (False, "the draft's signature names none of the columns"),
+    "label_smoothing_factor": (0.0, "the losses compare with the target's probabilities, not with labels"),
+    "neftune_noise_alpha": (
+        None,
+        "the draft has no embedding of its own; hidden_state_noise adds noise to its states",
+    ),
+    "batch_eval_metrics": (False, "the figures of an evaluation are pooled over its rounds"),
+}
+
 
 @dataclass
 class SparrowTrainingArguments(TrainingArguments):
@@ -48,7 +59,7 @@ class SparrowTrainingArguments(TrainingArguments):
     pass's loss positions and divided by the number of loss positions of the first pass.
 
     Raises:
-        ValueError: A weight is negative, all weights are zero, or a range is empty.
+        ValueError: A weight is negative, all weights are zero, a range is empty, or an argument has no effect here.
     """
 
     soft_cross_entropy_weight: float = field(
@@ -139,8 +150,13 @@ class SparrowTrainingArguments(TrainingArguments):
             # accelerate would split streamed batches along the first dimension of their tensors, which is not the row
             # here. So every process reads the stream and takes its own rows.
             self.accelerator_config.dispatch_batches = False
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must stay False: the draft's signature names none of the columns")
+        for name, (only, why) in UNSUPPORTED.items():
+            if getattr(self, name) != only:
+                raise ValueError(f"{name} must stay {only}, found {getattr(self, name)!r}: {why}")
+        if self.train_sampling_strategy == "group_by_length":
+            raise ValueError(
+                "train_sampling_strategy must not be 'group_by_length': rows have no length before they are read"
+            )
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("use_reentrant must stay False: it would drop the gradients between the draft's passes")
         weights = self.loss_weights
