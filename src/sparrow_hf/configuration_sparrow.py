@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -38,6 +39,13 @@ _UNDECLARED = {
 }
 #: Fields of `generate()`, which older files of transformers hold; left out when they are read.
 _GENERATION_FIELDS = frozenset(GenerationConfig().to_dict())
+
+
+#: What to load instead of LoRA adapters.
+MERGED = (
+    "give the output folder of `sparrow train --lora`, where the finished draft has them merged (in Python, save what "
+    "merge_lora returns); a checkpoint is only gone on from, with --resume"
+)
 
 
 class SparrowDraftConfig(PreTrainedConfig):
@@ -207,6 +215,8 @@ class SparrowDraftConfig(PreTrainedConfig):
             raise DraftConfigError(damaged) from error
         if not isinstance(found, dict):
             raise DraftConfigError(damaged)
+        if not found and (Path(str(source)) / "adapter_config.json").is_file():
+            raise DraftLoadError(f"{source} holds LoRA adapters and no draft: {MERGED}")
         if not found:
             raise DraftLoadError(f"{source} has no config.json, or one without fields: {missing}")
         return found, unused

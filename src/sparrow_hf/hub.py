@@ -20,7 +20,7 @@ from transformers.utils import (
 from . import _transformers
 from .artifacts import StoredTensors, tensor_digest
 from .checksums import read_json
-from .configuration_sparrow import SparrowDraftConfig
+from .configuration_sparrow import MERGED, SparrowDraftConfig
 from .errors import DraftLoadError, SparrowError
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -190,6 +190,8 @@ def _check_shapes(
     }
     if any(wrong.values()):
         named = "; ".join(f"{kind}: {_first(names)}" for kind, names in wrong.items() if names)
+        if any("lora_" in name for name in wrong["unexpected"]):
+            raise DraftLoadError(f"{source} holds LoRA adapters that are not merged ({named}): {MERGED}")
         raise DraftLoadError(
             f"{source} does not hold the tensors of a {draft_class.__name__} with this configuration ({named}): "
             + AGAIN

@@ -1,6 +1,7 @@
 """LoRA: only adapters train, through the trainer and across a resume; merging gives the same draft, and only it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -116,8 +117,22 @@ def test_the_trainer_trains_the_adapters_and_resumes_exactly(tmp_path, target, m
     trainer_of(resumed, tmp_path / "b").train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
     assert_same_weights(weights_of(resumed), weights_of(whole))
     assert_same_weights(weights_of(merge_lora(resumed_adapters)), weights_of(merge_lora(adapters)))
-    with pytest.raises(DraftLoadError, match=r"fc\.base_layer\.weight"):
-        SparrowDraftModel.from_pretrained(tmp_path / "b" / "checkpoint-3")
+
+
+def test_adapters_that_are_not_merged_start_no_training_and_it_is_said_what_does(tmp_path, make_draft):
+    draft = make_draft()
+    add_lora(draft, rank=2).save_pretrained(tmp_path / "adapters")
+    draft.save_pretrained(tmp_path / "checkpoint-3")
+    told = (
+        "give the output folder of `sparrow train --lora`, where the finished draft has them merged (in Python, save "
+        "what merge_lora returns); a checkpoint is only gone on from, with --resume"
+    )
+    for name, what in (
+        ("adapters", "LoRA adapters and no draft"),
+        ("checkpoint-3", r"LoRA adapters that are not merged \(missing: fc\.weight, .*fc\.base_layer\.weight.*\)"),
+    ):
+        with pytest.raises(DraftLoadError, match=f"^{tmp_path}/{name} holds {what}: {re.escape(told)}$"):
+            SparrowDraftModel.from_pretrained(tmp_path / name)
 
 
 def test_adapters_are_added_once(make_draft):
