@@ -119,8 +119,8 @@ class Digests:
             self.check(self.folder / name)
 
     def warn_without(self) -> None:
-        """Warns if the folder carries no digests."""
-        if self.known is None:
+        """Warns if the folder carries no digests, unless nothing was written there."""
+        if self.known is None and self.folder.is_dir() and any(self.folder.iterdir()):
             warn_without_digest(self.folder)
 
     def _name(self, path: Path) -> str:

@@ -1,6 +1,7 @@
 """Counting and choosing by hand, the file and what is refused of it, and the verb over real answers."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -188,6 +189,13 @@ def test_the_verb_counts_and_writes(tmp_path):
 
 def test_the_verb_reports_what_is_wrong(tmp_path):
     META_TARGETS[0].config().save_pretrained(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name in ("nowhere", "empty"):
+        with warnings.catch_warnings():
+            # No earlier version wrote what is not there.
+            warnings.simplefilter("error", UserWarning)
+            nothing = run("--target", tmp_path, "--answers", tmp_path / name, "--output", tmp_path, "--size", 8)
+        assert nothing.exit_code == 2 and "no answers to count" in nothing.output
     for target, size, sentence in ((tmp_path, 8, "no answers to count"), (tmp_path / "nowhere", 8, "nowhere")):
         result = run("--target", target, "--answers", tmp_path, "--output", tmp_path, "--size", size)
         assert result.exit_code == 2
