@@ -124,7 +124,12 @@ def test_video_columns_are_not_decoded_by_datasets(tmp_path, folder, processor):
     row = ask(video((folder / "1.mp4").read_bytes()), image, answer=written)
     features = datasets.Features({"messages": datasets.List(turn)})
     datasets.Dataset.from_list([row], features=features).save_to_disk(str(tmp_path / "rows"))
+    before = {path.name for path in (tmp_path / "rows").iterdir()}
     (found,) = load_rows(tmp_path / "rows")
+    # Nor are they copied.
+    assert {path.name for path in (tmp_path / "rows").iterdir()} == before
+    (streamed,) = load_rows(tmp_path / "rows", streaming=True)
+    assert streamed == found
     parts = found["messages"][0]["content"]
     # What Arrow filled in must not reach a chat template, which takes a key for its presence.
     assert parts[2]["video"] is None and clean_messages(found)[0]["content"][2] == {"type": "text", "text": "what ?"}

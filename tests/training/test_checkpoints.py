@@ -203,6 +203,9 @@ def test_the_digest_of_rows_is_of_the_files_that_are_read(rows: Path, tmp_path: 
     (tmp_path / "draft" / "checkpoint-1").mkdir(parents=True)
     for name in ("model.safetensors", "rows.jsonl", "rows.parquet", "trainer_state.json"):
         (tmp_path / "draft" / "checkpoint-1" / name).write_text("a training's own")
+    if kind == "disk":
+        datasets.load_from_disk(str(tmp_path)).map(lambda row: {"n": 1})
+        assert list(tmp_path.glob("cache-*.arrow"))
     assert digest_of_rows(tmp_path) == before
     files[0].write_bytes(flip(files[0].read_bytes()))
     assert digest_of_rows(tmp_path) != before

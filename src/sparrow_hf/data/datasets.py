@@ -132,7 +132,7 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
     if columns is not None and not set(TURN_COLUMNS) & set(columns):
         raise TrainingDataError(_without_conversations(source, ", ".join(columns) or "none"))
     if rows.features is not None and (undecoded := _without_decoding(rows.features)) != rows.features:
-        rows = rows.cast(undecoded)
+        rows = rows.cast(undecoded) if streaming else StoredRows(rows)
     return StreamedRows(rows, folder) if streaming else Rows(rows, folder)
 
 
@@ -160,6 +160,23 @@ def _read_json(source: Any, files: list[str], folder: Path, split: str, streamin
         found = first[0].get(ROW_ERROR) or _without_conversations(source, ", ".join(list(first[0])[:20]) or "none")
         raise TrainingDataError(found)
     return StreamedRows(rows, folder) if streaming else Rows(rows, folder)
+
+
+class StoredRows:
+    """The rows of a `datasets.Dataset` as Arrow stores them, undecoded. To cast them would write a copy of all.
+
+    Args:
+        rows: The data set.
+    """
+
+    def __init__(self, rows: Any):
+        self.rows = rows.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index].to_pylist()[0]
 
 
 class JsonRows:

@@ -171,7 +171,15 @@ def digest_of_rows(source: str | os.PathLike[str]) -> str:
     if (path / PROVENANCE_FILE).exists():
         return digest_of_files(path, recorded_files(path))
     # What else lies there, such as the checkpoints of a training, are no rows.
-    return digest_of_files(path, [Path(file) for file in data_files(path)] or path.rglob("*.arrow"))
+    return digest_of_files(path, [Path(file) for file in data_files(path)] or _saved_files(path))
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The files of a data set that `save_to_disk` wrote, or of its splits; not what `datasets` adds later."""
+    described = [*folder.glob("state.json"), *folder.glob("*/state.json")]
+    return [
+        state.parent / file["filename"] for state in described for file in json.loads(state.read_text())["_data_files"]
+    ]
 
 
 # -- checking ---------------------------------------------------------------------------------------------------------
