@@ -67,12 +67,12 @@ def record(
     from .. import SparrowDraftConfig, SparrowDraftModel
     from ..data import load_rows
     from ..loading import load_target
-    from ..training.answers import check_answers
     from ..training.checkpoints import digest_of_rows
     from ..training.data import SparrowDataCollator
     from ..training.first_weights import entry_layer
     from ..training.recording import record as write_recording
     from ..training.recording_size import check_disk_budget, estimate_recording_bytes
+    from ..training.refusals import check_answers
 
     quiet_transformers()
     processes = launched_processes(device)

@@ -16,7 +16,6 @@ from ..errors import MissingDependencyError, TrainingDataError, TrainingOptionsE
 from ..modeling_sparrow import SparrowDraftModel
 from ..tree_shapes import chain
 from .acceptance import acceptance_metrics
-from .answers import check_answers
 from .arguments import DRAFT_PRESETS, SparrowTrainingArguments
 from .callbacks import DecodingCallback, figures_of
 from .card import acceptance_of, begin_anew, recipe_of
@@ -28,7 +27,7 @@ from .leakage import refuse_shared_media
 from .lora import add_lora, merge_lora
 from .options import TrainingOptions
 from .recording import PROVENANCE_FILE, RecordedDataset
-from .refusals import all_left_out
+from .refusals import all_left_out, check_answers
 from .trainer import SparrowTrainer
 from .vocabulary import REDUCED_SIZE, TargetTokens, default_vocabulary, load_vocabulary
 
