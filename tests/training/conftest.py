@@ -1,4 +1,4 @@
-"""A tiny random target, greedy answers of its own, and drafts for it."""
+"""A tiny random target, greedy answers of its own, and drafts for it; a built-in family, and prompts for it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +7,11 @@ import pytest
 import torch
 from greedy import greedy
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf.testbed.nano import build_processor, build_target
+from sparrow_hf.testbed.world import make_clip
 from sparrow_hf.training import append_answer, read_with_target
 
 from families import FAMILY_BY_NAME
@@ -39,6 +41,31 @@ def samples(target: PreTrainedModel, prompts: list[dict[str, Tensor]]) -> list[d
         output = target.generate(**prompt, **greedy(length))
         rows.append(append_answer(prompt, output[0, prompt["input_ids"].shape[1] :].tolist()))
     return rows
+
+
+@pytest.fixture(scope="module")
+def processor() -> ProcessorMixin:
+    """Of the built-in family Qwen2.5-VL."""
+    return build_processor()
+
+
+@pytest.fixture(scope="module")
+def nano(processor: ProcessorMixin) -> PreTrainedModel:
+    """A target of two layers that writes no placeholders."""
+    target = build_target(processor.tokenizer, num_hidden_layers=2)
+    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
+    return target
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two questions about clips of different length, and three without."""
+    folder = tmp_path_factory.mktemp("clips")
+    clips = [make_clip(folder / f"{seed}.mp4", seed, tokens) for seed, tokens in enumerate((16, 32))]
+    text = [{"role": "user", "content": question} for question in ("describe this video .", "a dot ?", "what ?")]
+    asked = [{"messages": clip.messages, "id": index} for index, clip in enumerate(clips)]
+    # An assistant turn is what the target is to write itself.
+    return asked + [{"messages": [turn, {"role": "assistant", "content": "first ,"}]} for turn in text]
 
 
 @pytest.fixture

@@ -4,34 +4,10 @@ import pytest
 import torch
 
 from sparrow_hf.errors import TrainingDataError
-from sparrow_hf.testbed.nano import build_processor, build_target
-from sparrow_hf.testbed.world import make_clip
 from sparrow_hf.training.batched_answers import generate_answers, left_pad
 from sparrow_hf.video import prepare_inputs
 
 from families import FAMILY_BY_NAME
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return build_processor()
-
-
-@pytest.fixture(scope="module")
-def nano(processor):
-    target = build_target(processor.tokenizer, num_hidden_layers=2)
-    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
-    return target
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    clips = [make_clip(folder / f"{seed}.mp4", seed, tokens) for seed, tokens in enumerate((16, 32))]
-    text = [{"role": "user", "content": question} for question in ("describe this video .", "a dot ?", "what ?")]
-    rows = [{"messages": clip.messages, "id": index} for index, clip in enumerate(clips)]
-    # An assistant turn is what the target is to write itself.
-    return rows + [{"messages": [turn, {"role": "assistant", "content": "first ,"}]} for turn in text]
 
 
 def test_answers_of_a_batch_are_those_of_each_prompt(nano, processor, rows):

@@ -31,28 +31,6 @@ from sparrow_hf.video import prepare_inputs
 SETTINGS = {"max_new_tokens": 6, "min_new_tokens": 2, "do_sample": True}
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return build_processor()
-
-
-@pytest.fixture(scope="module")
-def nano(processor):
-    target = build_target(processor.tokenizer, num_hidden_layers=2)
-    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
-    return target
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    clips = [make_clip(folder / f"{seed}.mp4", seed, tokens) for seed, tokens in enumerate((16, 32))]
-    text = [{"role": "user", "content": question} for question in ("describe this video .", "a dot ?", "what ?")]
-    rows = [{"messages": clip.messages, "id": index} for index, clip in enumerate(clips)]
-    # An assistant turn is what the target is to write itself.
-    return rows + [{"messages": [turn, {"role": "assistant", "content": "first ,"}]} for turn in text]
-
-
 def test_the_command_writes_files_of_the_same_size():
     command, function = (inspect.signature(each).parameters for each in (regenerate_command, regenerate))
     for name in ("shard_size", "batch_size", "max_new_tokens", "seed"):

@@ -10,23 +10,11 @@ from sparrow_hf import SparrowDraftModel
 from sparrow_hf.artifacts import write_json
 from sparrow_hf.data.answers import digests_of, read_answers
 from sparrow_hf.errors import BindingError, TrainingDataError
-from sparrow_hf.testbed.nano import build_processor, build_target
+from sparrow_hf.testbed.nano import build_target
 from sparrow_hf.training import load_rows
 from sparrow_hf.training.regenerate import regenerate
 
 SETTINGS = {"max_new_tokens": 6, "min_new_tokens": 2, "do_sample": True}
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return build_processor()
-
-
-@pytest.fixture(scope="module")
-def nano(processor):
-    target = build_target(processor.tokenizer, num_hidden_layers=2)
-    target.generation_config.suppress_tokens = [target.config.video_token_id, target.config.image_token_id]
-    return target
 
 
 def asked(*questions, **columns):
