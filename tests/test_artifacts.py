@@ -1,12 +1,14 @@
 """Atomic writes, digests of weights, and saving a draft while it is loaded."""
 
 import errno
+import functools
 import io
 import json
 import os
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sparrow_hf import artifacts
 from sparrow_hf.artifacts import (
     StoredTensors,
     append_line,
@@ -67,6 +70,33 @@ class TestWriting:
             names = set(pool.map(write, texts))
         assert len(names) == 4 and all(str(os.getpid()) in name for name in names)
         assert (tmp_path / "file").read_text() in texts and len(list(tmp_path.iterdir())) == 1
+
+    def test_a_writer_that_begins_anew_is_not_taken_for_the_one_before(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One thread finds the folder of another, which is done and writes again before the first removes it."""
+        thread, is_locked = 1, artifacts._is_locked
+        monkeypatch.setattr(threading, "get_ident", lambda: thread)
+        files = functools.partial(artifacts.atomic_files, tmp_path, "last", lambda name: False)
+        before, after = ExitStack(), ExitStack()
+        write_text(before.enter_context(files()) / "last", "before")
+
+        def found_just_before(path: Path) -> bool:
+            nonlocal thread
+            monkeypatch.setattr(artifacts, "_is_locked", is_locked)
+            thread = 1
+            before.close()
+            write_text(after.enter_context(files()) / "other", "after")
+            thread = 2
+            return False
+
+        thread = 2
+        monkeypatch.setattr(artifacts, "_is_locked", found_just_before)
+        with files() as partial:
+            write_text(partial / "last", "of the second")
+        after.close()
+        texts = {path.name: path.read_text() for path in tmp_path.iterdir() if not path.name.startswith(".")}
+        assert texts == {"last": "of the second", "other": "after"}
 
     def test_links_and_devices_stay(self, tmp_path: Path) -> None:
         (tmp_path / "link").symlink_to(tmp_path / "file")

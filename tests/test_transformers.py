@@ -34,6 +34,7 @@ ROOM = SOURCE / "_transformers"
 OTHERS = {
     "_actions",
     "_asdict",
+    "_check_value",
     "_compiled_call_impl",
     "_dynamo",
     "_exit",

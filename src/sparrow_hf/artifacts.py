@@ -4,6 +4,7 @@ Digests of files, and their check when they are read back, are in `checksums.py`
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ READ_ATTEMPTS = 5
 
 #: Ending of a folder whose files are complete and being moved, and the file in it that says what is to be done.
 _SWITCH, _PLAN = ".switch", "plan.json"
+_writes = itertools.count()
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -181,8 +183,9 @@ def remove_partial_files(folder: Path) -> None:
 
 
 def _own_suffix() -> str:
-    # Processes and threads may write to the same folder.
-    return f"{os.getpid()}.{threading.get_ident()}.partial"
+    # Processes and threads may write to the same folder. No name comes twice, because whoever finds one without a
+    # writer removes it a little later.
+    return f"{os.getpid()}.{threading.get_ident()}.{next(_writes)}.partial"
 
 
 def _remove(path: Path) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
 from .._transformers import on_device, use_one_gpu
@@ -143,7 +142,7 @@ class SparrowTrainer(Trainer):
         with errors_of_workers():
             return super().train(checkpoint, *args, **kwargs)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in the base class; a bad row is told in one sentence, whichever process has read it."""
         with errors_of_workers():
             return super().evaluation_loop(*args, **kwargs)
@@ -295,8 +294,9 @@ class SparrowTrainer(Trainer):
             TrainingDataError: There is none.
         """
         loader = super().get_train_dataloader()
-        if has_length(loader) and not len(loader):
-            rows = len(self.train_dataset) if has_length(self.train_dataset) else 0
+        # A stream has no length.
+        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        if rows is not None and not len(loader):
             raise TrainingDataError(
                 f"{rows} training rows fill no batch of {self.args.train_batch_size} on {self.args.world_size} "
                 "processes, and dataloader_drop_last leaves out what is not full: give more rows, or not this option"
