@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_research.language import video_figure
 from sparrow_research.language.text import tables
 
 REPOSITORY = Path(__file__).parents[2]
@@ -152,11 +153,15 @@ def test_the_draft_that_is_kept() -> None:
     assert f"| `four-layers`, kept | 2, 15, 27, last | {accepted[0]} | {taus} |" in PAGE
     assert f"| `last-layer`, kept before | last | {accepted[1]} |  |  |  | {earlier['eval_tau']:.3f} |" in PAGE
     assert f"τ {ours[-1]['eval_tau']:.2f} against {earlier['eval_tau']:.2f}, equal budget" in README
+    taus = [f"{row['tau']:.2f}" for row in about["lengths"]["drafts"]["four-layers"]["lengths"]]
+    assert f"| chain of 3, teacher-forced | 400, 3,000, 13,000 | | {', '.join(taus)} | |" in README
     for name, draft in about["lengths"]["drafts"].items():
-        short, long = draft["lengths"]
-        kept_share = draft["retention"]["3000"]
-        low, high = kept_share["interval"]
-        figures = f"{short['tau']:.2f} | {long['tau']:.2f} | {kept_share['ratio']:.2f} ({low:.2f} … {high:.2f}) |"
+        taus = " | ".join(f"{row['tau']:.2f}" for row in draft["lengths"])
+        shares = (draft["retention"][length] for length in ("3000", "13000"))
+        kept_shares = (
+            f"{each['ratio']:.2f} ({each['interval'][0]:.2f} … {each['interval'][1]:.2f})" for each in shares
+        )
+        figures = f"| {taus} | {' | '.join(kept_shares)} |"
         lines = [line for line in PAGE.splitlines() if line.startswith(f"| `{name.removesuffix('-100')}` |")]
         assert any(line.endswith(figures) for line in lines)
     told = []
@@ -173,6 +178,13 @@ def test_the_draft_that_is_kept() -> None:
         told.append(f"384 | 10 of 10 | {row['tau']:.2f} | {row['dsr']:.2f}× |")
     _, chain, tree, _, sampled, _ = told
     assert f"| chain of 3 | {chain} | 30-4-8 | {tree} | chain of 3, sampled at T = 1 | {sampled}" in README
+
+
+def test_the_picture_of_lengths(tmp_path: Path) -> None:
+    assert set(video_figure.CURVES) == set(kept()["draft"]["lengths"]["drafts"])
+    video_figure.main(["--output", str(tmp_path / "lengths.png")])
+    assert (tmp_path / "lengths.png").stat().st_size > 10_000
+    assert "](figures/language-video.png)" in PAGE and video_figure.OUTPUT.is_file()
 
 
 def test_sampled_answers() -> None:
