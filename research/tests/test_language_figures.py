@@ -201,6 +201,27 @@ def test_sampled_answers() -> None:
             assert f"| {name} | {figures} |" in PAGE
 
 
+def test_the_draft_for_text_that_is_kept() -> None:
+    drafts = json.loads((DATA / "tokens.json").read_text())["four_layers_300_steps"]["drafts"]
+    ours, (earlier,) = drafts["four-layers"], drafts["last-layer"]
+    for name, evaluations, last in (
+        ("`four-layers`, kept | 2, 15, 27, last | 300 × 32", ours, ours[-1]),
+        ("`last-layer`, kept before | last | 300 × 64", [earlier], earlier),
+    ):
+        accepted = " ".join(f"{last[f'eval_accepted_{token}']:.3f}".removeprefix("0") for token in (1, 2, 3))
+        taus = {each["step"]: f"{each['eval_tau']:.3f}" for each in evaluations}
+        told = " | ".join(taus.get(step, "") for step in (50, 100, 150, 200, 250, 300))
+        assert f"| {name} | {accepted} | {told} |" in PAGE
+    gain = ours[-1]["eval_tau"] - earlier["eval_tau"]
+    assert f"ahead by {share(gain)}, with half the rows" in PAGE and ours[2]["eval_tau"] > earlier["eval_tau"]
+    rows = json.loads((DATA / "text.json").read_text())["last_layer"]["rows"]
+    taus = [
+        [f"{row['tau']:.2f}" for row in rows if row["temperature"] == temperature and "draft:sparrow" in row["arm"]]
+        for temperature in (0, 1)
+    ]
+    assert "it has {}, {} and {} greedily, {}, {} and {} sampled".format(*taus[0], *taus[1]) in PAGE
+
+
 def test_decoded_text() -> None:
     found = json.loads((DATA / "text.json").read_text())
     assert all(line in PAGE.splitlines() for line in tables(found).splitlines())
@@ -212,6 +233,10 @@ def test_decoded_text() -> None:
     text = " ".join(PAGE.split())
     assert "τ {} with chains of 3, {} with chains of 5 and **{} with the tree 30-4-8**".format(*greedy) in text
     assert "where several tokens are right and one is drawn, {}, {} and {}.".format(*sampled) in text
+    (chain,) = (row for row in found["rows"] if (row["temperature"], row["arm"]) == (0, "draft:sparrow@chain-3"))
+    assert "Chains of 3 are {:.2f} times as fast".format(chain["dsr"]) in text
+    assert "(quartiles {:.2f} … {:.2f})".format(*chain["dsr_quartiles"]) in text
+    assert f"{chain['tau']:.2f} with chains of 3, {chain['dsr']:.2f} times as fast as plain" in README
     tuned, costs = found["tuned"], found["tuned"]["costs"]["all frames"]["verify_ms"]
     ratios = [f"{tuned['speed_up'][f'chain-{depth}']:.2f}" for depth in (3, 2, 4)]
     assert tuned["shape"] == "chain-3"
