@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf.errors import UnsupportedGenerationError
+from sparrow_hf.generation import static_decoding
 
 from families import FAMILY_BY_NAME
 from oracles import drafting_around
@@ -73,3 +75,19 @@ def test_calls_with_other_adapters_share_no_fixed_shapes() -> None:
         options = {"adapter_names": [name], "cache_implementation": "static", "disable_compile": True}
         assert new_ids(model, inputs, assistant_model=draft, **options) == ids
     assert len(draft.target.static_sessions) == 2
+
+
+def test_an_adapter_that_is_switched_is_seen_in_fixed_shapes() -> None:
+    """Addresses and numbers of the old state would be in a captured graph."""
+    model, draft, inputs = adapted(["q_proj"])
+    static, states = {"assistant_model": draft, "cache_implementation": "static", "disable_compile": True}, set()
+    for scale in (1.0, 7.0):
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.scaling["default"] = scale
+        states.add(static_decoding._state_of(model.get_base_model()))
+        assert new_ids(model, inputs, **static) == new_ids(model, inputs)
+    with model.disable_adapter():
+        states.add(static_decoding._state_of(model.get_base_model()))
+        assert new_ids(model, inputs, **static) == new_ids(model, inputs)
+    assert len(states) == 3

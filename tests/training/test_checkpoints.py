@@ -10,24 +10,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from sparrow_hf import SparrowDraftModel, targets
 from sparrow_hf.artifacts import tensor_digest
-from sparrow_hf.checksums import DIGESTS_FILE, Digests, digest_of_files
+from sparrow_hf.checksums import DIGESTS_FILE, Digests
 from sparrow_hf.errors import TrainingOptionsError
 from sparrow_hf.training import SparrowDataCollator, SparrowTrainer, SparrowTrainingArguments, checkpoints
 from sparrow_hf.training import run as runs
-from sparrow_hf.training.checkpoints import (
-    SETTINGS_FILE,
-    check_checkpoint,
-    check_settings,
-    digest_of_rows,
-    last_checkpoint,
-)
+from sparrow_hf.training.checkpoints import SETTINGS_FILE, check_checkpoint, check_settings, last_checkpoint
 from sparrow_hf.training.options import parse_options
 from sparrow_hf.training.recording import record
 from sparrow_hf.training.run import TrainingRun, prepare_training
@@ -182,33 +175,6 @@ def test_other_rows_and_another_target_are_refused(
         other.get_output_embeddings().weight[0] += 1
     with pytest.raises(TrainingOptionsError, match="target_sha256: '[0-9a-f]{64}', now '[0-9a-f]{64}'"):
         check_settings(output / "checkpoints" / "checkpoint-2", {"target_sha256": tensor_digest(other.state_dict())})
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "disk", "recording"])
-def test_the_digest_of_rows_is_of_the_files_that_are_read(rows: Path, tmp_path: Path, kind: str) -> None:
-    table = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": "what ?"}]}])
-    if kind == "recording":
-        # As version 0.2 wrote them.
-        shutil.copytree(rows / "a", tmp_path, dirs_exist_ok=True)
-        (tmp_path / DIGESTS_FILE).unlink()
-    elif kind == "disk":
-        table.save_to_disk(str(tmp_path))
-    else:
-        getattr(table, "to_parquet" if kind == "parquet" else "to_json")(str(tmp_path / f"rows.{kind}"))
-    ending = {"disk": ".arrow", "recording": ".safetensors"}.get(kind, f".{kind}")
-    files = [path for path in tmp_path.rglob("*") if path.suffix == ending]
-    before = digest_of_rows(tmp_path)
-    # Earlier versions had the same.
-    assert before == digest_of_files(tmp_path, files)
-    (tmp_path / "draft" / "checkpoint-1").mkdir(parents=True)
-    for name in ("model.safetensors", "rows.jsonl", "rows.parquet", "trainer_state.json"):
-        (tmp_path / "draft" / "checkpoint-1" / name).write_text("a training's own")
-    if kind == "disk":
-        datasets.load_from_disk(str(tmp_path)).map(lambda row: {"n": 1})
-        assert list(tmp_path.glob("cache-*.arrow"))
-    assert digest_of_rows(tmp_path) == before
-    files[0].write_bytes(flip(files[0].read_bytes()))
-    assert digest_of_rows(tmp_path) != before
 
 
 def test_what_decides_no_weights_may_change(prepare: Callable[..., TrainingRun], output: Path) -> None:
