@@ -19,7 +19,23 @@ from sparrow_hf.measurement import NO_DRAFT
 from sparrow_hf.testbed.benchmark_prompts import clip_prompts, says_what_it_shows
 from sparrow_hf.testbed.captions import STYLES
 
-from .arms import ARMS, BLIND, DEFAULT, MSD, PAPER, PLAIN_GROUPED, PROMPT_LOOKUP, TUNED, VISPEC, Role, arms_of
+from .arms import (
+    ALL_ROWS,
+    ARMS,
+    BLIND,
+    DEFAULT,
+    HIVIS,
+    MSD,
+    MSD_BLIND,
+    NO_VATA,
+    PAPER,
+    PLAIN_GROUPED,
+    PROMPT_LOOKUP,
+    TUNED,
+    VISPEC,
+    Role,
+    arms_of,
+)
 from .drafts import SHIPPED_DRAFT, is_finished
 from .prompts import picture_prompts, text_prompts
 
@@ -31,6 +47,11 @@ _TUNED = (NO_DRAFT, *arms_of(Role.BASELINE), PROMPT_LOOKUP, DEFAULT, *arms_of(Ro
 _TUNED_LONG = (NO_DRAFT, PLAIN_GROUPED, DEFAULT, TUNED)
 _ALL = tuple(arm for arm in ARMS if arm not in arms_of(Role.BASELINE, Role.TUNED))
 _LONG = (*arms_of(Role.CONTROL, Role.RIVAL, Role.RECIPE, Role.DEFAULT), BLIND)
+# Likewise: no arm with a prefill of its own.
+_LONGEST = (
+    *(NO_DRAFT, PLAIN_GROUPED, "draft:text-only@chain-5", MSD, MSD_BLIND, VISPEC, HIVIS),
+    *(PAPER, NO_VATA, ALL_ROWS, BLIND, DEFAULT, TUNED),
+)
 _OTHER_GLIMPSES = tuple(arm for arm in arms_of(Role.GLIMPSE) if arm != BLIND)
 _FEW = (NO_DRAFT, PROMPT_LOOKUP, *_DEFAULT, PAPER, MSD, VISPEC)
 
@@ -71,13 +92,15 @@ CELLS: dict[str, Cell] = {
     "tuned-3000": Cell(_TUNED, 16, 3000),
     "tuned-13000": Cell(_TUNED_LONG, 16, 13_000),
     "tuned-25000": Cell(_TUNED_LONG, 8, 25_000),
+    # Nearly as many rows as the targets have positions, and five times what they were trained on.
+    "beyond-64000": Cell(_LONGEST, 4, 64_000),
     "sampling-400": Cell(_FEW, 16, 400, temperature=1.0),
     "sampling-3000": Cell(_FEW, 8, 3000, temperature=1.0, repeats=3),
     "pictures": Cell(_FEW, 16, kind="picture"),
     "text": Cell(_FEW, len(STYLES) * 2, kind="text"),
     "bfloat16-400": Cell((NO_DRAFT, *_DEFAULT), 16, 400, dtype="bfloat16"),
 }
-VIDEO, GLIMPSE, AS_SHIPPED = "video-", "glimpse-", "tuned-"
+VIDEO, GLIMPSE, AS_SHIPPED, BEYOND = "video-", "glimpse-", "tuned-", "beyond-"
 """Cells of greedy answers about clips are called so; the same stories come first in all of them."""
 
 
