@@ -216,6 +216,51 @@ def test_other_assistants_pass_through() -> None:
     assert torch.equal(plain, target.generate(**inputs, max_new_tokens=8, prompt_lookup_num_tokens=3))
 
 
+def test_arguments_of_a_custom_generate_pass_through() -> None:
+    """It may have arguments that are called as ours are."""
+    family = FAMILY_BY_NAME["qwen2_5_vl"]
+    target = family.build_target()
+
+    def decode(model: Any, input_ids: torch.Tensor, function: str, target: str, **options: Any) -> Any:
+        return function, target
+
+    inputs = family.build_inputs(target, videos=0)
+    assert target.generate(**inputs, custom_generate=decode, function="f", target="t") == ("f", "t")
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}])
+def test_a_call_inside_a_call_leaves_the_outer_ones_statistics(options: dict[str, Any]) -> None:
+    family = FAMILY_BY_NAME["qwen2_5_vl"]
+    target = family.build_target()
+    draft = SparrowDraftModel.from_target(target, num_draft_levels=2)
+    inputs, inner = family.build_inputs(target), family.build_inputs(target, videos=0)
+
+    def asks_itself(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        target.generate(**inner, max_new_tokens=3, assistant_model=draft)
+        return scores
+
+    target.generate(**inputs, max_new_tokens=7, assistant_model=draft, logits_processor=[asks_itself], **options)
+    assert draft.last_generation.new_tokens == 7
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_near_tie_of_fp64_goes_as_plain_takes_it(rows: int) -> None:
+    """Plain decoding rounds logits to fp32, where both are the same, and takes the lower id."""
+    family = FAMILY_BY_NAME["qwen2_5_vl"]
+    target = family.build_target().double()
+    inputs = {name: value.repeat(rows, 1) for name, value in family.build_inputs(target, videos=0).items()}
+    head = target.get_output_embeddings().weight
+    for token in target.generate(**inputs, max_new_tokens=12)[0, -12:].unique():
+        with torch.no_grad():
+            head[token - 1] = head[token] * (1 - 1e-9)
+    draft = SparrowDraftModel.from_target(target, num_draft_levels=2)
+    plain = target.generate(**inputs, max_new_tokens=12)
+    # The token of the prefill is chosen by itself.
+    logits = target(plain).logits[0, -12:-1]
+    assert (logits.argmax(-1) != logits.float().argmax(-1)).any()
+    assert torch.equal(plain, target.generate(**inputs, max_new_tokens=12, assistant_model=draft))
+
+
 def test_threads_share_one_target_and_one_draft(setting) -> None:
     target, draft, inputs = setting
     prompts = [inputs | {"input_ids": inputs["input_ids"].clone()} for _ in range(6)]

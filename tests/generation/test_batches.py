@@ -13,6 +13,7 @@ from transformers.generation import logits_process
 from sparrow_hf import SparrowDraftModel
 from sparrow_hf._transformers import CACHE, cache_tensors, new_cache
 from sparrow_hf.generation import batches, caches
+from sparrow_hf.generation.batch_drafts import BatchDrafter
 from sparrow_hf.generation.batch_emission import ROW_BY_ROW, BatchEmitter
 from sparrow_hf.generation.caches import RaggedCache
 
@@ -151,6 +152,41 @@ def test_drafts_that_are_no_numbers(setting) -> None:
     assert torch.equal(plain, ours)
     # The last of five rounds drafts nothing: there is one token left.
     assert draft.last_generation.failed_drafts == 4
+
+
+@pytest.mark.parametrize("setting", ["qwen2_5_vl"], indirect=True)
+def test_a_padding_token_without_an_embedding(setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At their own pace rows that are done wait for others, and plain decoding feeds no padding to them."""
+    target, draft, inputs = setting
+    monkeypatch.setattr(target.generation_config, "pad_token_id", None)
+    plain = target.generate(**inputs, max_new_tokens=16, do_sample=False, eos_token_id=-1)
+    futures = plain[:, inputs["input_ids"].shape[1] :].tolist()
+    # Row 0 is done long before the others.
+    futures[1:] = [[20 + token % 20 for token in row] for row in futures[1:]]
+    with drafting_around(futures, adversarial=False):
+        ours = target.generate(**inputs, max_new_tokens=16, do_sample=False, eos_token_id=-1, assistant_model=draft)
+    assert torch.equal(plain, ours)
+
+
+def test_a_row_of_which_the_draft_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that fills the batch up, all padding: the others are drafted for."""
+    family, target = FAMILY_BY_NAME["llava_onevision"], built_target("llava_onevision", "eager")
+    draft, seen = SparrowDraftModel.from_target(target, num_draft_levels=3), []
+
+    class Noted(BatchDrafter):
+        def propose(self, roots: Tensor, fill: Tensor, max_levels: int) -> Tensor:
+            chains = super().propose(roots, fill, max_levels)
+            seen.append((self.rows, chains.shape[1]))
+            return chains
+
+    monkeypatch.setattr(batches, "BatchDrafter", Noted)
+    inputs = batch_of(family, target, [{"videos": 0, "question": "Who?"}, {"videos": 1, "seed": 3}])
+    inputs["attention_mask"][0] = 0
+    plain = target.generate(**inputs, max_new_tokens=8, do_sample=False)
+    ours = target.generate(**inputs, max_new_tokens=8, do_sample=False, assistant_model=draft)
+    assert torch.equal(plain, ours)
+    assert seen[0] == ([1], 4)
+    assert draft.last_generation.new_tokens == 16
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ its cases decode in fixed shapes.
 import functools
 import inspect
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -284,6 +285,26 @@ def test_autocast_is_seen(shape: dict[str, int]) -> None:
             texts.append(new_ids(target, inputs, assistant_model=draft, cache_implementation="static"))
     # bf16 rounds a step over several tokens otherwise than one over a single token.
     assert texts[0] == texts[2] and texts[1] == new_ids(target, inputs)
+    assert len(draft.target.static_sessions) == 2
+
+
+@pytest.mark.parametrize(
+    ("choose", "other", "usual"),
+    [
+        (torch.set_float32_matmul_precision, "high", "highest"),
+        (torch.use_deterministic_algorithms, True, False),
+        (torch.backends.cuda.enable_flash_sdp, False, True),
+    ],
+)
+def test_kernels_of_other_settings_are_captured_anew(choose: Callable[[Any], None], other: Any, usual: Any) -> None:
+    target, inputs = a_target()
+    draft = a_draft(target, **CHAIN)
+    try:
+        for value in (usual, other, usual):
+            choose(value)
+            new_ids(target, inputs, assistant_model=draft, cache_implementation="static")
+    finally:
+        choose(usual)
     assert len(draft.target.static_sessions) == 2
 
 

@@ -65,6 +65,8 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"use_mtp": True}, "use_mtp=True"),
     ({"speculation_type": "dflash"}, "speculation_type='dflash'"),
     ({"dola_layers": "high"}, "dola_layers='high'"),
+    ({"custom_generate": lambda model, **options: None}, "custom_generate decodes in its own way"),
+    ({"custom_generate": "somebody/decoding"}, "custom_generate decodes in its own way"),
     ({"dola_layers": [1], "use_cache": False}, r"use_cache=False; dola_layers=\[1\]"),
 ]
 

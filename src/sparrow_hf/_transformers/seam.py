@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import UnsupportedGenerationError
 from .contract import check_contract, contract_breaches
 from .models import unwrap
 from .names import CACHE, GenerationMixin, GenerationMode
@@ -50,6 +51,11 @@ def install_seam(
         if is_draft(draft):
             args, kwargs = (), call | {"assistant_model": draft}
             caches = [call[name] for name in (CACHE, "past_key_values") if call.get(name) is not None]
+            if call.get("custom_generate") is not None:
+                raise UnsupportedGenerationError(
+                    "custom_generate decodes in its own way, without the draft: leave out custom_generate or "
+                    "assistant_model"
+                )
             input_ids = call.get("input_ids") if call.get("inputs") is None else call["inputs"]
             embeds, mask = call.get("inputs_embeds"), call.get("attention_mask")
             check_inputs(self, input_ids, embeds, caches[0] if caches else None, mask)
@@ -95,7 +101,7 @@ def _refuse_drafts(is_draft: Callable[[Any], bool]) -> None:
     GenerationMixin.generate = generate
 
 
-def _by_name(function: Callable[..., Any], target: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def _by_name(function: Callable[..., Any], target: Any, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The arguments of a call of a method of `target`, those that were given by their place as well."""
     named = inspect.signature(function).bind_partial(target, *args, **kwargs).arguments
     named.pop("self")

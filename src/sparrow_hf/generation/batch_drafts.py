@@ -26,19 +26,20 @@ class BatchDrafter:
         readers: One for each sequence. They have read the prompts, and give up their caches.
 
     Attributes:
-        rows: Indices in the batch of the sequences it drafts for.
+        rows: Indices in the batch of the sequences it drafts for. A prompt of which the draft reads nothing leaves no
+            state to draft from.
     """
 
     def __init__(self, draft: SparrowDraftModel, readers: Sequence[SparrowCandidateGenerator]):
-        self.rows = list(range(len(readers)))
+        self.rows = [row for row, reader in enumerate(readers) if reader.hidden is not None]
         self.failed_drafts = 0
         self.max_cache_length = max(reader.max_cache_length for reader in readers)
         self._draft = draft
-        hidden = [reader.hidden for reader in readers if reader.hidden is not None]
-        # A prompt of which a draft reads nothing leaves it without a state to draft from.
-        self._num_levels = readers[0].shape.num_draft_levels if len(hidden) == len(readers) else 0
-        if self._num_levels == 0:
+        self._num_levels = readers[0].shape.num_draft_levels
+        if not self.rows:
             return
+        readers = [readers[row] for row in self.rows]
+        hidden = [reader.hidden for reader in readers if reader.hidden is not None]
         self._reduced_head = draft.reduced_head()
         self._cache = _joined([reader.cache for reader in readers])
         self._ends = [reader.cache.get_seq_length() for reader in readers]
@@ -53,7 +54,7 @@ class BatchDrafter:
         if len(kept) == len(self.rows):
             return
         self.rows = [self.rows[index] for index in kept]
-        if self._num_levels == 0 or not kept:
+        if not kept:
             return
         self._ends = [self._ends[index] for index in kept]
         indices = on_device(kept, self._hidden.device)
@@ -70,7 +71,7 @@ class BatchDrafter:
             features: `(B, n, features · H)` the target's states of the newly verified tokens of the whole batch.
             next_tokens: For each sequence of the batch, the token after each of them, n at most.
         """
-        if self._num_levels == 0 or not self.rows:
+        if not self.rows:
             return
         device = self._hidden.device
         new = [next_tokens[row] for row in self.rows]

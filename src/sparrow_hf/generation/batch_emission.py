@@ -23,7 +23,7 @@ from transformers.generation import BaseStreamer
 
 from .._transformers import pad_token
 from ..devices import on_device
-from .emission import TokenChoice
+from .emission import TokenChoice, likeliest
 from .stop_rules import end_tokens, max_length, stop_rules
 
 #: Processors of transformers that treat every sequence by itself and keep nothing from one call to the next.
@@ -119,8 +119,11 @@ class BatchEmitter:
 
     @property
     def fill(self) -> Tensor:
-        """`(B,)` what follows in sequences that are not open."""
-        return self.roots if self._pad is None else torch.full_like(self.roots, self._pad)
+        """`(B,)` what follows in sequences that are not open.
+
+        Plain decoding feeds the padding token only to sequences that wait for others; it may have no embedding.
+        """
+        return torch.full_like(self.roots, self._pad) if self._in_step and self._pad is not None else self.roots
 
     def accept(self, logits: Tensor, chains: list[list[int]], path: list[int]) -> list[list[int]]:
         """One round: commits what the target chooses along the chains.
@@ -138,7 +141,7 @@ class BatchEmitter:
         # node        0  1  2  3
         expected = [[*tokens[1:], -1] for tokens in chains]
         # Read from the device at once, node by node.
-        best = logits.argmax(dim=-1).T.tolist() if self.choice.is_argmax else None
+        best = likeliest(logits).T.tolist() if self.choice.is_argmax else None
         if self._in_step:
             self._accept_in_step(logits, best, expected, path)
         else:

@@ -96,8 +96,9 @@ def decode_batch(
     try:
         with _transformers.decoding(target):
             while not emitter.finished:
+                open_rows = emitter.open_rows
                 with clock.phase("draft"):
-                    drafter.keep(emitter.open_rows)
+                    drafter.keep(open_rows)
                     levels = min(emitter.budget - 1, verifier.max_levels())
                     tree = build_chains(
                         drafter.propose(emitter.roots.to(view.device), emitter.fill.to(view.device), levels)
@@ -105,7 +106,7 @@ def decode_batch(
                     chains = tree.token_ids.tolist()
                 with clock.phase("verify"), verifier.verifying(tree) as (logits, path):
                     taken = emitter.accept(logits, chains, path)
-                stats.accepted += [num_accepted(taken[row], chains[row]) for row in drafter.rows]
+                stats.accepted += [num_accepted(taken[row], chains[row]) for row in open_rows]
                 stats.new_tokens = emitter.num_text_tokens
                 if not emitter.finished:
                     with clock.phase("draft"):
@@ -116,6 +117,8 @@ def decode_batch(
     finally:
         with _transformers.decoding(target), clock.phase("verify"):
             verifier.close(outlives_call)
+        # A logits processor may have called generate() with the draft itself.
+        draft.last_generation = stats
 
     if streamer is not None:
         streamer.end()

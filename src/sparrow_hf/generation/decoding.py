@@ -15,7 +15,7 @@ from ..modeling_sparrow import SparrowDraftModel
 from ..targets import TargetView
 from .caches import hold
 from .candidate_generator import SparrowCandidateGenerator
-from .emission import TokenEmitter
+from .emission import TokenEmitter, likeliest
 from .fixed_steps import traces_steps
 from .refusals import check_inputs
 from .self_check import how_to_verify
@@ -140,6 +140,8 @@ def _decode(
     finally:
         with _transformers.decoding(target), clock.phase("verify"):
             verifier.close(outlives_call)
+        # A logits processor may have called generate() with the draft itself.
+        draft.last_generation = stats
 
 
 def prefill(
@@ -193,7 +195,7 @@ def accept(
 ) -> None:
     """One round: walks the tree with the target's `(1, N, V)` logits, committing tokens; `path` gets their nodes."""
     # Read from the device at once.
-    argmax = logits.argmax(dim=-1).tolist()[0] if emitter.choice.is_argmax else None
+    argmax = likeliest(logits).tolist()[0] if emitter.choice.is_argmax else None
     of_node = logits.unbind(1)
 
     def choose(node: int) -> int:

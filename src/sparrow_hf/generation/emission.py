@@ -42,6 +42,12 @@ class TokenChoice:
         return scores.argmax(dim=-1).tolist()
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """`(…)` the argmax of `(…, V)` raw logits as plain decoding takes it: in fp32, where two of fp64 may tie."""
+    # What bf16 and fp16 hold, fp32 holds as it is.
+    return (logits.float() if logits.dtype == torch.float64 else logits).argmax(dim=-1)
+
+
 class TokenEmitter:
     """Turns the target's logits into committed tokens.
 

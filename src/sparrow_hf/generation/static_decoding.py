@@ -137,6 +137,7 @@ def static_session(
         repr(compile_config),
         attention_of(view.text_config),
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+        _kernel_settings(),
         _state_of(view.model),
         _state_of(draft),
     )
@@ -149,6 +150,16 @@ def static_session(
         kept.pop(old, None)
 
 
+def _kernel_settings() -> tuple[Any, ...]:
+    """Settings of torch that decide which kernels run; a captured graph goes on with those of its capture."""
+    cuda = torch.backends.cuda
+    kernels = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled())
+    return (
+        *(torch.get_float32_matmul_precision(), getattr(cuda.matmul, "fp32_precision", None)),
+        *(torch.are_deterministic_algorithms_enabled(), cuda.cudnn_sdp_enabled(), *kernels),
+    )
+
+
 def _state_of(model: nn.Module) -> int:
     """Changes when a model's weights move, its modules change, or an adapter is switched, added or scaled.
 
@@ -159,8 +170,9 @@ def _state_of(model: nn.Module) -> int:
         parts += [id(module), len(module._forward_hooks), len(module._forward_pre_hooks)]
         # peft tells the modules of one call what its adapters are.
         parts += [repr(arguments) for arguments in arguments_of_hooks(module)]
-        parts += [tensor.data_ptr() for tensor in module.parameters(recurse=False)]
-        parts += [tensor.data_ptr() for tensor in module.buffers(recurse=False)]
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            # An address may come back for another size.
+            parts += [tensor.data_ptr(), tuple(tensor.shape)]
         # Adapters of peft.
         for name in ("active_adapters", "disable_adapters", "merged_adapters", "scaling"):
             parts.append(repr(getattr(module, name, None)))
