@@ -127,8 +127,12 @@ class AnswerRecorder(Recorder):
         layers = dict.fromkeys((*config.feature_layer_ids, last, bridge))
         start, ends = sample["input_ids"].shape[1], model.generation_config.eos_token_id
         is_read = EndIsRead(start, ends if isinstance(ends, list) else [ends])
-        # generate() does not read the token that it ends with: let that be one behind the answer.
-        decoding = {"max_new_tokens": self.new_tokens + 1, "eos_token_id": -1, "stopping_criteria": [is_read]}
+        # generate() does not read the token that it ends with: let that be one behind the answer. No token is an end.
+        decoding = {
+            "max_new_tokens": self.new_tokens + 1,
+            "eos_token_id": config.vocab_size,
+            "stopping_criteria": [is_read],
+        }
         with HiddenStateCollector(layers).active() as collector:
             ids = model.generate(**sample, **decoding, do_sample=False)[0, :-1]
         check_sample(ids, start, config.visual_token_ids or [])
