@@ -1,9 +1,15 @@
 """The comparison of recipes: every run once, resumed where it was stopped, told as a table."""
 
 import json
+from pathlib import Path
+
+import pytest
 
 from sparrow_hf.testbed.nano import ASSETS
 from sparrow_research import recipes, retrain
+
+REPOSITORY = Path(__file__).parents[2]
+DATA = REPOSITORY / "research/data"
 
 
 def test_runs_are_made_once_and_told_as_a_table(small_world, monkeypatch):
@@ -46,3 +52,30 @@ def test_a_recording_has_the_layers_of_every_recipe():
     recorded = {*retrain.recorded_features(target)}
     read = [recipe.draft.get("feature_layers", [-1]) for recipe in recipes.RECIPES.values()]
     assert [2, 12, 21, -1] in read and all({*layers} <= recorded for layers in read)
+
+
+def test_the_page_is_what_the_kept_runs_give(tmp_path):
+    rows = json.loads((DATA / "recipes.json").read_text())
+    recipes.write_results(rows, tmp_path / "recipes.json", tmp_path / "recipes.md")
+    assert (tmp_path / "recipes.json").read_text() == (DATA / "recipes.json").read_text()
+    assert (tmp_path / "recipes.md").read_text() == (REPOSITORY / "docs/recipes.md").read_text()
+
+
+@pytest.mark.parametrize("kept", ["recipes.json", "feature_layers.json"])
+def test_kept_runs_are_of_recipes_that_can_be_run_again(kept):
+    assert {row["recipe"] for row in json.loads((DATA / kept).read_text())} <= set(recipes.RECIPES)
+
+
+def test_several_layers_are_brought_to_one_length_unless_the_recipe_says_otherwise():
+    target, _ = retrain.load_target(ASSETS / "target")
+    for name, scaled in (("three feature layers", True), ("three feature layers, not scaled", False)):
+        assert retrain.build_draft(target, 0, **recipes.RECIPES[name].draft).config.feature_norm is scaled
+
+
+def test_a_run_of_a_recipe_that_is_gone_stands_last(tmp_path):
+    rows = json.loads((DATA / "feature_layers.json").read_text())
+    gone = [row | {"recipe": "an earlier name"} for row in rows if row["recipe"] == "default"]
+    recipes.write_results([*gone, *rows], tmp_path / "found.json", tmp_path / "found.md")
+    first = [row["recipe"] for row in json.loads((tmp_path / "found.json").read_text()) if row["seed"] == 0]
+    assert first == ["default", "three feature layers", "three feature layers, not scaled", "an earlier name"]
+    assert "| an earlier name | 4.89" in (tmp_path / "found.md").read_text()

@@ -87,6 +87,7 @@ RECIPES = {
     "noise 0.2": Recipe(training={"hidden_state_noise": 0.2}),
     "four feature layers": Recipe({"feature_layers": [2, 12, 21, -1]}),
     "three feature layers": Recipe({"feature_layers": [8, 16, -1]}),
+    "three feature layers, not scaled": Recipe({"feature_layers": [8, 16, -1], "feature_norm": False}),
     "projected visual rows": Recipe({"project_visual": True}),
     "original positions": Recipe({"position_mode": "original"}),
     "128 of 384 tokens": Recipe(vocabulary=128),
@@ -167,8 +168,9 @@ def write_report(rows: list[dict[str, Any]], path: Path) -> None:
         "`research/data/recipes.json`.",
         "",
         "*default* is the testbed's draft: the package's defaults, but one pass per drafted token (5) where the",
-        "package has four. So *4 passes* is what `sparrow train` does. The budget is small: rows compare what is",
-        "learned fast.",
+        "package has four, and the last layer's states alone where it reads four layers. So *4 passes* is what",
+        "`sparrow train --feature-layers -1` does; today's default of four layers is compared only if there is a row",
+        "*four feature layers*. The budget is small: rows compare what is learned fast.",
         "",
         "The optimiser is the testbed's (Muon) in all rows, also in the paper's: at its own learning rate, made for a",
         "thousand times the steps, nothing is learned here.",
@@ -177,7 +179,9 @@ def write_report(rows: list[dict[str, Any]], path: Path) -> None:
         f"| recipe | {' | '.join(lengths)} | seeds | steps |",
         f"|---|{'---|' * (len(lengths) + 2)}",
     ]
-    named = [(name, name, "tau") for name in RECIPES]
+    # A row whose recipe was renamed or removed is told all the same.
+    names = dict.fromkeys([*RECIPES, *(row["recipe"] for row in rows)])
+    named = [(name, name, "tau") for name in names]
     named += [
         (f"{name}, decoded with a glimpse of {glimpse}", name, str(glimpse))
         for name, recipe in RECIPES.items()
@@ -248,9 +252,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write_results(rows: list[dict[str, Any]], output: Path, report: Path | None) -> None:
-    """Writes what there is so far, in the order of the table of recipes, and the report on it."""
-    order = list(RECIPES)
-    rows.sort(key=lambda row: (row["seed"], order.index(row["recipe"])))
+    """Writes what there is so far, in the order of the table of recipes (others last), and the report on it."""
+    places = {name: place for place, name in enumerate(RECIPES)}
+    rows.sort(key=lambda row: (row["seed"], places.get(row["recipe"], len(places))))
     write_json(output, rows, indent=1)
     if report is not None:
         write_report(rows, report)
