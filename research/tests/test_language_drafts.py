@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparrow_hf.data import load_rows
+from sparrow_hf.errors import BenchmarkError
 from sparrow_hf.loading import load_target
 from sparrow_hf.modeling_sparrow import SparrowDraftModel
 from sparrow_hf.training import SparrowDataCollator
@@ -84,7 +85,7 @@ def test_drafts_are_measured_and_tabled(folder: Path, tmp_path: Path) -> None:
     draft.save_pretrained(tmp_path / "small")
     (tmp_path / "small" / "trained.json").write_text('{"tokens": 28000, "steps": 5, "rows": 16}')
     page = tmp_path / "page.md"
-    page.write_text("# Text\n\nWords.\n\n## Measured\n\nold\n")
+    page.write_text(f"# Text\n\nWords.\n\n{text.BEGIN}old\n{text.END}\nMore words.\n")
     words = ["--target", folder / "target", "--draft", folder / "draft", "--compare", f"28k={tmp_path / 'small'}"]
     words += [
         "--prompts",
@@ -111,7 +112,8 @@ def test_drafts_are_measured_and_tabled(folder: Path, tmp_path: Path) -> None:
     assert all(row["identical"] in (2, None) for row in arms.values())
     assert found["drafts"] == {"sparrow": {}, "28k": {"tokens": 28000, "steps": 5, "rows": 16}}
     written = page.read_text()
-    assert written.startswith("# Text\n\nWords.\n\n## Measured\n\n### Trees, greedy\n") and "old" not in written
+    assert written.startswith(f"# Text\n\nWords.\n\n{text.BEGIN}\n### Trees, greedy\n") and "old" not in written
+    assert written.endswith(f" |\n\n{text.END}\nMore words.\n")
     for temperature in (0.0, 1.0):
         row = arms["drafts", temperature, "draft:28k@30-4-8"]
         assert f"| 28k | 28,000 | 5 × 16 | 30-4-8 | 2/2 | {row['tau']:.2f} |" in written
@@ -129,3 +131,12 @@ def test_drafts_are_measured_and_tabled(folder: Path, tmp_path: Path) -> None:
     text.main([str(word) for word in words])
     assert (tmp_path / "runs" / "trees.jsonl").read_bytes() == before
     assert {row["prompts"] for row in json.loads((tmp_path / "text.json").read_text())["rows"]} == {1}
+
+
+@pytest.mark.parametrize("marks", ["", text.BEGIN, text.END + text.BEGIN])
+def test_a_page_without_a_place_for_the_tables_stays_as_it_is(tmp_path: Path, marks: str) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"Words.\n{marks}More words.\n")
+    with pytest.raises(BenchmarkError, match="needs the line '<!-- tables of language.text -->', and after it"):
+        text.write_report({"rows": [], "drafts": {}}, page)
+    assert page.read_text() == f"Words.\n{marks}More words.\n"

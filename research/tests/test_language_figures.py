@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from sparrow_hf import SparrowDraftModel
 from sparrow_research.language import video_figure
-from sparrow_research.language.text import tables
+from sparrow_research.language.text import tables, write_report
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY / "research/data/language"
@@ -220,6 +221,12 @@ def test_the_draft_for_text_that_is_kept() -> None:
         for temperature in (0, 1)
     ]
     assert "it has {}, {} and {} greedily, {}, {} and {} sampled".format(*taus[0], *taus[1]) in PAGE
+
+
+def test_the_tables_of_text_are_written_into_their_place(tmp_path: Path) -> None:
+    page = copyfile(REPOSITORY / "docs/language.md", tmp_path / "language.md")
+    write_report(json.loads((DATA / "text.json").read_text()), page)
+    assert page.read_text() == (REPOSITORY / "docs/language.md").read_text()
 
 
 def test_decoded_text() -> None:

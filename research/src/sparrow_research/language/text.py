@@ -36,8 +36,8 @@ COMPARED_SHAPES = ("chain-5", "30-4-8")
 TEMPERATURES = (0.0, 1.0)
 COMMAND = "python -m sparrow_research.language.text --target FOLDER --draft DRAFT --compare NAME=DRAFT … --work DIR"
 """Kept with the figures. Where target and drafts lay says nothing to others; their digests are kept too."""
-MARK = "## Measured\n"
-"""What follows it in the report is written anew."""
+BEGIN, END = "<!-- tables of language.text -->\n", "<!-- end of tables -->\n"
+"""What stands between them in the report is written anew."""
 
 
 def measure(
@@ -173,11 +173,14 @@ def draft_table(rows: list[dict[str, Any]], trainings: dict[str, dict[str, Any]]
 
 
 def write_report(found: dict[str, Any], page: Path) -> None:
-    """Writes the tables anew at the end of a page."""
-    before, mark, _ = page.read_text().partition(MARK)
-    if not mark:
-        raise BenchmarkError(f"{page} has no line {MARK.strip()!r} that the tables could follow")
-    write_text(page, f"{before}{mark}\n{tables(found)}")
+    """Writes the tables of a page anew, between its two marks."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise BenchmarkError(
+            f"{page} has no place for the tables: it needs the line {BEGIN.strip()!r}, and after it {END.strip()!r}"
+        )
+    write_text(page, f"{before}{begin}\n{tables(found)}\n{end}{after}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -198,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--note", default="", help="about the machine, kept with the figures")
     parser.add_argument("--work", type=Path, required=True, help="folder of single measurements")
     parser.add_argument("--output", type=Path, required=True, help="file of the results")
-    parser.add_argument("--report", type=Path, help=f"page whose part {MARK.strip()!r} is written anew")
+    parser.add_argument("--report", type=Path, help="page whose tables are written anew")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
