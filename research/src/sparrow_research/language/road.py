@@ -3,7 +3,8 @@
     python -m sparrow_research.language.road --target smollm2 --work runs/language [--bf16] [--device cuda] [--dry-run]
 
 It prints its steps and about how long they take before it starts. Run it again to go on where it was stopped: what is
-complete is not made again, recordings and measurements go on by themselves, trainings from their last checkpoint.
+complete is not made again, recordings and measurements go on by themselves, trainings from their last checkpoint. What
+was trained with other options is refused.
 A draft is trained from the first N answer tokens for every N of `--tokens`, and the rivals from the largest N, all
 with the same number of steps. `python -m sparrow_research.language.text` with `--report` only writes the tables.
 """
@@ -14,14 +15,17 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from sparrow_hf.artifacts import write_json, write_text
+from sparrow_hf.artifacts import check_made_alike, write_json, write_text
+from sparrow_hf.errors import TrainingOptionsError
 from sparrow_hf.training.checkpoints import last_checkpoint
 
 from .rivals import RIVALS, TEXT_RIVALS
 from .steps import Step, run_steps, tell
+from .text import TRAINED_FILE, training_of
 
 DATA = Path(__file__).parents[3] / "data" / "language"
 TRAIN = ("train-h100", "train-cpu", "train-h200")
@@ -52,18 +56,17 @@ def lines_of(name: str) -> list[str]:
         return file.readlines()
 
 
-def unpack(work: Path, sizes: Sequence[int]) -> dict[str, int]:
-    """Writes the answers of every size, and those held out, as `sparrow record` reads them; name → rows."""
-    rows = {}
-    for name, lines in (
-        *((f"{size}", list(first_answers(size))) for size in sizes),
-        ("validation", lines_of("validation")),
-    ):
+def kept_answers(sizes: Sequence[int]) -> dict[str, list[str]]:
+    """Name → the kept answers of every size, and those held out, one line of JSON each."""
+    return {f"{size}": list(first_answers(size)) for size in sizes} | {"validation": lines_of("validation")}
+
+
+def unpack(work: Path, answers: dict[str, list[str]]) -> None:
+    """Writes answers as `sparrow record` reads them."""
+    for name, lines in answers.items():
         folder = work / f"answers-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "answers-00000.jsonl", "".join(lines))
-        rows[name] = len(lines)
-    return rows
 
 
 def training_words(
@@ -158,15 +161,36 @@ def plan(
     return [*found, Step(measured, None, calls * SECONDS["measure"])]
 
 
-def describe(work: Path, steps: Sequence[Step], num_steps: int, rows: int) -> None:
-    """Writes beside every draft to be trained what `language.text` tables of its training, if it is not there."""
-    for step in steps:
-        folder = Path(step.output)
-        file = folder / "trained.json"
-        if folder.parent == work / "drafts" and not file.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            tokens = int(folder.name.rpartition("-")[2])
-            write_json(file, {"tokens": tokens, "steps": num_steps, "rows": rows})
+def trainings(work: Path, steps: Sequence[Step], settings: dict[str, Any]) -> dict[Path, dict[str, Any]]:
+    """Folder of every draft → what its training is: how many answer tokens, and the settings that all have."""
+    folders = [Path(step.output) for step in steps if Path(step.output).parent == work / "drafts"]
+    return {folder: {"tokens": int(folder.name.rpartition("-")[2]), **settings} for folder in folders}
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a draft's training is done, or goes on from a checkpoint."""
+    return (folder / SAFE_WEIGHTS_NAME).exists() or last_checkpoint(folder / "checkpoints") is not None
+
+
+def check_trainings(wanted: dict[Path, dict[str, Any]]) -> None:
+    """Compares the drafts that are there with those that are wanted, as far as it is written down what they are.
+
+    Raises:
+        TrainingOptionsError: One was trained with other options.
+    """
+    for folder, settings in wanted.items():
+        if has_begun(folder):
+            found = training_of(folder)
+            known = {name: value for name, value in settings.items() if name in found}
+            remedy = "repeat the options of its training, delete it, or choose another --work"
+            check_made_alike(folder, found, known, TrainingOptionsError, remedy)
+
+
+def describe(wanted: dict[Path, dict[str, Any]]) -> None:
+    """Writes what a training is beside every draft whose training has yet to begin; `language.text` tables it."""
+    for folder, settings in wanted.items():
+        if not has_begun(folder):
+            write_json(folder / TRAINED_FILE, settings)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -187,23 +211,33 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the steps and stop")
     options = parser.parse_args(arguments)
 
-    rows = unpack(options.work, options.tokens)
-    settings = (options.steps, options.batch)
+    answers = kept_answers(options.tokens)
+    settings = {
+        "steps": options.steps,
+        "rows": options.batch,
+        "learning_rate": options.learning_rate,
+        "dtype": "bfloat16" if options.bf16 else "float32",
+        "vocabulary_of_tokens": max(options.tokens),
+    }
     steps = plan(
         options.target,
         options.work,
-        rows,
+        {name: len(lines) for name, lines in answers.items()},
         options.tokens,
-        *settings,
+        options.steps,
+        options.batch,
         options.learning_rate,
         options.device,
-        "bfloat16" if options.bf16 else "float32",
+        str(settings["dtype"]),
         options.limit,
     )
+    wanted = trainings(options.work, steps, settings)
+    check_trainings(wanted)
     missing = [step for step in steps if not step.is_done]
     tell(missing)
     if not options.dry_run:
-        describe(options.work, missing, *settings)
+        unpack(options.work, answers)
+        describe(wanted)
         run_steps(missing, options.jobs, options.work / "logs")
 
 

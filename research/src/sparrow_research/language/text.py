@@ -36,6 +36,7 @@ COMPARED_SHAPES = ("chain-5", "30-4-8")
 TEMPERATURES = (0.0, 1.0)
 COMMAND = "python -m sparrow_research.language.text --target FOLDER --draft DRAFT --compare NAME=DRAFT … --work DIR"
 """Kept with the figures. Where target and drafts lay says nothing to others; their digests are kept too."""
+TRAINED_FILE = "trained.json"
 BEGIN, END = "<!-- tables of language.text -->\n", "<!-- end of tables -->\n"
 """What stands between them in the report is written anew."""
 
@@ -97,8 +98,8 @@ def measure(
 
 
 def training_of(folder: Path) -> dict[str, Any]:
-    """What `trained.json` beside a draft says of its training."""
-    described = folder / "trained.json"
+    """What is written beside a draft of its training."""
+    described = folder / TRAINED_FILE
     return read_json(described, BenchmarkError, "write it again") if described.exists() else {}
 
 
