@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparrow_hf import SparrowDraftModel
+from sparrow_hf.errors import TrainingOptionsError
 from sparrow_hf.loading import load_target
 from sparrow_hf.testbed.scenes import BLANK, Glyph, Scene, Step, sample_story, sample_timeline
 from sparrow_hf.testbed.world import make_clip, write_script
@@ -30,6 +31,7 @@ from sparrow_research.language import (
 )
 from sparrow_research.language.sampling import sample
 from sparrow_research.language.video_answers import faithfulness
+from sparrow_research.language.video_checkpoints import load_checkpoint, save_checkpoint
 from sparrow_research.language.video_facts import (
     BLACK,
     SLOTS,
@@ -213,9 +215,9 @@ def test_a_tower_learns_the_words(text: tuple[Any, Any], tmp_path: Path, monkeyp
     before = training.losses(frames, told)[2].item()
     for number in range(6):
         training.step(*Montages()[number])
-    training.save(tmp_path / "tower.checkpoint")
+    training.save(tmp_path / "tower.checkpoint", {})
     again = TowerTraining(Tower(video_target.build_vlm(model, tokenizer, TOWER)), words, 12)
-    again.load(tmp_path / "tower.checkpoint")
+    again.load(tmp_path / "tower.checkpoint", {})
     assert again.steps_done == 6
     for number in range(6, 12):
         assert training.step(*Montages()[number]) == again.step(*Montages()[number])
@@ -275,6 +277,7 @@ def test_every_command_runs_on_a_tiny_model(saved: Path, tmp_path: Path, monkeyp
     parts.mkdir(parents=True)
     monkeypatch.setattr(video_answers, "SAMPLING", {"max_new_tokens": 16, "temperature": 0.8, "top_k": 50})
     monkeypatch.setattr(video_tower, "BATCH_STEPS", 6)
+    monkeypatch.setattr(video_tower, "SAVE_EVERY", 2)
     monkeypatch.setattr(video_training, "STEPS", (5, 6))
     monkeypatch.setattr(video_training, "LONG_SHARE", 0.0)
     plain = {"messages": [{"role": "user", "content": "red"}], "answer_ids": [5, 6, 7]}
@@ -292,9 +295,12 @@ def test_every_command_runs_on_a_tiny_model(saved: Path, tmp_path: Path, monkeyp
     video_answers.main(["--target", text, "--output", f"{work}/answers.jsonl", "--rows", "5"])
     rows = [json.loads(line) for line in (work / "answers.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows] == [0, 1, 2, 3, 4]
-    video_tower.main(["--smollm2", text, "--output", f"{parts}/tower.safetensors", "--steps", "2"])
+    seen = ["--smollm2", text, "--output", f"{parts}/tower.safetensors", "--steps", "2"]
+    video_tower.main(seen)
     learned = ["--smollm2", text, "--tower", f"{parts}/tower.safetensors", "--answers", f"{work}/answers.jsonl"]
-    video_training.main([*learned, "--output", f"{parts}/adapters.safetensors", "--steps", "2", "--clips", "2"])
+    learned += ["--output", f"{parts}/adapters.safetensors", "--steps", "2", "--clips", "2"]
+    video_training.main(learned)
+    refuses_other_options(seen, learned, work)
     video_target.main(["--smollm2", text, "--parts", str(parts), "--output", f"{work}/target"])
 
     looked = ["--target", f"{work}/target", "--lengths", "160", "--clips", "1", "--work", f"{work}/check"]
@@ -324,6 +330,33 @@ def test_every_command_runs_on_a_tiny_model(saved: Path, tmp_path: Path, monkeyp
     video_tau.main([*drafted, "--output", f"{work}/tau.json"])
     found = json.loads((work / "tau.json").read_text())
     assert found["lengths"][0]["clips"] == 2 and found["lengths"][0]["tau"] >= 1
+
+
+def refuses_other_options(seen: list[str], learned: list[str], work: Path) -> None:
+    """Both trainings have a checkpoint, and go on from it with the options that it was written with only."""
+    lines = (work / "answers.jsonl").read_text().splitlines(keepends=True)
+    (work / "fewer.jsonl").write_text("".join(lines[:-1]))
+    save_file(load_file(work / "parts/tower.safetensors"), work / "same.safetensors", {"made": "later"})
+    for main, words, other, difference in (
+        (video_tower.main, seen, ["--steps", "3"], "steps: 2, now 3"),
+        (video_tower.main, seen, ["--seed", "1"], "seed: 0, now 1"),
+        (video_training.main, learned, ["--steps", "3"], "steps: 2, now 3"),
+        (video_training.main, learned, ["--clips", "1"], "clips_per_step: 2, now 1"),
+        (video_training.main, learned, ["--longest", "50"], "longest: 94, now 50"),
+        (video_training.main, learned, ["--answers", f"{work}/fewer.jsonl"], "answers_sha256: '"),
+        (video_training.main, learned, ["--tower", f"{work}/same.safetensors"], "tower_sha256: '"),
+    ):
+        with pytest.raises(TrainingOptionsError, match=rf"checkpoint was made differently \({difference}"):
+            main([*words, *other])
+
+
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(tmp_path: Path) -> None:
+    file = tmp_path / "tower.checkpoint"
+    save_checkpoint(file, {"done": 25}, {"steps": 900})
+    assert load_checkpoint(file, {"steps": 900})["done"] == 25
+    torch.save({"done": 25}, file)
+    with pytest.warns(UserWarning, match="without settings"):
+        assert load_checkpoint(file, {"steps": 900})["done"] == 25
 
 
 def test_one_forward_tells_what_generate_would_say(text: tuple[Any, Any], tmp_path: Path) -> None:

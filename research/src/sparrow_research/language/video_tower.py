@@ -4,7 +4,7 @@
 
 The language model is not in the loop. Each of a frame's 16 tokens is pulled to the input embedding of its word
 (`video_facts.frame_words`), and a cross-entropy over the few words that can stand in its place sharpens the choice.
-A stopped training goes on from its last checkpoint.
+A stopped training goes on from its last checkpoint, with the same options only.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from sparrow_hf.artifacts import atomic_path, write_json
+from sparrow_hf.artifacts import write_json
 from sparrow_hf.testbed.scenes import sample_story, sample_timeline
 from sparrow_hf.testbed.world import FRAMES_PER_STEP, TRAIN_SEEDS, VALIDATION_SEEDS, render
 
 from ..muon import Muon
 from ..vision_pretraining import through_codec, unrelated_steps
+from .video_checkpoints import load_checkpoint, save_checkpoint
 from .video_facts import SLOTS, candidate_words, clip_words
 from .video_target import build_vlm, load_text
 
@@ -142,7 +143,7 @@ class TowerTraining:
         self.steps_done += 1
         return loss.item(), right.tolist(), error.item()
 
-    def save(self, file: Path) -> None:
+    def save(self, file: Path, settings: dict[str, Any]) -> None:
         """A checkpoint."""
         parts: list[Any] = [*self.optimizers, *self.schedules]
         state = {
@@ -150,12 +151,11 @@ class TowerTraining:
             "tower": self.tower.state_dict(),
             "parts": [each.state_dict() for each in parts],
         }
-        with atomic_path(file) as partial:
-            torch.save(state, partial)
+        save_checkpoint(file, state, settings)
 
-    def load(self, file: Path) -> None:
-        """Goes on from a checkpoint."""
-        state = torch.load(file, map_location="cpu", weights_only=True)
+    def load(self, file: Path, settings: dict[str, Any]) -> None:
+        """Goes on from a checkpoint of the same settings."""
+        state = load_checkpoint(file, settings)
         self.tower.load_state_dict(state["tower"])
         parts: list[Any] = [*self.optimizers, *self.schedules]
         for part, own in zip(parts, state["parts"], strict=True):
@@ -193,8 +193,9 @@ def main(arguments: list[str] | None = None) -> None:
     tower = Tower(build_vlm(text, tokenizer)).to(options.device)
     training = TowerTraining(tower, Words(text.get_input_embeddings().weight, tokenizer), options.steps)
     checkpoint = options.output.with_suffix(".checkpoint")
+    settings = {"steps": options.steps, "seed": options.seed}
     if checkpoint.exists():
-        training.load(checkpoint)
+        training.load(checkpoint, settings)
     montages = DataLoader(
         Montages(),
         sampler=range(training.steps_done, options.steps),
@@ -206,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
         loss, right, error = training.step(frames, words)
         number = training.steps_done
         if number % SAVE_EVERY == 0:
-            training.save(checkpoint)
+            training.save(checkpoint, settings)
         if number % 25 == 0 or number == options.steps:
             worst = " ".join(f"{each:.2f}" for each in right)
             print(f"step {number}: loss {loss:.3f}, error {error:.4f}, right {worst}", flush=True)
@@ -215,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
     save_file({name: each.bfloat16().cpu().contiguous() for name, each in tower.state_dict().items()}, options.output)
     write_json(
         options.output.with_suffix(".json"),
-        {"steps": options.steps, "seed": options.seed, "right": right, "error": error},
+        {**settings, "right": right, "error": error},
         indent=1,
     )
 

@@ -6,7 +6,7 @@ Behind a clip stand one long answer of the language model's own (`video_answers`
 text, and short exact answers; a part of the steps are plain conversations, so that text goes on working. Most clips
 are short, and a step of long ones has fewer. In half of the clips positions jump between frames, as if most of a long
 video had been left out: SmolLM2 learns distances that it was never trained for. A stopped training goes on from its
-last checkpoint.
+last checkpoint, with the same options and files only.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from sparrow_hf.artifacts import atomic_path, write_json
+from sparrow_hf.artifacts import write_json
+from sparrow_hf.checksums import file_digest
 from sparrow_hf.testbed.scenes import Story, sample_timeline
 from sparrow_hf.testbed.world import FRAMES_PER_STEP, VALIDATION_SEEDS, render
 
 from ..vision_pretraining import through_codec
 from .road import DATA
 from .video_answers import faithfulness, story_of
+from .video_checkpoints import load_checkpoint, save_checkpoint
 from .video_facts import long_exact, questions
 from .video_rows import IGNORED, Asked, Packed, pack_clip, pack_text
 from .video_target import adapt, build_vlm, factors, load_text, load_tower
@@ -236,18 +238,17 @@ class VideoTraining:
                 counts.setdefault(question.kind, []).append(bool(part.all()))
         return {kind: float(np.mean(each)) for kind, each in counts.items()}
 
-    def save(self, file: Path) -> None:
+    def save(self, file: Path, settings: dict[str, Any]) -> None:
         """A checkpoint."""
         state = {name: change.state_dict() for name, change in self.changes.items()}
         kept = {
             name: {key: each for key, each in part.items() if key in ("up", "down")} for name, part in state.items()
         }
-        with atomic_path(file) as partial:
-            torch.save({"done": self.done, "changes": kept, "optimizer": self.optimizer.state_dict()}, partial)
+        save_checkpoint(file, {"done": self.done, "changes": kept, "optimizer": self.optimizer.state_dict()}, settings)
 
-    def load(self, file: Path) -> None:
-        """Goes on from a checkpoint."""
-        state = torch.load(file, map_location="cpu", weights_only=True)
+    def load(self, file: Path, settings: dict[str, Any]) -> None:
+        """Goes on from a checkpoint of the same settings."""
+        state = load_checkpoint(file, settings)
         for name, change in self.changes.items():
             change.load_state_dict(state["changes"][name], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -292,8 +293,10 @@ def main(arguments: list[str] | None = None) -> None:
     tower = Tower(model).to(options.device, text.dtype).eval()
     training = VideoTraining(text.to(options.device), tower, tokenizer, options.steps)
     checkpoint = options.output.with_suffix(".checkpoint")
+    settings = {"steps": options.steps, "clips_per_step": options.clips, "longest": options.longest}
+    files = {"tower_sha256": file_digest(options.tower), "answers_sha256": file_digest(options.answers)}
     if checkpoint.exists():
-        training.load(checkpoint)
+        training.load(checkpoint, settings | files)
     answers = good_answers(options.answers, tokenizer)
     print(f"{len(answers)} long answers, from step {training.done}", flush=True)
     lessons = DataLoader(
@@ -310,13 +313,12 @@ def main(arguments: list[str] | None = None) -> None:
             loss, right = np.mean(losses[-10:], axis=0)
             print(f"step {training.done}: loss {loss:.3f}, tokens right {right:.3f}", flush=True)
         if training.done % SAVE_EVERY == 0 or training.done == options.steps:
-            training.save(checkpoint)
+            training.save(checkpoint, settings | files)
             print(json.dumps(training.facts_right(VALIDATION_SEEDS[:3])), flush=True)
     save_file(factors(training.changes), options.output)
     right = {name: training.facts_right(VALIDATION_SEEDS[:16], steps) for name, steps in VALIDATION_STEPS.items()}
-    settings = {"steps": options.steps, "clips_per_step": options.clips, "longest": options.longest}
-    settings |= {"rank": RANK, "long_answers": len(answers)}
-    write_json(options.output.with_suffix(".json"), {**settings, "right": right}, indent=1)
+    about = {**settings, "rank": RANK, "long_answers": len(answers), "right": right}
+    write_json(options.output.with_suffix(".json"), about, indent=1)
 
 
 if __name__ == "__main__":
