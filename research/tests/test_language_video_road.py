@@ -60,6 +60,22 @@ def test_what_is_made_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "video_answers" not in told and "video_training" not in told and "video_target" in told
 
 
+@pytest.mark.parametrize(
+    ("length", "least", "most"), [(400, 4, 5), (3_000, 18, 23), (13_000, 240, 360), (25_000, 1200, 1800)]
+)
+def test_a_clip_takes_about_what_it_was_measured_to_take(tmp_path: Path, length: int, least: int, most: int) -> None:
+    made = {Path(each.output).name: each.seconds for each in video.plan(tmp_path / "text", tmp_path)}
+    seconds = made[f"answers-length-{length}"] + made[f"recording-length-{length}"]
+    assert least <= seconds / video.LENGTHS[length] <= most
+    # `video_check` reads each of its clips three times, `video_tau` once.
+    assert made["check.json"] > 3 * 6 * least / 2 and made["tau.json"] > 6 * least / 2
+
+
+def test_a_training_takes_about_what_it_was_measured_to_take(tmp_path: Path) -> None:
+    made = {Path(each.output).name: each.seconds for each in video.plan(tmp_path / "text", tmp_path, "cuda")}
+    assert made["sparrow"] / 60 == pytest.approx(86, abs=5)
+
+
 def calls(length: int, taus: list[int]) -> list[dict[str, object]]:
     return [
         {"length": length, "seed": seed, "tokens": tau * 10, "accepted": [tau - 1] * 10}

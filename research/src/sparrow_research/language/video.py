@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from . import video_check, video_tau
 from .rivals import VIDEO_RIVALS
 from .road import VOCABULARY, training_words
 from .steps import Step, run_steps, tell
@@ -77,10 +78,21 @@ SCALES = {
         workers=6,
     ),
 }
-SECONDS = {"answer": 0.9, "tower": 1.1, "text": 12.0, "row": 1.0, "draft": 0.3, "check": 2400.0, "tau": 3600.0}
-"""Estimates for one CPU thread with bf16 arithmetic: an answer, steps of the trainings (of one clip), a row of the
-draft's set read or written, a row of its training, and the two measurements."""
+SECONDS = {"answer": 0.9, "tower": 1.1, "text": 12.0, "draft": 0.54}
+"""Estimates for one CPU thread with bf16 arithmetic: an answer, steps of the trainings (of one clip), and a row of the
+draft's training."""
+TRAINING_LENGTH = 700
+"""Visual tokens of a clip of the draft's set, as a root mean square: what it costs grows with the square."""
 PACKAGE = "sparrow_research.language"
+
+
+def seconds_of(clips: int, visual_tokens: int, reads: int) -> float:
+    """About how long clips take that the target reads so many times, one CPU thread with bf16 arithmetic.
+
+    An answer to a clip and its recording, two reads, took 4 s at 400 visual tokens, 20 s at 3,000, 4 to 6 minutes at
+    13,000 and 20 to 30 minutes at 25,000: 2 s a read, and 1 s for the square of every thousand tokens (attention).
+    """
+    return clips * reads * (2 + (visual_tokens / 1000) ** 2)
 
 
 def plan(smollm2: Path, work: Path, device: str = "cpu") -> list[Step]:
@@ -131,7 +143,8 @@ def plan(smollm2: Path, work: Path, device: str = "cpu") -> list[Step]:
                 *("--work", f"{work}/check", "--output", f"{work}/check.json"),
             ),
             work / "check.json",
-            SECONDS["check"],
+            # A clip with its questions, a black one with them, and a long answer.
+            sum(seconds_of(clips, length, 3) for length, clips in video_check.LENGTHS.items()),
         ),
         Step(
             (
@@ -143,9 +156,9 @@ def plan(smollm2: Path, work: Path, device: str = "cpu") -> list[Step]:
         ),
     ]
     seen = ("--dtype", "bfloat16", *there)
-    sets = {"train": (2 * scale.clips, sampled), "validation": (32, sampled)}
-    sets |= {f"length-{length}": (clips, greedy) for length, clips in LENGTHS.items()}
-    for name, (count, decoded) in sets.items():
+    sets = {"train": (2 * scale.clips, TRAINING_LENGTH, sampled), "validation": (32, TRAINING_LENGTH, sampled)}
+    sets |= {f"length-{length}": (clips, length, greedy) for length, clips in LENGTHS.items()}
+    for name, (count, length, decoded) in sets.items():
         written = ("--prompts", f"{work}/prompts/{name}.jsonl", "--output", f"{work}/answers-{name}")
         recorded = ("--answers", f"{work}/answers-{name}", "--output", f"{work}/recording-{name}")
         batch = 1 if decoded is greedy else scale.row_batch
@@ -153,9 +166,9 @@ def plan(smollm2: Path, work: Path, device: str = "cpu") -> list[Step]:
             Step(
                 ("sparrow_hf.cli", "regenerate", *on, *written, *decoded, "--batch-size", str(batch), *seen),
                 None,
-                count * 4 * SECONDS["row"],
+                seconds_of(count, length, 1),
             ),
-            Step(("sparrow_hf.cli", "record", *on, *recorded, *seen), None, count * SECONDS["row"]),
+            Step(("sparrow_hf.cli", "record", *on, *recorded, *seen), None, seconds_of(count, length, 1)),
         ]
     vocabulary = work / "vocabulary.safetensors"
     size = ("--size", str(VOCABULARY))
@@ -200,7 +213,7 @@ def plan(smollm2: Path, work: Path, device: str = "cpu") -> list[Step]:
                 *("--work", f"{work}/tau", "--output", f"{work}/tau.json", *there),
             ),
             None,
-            SECONDS["tau"],
+            sum(seconds_of(clips, length, 1) for length, clips in video_tau.LENGTHS.items()),
         ),
     ]
     return found
