@@ -4,7 +4,8 @@
 
 The fine-tuned target answers every prompt in the new style. Its own captions are recorded once; then three drafts are
 compared on them: the shipped one as it is, one trained from nothing, and the shipped one with LoRA adapters trained
-for a quarter of the steps. Run the command again to go on where it was stopped.
+for a quarter of the steps. Run the command again after a stop: the fine-tuned target and its captions are kept, the
+trainings of drafts start over.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def compare(target: Qwen2_5_VLForConditionalGeneration, recording: Path, work: P
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line of the measurement."""
-    parser = argparse.ArgumentParser(description="Measure LoRA on a draft whose target was fine-tuned (resumes).")
+    parser = argparse.ArgumentParser(description="Measure LoRA on a draft whose target was fine-tuned.")
     parser.add_argument("--work", type=Path, required=True, help="folder of the fine-tuned target and its recording")
     parser.add_argument("--output", type=Path, required=True, help="file of the results")
     options = parser.parse_args(arguments)
