@@ -385,5 +385,5 @@ def test_command(qwen: PreTrainedModel, qwen_folder: Path, tmp_path: Path) -> No
     assert "left out imadpt.q: ViSpec" in result.output
     SparrowDraftModel.from_pretrained(tmp_path / "draft").bind(qwen)
     (folder / "model.safetensors").unlink()
-    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
-    assert result.exit_code == 2 and "Error: " in result.output and "Traceback" not in result.output
+    result = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "other")], env={"COLUMNS": "500"})
+    assert result.exit_code == 2 and "holds neither" in result.output and "Traceback" not in result.output

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from sparrow_hf import SparrowDraftConfig, SparrowDraftModel
+from sparrow_hf.cli import app
 from sparrow_hf.errors import DraftConfigError, DraftLoadError, SparrowError
 
 SAVED = Path(__file__).parent / "saved" / "draft-0.1.0"
@@ -204,3 +206,13 @@ def test_every_error_is_one_sentence_of_one_kind(folder: Path) -> None:
     with pytest.raises(SparrowError) as caught:
         SparrowDraftModel.from_pretrained(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("without", ["config.json", "model.safetensors"])
+def test_convert_replaces_no_model(folder: Path, without: str) -> None:
+    (folder / without).unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    command = ["convert", str(folder), "--target", "nowhere", "--output", str(folder)]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "500"})
+    assert result.exit_code == 2 and "draft holds a model, which would be replaced: name" in result.output
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from sparrow_hf import SparrowDraftConfig, SparrowDraftModel, draft_inputs
 from sparrow_hf.artifacts import tensor_digest
 from sparrow_hf.cli import app
-from sparrow_hf.errors import BindingError, DraftConfigError, SparrowError, TargetLoadError
+from sparrow_hf.errors import BindingError, DraftConfigError, OutputError, SparrowError, TargetLoadError
 from sparrow_hf.export_vllm import FORMAT, export_vllm, exported_config
 from sparrow_hf.testbed import load_target, shipped
 from sparrow_hf.tree_shapes import parse_tree_shape
@@ -189,10 +189,23 @@ def test_parts_that_the_plugin_has_not(target: PreTrainedConfig, fields: dict[st
 def test_what_cannot_be_exported_leaves_the_folder_alone(
     tmp_path: Path, target: Path | None, spacing: str | None, error: type[SparrowError], message: str
 ) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "sparrow_vllm"}')
     with pytest.raises(error, match=message):
         export_vllm(QWEN / "draft", tmp_path, target, glimpse_spacing=spacing)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_another_model_is_not_replaced(tmp_path: Path) -> None:
+    draft = shutil.copytree(QWEN / "draft", tmp_path / "draft")
+    before = {path.name: path.read_bytes() for path in draft.iterdir()}
+    with pytest.raises(OutputError, match="draft holds a model, which would be replaced: name another folder"):
+        export_vllm(draft, draft, QWEN / "target", "logarithmic")
+    assert {path.name: path.read_bytes() for path in draft.iterdir()} == before
+
+
+def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
+    for _ in range(2):
+        export_vllm(QWEN / "draft", tmp_path, QWEN / "target", "logarithmic")
 
 
 def test_a_target_without_its_norm(tmp_path: Path) -> None:

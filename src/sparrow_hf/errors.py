@@ -26,6 +26,10 @@ class DraftLoadError(SparrowError, OSError):
     """A draft checkpoint is truncated, incomplete, altered or not stored as safetensors."""
 
 
+class OutputError(SparrowError, FileExistsError):
+    """A model is to be written to a folder that holds another one."""
+
+
 class BindingError(SparrowError, ValueError):
     """The draft does not fit this target: another hidden size, vocabulary, layer count or token ids."""
 

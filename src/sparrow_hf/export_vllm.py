@@ -27,6 +27,8 @@ from .target_config import visual_token_ids
 
 #: Of the exported files; `sparrow_vllm.config` reads this number and no other.
 FORMAT = 3
+#: Of the exported files.
+MODEL_TYPE = "sparrow_vllm"
 #: `model_type` of targets of which vLLM hands out the states of any layer (its method "eagle3"). Of others it hands
 #: out the last ones (its method "eagle"), so that there is no glimpse.
 AUXILIARY_STATES = frozenset({"qwen2_5_vl", "qwen3_vl"})
@@ -47,7 +49,7 @@ def export_vllm(
 
     Args:
         draft: Folder or Hub id of a saved draft.
-        output: Folder to write to. Earlier files in it stay complete until the new ones are.
+        output: Folder to write to. An earlier export in it stays complete until the new one is.
         target: Folder or Hub id of its target, whose final norm is read; by default the name in the draft's
             configuration.
         glimpse_spacing: Replaces the `glimpse_spacing` of the draft's configuration.
@@ -56,11 +58,13 @@ def export_vllm(
         The exported configuration.
 
     Raises:
+        OutputError: `output` holds another model, such as the draft itself.
         DraftLoadError: The draft cannot be loaded.
         TargetLoadError: The target's configuration or weights cannot be read.
         BindingError: The draft does not fit the target, or no target is known.
         DraftConfigError: There is no such spacing, or as [`exported_config`] says.
     """
+    hub.refuse_to_replace(output, kind=MODEL_TYPE)
     overrides = {} if glimpse_spacing is None else {"glimpse_spacing": glimpse_spacing}
     model = SparrowDraftModel.from_pretrained(draft, **overrides)
     config = model.config
@@ -137,7 +141,7 @@ def exported_config(config: SparrowDraftConfig, target_config: PreTrainedConfig)
     )
     return {
         "architectures": ["SparrowDraftModel"],
-        "model_type": "sparrow_vllm",
+        "model_type": MODEL_TYPE,
         **{name: getattr(config, name) for name in names},
         # Qwen2 has biases on q, k and v alone, Llama on all four or none.
         "qkv_bias": config.attention_bias,

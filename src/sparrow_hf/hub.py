@@ -21,7 +21,7 @@ from . import _transformers
 from .artifacts import StoredTensors, tensor_digest
 from .checksums import read_json
 from .configuration_sparrow import MERGED, SparrowDraftConfig
-from .errors import DraftLoadError, SparrowError
+from .errors import DraftLoadError, OutputError, SparrowError
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
@@ -100,6 +100,28 @@ def _of_variant(name: str, variant: str | None) -> str:
     # As transformers names them: model.fp16.safetensors and model.safetensors.index.fp16.json.
     stem, suffix = name.rsplit(".", 1)
     return f"{stem}.{variant}.{suffix}" if variant else name
+
+
+def holds_model(folder: str | Path) -> bool:
+    """Whether a folder holds the configuration or weights of a model, which those of a model saved there replace."""
+    names = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
+    return any(name == CONFIG_NAME or is_weights_file(name) for name in names)
+
+
+def refuse_to_replace(folder: str | Path, kind: str | None = None) -> None:
+    """Raises if a folder to write a model to holds one.
+
+    Args:
+        kind: The `model_type` of models that may be replaced: earlier ones of what is to be written.
+
+    Raises:
+        OutputError: It holds a model, of another kind.
+    """
+    config = Path(folder) / CONFIG_NAME
+    if kind is not None and config.is_file() and read_json(config, OutputError, "remove it").get("model_type") == kind:
+        return
+    if holds_model(folder):
+        raise OutputError(f"{folder} holds a model, which would be replaced: name another folder")
 
 
 # -- what loading checks ----------------------------------------------------------------------------------------------

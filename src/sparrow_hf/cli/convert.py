@@ -27,8 +27,10 @@ def convert(
     The exit code is 2 if the checkpoint holds an unknown tensor.
     """
     from ..conversion import convert_checkpoint
+    from ..hub import refuse_to_replace
 
     quiet_transformers()
+    refuse_to_replace(output)
     console = Console()
     with console.status("Converting"):
         conversion = convert_checkpoint(

@@ -13,6 +13,7 @@ from transformers import EvalPrediction, PreTrainedModel, ProcessorMixin
 from .._transformers import uses_vllm_positions
 from ..data.datasets import load_rows
 from ..errors import MissingDependencyError, TrainingDataError, TrainingOptionsError
+from ..hub import holds_model
 from ..modeling_sparrow import SparrowDraftModel
 from ..tree_shapes import chain
 from .acceptance import acceptance_metrics
@@ -172,7 +173,7 @@ def check_output(options: TrainingOptions) -> str | None:
     `--inspect` and `--dry-run` write no draft, so they work beside the one that is there.
 
     Raises:
-        TrainingOptionsError: The folder holds a training or a draft, or there is nothing to resume.
+        TrainingOptionsError: The folder holds a training or a model, or there is nothing to resume.
     """
     output = Path(options.output)
     checkpoints = output / "checkpoints"
@@ -182,9 +183,9 @@ def check_output(options: TrainingOptions) -> str | None:
             raise TrainingOptionsError(f"{checkpoints} holds no checkpoint to resume from: leave out --resume")
         return last
     writes_draft = options.inspect is None and not options.dry_run
-    if writes_draft and (last is not None or (output / "config.json").exists()):
+    if writes_draft and (last is not None or holds_model(output)):
         raise TrainingOptionsError(
-            f"{output} holds {'a training' if last else 'a draft'} already: go on with --resume, start from it with "
+            f"{output} holds {'a training' if last else 'a model'} already: go on with --resume, start from it with "
             "--warm-start and another --output, or choose another folder"
         )
     return None
@@ -352,7 +353,8 @@ def prepare_training(
         decoding = DecodingCallback(trainer, decoded)
         trainer.add_callback(decoding)
     check_best_metric(trainer, decoding)
-    settings = describe_training(trainer, train=digest_of_rows(options.train), lora=options.lora)
+    sources = {"train": digest_of_rows(options.train), "processor": options.processor}
+    settings = describe_training(trainer, lora=options.lora, **sources)
     if checkpoint is not None:
         check_settings(checkpoint, settings)
     trainer.seal.settings = settings
