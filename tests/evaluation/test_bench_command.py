@@ -208,3 +208,14 @@ def test_what_is_wrong_is_said_in_one_sentence(wrong: list[str], sentence: str, 
     assert result.exit_code == 2
     assert sentence in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("option", ["--output", "--report"])
+@pytest.mark.parametrize("name", ["runs/bench.jsonl", "runs/other.jsonl", "link/bench.jsonl"])
+def test_measurements_are_not_replaced_by_what_is_computed_from_them(option: str, name: str, tmp_path: Path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "link").symlink_to("runs")
+    (tmp_path / "runs" / "bench.jsonl").write_text("measured")
+    result = bench(tmp_path, "--testbed", option, tmp_path / name)
+    assert result.exit_code == 2 and "would stand among the run files of" in " ".join(result.output.split())
+    assert [path.read_text() for path in (tmp_path / "runs").iterdir()] == ["measured"]

@@ -148,7 +148,7 @@ def bench(
     from ..evaluation.benchmark import Benchmark
     from ..evaluation.prompts import conversation_prompts, read_conversations
     from ..evaluation.report import write_report
-    from ..evaluation.results import write_results
+    from ..evaluation.results import refuse_run_files, write_results
     from ..loading import load_target
     from ..measurement import is_exact
     from ..testbed import named_or_built_in
@@ -170,6 +170,7 @@ def bench(
         raise BenchmarkError(
             "--visual-tokens is an option of --testbed: set the length of your own videos with --max-frames"
         )
+    refuse_run_files(runs, output, report)
     target, draft, device = named_or_built_in(target, draft, device, built_in_family(family, target))
     conversations = None if prompts is None else read_conversations(prompts, split, limit)
     model, its_processor = load_target(target, processor, dtype.value, device, vllm_positions=vllm_positions)

@@ -21,7 +21,7 @@ from ..measurement import Arm, compare, num_rounds, warm_up
 from ..modeling_sparrow import SparrowDraftModel
 from ..target_config import visual_token_ids
 from .provenance import provenance
-from .run_file import RunFile
+from .run_file import RUN_FILE, RunFile
 
 #: Fields of a draft's configuration that do not decide what it drafts, or that its arms name: see [`describe`].
 _NOT_COMPARED = {
@@ -140,7 +140,7 @@ class Benchmark:
         Raises:
             BenchmarkError: They were made under other conditions.
         """
-        return RunFile(folder / f"{self.name}.jsonl", self.conditions, {"drafts": self.drafts})
+        return RunFile(folder / f"{self.name}{RUN_FILE}", self.conditions, {"drafts": self.drafts})
 
     def missing(self, runs: RunFile) -> Iterator[tuple[Prompt, list[Setting]]]:
         """Prompts that are not measured yet, each with the settings it still needs."""

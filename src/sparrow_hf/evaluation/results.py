@@ -1,5 +1,6 @@
 """From single measurements to the rows of a results file: one row per arm, visual length, temperature and seed."""
 
+import os
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -7,12 +8,24 @@ from typing import Any
 
 from ..artifacts import write_json
 from ..checksums import sealed
+from ..errors import BenchmarkError
 from ..measurement import PLAIN
 from ..metrics import Run, acceptance, asked_acceptance, speed, walltime_ratio
-from .run_file import read_lines
+from .run_file import RUN_FILE, read_lines
 
 KEY = ("benchmark", "family", "length", "temperature", "seed")
 """Fields of a measurement that are the same for all measurements of one table."""
+
+
+def refuse_run_files(runs: Path, *outputs: Path | None) -> None:
+    """Raises if a file to write is one of those that [`pool_runs`] reads, or would be taken for one.
+
+    Raises:
+        BenchmarkError: One is.
+    """
+    for path in (Path(os.path.realpath(output)) for output in outputs if output is not None):
+        if path.parent == runs.resolve() and path.suffix == RUN_FILE:
+            raise BenchmarkError(f"{path} would stand among the run files of {runs}: give it another ending or folder")
 
 
 def write_results(
@@ -23,7 +36,11 @@ def write_results(
     Args:
         note: A remark on the circumstances.
         asked: See [`pool_runs`].
+
+    Raises:
+        BenchmarkError: `output` is a run file, or would be taken for one.
     """
+    refuse_run_files(runs, output)
     rows = pool_runs(runs, asked)
     write_json(output, sealed({"note": note, "rows": rows}), indent=1)
     return rows
@@ -37,7 +54,7 @@ def pool_runs(runs: Path, asked: Mapping[str, Collection[str]] | None = None) ->
     """
     asked = asked or {}
     rows: list[dict[str, Any]] = []
-    for path in sorted(runs.glob("*.jsonl")):
+    for path in sorted(runs.glob(f"*{RUN_FILE}")):
         tables: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for line in read_lines(path):
             if line["benchmark"] not in asked or line["prompt"] in asked[line["benchmark"]]:

@@ -11,6 +11,8 @@ from ..line_file import LineFile, read_whole_lines
 #: Lengths of the digests in files of earlier versions: half a digest of files, or a commit of the Hub.
 EARLIER_DIGITS = (32, 40)
 KIND = "a measurement"
+#: Ending of run files.
+RUN_FILE = ".jsonl"
 
 
 class RunFile(LineFile):
