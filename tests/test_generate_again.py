@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoProcessor
 from typer.testing import CliRunner, Result
 from untrained import save_models
 
 from sparrow_hf.artifacts import tensor_digest
 from sparrow_hf.checksums import sealed
 from sparrow_hf.cli import app
+from sparrow_hf.data.prepare import processor_digest
 from sparrow_hf.loading import load_target
 from sparrow_hf.testbed import EVALUATION_SEEDS, make_clip
 
@@ -138,3 +140,36 @@ def test_answers_of_other_weights_in_the_same_folder_are_not_gone_on_with(
     output.write_text(json.dumps(sealed({name: line[name] for name in line if name != "sha256"})) + "\n")
     assert generate().exit_code == 0
     assert [each["provenance"].get("target_sha256") for each in lines_of(output)] == [None, second]
+
+
+def test_answers_by_another_processor_are_not_gone_on_with(
+    generate: Callable[..., Result], models: tuple[object, ...], clips: list[Path], tmp_path: Path
+) -> None:
+    shutil.copy(clips[0], tmp_path / "clip.mp4")
+    assert generate(tmp_path / "clip.mp4").exit_code == 0
+    (line,) = lines_of(tmp_path / "captions.jsonl")
+    processor = AutoProcessor.from_pretrained(str(models[1]))
+    assert processor_digest(processor) == line["provenance"]["processor_sha256"]
+    processor.save_pretrained(tmp_path / "same")
+    assert generate(tmp_path / "clip.mp4", "--processor", tmp_path / "same").exit_code == 0
+    processor.video_processor.do_normalize = False
+    processor.save_pretrained(tmp_path / "other")
+    refused = generate(tmp_path / "clip.mp4", "--processor", tmp_path / "other")
+    assert refused.exit_code == 2 and "was made differently (processor_sha256: " in refused.output
+    processor = AutoProcessor.from_pretrained(str(models[1]))
+    processor.chat_template += " "
+    assert processor_digest(processor) != line["provenance"]["processor_sha256"]
+
+    # A line of an earlier version says nothing of the processor.
+    del line["provenance"]["processor_sha256"]
+    unsealed = {name: value for name, value in line.items() if name != "sha256"}
+    (tmp_path / "captions.jsonl").write_text(json.dumps(sealed(unsealed)) + "\n")
+    assert generate(tmp_path / "clip.mp4", "--processor", tmp_path / "other").exit_code == 0
+
+
+def test_errors_of_what_is_not_asked_are_not_tried_again(generate: Callable[..., Result], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.mp4").write_text("not a video")
+        generate(tmp_path / name, "--retry-errors")
+    assert [line["name"] for line in lines_of(tmp_path / "captions.jsonl")] == ["a.mp4", "b.mp4"]

@@ -114,6 +114,9 @@ def test_records_of_other_weights_trees_or_dtypes_are_refused(whole, models, con
         for name, value in (("num_tree_nodes", 30), ("num_draft_levels", 4), ("beam_width", 8)):
             patched.setattr(draft.config, name, value)
         analyzed(models, conversations, folder, **options)
+    with monkeypatch.context() as patched, pytest.raises(AnalysisError, match=r"\(processor_sha256: '\w+', now"):
+        patched.setattr(processor.video_processor, "do_normalize", False)
+        analyzed(models, conversations, folder, **options)
     halved = deepcopy(target).to(torch.bfloat16), processor, None
     with pytest.raises(AnalysisError, match=r"dtype: 'torch.float32', now 'torch.bfloat16'"):
         analyzed(halved, conversations, folder, **options)

@@ -10,7 +10,7 @@ from sparrow_hf import SparrowDraftModel
 from sparrow_hf.artifacts import write_json
 from sparrow_hf.data.answers import digests_of, read_answers
 from sparrow_hf.errors import BindingError, TrainingDataError
-from sparrow_hf.testbed.nano import build_target
+from sparrow_hf.testbed.nano import build_processor, build_target
 from sparrow_hf.training import load_rows
 from sparrow_hf.training.regenerate import regenerate
 
@@ -125,8 +125,16 @@ def test_a_folder_of_an_earlier_version_goes_on_and_is_checked_from_then_on(tmp_
     shards[1].unlink()
     with pytest.raises(TrainingDataError, match=r"\(seed: 0, now 1\)"):
         regenerate(nano, processor, rows, tmp_path, seed=1, **options)
-    with pytest.warns(UserWarning, match="without target_sha256 and prompts_sha256: the answers there are kept"):
+    with pytest.warns(UserWarning, match="without target_sha256 and prompts_sha256 and processor_sha256: the"):
         regenerate(nano, processor, rows, tmp_path, **options)
     assert files_of(tmp_path) == whole
     with pytest.raises(TrainingDataError, match="prompts_sha256"):
         regenerate(nano, processor, rows[::-1], tmp_path, **options)
+
+
+def test_answers_by_another_processor_are_refused(tmp_path, nano):
+    processor = build_processor()
+    regenerate(nano, processor, asked("red ?"), tmp_path, **SETTINGS)
+    processor.video_processor.do_normalize = False
+    with pytest.raises(TrainingDataError, match=r"\(processor_sha256: '\w{64}', now '\w{64}'\)"):
+        regenerate(nano, processor, asked("red ?"), tmp_path, **SETTINGS)

@@ -13,6 +13,7 @@ from .._transformers import name_of
 from ..artifacts import check_made_alike, tensor_digest, write_json
 from ..checksums import read_json, sealed
 from ..data.messages import fingerprint
+from ..data.prepare import processor_digest
 from ..errors import AnalysisError, ImageError, TrainingDataError, VideoError
 from ..generation.integration import follow
 from ..hidden_states import HiddenStateCollector
@@ -82,6 +83,7 @@ def analyze(
     settings = {
         "target": name_of(view.model.config),
         "target_sha256": tensor_digest(view.model.state_dict()),
+        "processor_sha256": processor_digest(processor),
         "dtype": str(view.dtype),
         "draft": None if draft is None else tensor_digest(draft.state_dict()),
         "tree": None if draft is None else list(draft.config.tree_shape),
@@ -107,7 +109,10 @@ def analyze(
             write_json(path, sealed({"made_from": made_from} | measured))
         # Read back, so that a resumed analysis uses exactly the same numbers.
         record = read_json(path, AnalysisError, "delete it and run the same command again, which keeps the rest")
-        check_made_alike(path, record.get("made_from", {}), made_from, AnalysisError)
+        found = record.get("made_from", {})
+        # Records of earlier versions do not name the processor.
+        wanted = {name: value for name, value in made_from.items() if name in found or name != "processor_sha256"}
+        check_made_alike(path, found, wanted, AnalysisError)
         records.append(record)
     return summarize(records)
 

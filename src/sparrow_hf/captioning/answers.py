@@ -18,7 +18,7 @@ from .caption import Captioner
 from .sources import Question, Questions
 
 #: Conditions that earlier versions did not write.
-LATER_CONDITIONS = ("target_sha256",)
+LATER_CONDITIONS = ("target_sha256", "processor_sha256")
 
 
 class AnswerFile(LineFile):

@@ -11,7 +11,7 @@ from transformers.generation import BaseStreamer
 from .._transformers import attention_of, commit_of, unwrap
 from ..artifacts import tensor_digest
 from ..data.messages import ROW_INDEX, naming_row, split_answer, text_of
-from ..data.prepare import prepare_prompt, readable_kind, to_target, tokenizer_of
+from ..data.prepare import prepare_prompt, processor_digest, readable_kind, to_target, tokenizer_of
 from ..draft_inputs import visual_mask
 from ..errors import CaptionError, MissingDependencyError, SparrowError
 from ..generation.integration import follow
@@ -127,6 +127,7 @@ class Captioner:
             "draft": draft,
             "draft_sha256": None if self.draft is None else tensor_digest(self.draft.state_dict()),
             "tree": None if self.draft is None else list(self.draft.config.tree_shape),
+            "processor_sha256": processor_digest(self.processor),
             "question": question,
             "fps": self.fps,
             "max_frames": self.max_frames,

@@ -9,6 +9,8 @@ prompt         what the processor returns for one prompt, generation prompt incl
 processed      conversation: the tensors of prompt and answer, and `answer_start`
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -298,6 +300,15 @@ def _without_place(row: Mapping[str, Any]) -> dict[str, Any]:
 def tokenizer_of(processor: Any) -> Any:
     """The tokenizer of a processor; a target that only reads text has no more than a tokenizer."""
     return getattr(processor, "tokenizer", processor)
+
+
+def processor_digest(processor: Any) -> str:
+    """SHA-256 over the settings and the chat template of a processor, which decide what a target is shown of a row."""
+    settings = processor.to_dict() if isinstance(processor, ProcessorMixin) else {}
+    told = [settings, getattr(processor, "chat_template", None)]
+    # What JSON does not hold may print itself differently in every process.
+    text = json.dumps(told, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _required(processor: ProcessorMixin | None) -> ProcessorMixin:

@@ -44,7 +44,7 @@ from ..data.answers import (
 from ..data.datasets import Rows
 from ..data.files import is_url
 from ..data.messages import columns_of, media_digest, naming_row, rows_digest, split_answer
-from ..data.prepare import FIXED_FRAMES, prepare_prompt, sampling_of, tokenizer_of
+from ..data.prepare import FIXED_FRAMES, prepare_prompt, processor_digest, sampling_of, tokenizer_of
 from ..errors import TrainingDataError
 from ..generation.integration import follow
 from ..modeling_sparrow import SparrowDraftModel
@@ -57,7 +57,7 @@ __all__ = ["estimate_answer_bytes", "read_answers", "read_skipped", "regenerate"
 logger = logging.get_logger(__name__)
 
 #: Fields of `provenance.json` that earlier versions did not write.
-LATER_FIELDS = ("target_sha256", "draft_sha256", "prompts_sha256")
+LATER_FIELDS = ("target_sha256", "draft_sha256", "prompts_sha256", "processor_sha256")
 #: What an answer token takes in a shard, its id and its text together (English, a vocabulary of 150,000).
 BYTES_PER_ANSWER_TOKEN = 12
 #: Number of rows that an estimate reads.
@@ -130,6 +130,7 @@ def regenerate(
         "target_sha256": tensor_digest(weights),
         "transformers": transformers.__version__,
         "dtype": str(target.dtype),
+        "processor_sha256": processor_digest(processor),
         # Files of earlier versions do not name it.
         "vllm_positions": uses_vllm_positions(target) or None,
         "settings": settings,
