@@ -19,6 +19,7 @@ from untrained import save_models
 
 from sparrow_hf.captioning import read_questions
 from sparrow_hf.data import read_video
+from sparrow_hf.errors import VideoError
 
 TURNED = [0, 65536, 0, -65536, 0, 0, 0, 0, 1073741824]
 EVEN = tuple(i / 8 for i in range(16))
@@ -141,12 +142,17 @@ BAD: dict[str, Maker] = {
     "truncated too.webm": lambda path: (write(path, "libvpx"), os.truncate(path, 40)),
     "flipped.mp4": lambda path: damage(path, flip_in_index),
     "song.mp4": write_song,
-    "sound.wav": write_sound,
     "gone.mp4": lambda path: path.symlink_to("nowhere.mp4"),
     "pipe.mp4": os.mkfifo if hasattr(os, "mkfifo") else Path.touch,
 }
 LEFT_OUT: dict[str, Maker] = {
     "notes.txt": lambda path: path.write_text("notes"),
+    "README.md": lambda path: path.write_text("# Notes"),
+    "Thumbs.db": Path.touch,
+    "desktop.ini": Path.touch,
+    "IMG_1.AAE": Path.touch,
+    "sound.wav": write_sound,
+    "sound.m4a": write_song,
     "plain.srt": lambda path: path.write_text("1\n"),
     "plain.json": lambda path: path.write_text("{}"),
     "thumbnail.jpg": lambda path: write_pictures(path, 1),
@@ -173,6 +179,37 @@ def test_thumbnails_are_left_out_and_moving_pictures_are_not(tmp_path: Path) -> 
     questions = read_questions(str(tmp_path))
     assert [question.name for question in questions] == ["animated.gif", "animated.webp"]
     assert questions.left_out == tuple(sorted([*LEFT_OUT, "damaged.gif"]))
+
+
+def test_videos_of_phones_are_no_sound(tmp_path: Path) -> None:
+    (tmp_path / "a.3gp").touch()
+    assert [question.name for question in read_questions(str(tmp_path))] == ["a.3gp"]
+
+
+@needs_posix
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    for name in ("videos/b", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "clip.mp4").touch()
+    for link, to in {"linked": "../elsewhere", "c": "b", "b/back": ".."}.items():
+        (tmp_path / "videos" / link).symlink_to(to)
+    names = [question.name for question in read_questions(str(tmp_path / "videos"))]
+    assert names == ["b/clip.mp4", "linked/clip.mp4"]
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "clip.mp4").touch()
+    right = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if os.path.basename(path) == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return right(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(VideoError, match=r"locked cannot be read \(Permission denied\): change its permissions"):
+        read_questions(str(tmp_path))
 
 
 @needs_posix

@@ -123,3 +123,11 @@ def test_every_column_of_turns_counts(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(lines({"prompt": "what ?", "completion": "a dot"}))
     with pytest.raises(TrainingDataError, match="needs a column 'messages'; it has prompt, completion"):
         load_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz", "ROWS.JSONL"])
+def test_a_file_of_rows_is_one_by_every_spelling_of_its_name(tmp_path: Path, name: str) -> None:
+    content = lines(GOOD, GOOD)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    for source in (tmp_path, tmp_path / name):
+        assert read_questions(str(source)).are_rows and len(load_rows(source)) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.answers import is_answers
-from ..data.datasets import ROW_FILES, SAVED_DATASETS, load_rows
+from ..data.datasets import SAVED_DATASETS, load_rows, row_kind
 from ..data.files import is_url
 from ..data.messages import (
     ROW_ERROR,
@@ -29,7 +29,11 @@ QUESTION = "Describe this video in detail."
 
 #: Python's own table, which is the same on every system. A file of a type that it does not know may be a video.
 TYPES = MimeTypes(filenames=())
-OTHER_TYPES = ("text/", "image/", "application/")
+OTHER_TYPES = ("text/", "image/", "application/", "audio/")
+#: What lies beside videos, by endings that the table lacks: notes, logs, a system's or a camera's own files, sound.
+OTHER_ENDINGS = (".md", ".log", ".ini", ".db", ".aae", ".m4a")
+#: Videos of phones, which the table takes for sound: `.3gp` and `.3g2`.
+PHONE_TYPES = ("audio/3gpp", "audio/3gpp2")
 #: Pictures that may move. Not every version of Python knows `.webp`.
 MOVING = ("image/gif", "image/webp")
 
@@ -89,18 +93,17 @@ def read_questions(source: str, question: str | None = None, output: Path | None
 
     Args:
         source: A video file or its URL; a folder of videos, folders in it included; or what
-            [`~sparrow_hf.data.load_rows`] reads: a `.jsonl`, `.json` or `.parquet` file, or a folder or a data set of
-            rows.
+            [`~sparrow_hf.data.load_rows`] reads: a file that [`~sparrow_hf.data.datasets.row_kind`] knows, or a folder
+            or a data set of rows.
         question: What is asked about videos; a description by default. Rows ask their own questions.
         output: The file of answers, which may lie in the folder.
 
     Raises:
-        VideoError: There is no such file, or the folder is empty.
+        VideoError: There is no such file, or the folder is empty, or a folder in it cannot be read.
         TrainingDataError: The rows cannot be read.
         CaptionError: There are rows and a question, the question is a file, or the output is one of the inputs.
     """
     path, about = Path(source), question or QUESTION
-    is_rows = path.suffix.lower() in ROW_FILES
     if not source.strip():
         raise VideoError("The name of the video is empty. Name a video, a folder or rows.")
     if question and os.path.isfile(question):
@@ -108,13 +111,13 @@ def read_questions(source: str, question: str | None = None, output: Path | None
         raise CaptionError(f"{question} is a file, not a question: name one video, or a folder of videos")
     if output is not None and output.is_file() and path.is_file() and output.samefile(path):
         raise CaptionError(f"{output} holds what is asked: name another file for the answers")
-    if is_url(source) or source.startswith("file://") or path.is_file() and not is_rows:
+    if is_url(source) or source.startswith("file://") or path.is_file() and row_kind(path) is None:
         return Questions([_about(source, source, about)], about)
     if path.is_dir() and not is_answers(path) and not any((path / name).exists() for name in SAVED_DATASETS):
         names = sorted(file.relative_to(path).as_posix() for file in _files(path, output))
         left_out = tuple(name for name in names if _is_other(path / name))
         videos = [name for name in names if name not in left_out]
-        if videos or not any(name.endswith(ROW_FILES) for name in names):
+        if videos or all(row_kind(name) is None for name in names):
             if not videos:
                 raise VideoError(f"{source} holds no videos and no rows: name a folder of videos, or one video.")
             asked = [_about(name, str(path / name), about) for name in videos]
@@ -145,13 +148,22 @@ def built_in_clip(folder: Path, family: str) -> Questions:
 
 
 def _files(folder: Path, output: Path | None) -> Iterator[Path]:
-    """The files of a folder and of those in it, without hidden ones and the output."""
-    own = None if output is None else output.resolve()
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """The files of a folder and of those in it, links to folders too, without hidden ones and the output."""
+    own, seen = None if output is None else output.resolve(), set()
+    for parent, folders, files in os.walk(folder, onerror=_refuse_unread, followlinks=True):
+        # A link may lead back. In order, so that of two ways to a folder always the same one is taken.
+        is_new = (real := os.path.realpath(parent)) not in seen
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if is_new and not name.startswith("."))
+        if not is_new:
+            continue
         for name in files:
             if not name.startswith(".") and (Path(parent) / name).resolve() != own:
                 yield Path(parent) / name
+
+
+def _refuse_unread(error: OSError) -> None:
+    raise VideoError(f"{error.filename} cannot be read ({error.strerror}): change its permissions, or move it away")
 
 
 def _is_other(file: Path) -> bool:
@@ -159,7 +171,8 @@ def _is_other(file: Path) -> bool:
     kind = TYPES.guess_type(file.name)[0] or ""
     if kind in MOVING or file.suffix.lower() == ".webp":
         return not _moves(file)
-    return kind.startswith(OTHER_TYPES) or file.name.lower().endswith(ROW_FILES)
+    is_other = kind.startswith(OTHER_TYPES) and kind not in PHONE_TYPES
+    return is_other or file.suffix.lower() in OTHER_ENDINGS or row_kind(file) is not None
 
 
 def _moves(picture: Path) -> bool:

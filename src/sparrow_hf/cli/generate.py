@@ -144,7 +144,9 @@ def generate(
         if output is not None:
             answers = stack.enter_context(captioning.open_answers(output, conditions, asked))
             if retry_errors:
-                answers.remove(lambda line: line["error"])
+                # A file may hold errors of videos that are not asked about now: they stay.
+                again = {line["name"] for line in captioning.given_before(answers, asked) if line["error"]}
+                answers.remove(lambda line: line["name"] in again)
             context.obj.keeps(
                 lambda: count_kept(output, len(captioning.given_before(answers, asked)), "answer", of=len(asked))
             )

@@ -22,8 +22,8 @@ from .dialects import TURN_COLUMNS, has_turns
 from .messages import ROW_ERROR, ROW_FOLDER, ROW_INDEX
 from .sources import shown
 
-#: Endings of files that hold rows.
-ROW_FILES = (".jsonl", ".parquet", ".json")
+#: Endings of files that hold rows. Of a folder, the files of the first one that is there are read.
+ROW_FILES = (".jsonl", ".parquet", ".json", ".jsonl.gz", ".json.gz")
 #: One of them is in every folder that `save_to_disk` writes.
 SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")
 #: Rows at the start of JSON files of which one at least must be a conversation.
@@ -86,10 +86,10 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
     """Rows of conversations from wherever `datasets` reads them.
 
     Args:
-        source: A `.jsonl`, `.json` or `.parquet` file, a folder of such files, a folder made by `save_to_disk`, or a
-            Hub id. Of a folder with files of several kinds, the `.jsonl` files are read, or else the `.parquet` files:
-            `.json` files often describe those beside them. Relative paths of videos and images start at the file's
-            folder.
+        source: A `.jsonl`, `.json` (both as `.gz` too) or `.parquet` file, a folder of such files, a folder made by
+            `save_to_disk`, or a Hub id. Of a folder with files of several kinds, the `.jsonl` files are read, or else
+            the `.parquet` files: `.json` files often describe those beside them. Relative paths of videos and images
+            start at the file's folder.
         split: Split of a Hub dataset, or of a `DatasetDict` on disk. Plain files have only `"train"`.
         streaming: Read row by row, without a copy in the cache; the trainer then needs `max_steps`.
 
@@ -115,7 +115,7 @@ def load_rows(source: str | os.PathLike[str], split: str = "train", streaming: b
         elif files:
             check_written(files, TrainingDataError, "run `sparrow regenerate` again, with the same options")
             folder = (path if path.is_dir() else path.parent).resolve()
-            if not files[0].endswith(".parquet"):
+            if row_kind(files[0]) != ".parquet":
                 return _read_json(source, files, folder, split, streaming)
             rows = datasets.load_dataset("parquet", data_files={"train": files}, split=split, streaming=streaming)
         else:
@@ -193,7 +193,7 @@ class JsonRows:
     def __init__(self, files: Sequence[str]):
         self.places: list[Any] = []
         for file in files:
-            if file.endswith(".gz"):
+            if file.lower().endswith(".gz"):
                 # To go to a line of a compressed file is to decompress all before it.
                 self.places += read_json([file])
             else:
@@ -227,7 +227,7 @@ def read_json(files: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _open(file: str) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(file) if file.endswith(".gz") else open(file, "rb"))
+    return cast(BinaryIO, gzip.open(file) if file.lower().endswith(".gz") else open(file, "rb"))
 
 
 def _lines(file: str) -> Iterator[tuple[str, int, int]]:
@@ -267,14 +267,20 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
     return row if isinstance(row, dict) else {ROW_ERROR: f"{where} is no JSON object, found {shown(row)}"}
 
 
+def row_kind(name: str | os.PathLike[str]) -> str | None:
+    """Which of [`ROW_FILES`] a file is by its name, in upper case too; `None` if it is none of them."""
+    return next((ending for ending in ROW_FILES if os.fspath(name).lower().endswith(ending)), None)
+
+
 def data_files(source: Path) -> list[str]:
     """The files that [`load_rows`] reads itself: the one that is named, or the data files of a folder, all of the kind
     that comes first; none in a folder of `save_to_disk`.
     """
     if source.is_file():
         return [str(source)]
+    named = sorted(map(str, source.iterdir())) if source.is_dir() else []
     for ending in ROW_FILES:
-        files = sorted(map(str, source.glob(f"*{ending}")))
+        files = [file for file in named if row_kind(file) == ending]
         if ending == ".json" and any((source / name).exists() for name in SAVED_DATASETS):
             return []
         if files:
