@@ -1,6 +1,7 @@
 """Decoding held-out prompts while training: it agrees with the teacher-forced figures, and it disturbs nothing."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -224,6 +225,22 @@ def test_bad_held_out_rows_are_left_out_if_training_leaves_them_out(tmp_path, ta
     # A row without pixels is a mistake of the caller, and not a bad row.
     with pytest.raises(TrainingDataError, match="holds no pixels"):
         evaluate(recorded[0], on_bad_row="skip")
+
+
+def test_held_out_rows_that_are_all_left_out_are_an_error_that_loses_no_step(tmp_path, target, make_draft, samples):
+    bad = {"messages": [], "row_index": 7}
+    trainer = make_trainer(
+        tmp_path, make_draft(), target, samples, [], on_bad_row="skip", eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, metric_for_best_model="tau", load_best_model_at_end=True, max_steps=2,
+    )  # fmt: skip
+    trainer.eval_dataset = [bad]
+    trainer.data_collator.processor = build_processor()
+    with pytest.raises(TrainingDataError, match="rows to evaluate: not one of them can be used, for example: row 7"):
+        trainer.evaluate()
+    trainer.train()
+    assert trainer.state.global_step == 2
+    found = [entry["eval_tau"] for entry in trainer.state.log_history if "eval_tau" in entry]
+    assert len(found) == 2 and all(map(math.isnan, found))
 
 
 def test_no_held_out_row_is_refused(tmp_path, target, make_draft, samples):

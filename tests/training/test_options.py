@@ -155,6 +155,9 @@ def test_values_of_yaml_are_those_of_the_command_line(tmp_path):
         ("--label-smoothing-factor 0.3", "label_smoothing_factor must stay 0.0, found 0.3: the losses compare with"),
         ("--neftune-noise-alpha 5", "neftune_noise_alpha must stay None, found 5.0: .*hidden_state_noise"),
         ("--batch-eval-metrics true", "batch_eval_metrics must stay False, found True: "),
+        ("--eval-do-concat-batches false", "eval_do_concat_batches must stay True, found False: "),
+        ("--include-num-input-tokens-seen true", "include_num_input_tokens_seen must stay no, found 'all': "),
+        ("--include-for-metrics loss inputs", "include_for_metrics must not name 'inputs'"),
         ("--remove-unused-columns true", "remove_unused_columns must stay False, found True: "),
         (
             "--train-sampling-strategy group_by_length",

@@ -237,3 +237,6 @@ def test_the_figures_that_may_choose_a_checkpoint_are_those_that_are_logged(
     told = str(refused.value).partition(", but ")[2].split(", ")
     logged = {name.removeprefix("eval_") for name in trainer.evaluate()} - {"model_preparation_time", "epoch"}
     assert logged == set(told)
+    # Which figures one's own function has is known when it has run.
+    trainer.compute_metrics = lambda prediction: {"tao": 1.0}
+    check_best_metric(trainer, decoding)

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+from sparrow_hf.errors import TrainingOptionsError
 from sparrow_hf.training import SparrowTrainer, SparrowTrainingArguments
 
 
@@ -91,3 +92,10 @@ def test_a_16_bit_draft_trains_in_mixed_precision_too_and_is_warned_of(
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the draft is trained in")
         train(make_draft().float(), bf16=True)
+
+
+def test_a_search_over_drafts_is_refused(target, make_draft, tmp_path) -> None:
+    arguments = SparrowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    for draft in (None, make_draft()):
+        with pytest.raises(TrainingOptionsError, match="model_init is not supported"):
+            SparrowTrainer(draft, target, arguments, model_init=make_draft)

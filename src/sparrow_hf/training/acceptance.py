@@ -1,5 +1,6 @@
 """Teacher-forced acceptance: how many drafted tokens the target would accept, computed from the exact passes."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -61,7 +62,8 @@ def acceptance_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
     Returns:
         `k` accepted drafts per round, `tau` = k + 1 tokens per target forward, `accepted_j` = P(k ≥ j), and
-        `agreement_s`, the share of all losses of pass s (from 1) whose token is the target's.
+        `agreement_s`, the share of all losses of pass s (from 1) whose token is the target's. Without a round, because
+        all rows were left out, they are no numbers, so that no checkpoint is the best by them.
     """
     *counts, rounds = np.asarray(prediction.predictions).sum(axis=0).tolist()
     passes = len(counts) // 3
@@ -69,11 +71,12 @@ def acceptance_metrics(prediction: EvalPrediction) -> dict[str, float]:
     # A round of k tokens was counted k times: as one of at least 1, of at least 2, … of at least k.
     accepted = sum(reaching)
     shares = metrics.per_position(reaching, rounds)
-    return summarize(agreed, losses) | {
+    figures = {
         "k": metrics.accepted_per_round(accepted, rounds),
         "tau": metrics.tau(accepted + rounds, rounds),
         **{f"accepted_{step}": share for step, share in enumerate(shares, start=1)},
     }
+    return summarize(agreed, losses) | (figures if rounds else dict.fromkeys(figures, math.nan))
 
 
 def accepted(metrics: Mapping[str, float]) -> list[float]:

@@ -47,6 +47,8 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
         "the draft has no embedding of its own; hidden_state_noise adds noise to its states",
     ),
     "batch_eval_metrics": (False, "the figures of an evaluation are pooled over its rounds"),
+    "eval_do_concat_batches": (True, "the figures of an evaluation are pooled over its rounds"),
+    "include_num_input_tokens_seen": ("no", "a batch holds samples, in which the base class finds no tokens to count"),
 }
 
 
@@ -153,6 +155,10 @@ class SparrowTrainingArguments(TrainingArguments):
         for name, (only, why) in UNSUPPORTED.items():
             if getattr(self, name) != only:
                 raise ValueError(f"{name} must stay {only}, found {getattr(self, name)!r}: {why}")
+        if "inputs" in self.include_for_metrics:
+            raise ValueError(
+                "include_for_metrics must not name 'inputs': a batch holds samples, which are no one tensor"
+            )
         if self.train_sampling_strategy == "group_by_length":
             raise ValueError(
                 "train_sampling_strategy must not be 'group_by_length': rows have no length before they are read"

@@ -152,7 +152,8 @@ def check_best_metric(trainer: SparrowTrainer, decoding: DecodingCallback | None
     """
     args, levels = trainer.args, trainer.draft.config.num_draft_levels
     wanted = args.metric_for_best_model
-    if wanted is None or args.eval_strategy == "no":
+    if wanted is None or args.eval_strategy == "no" or trainer.compute_metrics is not acceptance_metrics:
+        # The figures of one's own `compute_metrics` are known when they are there.
         return
     known = {"loss", "runtime", "samples_per_second", "steps_per_second"}
     if not args.prediction_loss_only:

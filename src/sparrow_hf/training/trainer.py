@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .._transformers import on_device, use_one_gpu
 from ..data.prepare import kind_of, to_target
 from ..draft_inputs import draft_positions, visual_mask
-from ..errors import TrainingDataError
+from ..errors import TrainingDataError, TrainingOptionsError
 from ..modeling_sparrow import SparrowDraftModel
 from .acceptance import acceptance_metrics, count_acceptance, summarize
 from .arguments import SparrowTrainingArguments
@@ -31,7 +31,7 @@ from .checkpoints import (
 from .chunked_loss import chunked_loss
 from .data import SparrowDataCollator, TrainingStates, check_sample, errors_of_workers, read_with_target
 from .passes import DraftBatch, exact_passes, make_batch, reinput_passes
-from .refusals import RefuseNothing, warn_of_16_bits
+from .refusals import RefuseNothing, all_left_out, warn_of_16_bits
 
 logger = logging.get_logger(__name__)
 
@@ -52,10 +52,11 @@ class SparrowTrainer(Trainer):
         data_collator: By default a [`SparrowDataCollator`] with `processing_class` and the `args` it shares a name
             with.
         compute_metrics: By default teacher-forced acceptance, see [`acceptance_metrics`].
-        kwargs: Everything else [`~transformers.Trainer`] takes.
+        kwargs: Everything else [`~transformers.Trainer`] takes, `model_init` excepted.
 
     Raises:
         BindingError: The draft does not fit the target.
+        TrainingOptionsError: `model_init` is given.
     """
 
     args: SparrowTrainingArguments
@@ -74,6 +75,10 @@ class SparrowTrainer(Trainer):
         compute_metrics: Callable[[Any], dict[str, float]] | None = acceptance_metrics,
         **kwargs: Any,
     ):
+        if kwargs.get("model_init") is not None:
+            raise TrainingOptionsError(
+                "model_init is not supported: to compare settings, make a draft and a SparrowTrainer for each of them"
+            )
         model.bind(target)
         if args.n_gpu > 1:
             # One process that sees several: the base class would wrap the draft in `nn.DataParallel`, whose copies are
@@ -105,6 +110,8 @@ class SparrowTrainer(Trainer):
         if getattr(target, "hf_device_map", None) is None:
             target.to(device=args.device)
         self._pass_counts: dict[int, Tensor] = {}
+        #: Rows of the last evaluation that were not left out, of those that this process has read.
+        self._num_evaluated = 0
         #: Whether a row was trained on, by any of the processes.
         self.has_trained = False
         #: Index and reason of the rows left out so far (`args.on_bad_row`).
@@ -143,9 +150,19 @@ class SparrowTrainer(Trainer):
             return super().train(checkpoint, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the base class; a bad row is told in one sentence, whichever process has read it."""
+        """As in the base class; a bad row is told in one sentence, whichever process has read it.
+
+        Raises:
+            TrainingDataError: All rows are left out. An evaluation within a training has no figures instead: an error
+                would lose the steps since the last checkpoint.
+        """
+        self._num_evaluated = 0
         with errors_of_workers():
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
+        count = torch.tensor([self._num_evaluated], device=self.args.device)
+        if not self.is_in_train and not self.accelerator.gather(count).sum():
+            raise all_left_out("rows to evaluate", self.skipped_rows)
+        return output
 
     def _parts(self) -> tuple[str, ...]:
         """Files of a checkpoint that a resumed training reads, beside the weights and the trainer's state."""
@@ -333,6 +350,7 @@ class SparrowTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss and acceptance counts of one batch, the latter in the place of logits. Each row counts once."""
         inputs = on_device(self, self._without_repeated(inputs))
+        self._num_evaluated += len(inputs["samples"])
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, counts = self.compute_loss(model, inputs, return_outputs=True)
         if not inputs["samples"]:
