@@ -165,6 +165,9 @@ class TestCard:
         draft.provenance["data"] = "Still other data."
         draft.save_pretrained(folder)
         assert (folder / "README.md").read_text() == mine
+        (folder / "README.md").write_bytes("Meine Wörter.".encode("latin-1"))
+        draft.save_pretrained(folder)
+        assert (folder / "README.md").read_bytes() == b"Meine W\xf6rter."
         assert json.loads((folder / "PROVENANCE.json").read_text())["data"] == "Still other data."
 
 
@@ -190,6 +193,13 @@ class TestProvenance:
         draft.save_pretrained(folder)
         assert "Not measured." in (folder / "README.md").read_text()
         assert json.loads((folder / "PROVENANCE.json").read_text())["recipe"] == ["sgd"]
+
+    def test_tuples_and_paths_are_told_as_json_holds_them(self, draft: SparrowDraftModel, folder: Path) -> None:
+        rows = ({"visual tokens": 400, "τ": 4.9},)
+        draft.provenance |= {"datasets": ("org/captions", Path("org/others")), "acceptance": rows}
+        draft.save_pretrained(folder)
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.datasets == ["org/captions", "org/others"] and "| 400 | 4.9 |" in card.text
 
     @pytest.mark.parametrize("text", ["{", "[]"])
     def test_damaged(self, folder: Path, text: str) -> None:
@@ -264,11 +274,30 @@ class TestPush:
         assert uploads.files.keys() == FILES == {path.name for path in (tmp_path / "named").iterdir()}
         assert uploads.commits[0]["repo_id"] == "me/named" and uploads.branches == ["trial"]
 
+    def test_what_is_uploaded_is_what_was_saved(
+        self, draft: SparrowDraftModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        uploads, zeros = Uploads(monkeypatch), {k: torch.zeros_like(v) for k, v in draft.state_dict().items()}
+        saved = {"state_dict": zeros, "variant": "fp16", "max_shard_size": "20KB"}
+        draft.save_pretrained(tmp_path / "a", push_to_hub=True, commit_description="Zeros.", **saved)
+        weights = {path.name for path in (tmp_path / "a").glob("*.safetensors")}
+        assert len(weights) > 1 and uploads.files.keys() >= weights
+        assert all(uploads.files[name] == (tmp_path / "a" / name).read_bytes() for name in weights)
+        assert uploads.commits[0]["commit_description"] == "Zeros."
+        with pytest.raises(TypeError, match="has no argument tags: leave it out"):
+            draft.save_pretrained(tmp_path / "b", push_to_hub=True, tags=["mine"])
+        assert not (tmp_path / "b").exists() and len(uploads.commits) == 1
+
+    def test_a_pull_request_is_no_branch(self, draft: SparrowDraftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        uploads = Uploads(monkeypatch)
+        draft.push_to_hub("my-draft", revision="refs/pr/3")
+        assert uploads.branches == [] and uploads.commits[0]["revision"] == "refs/pr/3"
+
     def test_a_card_written_on_the_hub_stays(
         self, draft: SparrowDraftModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         published = tmp_path / "published.md"
-        published.write_text("My own words.\n")
+        published.write_bytes(b"My own w\xf6rds.\n")
         uploads = Uploads(monkeypatch, published)
         draft.push_to_hub("my-draft")
         assert uploads.files["README.md"] == published.read_bytes()

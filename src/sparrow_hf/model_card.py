@@ -1,5 +1,6 @@
 """What is saved beside a draft's weights for people: how it was trained (`PROVENANCE.json`), and its model card."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .checksums import read_json
 from .configuration_sparrow import SparrowDraftConfig
 from .errors import DraftLoadError
 from .hub import find_file
+from .markdown import table
 
 PROVENANCE_FILE = "PROVENANCE.json"
 CARD_FILE = "README.md"
@@ -55,7 +57,7 @@ def write_companions(
     facts = {**provenance, **target, "saved_with": versions}
     write_json(folder / PROVENANCE_FILE, facts, indent=2, default=str)
     present = (destination or folder) / CARD_FILE
-    if not present.exists() or CARD_MARK in present.read_text():
+    if not present.exists() or CARD_MARK.encode() in present.read_bytes():
         write_text(folder / CARD_FILE, str(model_card(draft_class, config, provenance, repo_id)))
 
 
@@ -73,6 +75,8 @@ def model_card(
             mappings with the same keys); all are optional.
         repo_id: Where the draft is found, for the lines that load it.
     """
+    # As `PROVENANCE.json` holds it: a card is YAML, which has neither tuples nor paths.
+    provenance = json.loads(json.dumps(dict(provenance), default=str))
     target = config.target_name_or_path
     target_class = _target_class(config)
     sees = target_class is not AutoModelForCausalLM
@@ -164,5 +168,4 @@ def _limits(config: SparrowDraftConfig) -> str:
 
 def _table(rows: list[Mapping[str, Any]]) -> str:
     columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return table(columns, [[row.get(column, "") for column in columns] for row in rows]).rstrip("\n")

@@ -1,7 +1,9 @@
 """Saving a draft, uploading it and loading it again. `SparrowDraftModel` is what it is besides."""
 
 import copy
+import inspect
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from .model_card import CARD_FILE, read_provenance, write_companions
 
 #: Arguments of `from_pretrained` that choose the files to load.
 _HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+#: Arguments of `push_to_hub` that say where a draft goes, and not how it is saved.
+_UPLOAD_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
 
 
 class SavedDraft(PreTrainedModel):
@@ -46,13 +51,14 @@ class SavedDraft(PreTrainedModel):
         old or the new draft.
 
         Args:
-            push_to_hub: Upload what was saved, see [`~SparrowDraftModel.push_to_hub`]; its arguments, `repo_id` among
-                them (by default the folder's name), are then taken here too.
+            push_to_hub: Save it to the Hub too, in the same way, see [`~SparrowDraftModel.push_to_hub`]; its
+                arguments, `repo_id` among them (by default the folder's name), are then taken here too.
         """
-        options = {}
+        # A copy, because transformers removes tensors from what it saves.
+        options = dict(kwargs, state_dict=None if state_dict is None else dict(state_dict))
         if push_to_hub:
-            names = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
-            options = {name: kwargs.pop(name) for name in names if name in kwargs}
+            _refuse_unknown(options)
+            kwargs = {name: value for name, value in kwargs.items() if name not in _UPLOAD_OPTIONS}
         folder, variant = Path(save_directory), kwargs.get("variant")
         # Computed before transformers removes tensors from it.
         digest = artifacts.tensor_digest(self.state_dict() if state_dict is None else state_dict)
@@ -73,10 +79,12 @@ class SavedDraft(PreTrainedModel):
         repo_id: str,
         *,
         commit_message: str = "Upload a Sparrow draft",
+        commit_description: str | None = None,
         private: bool | None = None,
         token: bool | str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        **kwargs: Any,
     ) -> str:
         """Uploads configuration, weights, provenance and model card, and makes the repository if there is none.
 
@@ -84,25 +92,29 @@ class SavedDraft(PreTrainedModel):
 
         Args:
             repo_id: `"me/my-draft"`.
-            revision: Branch to commit to, made if there is none; by default the main one.
+            revision: Branch to commit to, made if there is none, or a pull request (`"refs/pr/3"`) to go on with; by
+                default the main branch.
+            kwargs: How to save the draft, as for `save_pretrained`: `state_dict`, `variant`, `max_shard_size`.
 
         Returns:
             Address of the commit.
         """
+        _refuse_unknown(kwargs)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None:
+        if revision is not None and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             if api.file_exists(repo_id, CARD_FILE, revision=revision):
                 published = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=revision))
-                (Path(folder) / CARD_FILE).write_text(published.read_text())
-            self.save_pretrained(folder)
+                shutil.copyfile(published, Path(folder) / CARD_FILE)
+            self.save_pretrained(folder, **kwargs)
             write_companions(Path(folder), type(self), self.config, self.provenance, repo_id)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 commit_message=commit_message,
+                commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
             ).commit_url
@@ -161,3 +173,10 @@ class SavedDraft(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             draft.provenance = read_provenance(pretrained_model_name_or_path, **options)
         return draft, info
+
+
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    """Raises before anything is saved if there is an argument that would have no effect on the upload."""
+    known = {*_UPLOAD_OPTIONS, *inspect.signature(PreTrainedModel.save_pretrained).parameters} - {"self", "kwargs"}
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"push_to_hub() of a draft has no argument {', '.join(unknown)}: leave it out")

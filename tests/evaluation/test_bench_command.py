@@ -124,7 +124,7 @@ def test_only_prompts_that_are_asked_count(models: list[object], tmp_path: Path)
 def test_the_form_of_mmspec(models: list[object], tmp_path: Path):
     make_clip(tmp_path / "clip.mp4", 1, 32)
     video = {"type": "video", "video": "clip.mp4"}
-    asked = [("describe this video .", {"task": "caption"}), ("what moves ?", {"task": "motion"}), ("what ?", {})]
+    asked = [("describe this video .", {"task": "caption"}), ("what moves ?", {"task": "mo|tion"}), ("what ?", {})]
     rows = [
         {"messages": [{"role": "user", "content": [video, {"type": "text", "text": text}]}]} | task
         for text, task in asked
@@ -142,10 +142,10 @@ def test_the_form_of_mmspec(models: list[object], tmp_path: Path):
     ]
     for row in found:
         # The prompt without a task counts among all prompts only.
-        assert {task: figures["prompts"] for task, figures in row["tasks"].items()} == {"caption": 1, "motion": 1}
+        assert {task: figures["prompts"] for task, figures in row["tasks"].items()} == {"caption": 1, "mo|tion": 1}
         assert (row["prompts"], row["tau"], row["k"]) == (3, 1, 0)
     report = (tmp_path / "results.md").read_text()
-    head = "| method | caption: MAT | caption: speed | motion: MAT | motion: speed "
+    head = r"| method | caption: MAT | caption: speed | mo\|tion: MAT | mo\|tion: speed "
     assert report.count(head + "| overall: MAT | overall: τ | overall: speed |") == 2
     assert report.count("| plain | 0.00 | 1.00× | 0.00 | 1.00× | 0.00 | 1.00 | 1.00× |") == 2
     assert "greedy" in report and "T = 1, seed 0" in report

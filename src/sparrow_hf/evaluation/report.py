@@ -7,6 +7,7 @@ from typing import Any, Literal
 from ..artifacts import write_text
 from ..checksums import read_json
 from ..errors import BenchmarkError
+from ..markdown import table
 from ..measurement import PLAIN
 from .results import KEY, merge
 
@@ -213,9 +214,3 @@ def between(ends: Sequence[float] | None) -> str:
 def numbers(values: Sequence[float]) -> str:
     """Shares as `.93 .85 …`."""
     return " ".join(f"{value:.2f}".removeprefix("0") for value in values)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
