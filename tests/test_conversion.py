@@ -314,12 +314,17 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"midlayer.weight": torch.zeros(2)}, r"unknown: midlayer\.weight"),
+            ({"extra.weight": torch.zeros(2)}, r"unknown: extra\.weight"),
+            (
+                {"midlayer.weight": torch.zeros(2), "fc.weight": None},
+                r"draft of EAGLE-3 \(it holds midlayer\.weight\)",
+            ),
+            ({"d2t": torch.zeros(2), "layers.0.self_attn.q_proj.weight": None}, r"EAGLE-3 \(it holds d2t\)"),
             ({"layers.0.mlp.up_proj.weight": None}, r"missing: layers\.0\.mlp\.up_proj\.weight"),
             ({"layers.0.mlp.gate_proj.weight": None}, r"lacks layers\.0\.mlp\.gate_proj\.weight"),
             ({"layers.0.mlp.up_proj.weight": torch.zeros(3, 32)}, "of another shape"),
             ({"fc.weight": None}, "no draft of the EAGLE-1/2 family"),
-            ({"fc.weight": torch.zeros(32, 96)}, "EAGLE-3"),
+            ({"fc.weight": torch.zeros(32, 96)}, "reads several of its layers"),
             ({"fc.weight": torch.zeros(64, 128)}, "another target"),
         ],
     )
@@ -336,9 +341,21 @@ class TestRefused:
         with pytest.raises(DraftLoadError, match="made for another target"):
             convert_checkpoint(write(tmp_path / "eagle", tensors), qwen_folder)
 
-    def test_scaled_rope(self, qwen: PreTrainedModel, qwen_folder: Path, tmp_path: Path) -> None:
-        folder = write(tmp_path / "eagle", eagle_tensors(qwen), rope_scaling={"type": "linear", "factor": 2.0})
-        with pytest.raises(DraftLoadError, match="'linear'"):
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE of type 'linear'"),
+            ({"rope_scaling": "linear"}, "RoPE in an object, found 'linear'"),
+            ({"num_attention_heads": 0}, "num_attention_heads of the draft must be .*, found 0"),
+            ({"num_attention_heads": 999}, "found 999"),
+            ({"num_attention_heads": "2"}, "found '2'"),
+        ],
+    )
+    def test_a_configuration(
+        self, qwen: PreTrainedModel, qwen_folder: Path, tmp_path: Path, fields: dict[str, Any], message: str
+    ) -> None:
+        folder = write(tmp_path / "eagle", eagle_tensors(qwen), **fields)
+        with pytest.raises(DraftLoadError, match=message):
             convert_checkpoint(folder, qwen_folder)
 
     def test_damaged_and_empty(self, qwen: PreTrainedModel, qwen_folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ nothing comes after it; embedding and head are the target's. RoPE is plain, at t
 """
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,8 @@ def convert_tensors(
         own_config: Its `config.json`, or `{}`.
         target_config: Configuration of the target.
     """
+    if theirs := sorted(name for name in tensors if name == "d2t" or "midlayer" in name.split(".")):
+        raise DraftLoadError(f"this is a draft of EAGLE-3 (it holds {theirs[0]}): only EAGLE-1/2 drafts are converted")
     dropped = {name: why for name in tensors for part, why in IGNORED_TENSORS.items() if part in name}
     dropped |= {name: "the target's own" for name in _BORROWED_TENSORS if name in tensors}
     weights = {name: tensor for name, tensor in tensors.items() if name not in dropped}
@@ -128,7 +131,7 @@ def convert_tensors(
         raise DraftLoadError(
             f"fc.weight is {tuple(weights['fc.weight'].shape)}, but embedding and state of a target of hidden size "
             f"{text.hidden_size} take {(text.hidden_size, 2 * text.hidden_size)}: this draft was made for another "
-            "target, or reads several layers (EAGLE-3), which is not supported"
+            "target, or reads several of its layers, which is not supported"
         )
     shape = _shape_fields(weights, own_config | overrides, text)
     if own_config:
@@ -152,9 +155,15 @@ def _shape_fields(weights: dict[str, Tensor], own_config: dict[str, Any], text: 
     """Fields of the draft's configuration, from its tensors or else from its own configuration."""
     own = {"num_attention_heads": text.num_attention_heads, "rms_norm_eps": text.rms_norm_eps}
     own |= {"hidden_act": text.hidden_act}
-    own |= {name: own_config[name] for name in own if name in own_config}
+    own |= {name: own_config[name] for name in own if own_config.get(name) is not None}
     attention = "layers.0.self_attn."
-    head_dim = weights[attention + "q_proj.weight"].shape[0] // own["num_attention_heads"]
+    heads, width = own["num_attention_heads"], weights[attention + "q_proj.weight"].shape[0]
+    if not isinstance(heads, int) or not 0 < heads <= width:
+        raise DraftLoadError(
+            f"num_attention_heads of the draft must be a whole number from 1 to {width}, found {heads!r:.100}: mend "
+            "its config.json"
+        )
+    head_dim = width // heads
     # The biases distinguish the blocks: Qwen2 has them on q, k and v only, Llama on all four or none.
     has_bias = {name: f"{attention}{name}_proj.bias" in weights for name in "qo"}
     if f"{attention}q_norm.weight" in weights:
@@ -185,6 +194,10 @@ def _rows(weights: dict[str, Tensor], name: str) -> int:
 
 def _plain_rope(own_config: dict[str, Any]) -> dict[str, Any]:
     rope = own_config.get("rope_parameters") or own_config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise DraftLoadError(
+            f"the draft's config.json must describe its RoPE in an object, found {rope!r:.100}: mend it"
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise DraftLoadError(f"the draft's config.json has RoPE of type {kind!r}; only plain RoPE is converted")
