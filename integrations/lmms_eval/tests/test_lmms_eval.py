@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,6 +135,12 @@ def test_requests_are_read_as_lmms_eval_writes_them():
     model = Sparrow(pretrained=str(shipped() / "target"), device="cpu")
     with pytest.raises(NotImplementedError, match="output type is generate_until"):
         model.loglikelihood([])
+    # A target may name stop strings itself.
+    model.target.generation_config.stop_strings = ["zzz"]
+    asked = [{"role": "user", "content": [{"type": "text", "text": "what ?"}]}]
+    model.task_dict = {"task": {"test": [asked]}}
+    arguments = ("", lambda doc: doc, {"max_new_tokens": 4}, 0, "task", "test")
+    assert len(model.generate_until([SimpleNamespace(args=arguments)])) == 1
 
 
 def test_what_is_not_understood_is_refused():

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from sparrow_hf.captioning import NO_DRAFT, load_models
 from sparrow_hf.data import prepare_prompt, to_target
+from sparrow_hf.data.prepare import tokenizer_of
 from sparrow_hf.measurement import PLAIN, Arm, measure
 from sparrow_hf.metrics import Run, acceptance
 
@@ -77,7 +78,8 @@ class Sparrow(lmms):
                 self.target,
                 self.arm,
                 to_target(inputs, self.target),
-                settings_of(gen_kwargs),
+                # Stop strings of the target's generation_config need the tokenizer.
+                settings_of(gen_kwargs) | {"tokenizer": tokenizer_of(self.processor)},
                 self.seed,
             )
             text = self.processor.decode(tokens, skip_special_tokens=True).strip()
