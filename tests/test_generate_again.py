@@ -1,6 +1,7 @@
 """`sparrow generate` goes on in a file of answers only where these are answers to what is asked now."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -173,3 +174,18 @@ def test_errors_of_what_is_not_asked_are_not_tried_again(generate: Callable[...,
         (tmp_path / name / f"{name}.mp4").write_text("not a video")
         generate(tmp_path / name, "--retry-errors")
     assert [line["name"] for line in lines_of(tmp_path / "captions.jsonl")] == ["a.mp4", "b.mp4"]
+
+
+def test_a_file_that_cannot_be_written_is_told_before_models_are_loaded(
+    clips: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(output: Path) -> str:
+        words = ("generate", clips[0], "--target", "nowhere", "--draft", "none", "--output", output)
+        return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "400"}).output
+
+    (tmp_path / "file").touch()
+    assert "nowhere" in run(tmp_path / "new" / "a.jsonl")
+    assert "is a folder: name a file in it" in run(tmp_path)
+    assert "nowhere" not in run(tmp_path / "file" / "a.jsonl")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "a.jsonl cannot be written: change its permissions" in run(tmp_path / "a.jsonl")

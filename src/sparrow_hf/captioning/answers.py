@@ -41,6 +41,20 @@ class AnswerFile(LineFile):
         check_made_alike(self.path, found, wanted, CaptionError)
 
 
+def check_writable(path: Path) -> None:
+    """Makes the folder of a file of answers, and raises if nothing can be written there: before models are loaded.
+
+    Raises:
+        CaptionError: The file, or its folder, cannot be written to.
+        OSError: The folder cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise CaptionError(f"{path} is a folder: name a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CaptionError(f"{path} cannot be written: change its permissions, or choose another file")
+
+
 def open_answers(path: Path, conditions: Mapping[str, Any], asked: Questions) -> AnswerFile:
     """The file of answers, with those that were given before.
 

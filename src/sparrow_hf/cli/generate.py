@@ -126,6 +126,8 @@ def generate(
             asked = captioning.read_questions(source, question, output)
         if len(asked) > 1 and output is None and not as_json:
             raise CaptionError(f"{source} holds {len(asked)} rows: name a file for the answers with --output")
+        if output is not None:
+            captioning.check_writable(output)
         if asked.left_out:
             say(f"left out, no videos by their names: {', '.join(asked.left_out)}")
 
