@@ -131,3 +131,25 @@ def test_a_file_of_rows_is_one_by_every_spelling_of_its_name(tmp_path: Path, nam
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     for source in (tmp_path, tmp_path / name):
         assert read_questions(str(source)).are_rows and len(load_rows(source)) == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            json.dumps([GOOD, GOOD], indent=1)[:-2] + ",\n]",
+            r"is no JSON \(.*line 2\d column 1 .*\): mend it, or write one",
+        ),
+        (
+            "\n" + json.dumps(GOOD, indent=1),
+            "is one JSON value over several lines: write one object per line, or a list",
+        ),
+        ("null\n[1]\n", "line 1 of .* is no JSON object, found None"),
+        ('{"messages": [}\n{"messages": [}\n', "line 1 of .* is no JSON object"),
+    ],
+)
+def test_json_over_several_lines_is_told_as_a_whole(tmp_path: Path, content: str, told: str, streaming: bool) -> None:
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(TrainingDataError, match=told):
+        load_rows(tmp_path / "rows.json", streaming=streaming)

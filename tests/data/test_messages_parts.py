@@ -118,6 +118,7 @@ def test_an_image_of_any_form_is_the_image(processor: Any, folder: Path) -> None
         {"type": "image", "image": f"data:image/png;base64,{text}"},
         {"type": "image", "base64": text},
         {"type": "image_url", "image_url": {"url": f"data:image;base64,{text}"}},
+        {"type": "image_url", "image_url": {"url": f"data:image;base64,{text}", "detail": "auto"}},
         {"type": "image", "image": np.asarray(Image.open(path))},
         {"type": "image", "image": {"path": "gone.png", "bytes": path.read_bytes()}},
     ):

@@ -186,6 +186,22 @@ def test_tags_may_be_in_any_encoding(tmp_path: Path) -> None:
     assert len(read_video(whole.replace(b"Lavf", b"L\xe4vf"))[0]) == 24
 
 
+@pytest.mark.parametrize("name", ["ü n+i.mp4", "%C3%BC%20n+i.mp4"])
+def test_addresses_are_asked_for_as_servers_expect_them(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    asked = []
+
+    def refuse(url: str, timeout: float) -> None:
+        asked.append(url)
+        raise OSError("not there")
+
+    monkeypatch.setattr(files, "urlopen", refuse)
+    with pytest.raises(VideoError, match="cannot be downloaded"):
+        read_video(f"https://example.org:8/a/{name}?x=1&y=[2]")
+    assert asked == ["https://example.org:8/a/%C3%BC%20n+i.mp4?x=1&y=[2]"]
+    result = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["doctor", "--video", f"https://example.org:8/a/{name}"])
+    assert result.exit_code == 2 and f"https://example.org:8/a/{name} cannot be downloaded" in result.output
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_download_is_whole_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: int) -> None:
     whole = write(tmp_path / "a.ts").read_bytes()

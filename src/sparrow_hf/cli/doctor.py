@@ -2,7 +2,6 @@
 how a target verifies drafts."""
 
 import platform
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,7 +29,9 @@ ALL_TIMES, FIRST_TIMES = 64, 32
 
 
 def doctor(
-    video: Annotated[Path | None, typer.Option(help="Video file to look into, instead of the installation.")] = None,
+    video: Annotated[
+        str | None, typer.Option(help="Video file, or its URL, to look into, instead of the installation.")
+    ] = None,
     fps: FpsOption = None,
     max_frames: MaxFramesOption = None,
     num_frames: Annotated[int | None, typer.Option(min=1, help="Number of frames to read, instead of --fps.")] = None,
@@ -74,12 +75,12 @@ def print_facts(facts: dict[str, str]) -> None:
     Console().print(table)
 
 
-def facts_of_video(path: Path, sampling: "Sampling") -> dict[str, str]:
+def facts_of_video(source: str, sampling: "Sampling") -> dict[str, str]:
     """What is in a video file, and which frames [`read_video`] would keep of it."""
     from ..data.video import plan_video
 
-    video, times, choice = plan_video(path, sampling)
-    facts = {"file": str(path)} | video.description()
+    video, times, choice = plan_video(source, sampling)
+    facts = {"file": source} | video.description()
     seconds, constant = times.seconds, times.constant_rate()
     rate = f"{constant[0]:.5g} per second" if constant else "at no constant rate"
     if not constant:

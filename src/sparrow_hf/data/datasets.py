@@ -157,6 +157,8 @@ def _read_json(source: Any, files: list[str], folder: Path, split: str, streamin
     if not first:
         raise TrainingDataError(f"{source} has no rows: give a file with one JSON object per line")
     if not any(map(has_turns, first)):
+        if all(ROW_ERROR in row for row in first) and (told := _over_several_lines(files[0])) is not None:
+            raise TrainingDataError(told)
         found = first[0].get(ROW_ERROR) or _without_conversations(source, ", ".join(list(first[0])[:20]) or "none")
         raise TrainingDataError(found)
     return StreamedRows(rows, folder) if streaming else Rows(rows, folder)
@@ -253,6 +255,26 @@ def _listed(file: str) -> list[dict[str, Any]] | None:
     # A single line that holds a list is no list of rows.
     is_list = any(isinstance(row, dict) for row in rows)
     return [_checked(row, f"entry {index} of {file}") for index, row in enumerate(rows)] if is_list else None
+
+
+def _over_several_lines(file: str) -> str | None:
+    """What is wrong with a file that is one JSON value over several lines; `None` if it is not."""
+    with _open(file) as content:
+        text = content.read().decode("utf-8-sig", errors="replace")
+    start = len(text) - len(text.lstrip())
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        is_beyond_its_line = "\n" in text[start : error.pos]
+        return f"{file} is no JSON ({error}): mend it, or write one object per line" if is_beyond_its_line else None
+    except (ValueError, RecursionError):
+        return None
+    is_one = "\n" in text[start:end]
+    return (
+        f"{file} is one JSON value over several lines: write one object per line, or a list of them"
+        if is_one
+        else None
+    )
 
 
 def _parsed(line: bytes, where: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from io import BytesIO
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import quote
 from urllib.request import urlopen
 
 DOWNLOAD_TIMEOUT = 60.0
@@ -58,7 +59,8 @@ def download(url: str, error_class: type[ValueError]) -> BinaryIO:
     """
     file = tempfile.TemporaryFile()  # noqa: SIM115, it is handed on
     try:
-        with urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
+        # Spaces and letters beyond ASCII as servers expect them; what is written so already stays as it is.
+        with urlopen(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), timeout=DOWNLOAD_TIMEOUT) as response:
             shutil.copyfileobj(response, file)
             announced = response.headers.get("Content-Length")
         if announced is not None and file.tell() < int(announced):

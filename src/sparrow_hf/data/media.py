@@ -46,7 +46,7 @@ def load_video(part: Mapping[str, Any], fps: float | None, max_frames: int | Non
 
 
 def load_image(source: Any) -> Any:
-    """The picture of a clean image part's source, or of a frame: RGB, or an array as it was given.
+    """The picture of a clean image part's source, or of a frame: RGB, an array with three channels where it had them.
 
     Raises:
         ImageError: It cannot be read, or the array is of another shape.
@@ -54,6 +54,8 @@ def load_image(source: Any) -> Any:
     _check_path(source, ImageError, "image")
     if isinstance(source, np.ndarray) and source.ndim not in (2, 3):
         raise ImageError(f"An image given as an array must have 2 or 3 dimensions, got shape {source.shape}.")
+    if isinstance(source, np.ndarray):
+        return _rgb(source)
     try:
         return read_image(source)
     except (SparrowError, MemoryError):
@@ -61,6 +63,16 @@ def load_image(source: Any) -> Any:
     # Pillow's decoders raise many types of errors.
     except Exception as error:
         raise ImageError(f"An image cannot be read ({type(error).__name__}): save it again as png.") from error
+
+
+def _rgb(array: np.ndarray) -> np.ndarray:
+    """A grey array with its channel three times, one with transparency without it, as Pillow does it; others as is."""
+    if array.ndim == 2:
+        array = array[:, :, None]
+    axis = 2 if array.shape[2] in (1, 3, 4) else 0
+    if array.shape[axis] == 1:
+        return array.repeat(3, axis)
+    return array.take(range(3), axis) if array.shape[axis] == 4 else array
 
 
 def _check_path(source: Any, error_class: type[ValueError], kind: str) -> None:

@@ -180,13 +180,15 @@ def prepare_inputs(
         The processor's output for a batch of one, as tensors.
 
     Raises:
-        MessagesError: Something in the messages is not understood; or the target's chat template leaves out a video
-            or image, or a text holds the target's own placeholder.
+        MessagesError: Something in the messages is not understood, or `fps` or `max_frames` is no such number; or the
+            target's chat template leaves out a video or image, or a text holds the target's own placeholder.
         VideoError: A video cannot be read, or the processor cannot take it: its size, or videos of different lengths
             or sizes together.
         ImageError: An image cannot be read.
         MissingDependencyError: PyAV or torchvision is not installed and the messages hold a video.
     """
+    sampling = {name: value for name, value in (("fps", fps), ("max_frames", max_frames)) if value is not None}
+    plain_settings(sampling, VIDEO_SETTINGS, "the given")
     messages = clean_messages({"messages": messages})
     if tokenizer_of(processor) is processor:
         messages = _of_text_alone(messages)

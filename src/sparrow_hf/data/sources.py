@@ -17,6 +17,8 @@ from ..errors import MessagesError
 LONGEST_SHOWN = 200
 #: Longer values without a dot are rather base64 than a path if no slash comes first, and not repeated either.
 LONGEST_WORD = 64
+#: A kind with its article.
+A = {"image": "an image", "video": "a video"}
 
 
 def shown(value: Any) -> str:
@@ -73,15 +75,15 @@ def plain_source(value: Any, kind: str, folder: str | None = None, *, base64: bo
         return _plain_address(os.fspath(value), kind, folder)
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
-        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     if isinstance(value, np.ndarray):
-        return value
+        return _pixels(value, kind)
     if isinstance(value, (list, tuple)):
         return _plain_list(value, kind, folder)
     if _is_picture(value) and kind == "image":
         return value
     raise MessagesError(
-        f"a {kind} must be a path, a URL, the bytes of a file{' or' if kind == 'image' else ','} an array"
+        f"{A[kind]} must be a path, a URL, the bytes of a file{' or' if kind == 'image' else ','} an array"
         f"{' or a PIL image' if kind == 'image' else ' or a list of frames'}, found {shown(value)}"
     )
 
@@ -89,12 +91,15 @@ def plain_source(value: Any, kind: str, folder: str | None = None, *, base64: bo
 def _within(value: Mapping[str, Any], kind: str) -> Any:
     """The source in a dictionary. `datasets` keeps a file's name beside its bytes, which are then what counts."""
     given = {key: inner for key, inner in value.items() if inner is not None}
+    if kind == "image" and "url" in given:
+        # How closely OpenAI's own models look; others have sizes for it.
+        given.pop("detail", None)
     if "bytes" in given and given.keys() <= {"bytes", "path"}:
         return given["bytes"]
     if len(given) == 1 and given.keys() <= {"path", "url"}:
         return next(iter(given.values()))
     raise MessagesError(
-        f"a {kind} in a dictionary must be {{'url': …}}, or {{'path': …, 'bytes': …}}, found the keys {shown(value)}"
+        f"{A[kind]} in a dictionary must be {{'url': …}}, or {{'path': …, 'bytes': …}}, found the keys {shown(value)}"
     )
 
 
@@ -103,7 +108,7 @@ def _plain_address(address: Any, kind: str, folder: str | None) -> str | bytes:
     if isinstance(address, bytes):
         address = os.fsdecode(address)
     if not address.strip():
-        raise MessagesError(f"a {kind} is named by an empty text: name a path, a URL or bytes")
+        raise MessagesError(f"{A[kind]} is named by an empty text: name a path, a URL or bytes")
     scheme = re.match(r"([a-z][a-z0-9+.-]+):", address[:20].lower())
     if scheme is not None and scheme[1] == "data":
         return _from_data_url(address, kind)
@@ -120,7 +125,7 @@ def _plain_address(address: Any, kind: str, folder: str | None) -> str | bytes:
         raise MessagesError(f"{shown(address)} cannot be opened: name a path, or a file://, http:// or data: address")
     if "\0" in address or len(address) > 4096:
         raise MessagesError(
-            f"a {kind} is named by {shown(address)}, which is no path: give base64 as 'base64' or as a data URL"
+            f"{A[kind]} is named by {shown(address)}, which is no path: give base64 as 'base64' or as a data URL"
         )
     path = os.path.expanduser(address)
     return path if folder is None else str(Path(folder) / path)
@@ -148,25 +153,35 @@ def _decoded(text: str, kind: str) -> bytes:
     try:
         return base64_codec.b64decode(packed.replace("-", "+").replace("_", "/"), validate=True)
     except ValueError:
-        raise MessagesError(f"the base64 of a {kind} cannot be decoded ({len(text)} characters)") from None
+        raise MessagesError(f"the base64 of {A[kind]} cannot be decoded ({len(text)} characters)") from None
 
 
 def _plain_list(value: list[Any] | tuple[Any, ...], kind: str, folder: str | None) -> Any:
     """Frames of a video, or an array as nested lists, which is what Arrow and JSON make of one."""
     if not value:
-        raise MessagesError(f"a {kind} is an empty list: give at least one frame")
+        raise MessagesError(f"{A[kind]} is an empty list: give at least one frame")
     if isinstance(value[0], (list, tuple)):
         try:
             array = np.asarray(value)
         except ValueError:
-            raise MessagesError(f"a {kind} is nested lists of different lengths, not an array") from None
+            raise MessagesError(f"{A[kind]} is nested lists of different lengths, not an array") from None
         if array.dtype.kind not in "iuf":
-            raise MessagesError(f"a {kind} is nested lists of something else than numbers")
+            raise MessagesError(f"{A[kind]} is nested lists of something else than numbers")
         is_pixels = array.dtype.kind == "i" and array.size and array.min() >= 0 and array.max() <= 255
-        return array.astype(np.uint8) if is_pixels else array
+        return array.astype(np.uint8) if is_pixels else _pixels(array, kind)
     if kind == "image":
         raise MessagesError(f"a part shows one image, found a list of {len(value)}: write one part for each")
     return [plain_source(frame, "image", folder) for frame in value]
+
+
+def _pixels(array: np.ndarray, kind: str) -> np.ndarray:
+    """An array as it is, unless it is scaled to [0, 1]: processors divide by 255 themselves, and would see black."""
+    if array.dtype.kind == "f" and array.size and 0 < (largest := array.max()) <= 1:
+        raise MessagesError(
+            f"{A[kind]} given as floats must have values from 0 to 255, found none above {largest:.3g}: multiply "
+            "it by 255, or give uint8"
+        )
+    return array
 
 
 def _is_picture(value: Any) -> bool:
