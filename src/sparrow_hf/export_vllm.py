@@ -64,7 +64,7 @@ def export_vllm(
         BindingError: The draft does not fit the target, or no target is known.
         DraftConfigError: There is no such spacing, or as [`exported_config`] says.
     """
-    hub.refuse_to_replace(output, kind=MODEL_TYPE)
+    hub.refuse_to_replace(Path(output), kind=MODEL_TYPE)
     overrides = {} if glimpse_spacing is None else {"glimpse_spacing": glimpse_spacing}
     model = SparrowDraftModel.from_pretrained(draft, **overrides)
     config = model.config
