@@ -155,10 +155,10 @@ def test_the_draft_that_is_kept() -> None:
     assert f"| `last-layer`, kept before | last | {accepted[1]} |  |  |  | {earlier['eval_tau']:.3f} |" in PAGE
     assert f"τ {ours[-1]['eval_tau']:.2f} against {earlier['eval_tau']:.2f}, equal budget" in README
     taus = [f"{row['tau']:.2f}" for row in about["lengths"]["drafts"]["four-layers"]["lengths"]]
-    assert f"| chain of 3, teacher-forced | 400, 3,000, 13,000 | | {', '.join(taus)} | |" in README
+    assert f"| chain of 3, teacher-forced | 400, 3,000, 13,000, 25,000 | | {', '.join(taus)} | |" in README
     for name, draft in about["lengths"]["drafts"].items():
         taus = " | ".join(f"{row['tau']:.2f}" for row in draft["lengths"])
-        shares = (draft["retention"][length] for length in ("3000", "13000"))
+        shares = (draft["retention"][length] for length in ("3000", "13000", "25000"))
         kept_shares = (
             f"{each['ratio']:.2f} ({each['interval'][0]:.2f} … {each['interval'][1]:.2f})" for each in shares
         )

@@ -301,6 +301,8 @@ def spread(values: Sequence[float]) -> Spread:
 def bootstrap(samples: Sequence[T], statistic: Callable[[Sequence[T]], float]) -> Interval | None:
     """95 % interval of a statistic under resampling with replacement; the same samples always give the same one.
 
+    Of few samples it is too narrow: a mean's contains the true one in about 86 % of all cases with 6, 93 % with 24.
+
     `None` for fewer than [`LEAST_SAMPLES`]: the range of five values contains the median in only 94 % of all cases, so
     no resampling of them can give a 95 % interval.
     """

@@ -49,7 +49,8 @@ def draw(drafts: Mapping[str, Any]) -> Figure:
     kept.axhline(1, color=INK, lw=0.8, linestyle=":")
     for axes in (taus, kept):
         axes.set_xscale("log")
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths], minor=False)
+        labels = [f"{length:,}" if length < 10_000 else f"{length // 1000}k" for length in lengths]
+        axes.set_xticks(lengths, labels, minor=False)
         axes.minorticks_off()
     taus.set_ylim(bottom=1)
     dress(taus, "chains of 3", "visual tokens", "τ, tokens per target forward", legend_columns=2)

@@ -13,7 +13,7 @@ from sparrow_hf.evaluation.report import between, numbers, optional, provenance_
 from ..retrain import CLIPS
 from .analyses import COMMAND
 from .arms import ARMS, DEFAULT, TUNED, TUNED_COMPILED, name_of
-from .cells import AS_SHIPPED, GLIMPSE, VIDEO, command
+from .cells import AS_SHIPPED, BEYOND, GLIMPSE, VIDEO, command
 from .claims import OURS, PAPERS, paragraph
 from .drafts import MEANINGS
 from .figures import draw_all
@@ -172,6 +172,12 @@ def summary(results: Results, family: str) -> str:
             "The same, over the fastest arm without a draft of this package: DSR over its DSR.\n",
             over_best_table(results, family, tuned),
         ]
+    for length in results.lengths(family, BEYOND):
+        parts += [
+            f"{length:,} visual tokens, far more than the target was trained on: τ on the clips that all lengths have, "
+            f"what is kept of it from {lengths[0]:,} to {length:,}, and there DSR and the rows of the draft's cache.\n",
+            beyond_table(results, family, lengths, length),
+        ]
     others = [cell for cell in OTHERS if results.cell(family, cell)]
     if others:
         parts += ["Other prompts: τ / DSR.\n", arms_table(results, family, {cell: OTHERS[cell] for cell in others})]
@@ -198,6 +204,25 @@ def arms_table(results: Results, family: str, cells: Mapping[str, str]) -> str:
     prompts = [max((row["prompts"] for row in results.cell(family, cell)), default=0) for cell in cells]
     heads = [f"{head} ({count} prompts)" for head, count in zip(cells.values(), prompts, strict=True)]
     return table(["arm", *heads], rows)
+
+
+def beyond_table(results: Results, family: str, lengths: Sequence[int], longest: int) -> str:
+    """τ of every length and of one far beyond them, of the arms that all of them have."""
+    rows = []
+    for arm, entry in ARMS.items():
+        there, shorter = results.row(family, f"{BEYOND}{longest}", arm), results.by_length(family, arm)
+        if there is None or not shorter:
+            continue
+        taus = [shorter[length]["tau"] for length in lengths] + [there["tau"]]
+        kept = f"{taus[-1] / taus[0]:.2f}"
+        rows.append(
+            [
+                entry.label,
+                *(f"{tau:.2f}" for tau in taus),
+                *(kept, f"{there['dsr']:.2f}", optional(there["draft_cache_rows"], ",d")),
+            ]
+        )
+    return table(["arm", *(f"{length:,}" for length in (*lengths, longest)), "kept", "DSR", "draft cache rows"], rows)
 
 
 def over_best_table(results: Results, family: str, lengths: Sequence[int]) -> str:
