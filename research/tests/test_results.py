@@ -23,7 +23,7 @@ from sparrow_research.results import analyses, cells, draft_steps, drafts
 from sparrow_research.results.arms import ARMS, CURVES, Role, arms_of
 from sparrow_research.results.cells import CELLS, Cell
 from sparrow_research.results.claims import OURS, PAPERS, paragraph
-from sparrow_research.results.report import arms_table
+from sparrow_research.results.report import arms_table, beyond_table
 from sparrow_research.results.table import Results
 
 CHAIN, RIVAL = "draft:sparrow@chain-5", "draft:msd@chain-5"
@@ -315,6 +315,22 @@ def test_glimpses_of_other_sizes_come_from_their_own_cells() -> None:
     results.rows[1]["benchmark"] = "glimpse-25000"
     table = arms_table(results, FAMILY, {"video-25000": "25,000"})
     assert "| arm | 25,000 (4 prompts) |" in table and "| … glimpse of 256 | 4.40 / 2.20 |" in table
+
+
+def test_what_is_kept_far_beyond_the_lengths_of_training() -> None:
+    results = made_up({CHAIN: {400: 5.0, 25_000: 4.8}, MSD: {400: 4.0, 25_000: 3.0}})
+    results.shared = [*results.shared]
+    for arm, tau in ((CHAIN, 4.5), (MSD, 2.0), (PAPER, 3.0)):
+        there = results.rows[0] | {"benchmark": "beyond-64000", "arm": arm, "tau": tau, "dsr": 2.5}
+        results.rows.append(there | {"draft_cache_rows": 64_100})
+    assert results.lengths(FAMILY) == [400, 25_000]
+    table = beyond_table(results, FAMILY, [400, 25_000], 64_000).splitlines()
+    assert table[0] == "| arm | 400 | 25,000 | 64,000 | kept | DSR | draft cache rows |"
+    # The published Sparrow has no shorter clips here.
+    assert table[2:] == [
+        "| MSD-like | 4.00 | 3.00 | 2.00 | 0.50 | 2.50 | 64,100 |",
+        "| **Sparrow (ours), glimpse of 64** | 5.00 | 4.80 | 4.50 | 0.90 | 2.50 | 64,100 |",
+    ]
 
 
 def test_families_that_differ_are_named() -> None:

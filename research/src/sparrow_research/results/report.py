@@ -35,6 +35,9 @@ token: the target's prefill, and that of transformers' assistant. A draft's pref
 SpecVLM-like sibling's of the sifted prompt. *Our loop without a draft* tells what of a DSR is not the draft's. All of
 this ran on a CPU.{repeats}
 
+*The default* on this page is the recipe of the built-in drafts: it reads the target's last layer alone, in five passes.
+A new draft reads four layers, in four passes ([training.md](training.md#feature-layers)).
+
 The claims and pictures are named after what they answer in the paper: its Figures 1, 2, 3, 5 and 6, and its tables of
 methods, lengths, temperatures, parts left out, tasks and prefill shares. One cell of the tables alone:
 `{cell}`; the analyses alone: `{analysis}`.
@@ -174,8 +177,8 @@ def summary(results: Results, family: str) -> str:
         ]
     for length in results.lengths(family, BEYOND):
         parts += [
-            f"{length:,} visual tokens, far more than the target was trained on: τ on the clips that all lengths have, "
-            f"what is kept of it from {lengths[0]:,} to {length:,}, and there DSR and the rows of the draft's cache.\n",
+            f"Far more than the target was trained on: τ on the clips that all lengths have, what is kept of it from "
+            f"{lengths[0]:,} to {length:,} visual tokens, and DSR and the rows of the draft's cache there.\n",
             beyond_table(results, family, lengths, length),
         ]
     others = [cell for cell in OTHERS if results.cell(family, cell)]
