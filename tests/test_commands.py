@@ -277,5 +277,5 @@ def test_help_names_every_option_and_starts_nothing(tmp_path: Path) -> None:
     assert "required" in text and "--learning-rate" in text
     assert " ".join(text.split()).endswith(
         "except --output-dir, --resume-from-checkpoint, --remove-unused-columns, --label-smoothing-factor, "
-        "--neftune-noise-alpha and --batch-eval-metrics."
+        "--neftune-noise-alpha, --batch-eval-metrics, --eval-do-concat-batches and --include-num-input-tokens-seen."
     )

@@ -204,6 +204,8 @@ def test_rope_of_the_family(qwen: PreTrainedModel, qwen_folder: Path, tmp_path: 
     folder = write(tmp_path / "eagle", tensors, rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]})
     config = json.loads((folder / "config.json").read_text())
     del config["rope_theta"]
+    # What has no value is as if it were not there.
+    config["hidden_act"] = None
     (folder / "config.json").write_text(json.dumps(config))
     draft = convert_checkpoint(folder, qwen_folder).draft
     assert_same_logits(our_logits(draft, qwen), their_logits(tensors, qwen, theta=10000.0))

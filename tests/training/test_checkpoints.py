@@ -165,11 +165,13 @@ def test_other_options_are_refused_by_name(
     assert named in str(caught.value) and "--warm-start" in str(caught.value)
 
 
-def test_other_rows_and_another_target_are_refused(
+def test_other_rows_another_target_and_processor_are_refused(
     prepare: Callable[..., TrainingRun], output: Path, target: PreTrainedModel
 ) -> None:
     with pytest.raises(TrainingOptionsError, match="train: '[0-9a-f]{64}', now '[0-9a-f]{64}'"):
         prepare(output, "--resume", recording="b")
+    with pytest.raises(TrainingOptionsError, match="processor: None, now 'another'"):
+        prepare(output, "--resume", "--processor", "another")
     other = copy.deepcopy(target)
     with torch.no_grad():
         other.get_output_embeddings().weight[0] += 1
