@@ -35,8 +35,8 @@ token: the target's prefill, and that of transformers' assistant. A draft's pref
 SpecVLM-like sibling's of the sifted prompt. *Our loop without a draft* tells what of a DSR is not the draft's. All of
 this ran on a CPU.{repeats}
 
-*The default* on this page is the recipe of the built-in drafts: it reads the target's last layer alone, in five passes.
-A new draft reads four layers, in four passes ([training.md](training.md#feature-layers)).
+*The default* on this page is the recipe of the built-in drafts: the last layer alone, five passes. A new draft reads
+four layers, in four passes ([training.md](training.md#feature-layers)).
 
 The claims and pictures are named after what they answer in the paper: its Figures 1, 2, 3, 5 and 6, and its tables of
 methods, lengths, temperatures, parts left out, tasks and prefill shares. One cell of the tables alone:
