@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparrow_research.results.arms import DEFAULT, TUNED, TUNED_COMPILED, Role, arms_of, name_of
+from sparrow_research.results.arms import DEFAULT, MSD, TUNED, TUNED_COMPILED, Role, arms_of, name_of
 from sparrow_research.results.cells import AS_SHIPPED
 from sparrow_research.results.table import NAMES, Results
 
@@ -61,6 +61,20 @@ def test_the_default_and_its_best_rival() -> None:
     assert (min(cache_rows), max(cache_rows)) in {
         tuple(map(int, pair)) for pair in re.findall(r"(\d+) to (\d+) rows", README)
     }
+
+
+def test_far_beyond_the_lengths_of_training() -> None:
+    results, cell = Results.read(DATA / "results.json"), "beyond-64000"
+    for model_type, name in NAMES.items():
+        rows = [row for arm in arms_of(Role.RIVAL) if (row := results.row(model_type, cell, arm)) is not None]
+        best = max(rows, key=lambda row: row["dsr"])["arm"]
+        for arm in (DEFAULT, best, MSD):
+            there, base = results.row(model_type, cell, arm), results.by_length(model_type, arm)[400]["tau"]
+            assert there is not None and there["identical"] == there["prompts"] == 4
+            label = "ours" if arm == DEFAULT else name_of(arm)
+            taus = f"{base:.2f} | {there['tau']:.2f} | {there['tau'] / base:.2f}"
+            line = f"| {name} | {label} | {taus} | {there['dsr']:.2f}× | {there['draft_cache_rows']:,} |"
+            assert line in README, line
 
 
 def test_the_draft_as_it_ships() -> None:

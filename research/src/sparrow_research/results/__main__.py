@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         answers = sum((1 + len(cell.arms)) * cell.prompts * cell.repeats for cell in cells)
         print(
             f"Per family: {CLIPS} captions, a small target, {len(options.drafts)} drafts × "
-            f"{shipped_steps(families[0])} steps, {answers} answers and an analysis: two to four hours on one core "
+            f"{shipped_steps(families[0])} steps, {answers} answers and an analysis: three to five hours on one core "
             "of a server CPU, half a GB of recordings. What is there already is not made again.",
             flush=True,
         )

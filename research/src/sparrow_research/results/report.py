@@ -142,7 +142,7 @@ def repeats(results: Results) -> str:
 
 def _brief(provenance: dict[str, Any]) -> dict[str, Any]:
     """Without what differs from cell to cell: that stands in the file of all tables, and digests in the data."""
-    differing = ("arms", "command", "prompts", "draft_sha256", "repeats")
+    differing = ("arms", "command", "prompts", "draft_sha256", "drafts", "repeats")
     return {name: value for name, value in provenance.items() if name not in differing}
 
 
