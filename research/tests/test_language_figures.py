@@ -73,7 +73,12 @@ def test_four_layers_on_videos() -> None:
 
 
 def test_tau_over_answer_tokens_on_videos() -> None:
-    for tokens, evaluations in kept()["tokens_100_steps"]["drafts"].items():
+    about, last = kept()["tokens_100_steps"], "160,832"
+    names = {"seed 1": f"{last}, seed 1", "seed 2": f"{last}, seed 2", "four-passes": f"{last}, seed 1, four passes"}
+    rows = about["drafts"] | {label: about["seeds"][name] for name, label in names.items()}
+    told = sorted(rows[label][-1]["eval_tau"] for label in (last, names["seed 1"], names["seed 2"]))
+    assert "at {:.3f}, {:.3f} and {:.3f}".format(*told) in PAGE
+    for tokens, evaluations in rows.items():
         taus = " | ".join(f"{each['eval_tau']:.3f}" for each in evaluations)
         accepted = " ".join(
             f"{evaluations[-1][f'eval_accepted_{token}']:.3f}".removeprefix("0") for token in (1, 2, 3)
