@@ -70,6 +70,11 @@ def test_four_layers_on_videos() -> None:
         last = " ".join(f"{evaluations[-1][f'eval_accepted_{token}']:.3f}".removeprefix("0") for token in (1, 2, 3))
         line = f"| {last} | {' | '.join(taus)} |"
         assert any(each.startswith(f"| `{name}` |") and each.endswith(line) for each in PAGE.splitlines())
+    none, few, default = (
+        kept()["rivals_100_steps"]["drafts"][name][-1]["eval_tau"]
+        for name in ("no-visual", "glimpse-16", "four-layers")
+    )
+    assert f"{none:.3f} with none, {few:.3f} with 16 visual rows, {default:.3f} with 64" in " ".join(PAGE.split())
 
 
 def test_tau_over_answer_tokens_on_videos() -> None:
