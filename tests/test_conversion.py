@@ -356,8 +356,7 @@ class TestRefused:
 
     def test_damaged_and_empty(self, qwen: PreTrainedModel, qwen_folder: Path, tmp_path: Path) -> None:
         folder = write(tmp_path / "eagle", eagle_tensors(qwen))
-        data = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(data[:-9])
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
         with pytest.raises(DraftLoadError, match="damaged"):
             convert_checkpoint(folder, qwen_folder)
         (folder / "model.safetensors").unlink()

@@ -61,7 +61,7 @@ def test_what_is_made_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    ("length", "least", "most"), [(400, 4, 5), (3_000, 18, 23), (13_000, 240, 360), (25_000, 1200, 1800)]
+    ("length", "least", "most"), [(400, 4, 6), (3_000, 40, 96), (13_000, 480, 840), (25_000, 1700, 2600)]
 )
 def test_a_clip_takes_about_what_it_was_measured_to_take(tmp_path: Path, length: int, least: int, most: int) -> None:
     made = {Path(each.output).name: each.seconds for each in video.plan(tmp_path / "text", tmp_path)}

@@ -51,6 +51,7 @@ def install_seam(
         if is_draft(draft):
             args, kwargs = (), call | {"assistant_model": draft}
             caches = [call[name] for name in (CACHE, "past_key_values") if call.get(name) is not None]
+            # Whoever decodes so never comes to `check`, and is not given the draft.
             if call.get("custom_generate") is not None:
                 raise UnsupportedGenerationError(
                     "custom_generate decodes in its own way, without the draft: leave out custom_generate or "

@@ -1,8 +1,8 @@
 """Checks of a `generate()` call with a draft. They run before the vision tower and refuse what cannot be combined.
 
 What depends on the target alone is refused when the draft is made or bound (`targets.py`, `target_config.py`,
-`self_check.py`), what fixed shapes cannot have in `static_decoding.py` and `integration.py`. `docs/support-matrix.md`
-lists all of it.
+`self_check.py`), what fixed shapes cannot have in `static_decoding.py` and `integration.py`, `custom_generate`, which
+leaves `generate()` before it is checked, in `_transformers/seam.py`. `docs/support-matrix.md` lists all of it.
 """
 
 from collections.abc import Iterator

@@ -89,10 +89,12 @@ PACKAGE = "sparrow_research.language"
 def seconds_of(clips: int, visual_tokens: int, reads: int) -> float:
     """About how long clips take that the target reads so many times, one CPU thread with bf16 arithmetic.
 
-    An answer to a clip and its recording, two reads, took 4 s at 400 visual tokens, 20 s at 3,000, 4 to 6 minutes at
-    13,000 and 20 to 30 minutes at 25,000: 2 s a read, and 1 s for the square of every thousand tokens (attention).
+    A recording took 2.4 s at 400 visual tokens and, beside other work, 48 s at 3,000; a prefill with the attention of
+    `video_long` 4 to 7 minutes at 13,000 and 14 to 15 at 25,000, and torch's kernel takes 1.4 times as long. So: 1 s a
+    read, 3 s for every thousand tokens (the layers), 1.6 s for the square of it (attention).
     """
-    return clips * reads * (2 + (visual_tokens / 1000) ** 2)
+    thousands = visual_tokens / 1000
+    return clips * reads * (1 + 3 * thousands + 1.6 * thousands**2)
 
 
 def plan(smollm2: Path, work: Path, device: str = "cpu") -> list[Step]:
